@@ -1,0 +1,263 @@
+//! One session: a cursor over a user's inbox with a live tail.
+//!
+//! A pure state machine. It knows the number it sent last and is in one of two states: *behind*, reading the inbox page
+//! by page, or *live*, passing on what follows on. A live message that follows on is sent; an older one is ignored; one
+//! that leaves a gap, or comes while the socket is full, makes the session read the inbox. Reconnect, move, slow
+//! client, lost hint and restart are all these two states.
+//!
+//! `F` is the ready-made frame of a message: this room never looks into it.
+//!
+//! The promise, tested against a model below: on one connection every number above the start comes exactly once,
+//! strictly rising, or stands in a gap that was told; and when the inbox rests, the session ends up complete.
+
+use crate::message::{Millis, Seq};
+use crate::wire::frame::GapReason;
+
+/// A message as a session handles it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Item<F> {
+    /// Its number.
+    pub seq: Seq,
+    /// From then on it is not shown.
+    pub expires_at: Millis,
+    /// What to send.
+    pub frame: F,
+}
+
+/// What the inbox answered to "what comes after this position".
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Page<F> {
+    /// The position that was asked for.
+    pub after: Seq,
+    /// Unexpired messages, rising.
+    pub items: Vec<Item<F>>,
+    /// Every number above `after` and up to here is in `items` or will never be shown.
+    pub upto: Seq,
+    /// The page was cut: there is more above `upto`.
+    pub more: bool,
+}
+
+/// Where a session starts, as the inbox sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// The position to start after; the beginning is zero.
+    pub start: Seq,
+    /// The highest number handed out, at the time of the question.
+    pub head: Seq,
+    /// There is something after `start`.
+    pub more: bool,
+}
+
+/// What happens to a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input<F> {
+    /// A live message; may be lost, repeated or out of order.
+    Live(Item<F>),
+    /// Live messages were dropped on the way: only the inbox knows.
+    Lost,
+    /// The page that was asked for.
+    Page(Page<F>),
+    /// The sweep found something after this position.
+    MoreAfter(Seq),
+    /// The socket has no room: nothing more may be sent for now.
+    Full,
+    /// The socket has room again.
+    Room,
+    /// The client has taken everything up to here.
+    Ack(u64),
+}
+
+/// What a session wants done, in this order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output<F> {
+    /// Send a message.
+    Send(F),
+    /// Tell of numbers that will never come.
+    Gap {
+        /// The last one before the hole.
+        after: Seq,
+        /// The next that can come.
+        before: Seq,
+        /// Why.
+        reason: GapReason,
+    },
+    /// Tell that the backlog is delivered. Once in a session's life: a later return to the inbox is our own affair.
+    CaughtUp(Seq),
+    /// Read the inbox after this position. At most one read is under way.
+    Read(Seq),
+    /// Move the device's cursor.
+    Cursor(Seq),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Live,
+    /// `reading`: a page was asked for and has not come yet.
+    Behind {
+        reading: bool,
+    },
+}
+
+/// See the room's comment.
+#[derive(Debug, Clone)]
+pub struct Session {
+    sent: Seq,
+    acked: Seq,
+    phase: Phase,
+    /// The highest number told of since the read under way was begun; that read may have missed it.
+    unread: Seq,
+    full: bool,
+    told_caught_up: bool,
+    /// Started at the beginning and has sent nothing: what is missing below the first message needs no gap.
+    untouched: bool,
+}
+
+impl Session {
+    /// Begins a session. A start above the head means another inbox than the client knew: it is told, and goes on from
+    /// the head.
+    pub fn start<F>(standing: Standing, mut out: impl FnMut(Output<F>)) -> Self {
+        let mut session = Self {
+            sent: standing.start,
+            acked: Seq::BEGINNING,
+            phase: Phase::Live,
+            unread: Seq::BEGINNING,
+            full: false,
+            told_caught_up: false,
+            untouched: standing.start.is_beginning(),
+        };
+        if standing.start > standing.head {
+            let before = standing.head.next();
+            out(Output::Gap { after: standing.start, before, reason: GapReason::Reset });
+            session.sent = standing.head;
+        }
+        if standing.more {
+            session.fall_behind(Seq::BEGINNING, &mut out);
+        } else {
+            session.sent = session.sent.max(standing.head);
+            session.go_live(&mut out);
+        }
+        session
+    }
+
+    /// Takes one input at the moment `now`.
+    pub fn step<F>(&mut self, input: Input<F>, now: Millis, mut out: impl FnMut(Output<F>)) {
+        match input {
+            Input::Live(item) => self.live(item, now, &mut out),
+            Input::Lost => self.fall_behind(Seq::MAX, &mut out),
+            Input::Page(page) => self.page(page, now, &mut out),
+            Input::MoreAfter(position) if position == self.sent => self.fall_behind(Seq::MAX, &mut out),
+            Input::MoreAfter(_) => {}
+            Input::Full => self.full = true,
+            Input::Room => {
+                self.full = false;
+                self.read_if_room(&mut out);
+            }
+            Input::Ack(seq) => self.ack(seq, &mut out),
+        }
+    }
+
+    /// The position that is sent: everything up to it was sent or told to be gone.
+    #[must_use]
+    pub const fn position(&self) -> Seq {
+        self.sent
+    }
+
+    /// The last position that the client acked on this socket.
+    #[must_use]
+    pub const fn acked(&self) -> Seq {
+        self.acked
+    }
+
+    /// Whether live messages pass straight through.
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        self.phase == Phase::Live
+    }
+
+    fn live<F>(&mut self, item: Item<F>, now: Millis, out: &mut impl FnMut(Output<F>)) {
+        if item.seq <= self.sent {
+            return;
+        }
+        let follows = item.seq == self.sent.next() && item.expires_at > now;
+        if self.phase == Phase::Live && follows && !self.full {
+            self.send(item, out);
+        } else {
+            self.fall_behind(item.seq, out);
+        }
+    }
+
+    fn page<F>(&mut self, page: Page<F>, now: Millis, out: &mut impl FnMut(Output<F>)) {
+        if self.phase != (Phase::Behind { reading: true }) || page.after != self.sent {
+            return;
+        }
+        for item in page.items {
+            if item.seq > self.sent && item.expires_at > now {
+                self.skip_to(Seq::new(item.seq.get() - 1).unwrap_or(self.sent), out);
+                self.send(item, out);
+            }
+        }
+        self.skip_to(page.upto, out);
+        self.phase = Phase::Behind { reading: false };
+        if page.more || self.unread > self.sent {
+            self.read_if_room(out);
+        } else {
+            self.go_live(out);
+        }
+    }
+
+    /// Everything up to `position` is gone: says so, unless the client never saw anything below it either.
+    fn skip_to<F>(&mut self, position: Seq, out: &mut impl FnMut(Output<F>)) {
+        if position > self.sent {
+            if !self.untouched {
+                out(Output::Gap { after: self.sent, before: position.next(), reason: GapReason::Expired });
+            }
+            self.sent = position;
+        }
+    }
+
+    fn send<F>(&mut self, item: Item<F>, out: &mut impl FnMut(Output<F>)) {
+        self.sent = item.seq;
+        self.untouched = false;
+        out(Output::Send(item.frame));
+    }
+
+    /// The inbox holds something, up to `told`, that will not come by itself.
+    fn fall_behind<F>(&mut self, told: Seq, out: &mut impl FnMut(Output<F>)) {
+        self.unread = self.unread.max(told);
+        if self.phase == Phase::Live {
+            self.phase = Phase::Behind { reading: false };
+        }
+        self.read_if_room(out);
+    }
+
+    /// A read that begins now will show all that was told of until now.
+    fn read_if_room<F>(&mut self, out: &mut impl FnMut(Output<F>)) {
+        if !self.full && self.phase == (Phase::Behind { reading: false }) {
+            self.phase = Phase::Behind { reading: true };
+            self.unread = Seq::BEGINNING;
+            out(Output::Read(self.sent));
+        }
+    }
+
+    fn go_live<F>(&mut self, out: &mut impl FnMut(Output<F>)) {
+        self.phase = Phase::Live;
+        if !self.told_caught_up {
+            self.told_caught_up = true;
+            out(Output::CaughtUp(if self.untouched { Seq::BEGINNING } else { self.sent }));
+        }
+    }
+
+    /// Above what was sent counts as the last one sent; going back is ignored.
+    fn ack<F>(&mut self, seq: u64, out: &mut impl FnMut(Output<F>)) {
+        let sent = if self.untouched { Seq::BEGINNING } else { self.sent };
+        let acked = Seq::new(seq).unwrap_or(sent).min(sent);
+        if acked > self.acked {
+            self.acked = acked;
+            out(Output::Cursor(acked));
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

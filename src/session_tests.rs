@@ -1,0 +1,359 @@
+//! The session against a model of everything around it: an inbox that grows and expires, a live path that loses,
+//! repeats and reorders, a socket that fills and drains, and a client that acks, leaves and comes back.
+
+use super::*;
+use proptest::prelude::*;
+
+const NEVER: Millis = Millis(u64::MAX);
+const NOW: Millis = Millis(1_000);
+/// The head that a new user begins with; nothing below it was ever a message.
+const FIRST_HEAD: u64 = 100;
+
+#[derive(Debug, Clone)]
+enum Op {
+    Append,
+    /// The n-th youngest message ends.
+    Expire(usize),
+    /// A live delivery of the n-th youngest message; those never named were lost.
+    Deliver(usize),
+    LoseSome,
+    Full,
+    Room,
+    /// The inbox performs the read that is asked for; its answer is on the way.
+    PerformRead,
+    /// The answer arrives, also one of an earlier connection.
+    DeliverPage,
+    Sweep,
+    Ack(u64),
+    Reconnect(From),
+}
+
+#[derive(Debug, Clone, Copy)]
+enum From {
+    LastSeen,
+    Beginning,
+    AboveHead,
+    Latest,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        6 => Just(Op::Append),
+        2 => (0usize..8).prop_map(Op::Expire),
+        8 => prop_oneof![4 => Just(0usize), 1 => 0usize..6].prop_map(Op::Deliver),
+        1 => Just(Op::LoseSome),
+        2 => Just(Op::Full),
+        3 => Just(Op::Room),
+        5 => Just(Op::PerformRead),
+        5 => Just(Op::DeliverPage),
+        2 => Just(Op::Sweep),
+        2 => (0u64..160).prop_map(Op::Ack),
+        1 => prop_oneof![3 => Just(From::LastSeen), 1 => Just(From::Beginning), 1 => Just(From::AboveHead),
+                         1 => Just(From::Latest)].prop_map(Op::Reconnect),
+    ]
+}
+
+/// The world around one session.
+struct World {
+    /// Alive or expired, from `FIRST_HEAD + 1` upwards.
+    inbox: Vec<bool>,
+    page_limit: usize,
+    session: Session,
+    asked: Option<Seq>,
+    in_flight: Option<Page<u64>>,
+    client: Client,
+    cursor: Seq,
+    full: bool,
+}
+
+/// What the client of one connection saw.
+#[derive(Debug, Default)]
+struct Client {
+    start: u64,
+    /// The last number seen or told to be gone; where the next must follow on.
+    at: u64,
+    /// Nothing came yet and the start was the beginning.
+    fresh: bool,
+    received: Vec<u64>,
+    caught_up: u32,
+}
+
+impl World {
+    fn new(page_limit: usize) -> Self {
+        let mut world = Self {
+            inbox: Vec::new(),
+            page_limit,
+            session: Session::start(
+                Standing { start: Seq::BEGINNING, head: Seq::at(FIRST_HEAD), more: false },
+                |_: Output<u64>| {},
+            ),
+            asked: None,
+            in_flight: None,
+            client: Client::default(),
+            cursor: Seq::BEGINNING,
+            full: false,
+        };
+        world.connect(0);
+        world
+    }
+
+    fn head(&self) -> u64 {
+        FIRST_HEAD + self.inbox.len() as u64
+    }
+
+    fn alive(&self, seq: u64) -> bool {
+        seq > FIRST_HEAD && self.inbox.get((seq - FIRST_HEAD - 1) as usize).copied().unwrap_or(false)
+    }
+
+    fn connect(&mut self, start: u64) {
+        self.client = Client { start, at: start, fresh: start == 0, ..Client::default() };
+        self.asked = None;
+        self.full = false;
+        let head = self.head();
+        let more = start < head && (start.max(FIRST_HEAD) < head || start != 0);
+        let standing = Standing { start: Seq::at(start), head: Seq::at(head), more };
+        let mut outputs = Vec::new();
+        self.session = Session::start(standing, |o| outputs.push(o));
+        self.take(outputs);
+    }
+
+    fn step(&mut self, input: Input<u64>) {
+        let mut outputs = Vec::new();
+        self.session.step(input, NOW, |o| outputs.push(o));
+        self.take(outputs);
+    }
+
+    fn take(&mut self, outputs: Vec<Output<u64>>) {
+        for output in outputs {
+            match output {
+                Output::Send(seq) => {
+                    assert!(!self.full, "sent {seq} into a full socket");
+                    let follows = self.client.fresh || seq == self.client.at + 1;
+                    assert!(follows && seq > self.client.at, "{seq} after {}", self.client.at);
+                    self.client.at = seq;
+                    self.client.fresh = false;
+                    self.client.received.push(seq);
+                }
+                Output::Gap { after, before, reason } => {
+                    assert_eq!(after.get(), self.client.at, "a gap begins where the client stands");
+                    match reason {
+                        GapReason::Expired => {
+                            assert!(before > after.next());
+                            for gone in after.get() + 1..before.get() {
+                                assert!(!self.alive(gone), "{gone} was said to be gone and is not");
+                            }
+                        }
+                        GapReason::Reset => assert!(before <= after && before.get() == self.head() + 1),
+                    }
+                    self.client.at = before.get() - 1;
+                }
+                Output::CaughtUp(seq) => {
+                    self.client.caught_up += 1;
+                    assert_eq!(seq.get(), if self.client.fresh { 0 } else { self.client.at });
+                }
+                Output::Read(after) => {
+                    assert!(self.asked.is_none() && !self.full, "one read at a time, and none without room");
+                    self.asked = Some(after);
+                }
+                Output::Cursor(seq) => {
+                    assert!(seq > self.cursor || seq.get() <= self.client.at);
+                    assert!(seq.get() <= self.client.at.max(self.client.start));
+                    self.cursor = self.cursor.max(seq);
+                }
+            }
+        }
+    }
+
+    fn item(&self, seq: u64) -> Item<u64> {
+        let expires_at = if self.alive(seq) { NEVER } else { NOW };
+        Item { seq: Seq::at(seq), expires_at, frame: seq }
+    }
+
+    fn perform_read(&mut self) {
+        let Some(after) = self.asked else { return };
+        let numbers: Vec<u64> = (after.get().max(FIRST_HEAD) + 1..=self.head()).collect();
+        let cut = numbers.len() > self.page_limit;
+        let looked_at = &numbers[..numbers.len().min(self.page_limit)];
+        self.in_flight = Some(Page {
+            after,
+            items: looked_at.iter().filter(|n| self.alive(**n)).map(|n| self.item(*n)).collect(),
+            upto: Seq::at(looked_at.last().copied().unwrap_or(self.head())),
+            more: cut,
+        });
+    }
+
+    fn deliver_page(&mut self) {
+        if let Some(page) = self.in_flight.take() {
+            if self.asked == Some(page.after) {
+                self.asked = None;
+            }
+            self.step(Input::Page(page));
+        }
+    }
+
+    fn apply(&mut self, op: Op) {
+        let youngest = |back: usize| self.head().checked_sub(back as u64).filter(|n| *n > FIRST_HEAD);
+        match op {
+            Op::Append => self.inbox.push(true),
+            Op::Expire(back) => {
+                if let Some(seq) = youngest(back) {
+                    self.inbox[(seq - FIRST_HEAD - 1) as usize] = false;
+                }
+            }
+            Op::Deliver(back) => {
+                if let Some(seq) = youngest(back) {
+                    self.step(Input::Live(self.item(seq)));
+                }
+            }
+            Op::LoseSome => self.step(Input::Lost),
+            Op::Full => {
+                self.full = true;
+                self.step(Input::Full);
+            }
+            Op::Room => {
+                self.full = false;
+                self.step(Input::Room);
+            }
+            Op::PerformRead => self.perform_read(),
+            // An answer that was performed for an earlier connection must not be taken for this one's: the connection
+            // drops it with the session it was for, so here it only arrives while its question stands.
+            Op::DeliverPage if self.full || self.asked.is_none() => {}
+            Op::DeliverPage => self.deliver_page(),
+            Op::Sweep => {
+                let position = self.session.position();
+                if position.get() < self.head() {
+                    self.step(Input::MoreAfter(position));
+                }
+            }
+            Op::Ack(seq) => self.step(Input::Ack(seq)),
+            Op::Reconnect(from) => {
+                self.check_so_far();
+                self.in_flight = None;
+                let start = match from {
+                    From::LastSeen => self.client.received.last().copied().unwrap_or(self.client.start),
+                    From::Beginning => 0,
+                    From::AboveHead => self.head() + 50,
+                    From::Latest => self.head(),
+                };
+                self.connect(start);
+            }
+        }
+    }
+
+    fn check_so_far(&self) {
+        assert!(self.client.received.is_sorted_by(|a, b| a < b), "{:?}", self.client.received);
+        assert!(self.client.caught_up <= 1);
+    }
+
+    /// The inbox rests: after one sweep everything that lives must have arrived.
+    fn settle(&mut self) {
+        self.apply(Op::Room);
+        for _ in 0..self.inbox.len() * 2 + 8 {
+            self.perform_read();
+            self.deliver_page();
+            self.apply(Op::Sweep);
+        }
+        self.check_so_far();
+        assert!(self.session.is_live());
+        assert_eq!(self.client.caught_up, 1);
+        let from = if self.client.start > FIRST_HEAD { self.client.start } else { FIRST_HEAD };
+        for seq in from + 1..=self.head() {
+            assert!(!self.alive(seq) || self.client.received.contains(&seq), "{seq} never came");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1500))]
+
+    #[test]
+    fn whatever_happens_every_message_comes_once_and_in_order(
+            ops in proptest::collection::vec(op(), 1..120), page_limit in 1usize..6) {
+        let mut world = World::new(page_limit);
+        for op in ops {
+            world.apply(op);
+        }
+        world.settle();
+    }
+}
+
+fn start(start: u64, head: u64, more: bool) -> (Session, Vec<Output<u64>>) {
+    let mut outputs = Vec::new();
+    let standing = Standing { start: Seq::at(start), head: Seq::at(head), more };
+    (Session::start(standing, |o| outputs.push(o)), outputs)
+}
+
+fn outputs(session: &mut Session, input: Input<u64>) -> Vec<Output<u64>> {
+    let mut outputs = Vec::new();
+    session.step(input, NOW, |o| outputs.push(o));
+    outputs
+}
+
+fn live(seq: u64) -> Input<u64> {
+    Input::Live(Item { seq: Seq::at(seq), expires_at: NEVER, frame: seq })
+}
+
+fn page(after: u64, seqs: &[u64], upto: u64) -> Input<u64> {
+    let items = seqs.iter().map(|n| Item { seq: Seq::at(*n), expires_at: NEVER, frame: *n }).collect();
+    Input::Page(Page { after: Seq::at(after), items, upto: Seq::at(upto), more: false })
+}
+
+#[test]
+fn a_new_user_is_caught_up_at_zero_and_gets_the_first_message_without_a_gap() {
+    let (mut session, first) = start(0, 100, false);
+    assert_eq!(first, [Output::CaughtUp(Seq::at(0))]);
+    assert_eq!(outputs(&mut session, live(101)), [Output::Send(101)]);
+}
+
+#[test]
+fn a_position_above_the_head_is_reset_and_goes_on_from_the_head() {
+    let (mut session, first) = start(900, 43, false);
+    let gap = Output::Gap { after: Seq::at(900), before: Seq::at(44), reason: GapReason::Reset };
+    assert_eq!(first, [gap, Output::CaughtUp(Seq::at(43))]);
+    assert_eq!(outputs(&mut session, live(44)), [Output::Send(44)]);
+}
+
+#[test]
+fn expired_numbers_are_told_as_one_gap() {
+    let (mut session, first) = start(41, 52, true);
+    assert_eq!(first, [Output::Read(Seq::at(41))]);
+    assert_eq!(
+        outputs(&mut session, page(41, &[50, 51], 52)),
+        [
+            Output::Gap { after: Seq::at(41), before: Seq::at(50), reason: GapReason::Expired },
+            Output::Send(50),
+            Output::Send(51),
+            Output::Gap { after: Seq::at(51), before: Seq::at(53), reason: GapReason::Expired },
+            Output::CaughtUp(Seq::at(52)),
+        ]
+    );
+}
+
+#[test]
+fn a_message_told_of_during_a_read_makes_it_read_again() {
+    let (mut session, _) = start(41, 42, true);
+    assert_eq!(outputs(&mut session, live(43)), []);
+    assert_eq!(outputs(&mut session, page(41, &[42], 42)), [Output::Send(42), Output::Read(Seq::at(42))]);
+    let rest = outputs(&mut session, page(42, &[43], 43));
+    assert_eq!(rest, [Output::Send(43), Output::CaughtUp(Seq::at(43))]);
+}
+
+#[test]
+fn a_full_socket_is_left_alone_until_it_has_room() {
+    let (mut session, _) = start(41, 41, false);
+    assert_eq!(outputs(&mut session, Input::Full), []);
+    assert_eq!(outputs(&mut session, live(42)), []);
+    assert_eq!(outputs(&mut session, live(43)), []);
+    assert_eq!(outputs(&mut session, Input::Room), [Output::Read(Seq::at(41))]);
+    assert_eq!(outputs(&mut session, page(41, &[42, 43], 43)), [Output::Send(42), Output::Send(43)]);
+}
+
+#[test]
+fn acks_are_cumulative_never_above_what_was_sent_and_never_back() {
+    let (mut session, _) = start(41, 41, false);
+    outputs(&mut session, live(42));
+    assert_eq!(outputs(&mut session, Input::Ack(1 << 52)), [Output::Cursor(Seq::at(42))]);
+    assert_eq!(outputs(&mut session, Input::Ack(41)), []);
+    let (mut fresh, _) = start(0, 100, false);
+    assert_eq!(outputs(&mut fresh, Input::Ack(100)), [], "nothing was sent, so there is nothing to ack");
+}

@@ -1,0 +1,263 @@
+//! Tickets: what `connect` hands out so that a client may open one socket on one node without showing its token again.
+//!
+//! A ticket is signed under a key derived from `peer.secret` for this use alone, so it can never pass for a token, nor
+//! a token for a ticket. This room signs and verifies; that a ticket is taken only once is kept by the node it is for
+//! ([`UsedNonces`]).
+
+use std::collections::{HashSet, VecDeque};
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use hmac::{Hmac, KeyInit, Mac};
+use serde::{Deserialize, Serialize};
+use sha2::Sha256;
+
+use crate::message::{DeviceId, Millis, NodeId, UserId};
+
+/// How long a ticket is good for, in ms (DESIGN.md section 12).
+pub const TICKET_LIFE_MS: u64 = 30_000;
+/// Nonces remembered by one node: tickets taken within one life at 4000/s, and the burst of 8000.
+pub const USED_NONCES_MAX: usize = 128_000;
+
+/// What a ticket vouches for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ticket {
+    /// Whose socket it opens.
+    pub user: UserId,
+    /// For which device.
+    pub device: DeviceId,
+    /// On which node.
+    pub node: NodeId,
+    /// And on which incarnation of it.
+    pub incarnation: u64,
+    /// `iat` of the token that it was given for, whole seconds; zero where that had none.
+    pub token_iat_s: u64,
+    /// `exp` of that token, whole seconds: the session ends then.
+    pub token_exp_s: u64,
+    /// The node was not the owner when this was made: keep the session there until the view changes.
+    pub keep: bool,
+    /// Makes it one of a kind.
+    pub nonce: u64,
+    /// When the ticket itself ends.
+    pub expires_at: Millis,
+}
+
+/// Why a ticket is not taken. All of them are answered 401: ask `connect` again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TicketFault {
+    /// Not something that this cluster signed.
+    #[error("this is not a ticket of this cluster")]
+    Forged,
+    /// Its thirty seconds are over.
+    #[error("this ticket has expired")]
+    Expired,
+    /// It opened a socket already.
+    #[error("this ticket was used already")]
+    Used,
+    /// It is for another node, or an earlier process of this one.
+    #[error("this ticket is for another process")]
+    Elsewhere,
+}
+
+/// The ticket as it travels: short names, since it stands in a URL.
+#[derive(Serialize, Deserialize)]
+struct Packed<'a> {
+    u: &'a str,
+    d: &'a str,
+    n: &'a str,
+    i: u64,
+    a: u64,
+    x: u64,
+    k: bool,
+    o: u64,
+    e: u64,
+}
+
+/// Signs and verifies tickets; cheap to clone.
+#[derive(Clone)]
+pub struct TicketKey {
+    keyed: Hmac<Sha256>,
+}
+
+impl TicketKey {
+    /// Derives the key for tickets from the secret that all roles share.
+    #[must_use]
+    pub fn derive(peer_secret: &str) -> Self {
+        let mut derivation = keyed(peer_secret.as_bytes());
+        derivation.update(b"ringpush ticket key, version 1");
+        Self { keyed: keyed(&derivation.finalize().into_bytes()) }
+    }
+
+    /// The ticket as text for a URL.
+    #[must_use]
+    pub fn sign(&self, ticket: &Ticket) -> String {
+        let packed = Packed {
+            u: ticket.user.as_str(),
+            d: ticket.device.as_str(),
+            n: ticket.node.as_str(),
+            i: ticket.incarnation,
+            a: ticket.token_iat_s,
+            x: ticket.token_exp_s,
+            k: ticket.keep,
+            o: ticket.nonce,
+            e: ticket.expires_at.0,
+        };
+        // Strings and numbers only: there is nothing in it that JSON could refuse.
+        let body = URL_SAFE_NO_PAD.encode(serde_json::to_vec(&packed).unwrap_or_default());
+        let mut mac = self.keyed.clone();
+        mac.update(body.as_bytes());
+        format!("{body}.{}", URL_SAFE_NO_PAD.encode(mac.finalize().into_bytes()))
+    }
+
+    /// Reads a ticket meant for `node` in its present `incarnation`.
+    ///
+    /// # Errors
+    /// [`TicketFault`], all but [`TicketFault::Used`].
+    pub fn verify(
+        &self,
+        text: &str,
+        node: &NodeId,
+        incarnation: u64,
+        now: Millis,
+    ) -> Result<Ticket, TicketFault> {
+        let ticket = self.open(text).ok_or(TicketFault::Forged)?;
+        if ticket.node != *node || ticket.incarnation != incarnation {
+            return Err(TicketFault::Elsewhere);
+        }
+        if ticket.expires_at <= now || ticket.token_exp_s <= now.seconds() {
+            return Err(TicketFault::Expired);
+        }
+        Ok(ticket)
+    }
+
+    fn open(&self, text: &str) -> Option<Ticket> {
+        let (body, mac) = text.split_once('.')?;
+        let mut expected = self.keyed.clone();
+        expected.update(body.as_bytes());
+        expected.verify_slice(&URL_SAFE_NO_PAD.decode(mac).ok()?).ok()?;
+        let json = URL_SAFE_NO_PAD.decode(body).ok()?;
+        let packed: PackedOwned = serde_json::from_slice(&json).ok()?;
+        Some(Ticket {
+            user: UserId::parse(&packed.u).ok()?,
+            device: DeviceId::parse(&packed.d).ok()?,
+            node: NodeId::parse(&packed.n).ok()?,
+            incarnation: packed.i,
+            token_iat_s: packed.a,
+            token_exp_s: packed.x,
+            keep: packed.k,
+            nonce: packed.o,
+            expires_at: Millis(packed.e),
+        })
+    }
+}
+
+/// As [`Packed`], with strings of its own: a user id may hold characters that JSON escapes.
+#[derive(Deserialize)]
+struct PackedOwned {
+    u: String,
+    d: String,
+    n: String,
+    i: u64,
+    a: u64,
+    x: u64,
+    k: bool,
+    o: u64,
+    e: u64,
+}
+
+fn keyed(key: &[u8]) -> Hmac<Sha256> {
+    // HMAC takes a key of any length; the error exists for other MACs. An unkeyed one would verify nothing of ours.
+    Hmac::<Sha256>::new_from_slice(key).unwrap_or_else(|_| Hmac::<Sha256>::new(&Default::default()))
+}
+
+/// The nonces of the tickets that were taken here and have not expired yet.
+#[derive(Debug, Default)]
+pub struct UsedNonces {
+    taken: HashSet<u64>,
+    by_expiry: VecDeque<(Millis, u64)>,
+}
+
+impl UsedNonces {
+    /// Takes a ticket, once.
+    ///
+    /// # Errors
+    /// [`TicketFault::Used`] the second time, and when [`USED_NONCES_MAX`] tickets are remembered: refusing is safe,
+    /// forgetting is not.
+    pub fn take(&mut self, ticket: &Ticket, now: Millis) -> Result<(), TicketFault> {
+        while self.by_expiry.front().is_some_and(|(expires_at, _)| *expires_at <= now) {
+            if let Some((_, nonce)) = self.by_expiry.pop_front() {
+                self.taken.remove(&nonce);
+            }
+        }
+        if self.taken.len() >= USED_NONCES_MAX || !self.taken.insert(ticket.nonce) {
+            return Err(TicketFault::Used);
+        }
+        // Remembered for a whole life from now: tickets do not arrive in the order of their expiry.
+        let remembered_until = Millis(now.0.max(ticket.expires_at.0).saturating_add(TICKET_LIFE_MS));
+        self.by_expiry.push_back((remembered_until, ticket.nonce));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn ticket() -> Ticket {
+        Ticket {
+            user: UserId::parse("a\"\\用户").unwrap(),
+            device: DeviceId::parse("web-1").unwrap(),
+            node: NodeId::parse("push-1").unwrap(),
+            incarnation: 7,
+            token_iat_s: 90,
+            token_exp_s: 10_000,
+            keep: false,
+            nonce: 42,
+            expires_at: Millis(130_000),
+        }
+    }
+
+    #[test]
+    fn a_ticket_opens_where_and_while_it_should() {
+        let key = TicketKey::derive("secret-one");
+        let text = key.sign(&ticket());
+        let (node, now) = (NodeId::parse("push-1").unwrap(), Millis(100_000));
+        assert_eq!(key.verify(&text, &node, 7, now), Ok(ticket()));
+        assert_eq!(key.verify(&text, &node, 8, now), Err(TicketFault::Elsewhere));
+        let other = NodeId::parse("push-2").unwrap();
+        assert_eq!(key.verify(&text, &other, 7, now), Err(TicketFault::Elsewhere));
+        assert_eq!(key.verify(&text, &node, 7, Millis(130_000)), Err(TicketFault::Expired));
+        let stranger = TicketKey::derive("secret-two");
+        assert_eq!(stranger.verify(&text, &node, 7, now), Err(TicketFault::Forged));
+    }
+
+    #[test]
+    fn a_ticket_is_taken_once_even_when_others_expire_in_between() {
+        let mut used = UsedNonces::default();
+        let (first, mut second) = (ticket(), ticket());
+        second.nonce = 43;
+        assert_eq!(used.take(&first, Millis(100_000)), Ok(()));
+        assert_eq!(used.take(&second, Millis(129_000)), Ok(()));
+        assert_eq!(used.take(&first, Millis(129_999)), Err(TicketFault::Used));
+        assert_eq!(used.take(&second, Millis(129_999)), Err(TicketFault::Used));
+        assert_eq!(used.take(&first, Millis(500_000)), Ok(()));
+        assert_eq!(used.taken.len(), used.by_expiry.len());
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_ticket_is_forged(at: proptest::sample::Index, flip in 1u8..=127) {
+            let key = TicketKey::derive("secret-one");
+            let mut bytes = key.sign(&ticket()).into_bytes();
+            let at = at.index(bytes.len());
+            bytes[at] ^= flip;
+            let node = NodeId::parse("push-1").unwrap();
+            if let Ok(text) = String::from_utf8(bytes) {
+                // The last character of a base64 group has bits that mean nothing; all else must be refused.
+                if let Ok(read) = key.verify(&text, &node, 7, Millis(100_000)) {
+                    prop_assert_eq!(read, ticket());
+                }
+            }
+        }
+    }
+}

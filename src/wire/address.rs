@@ -1,0 +1,185 @@
+//! Public addresses: the template that names a node to clients, and the paths and queries of a socket.
+
+use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
+
+use super::frame::Since;
+use crate::message::{DeviceId, NodeId};
+
+/// What must be escaped in a path segment or a query value.
+const RESERVED: &AsciiSet = &CONTROLS
+    .add(b' ')
+    .add(b'"')
+    .add(b'#')
+    .add(b'%')
+    .add(b'&')
+    .add(b'+')
+    .add(b'/')
+    .add(b'<')
+    .add(b'=')
+    .add(b'>')
+    .add(b'?')
+    .add(b'`')
+    .add(b'{')
+    .add(b'}');
+
+/// `text` as it may stand in a path segment or query value.
+#[must_use]
+pub fn escape(text: &str) -> String {
+    utf8_percent_encode(text, RESERVED).to_string()
+}
+
+/// The reverse of [`escape`]; None where the bytes are not UTF-8.
+#[must_use]
+pub fn unescape(text: &str) -> Option<String> {
+    percent_decode_str(text).decode_utf8().ok().map(std::borrow::Cow::into_owned)
+}
+
+/// The public URL of any node's socket, from a template of the answering node and a checked node id: never from what a
+/// client or a store says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UrlTemplate {
+    before: String,
+    after: Option<String>,
+}
+
+impl UrlTemplate {
+    /// Reads a template such as `wss://push.example.com/n/{node}/v1/ws`.
+    ///
+    /// # Errors
+    /// The rule that it breaks.
+    pub fn parse(text: &str) -> Result<Self, &'static str> {
+        if !(text.starts_with("ws://") || text.starts_with("wss://")) {
+            return Err("must begin with ws:// or wss://");
+        }
+        if text.contains(['?', '#', ' ']) {
+            return Err("must not contain '?', '#' or spaces: queries are added");
+        }
+        match text.split_once("{node}") {
+            Some((_, after)) if after.contains("{node}") => Err("must contain {node} once"),
+            Some((before, after)) => Ok(Self { before: before.into(), after: Some(after.into()) }),
+            None => Err("must contain {node}, which stands for the name of the node, \
+                         such as wss://push.example.com/n/{node}/v1/ws"),
+        }
+    }
+
+    /// A fixed URL: the node's own address, as in development.
+    #[must_use]
+    pub fn fixed(url: &str) -> Self {
+        Self { before: url.to_owned(), after: None }
+    }
+
+    /// The URL of `node`.
+    #[must_use]
+    pub fn url(&self, node: &NodeId) -> String {
+        match &self.after {
+            Some(after) => format!("{}{node}{after}", self.before),
+            None => self.before.clone(),
+        }
+    }
+}
+
+/// What stands in the query of a socket's request.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SocketQuery {
+    /// Which device.
+    pub device: Option<DeviceId>,
+    /// Where to start.
+    pub since: Option<Since>,
+    /// A ticket from `connect`.
+    pub ticket: Option<String>,
+    /// How often this client was sent on already.
+    pub hops: u32,
+    /// The epoch of the view that sent it on.
+    pub epoch: u64,
+    /// Asked for a 307 instead of a `move` frame.
+    pub redirect_http: bool,
+    /// A token in the URL; only looked at where that is allowed.
+    pub access_token: Option<String>,
+}
+
+impl SocketQuery {
+    /// Reads a raw query; names that are not known are ignored.
+    ///
+    /// # Errors
+    /// Pairs of the parameter's name and its rule, all of them.
+    pub fn parse(query: &str) -> Result<Self, Vec<(&'static str, String)>> {
+        let mut read = Self::default();
+        let mut faults = Vec::new();
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            let (name, raw) = pair.split_once('=').unwrap_or((pair, ""));
+            let Some(value) = unescape(&raw.replace('+', " ")) else {
+                faults.push(("query", format!("the value of {name:?} is not UTF-8")));
+                continue;
+            };
+            if let Err(fault) = read.take(name, value) {
+                faults.push(fault);
+            }
+        }
+        if faults.is_empty() { Ok(read) } else { Err(faults) }
+    }
+
+    fn take(&mut self, name: &str, value: String) -> Result<(), (&'static str, String)> {
+        match name {
+            "device" => self.device = Some(DeviceId::parse(&value).map_err(|f| ("device", f.to_string()))?),
+            "since" => self.since = Some(Since::parse(&value).map_err(|rule| ("since", rule.to_owned()))?),
+            "ticket" => self.ticket = Some(value),
+            "access_token" => self.access_token = Some(value),
+            "hops" => self.hops = value.parse().map_err(|_| ("hops", "hops is a small integer".to_owned()))?,
+            "epoch" => self.epoch = value.parse().map_err(|_| ("epoch", "epoch is an integer".to_owned()))?,
+            "redirect" if value == "http" => self.redirect_http = true,
+            "redirect" => return Err(("redirect", "redirect is \"http\" or absent".to_owned())),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// The node named in the path of a socket's request: `/n/{node}/v1/ws`.
+#[must_use]
+pub fn node_in_path(path: &str) -> Option<&str> {
+    path.strip_prefix("/n/")?.strip_suffix("/v1/ws").filter(|node| !node.contains('/'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::Seq;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_template_names_any_node_and_nothing_else() {
+        let template = UrlTemplate::parse("wss://push.example.com/n/{node}/v1/ws").unwrap();
+        let node = NodeId::parse("push-2").unwrap();
+        assert_eq!(template.url(&node), "wss://push.example.com/n/push-2/v1/ws");
+        for bad in
+            ["", "https://x/{node}", "wss://x/ws", "wss://x/{node}/{node}", "wss://x/{node}?a=b", "wss:// x/{node}"]
+        {
+            assert!(UrlTemplate::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_query_is_read_whole_or_every_fault_is_named() {
+        let query = SocketQuery::parse("device=web-1&since=41&hops=2&epoch=8&redirect=http&x=y").unwrap();
+        assert_eq!(query.since, Some(Since::After(Seq::new(41).unwrap())));
+        assert_eq!((query.hops, query.epoch, query.redirect_http), (2, 8, true));
+        let faults = SocketQuery::parse("device=a%20b&since=-1&hops=many").unwrap_err();
+        assert_eq!(faults.iter().map(|f| f.0).collect::<Vec<_>>(), ["device", "since", "hops"]);
+    }
+
+    #[test]
+    fn the_path_names_a_node() {
+        assert_eq!(node_in_path("/n/push-2/v1/ws"), Some("push-2"));
+        assert_eq!(node_in_path("/v1/ws"), None);
+        assert_eq!(node_in_path("/n/a/b/v1/ws"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_escaped_comes_back(text in "\\PC{0,40}") {
+            let escaped = escape(&text);
+            prop_assert!(!escaped.contains(['/', '?', '&', ' ']));
+            prop_assert_eq!(unescape(&escaped), Some(text));
+        }
+    }
+}

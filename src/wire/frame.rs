@@ -1,0 +1,432 @@
+//! The frames of the client WebSocket, subprotocol `ringpush.v1.json`.
+//!
+//! The server reads [`ClientFrame`] and writes [`ServerFrame`]; the client library does the reverse. The two hot
+//! frames, `message` and its history twin, are written by hand: the payload passes through byte for byte.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::message::{DeviceId, Message, Seq};
+
+/// The subprotocol that is chosen if the client offers any.
+pub const SUBPROTOCOL: &str = "ringpush.v1.json";
+
+/// What a client may say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ClientFrame {
+    /// The first frame, where no token came with the request.
+    Auth {
+        /// The token, unverified.
+        token: String,
+        /// The device, if it names one.
+        device: Option<DeviceId>,
+        /// Where to start, if it says so.
+        since: Option<Since>,
+    },
+    /// Cumulative for this device.
+    Ack(u64),
+    /// A new token for the same user.
+    Refresh(String),
+    /// For clients that cannot send WebSocket pings.
+    Ping,
+}
+
+/// Where a session is to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Since {
+    /// After this position.
+    After(Seq),
+    /// Only what comes from now on.
+    Latest,
+}
+
+impl Since {
+    /// Reads `latest` or a number.
+    ///
+    /// # Errors
+    /// The rule, if it is neither.
+    pub fn parse(text: &str) -> Result<Self, &'static str> {
+        if text == "latest" {
+            return Ok(Self::Latest);
+        }
+        text.parse().ok().and_then(Seq::new).map(Self::After).ok_or(SINCE_RULE)
+    }
+}
+
+const SINCE_RULE: &str = "since is a seq (an integer from 0 to 2^53 - 1) or \"latest\"";
+
+#[derive(Deserialize)]
+struct Tagged<'a> {
+    #[serde(rename = "type", borrow)]
+    kind: std::borrow::Cow<'a, str>,
+    token: Option<String>,
+    device: Option<String>,
+    #[serde(borrow)]
+    since: Option<&'a RawValue>,
+    #[serde(borrow)]
+    seq: Option<&'a RawValue>,
+}
+
+impl ClientFrame {
+    /// Reads one text message of a client.
+    ///
+    /// # Errors
+    /// What is wrong with it, for the `error` frame; never a piece of a token.
+    pub fn parse(text: &[u8]) -> Result<Self, String> {
+        // serde would take an array for a struct; a frame is an object.
+        if text.trim_ascii_start().first() != Some(&b'{') {
+            return Err("a frame is one JSON object".to_owned());
+        }
+        let frame: Tagged<'_> = serde_json::from_slice(text).map_err(|fault| describe(&fault))?;
+        match &*frame.kind {
+            "ack" => Ok(Self::Ack(
+                frame
+                    .seq
+                    .and_then(|raw| raw.get().parse().ok())
+                    .filter(|n| *n <= Seq::MAX.get())
+                    .ok_or("ack needs \"seq\", an integer from 0 to 2^53 - 1")?,
+            )),
+            "ping" => Ok(Self::Ping),
+            "refresh" => Ok(Self::Refresh(frame.token.ok_or("refresh needs \"token\", a string")?)),
+            "auth" => Ok(Self::Auth {
+                token: frame.token.ok_or("auth needs \"token\", a string")?,
+                device: frame.device.map(|d| DeviceId::parse(&d)).transpose().map_err(|f| f.to_string())?,
+                since: frame.since.map(|raw| Since::parse(raw.get().trim_matches('"'))).transpose()?,
+            }),
+            _ => Err("unknown type: a client sends auth, ack, refresh or ping".to_owned()),
+        }
+    }
+
+    /// The frame as a client sends it.
+    #[must_use]
+    pub fn encode(&self) -> String {
+        match self {
+            Self::Ack(seq) => format!(r#"{{"type":"ack","seq":{seq}}}"#),
+            Self::Ping => r#"{"type":"ping"}"#.to_owned(),
+            Self::Refresh(token) => serde_json::json!({"type": "refresh", "token": token}).to_string(),
+            Self::Auth { token, device, since } => {
+                let mut frame = serde_json::json!({"type": "auth", "token": token});
+                if let Some(device) = device {
+                    frame["device"] = device.as_str().into();
+                }
+                match since {
+                    Some(Since::After(seq)) => frame["since"] = seq.get().into(),
+                    Some(Since::Latest) => frame["since"] = "latest".into(),
+                    None => {}
+                }
+                frame.to_string()
+            }
+        }
+    }
+}
+
+fn describe(fault: &serde_json::Error) -> String {
+    match fault.classify() {
+        serde_json::error::Category::Data => {
+            "a frame is a JSON object with \"type\" and fields of the right type".to_owned()
+        }
+        _ => "a frame is one JSON object".to_owned(),
+    }
+}
+
+/// When and how widely spread to come back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReconnectHint {
+    /// Wait at least this long.
+    pub min_ms: u64,
+    /// And at most this long: draw evenly between.
+    pub max_ms: u64,
+}
+
+/// Why numbers are missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GapReason {
+    /// They were there, and their life is over.
+    Expired,
+    /// The client's position is above everything here: this is another inbox than it knew.
+    Reset,
+}
+
+/// Why a client is told to move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MoveReason {
+    /// Another node owns the user.
+    Owner,
+    /// This node is leaving.
+    Drain,
+}
+
+/// What the server says, but for `message`, which [`message_frame`] writes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ServerFrame {
+    /// Always the first.
+    Welcome {
+        /// Whose socket this is.
+        user: String,
+        /// Which device's cursor it moves.
+        device: String,
+        /// The node that holds it.
+        node: String,
+        /// Names this session in logs.
+        session: String,
+        /// Of the view in use.
+        generation: String,
+        /// Of the view in use.
+        epoch: u64,
+        /// Where this session starts; 0 for the beginning.
+        since: u64,
+        /// How often the server pings.
+        ping_every_ms: u64,
+        /// For the next time.
+        reconnect: ReconnectHint,
+    },
+    /// The backlog is delivered; what follows is live.
+    CaughtUp {
+        /// The last one.
+        seq: u64,
+    },
+    /// Numbers that will never come.
+    Gap {
+        /// The last one before the hole.
+        after: u64,
+        /// The next one that can come.
+        before: u64,
+        /// Why.
+        reason: GapReason,
+    },
+    /// Open this, then close here.
+    Move {
+        /// Where to.
+        url: String,
+        /// The node there.
+        node: String,
+        /// Of the view that says so.
+        epoch: u64,
+        /// How long to wait first.
+        after_ms: u64,
+        /// Why.
+        reason: MoveReason,
+    },
+    /// The new token is taken.
+    Refreshed {
+        /// When it ends.
+        expires_at: String,
+    },
+    /// Comes before a close that is somebody's fault.
+    Error {
+        /// The name of the close code.
+        code: String,
+        /// For a person.
+        message: String,
+        /// When to come back, where that makes sense.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reconnect: Option<ReconnectHint>,
+    },
+    /// The answer to `ping`.
+    Pong,
+}
+
+impl ServerFrame {
+    /// The frame as text.
+    #[must_use]
+    pub fn encode(&self) -> Bytes {
+        // Strings and numbers only: there is nothing in it that JSON could refuse.
+        Bytes::from(serde_json::to_vec(self).unwrap_or_default())
+    }
+}
+
+/// The `message` frame, built once and shared by all sessions that get it.
+#[must_use]
+pub fn message_frame(message: &Message) -> Bytes {
+    let mut out = BytesMut::with_capacity(message.payload.len() + message.id.as_str().len() + 160);
+    out.put_slice(br#"{"type":"message","#);
+    put_message_fields(&mut out, message);
+    out.freeze()
+}
+
+/// A message as history shows it: a `message` frame without `type`.
+pub fn put_history_item(out: &mut BytesMut, message: &Message) {
+    out.put_u8(b'{');
+    put_message_fields(out, message);
+}
+
+fn put_message_fields(out: &mut BytesMut, message: &Message) {
+    out.put_slice(br#""seq":"#);
+    put_number(out, message.seq.get());
+    out.put_slice(br#","id":"#);
+    put_id(out, message.id.as_str());
+    out.put_slice(br#","accepted_at":""#);
+    out.put_slice(message.accepted_at.rfc3339().as_bytes());
+    out.put_slice(br#"","expires_at":""#);
+    out.put_slice(message.expires_at.rfc3339().as_bytes());
+    out.put_slice(br#"","payload":"#);
+    out.put_slice(&message.payload);
+    out.put_u8(b'}');
+}
+
+/// A decimal number without going through `fmt`.
+pub fn put_number(out: &mut BytesMut, mut n: u64) {
+    let mut digits = [0u8; 20];
+    let mut at = digits.len();
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (n % 10) as u8;
+        n /= 10;
+        if n == 0 {
+            break;
+        }
+    }
+    out.put_slice(&digits[at..]);
+}
+
+/// A message id as a JSON string: printable ASCII, so only two characters need a backslash.
+pub fn put_id(out: &mut BytesMut, id: &str) {
+    out.put_u8(b'"');
+    for byte in id.bytes() {
+        if byte == b'"' || byte == b'\\' {
+            out.put_u8(b'\\');
+        }
+        out.put_u8(byte);
+    }
+    out.put_u8(b'"');
+}
+
+/// A `message` frame as a client reads it.
+#[derive(Debug, Clone, Deserialize)]
+pub struct MessageFrame {
+    /// Its number.
+    pub seq: u64,
+    /// Its id.
+    pub id: String,
+    /// When it was taken, RFC 3339.
+    pub accepted_at: String,
+    /// When it ends, RFC 3339.
+    pub expires_at: String,
+    /// The payload as it was sent.
+    pub payload: Box<RawValue>,
+}
+
+/// Any frame of the server, as a client reads it.
+#[derive(Debug)]
+pub enum ReceivedFrame {
+    /// A message.
+    Message(MessageFrame),
+    /// Anything else that we know.
+    Other(ServerFrame),
+    /// A type that is newer than this client: ignored.
+    Unknown,
+}
+
+impl ReceivedFrame {
+    /// Reads one text message of a server.
+    ///
+    /// # Errors
+    /// The parser's words, if it is not a frame.
+    pub fn parse(text: &[u8]) -> Result<Self, serde_json::Error> {
+        #[derive(Deserialize)]
+        struct Kind {
+            #[serde(rename = "type")]
+            kind: String,
+        }
+        let kind: Kind = serde_json::from_slice(text)?;
+        match kind.kind.as_str() {
+            "message" => serde_json::from_slice(text).map(Self::Message),
+            "welcome" | "caught_up" | "gap" | "move" | "refreshed" | "error" | "pong" => {
+                serde_json::from_slice(text).map(Self::Other)
+            }
+            _ => Ok(Self::Unknown),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{MessageId, Millis};
+
+    fn message(payload: &str) -> Message {
+        Message {
+            seq: Seq::new(43).unwrap(),
+            id: MessageId::parse(r#"order "17"\paid"#).unwrap(),
+            accepted_at: Millis(1_795_380_566_120),
+            expires_at: Millis(1_795_380_567_120),
+            payload: Bytes::copy_from_slice(payload.as_bytes()),
+        }
+    }
+
+    #[test]
+    fn a_message_passes_its_payload_through_byte_for_byte() {
+        let text = message_frame(&message(r#"{ "b":1,  "a":[1.0e5,"\u00e9"] }"#));
+        assert_eq!(
+            std::str::from_utf8(&text).unwrap(),
+            "{\"type\":\"message\",\"seq\":43,\"id\":\"order \\\"17\\\"\\\\paid\",\
+             \"accepted_at\":\"2026-11-22T20:49:26.120Z\",\"expires_at\":\"2026-11-22T20:49:27.120Z\",\
+             \"payload\":{ \"b\":1,  \"a\":[1.0e5,\"\\u00e9\"] }}"
+        );
+        let ReceivedFrame::Message(read) = ReceivedFrame::parse(&text).unwrap() else { panic!("not a message") };
+        assert_eq!((read.seq, read.id.as_str()), (43, r#"order "17"\paid"#));
+        assert_eq!(read.payload.get(), r#"{ "b":1,  "a":[1.0e5,"\u00e9"] }"#);
+    }
+
+    #[test]
+    fn client_frames_read_back_as_written() {
+        for frame in [
+            ClientFrame::Ack(43),
+            ClientFrame::Ping,
+            ClientFrame::Refresh("t".into()),
+            ClientFrame::Auth { token: "t".into(), device: None, since: None },
+            ClientFrame::Auth {
+                token: "t".into(),
+                device: Some(DeviceId::parse("web-1").unwrap()),
+                since: Some(Since::After(Seq::new(41).unwrap())),
+            },
+            ClientFrame::Auth { token: "t".into(), device: None, since: Some(Since::Latest) },
+        ] {
+            assert_eq!(ClientFrame::parse(frame.encode().as_bytes()), Ok(frame));
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_frame_is_said_to_be_so() {
+        for text in [
+            "",
+            "null",
+            "[]",
+            r#"["ping",null,null,null,null]"#,
+            "{",
+            "{}",
+            r#"{"type":"shout"}"#,
+            r#"{"type":7}"#,
+            r#"{"type":"ack"}"#,
+            r#"{"type":"ack","seq":"43"}"#,
+            r#"{"type":"ack","seq":-1}"#,
+            r#"{"type":"ack","seq":1.5}"#,
+            r#"{"type":"ack","seq":9007199254740992}"#,
+            r#"{"type":"auth"}"#,
+            r#"{"type":"auth","token":"t","device":"no spaces"}"#,
+            r#"{"type":"auth","token":"t","since":"soon"}"#,
+            r#"{"type":"refresh","token":5}"#,
+        ] {
+            assert!(ClientFrame::parse(text.as_bytes()).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn unknown_fields_and_unknown_types_are_ignored_by_the_side_that_must() {
+        assert_eq!(ClientFrame::parse(br#"{"type":"ack","seq":4,"extra":[1]}"#), Ok(ClientFrame::Ack(4)));
+        assert!(matches!(ReceivedFrame::parse(br#"{"type":"confetti"}"#), Ok(ReceivedFrame::Unknown)));
+    }
+
+    #[test]
+    fn server_frames_carry_the_agreed_names() {
+        let gap = ServerFrame::Gap { after: 41, before: 50, reason: GapReason::Expired };
+        assert_eq!(gap.encode(), r#"{"type":"gap","after":41,"before":50,"reason":"expired"}"#);
+        assert_eq!(ServerFrame::Pong.encode(), r#"{"type":"pong"}"#);
+        let caught = ServerFrame::CaughtUp { seq: 43 };
+        assert_eq!(caught.encode(), r#"{"type":"caught_up","seq":43}"#);
+    }
+}

@@ -1,0 +1,550 @@
+//! The bodies of the HTTP interfaces: what senders and clients may say, and the problems they are answered with.
+//!
+//! A publish is read in one pass; its payload stays a slice of the body, byte for byte as it was sent.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::value::RawValue;
+
+use super::frame::{put_history_item, put_id, put_number};
+use crate::message::{DeviceId, Message, MessageId, Recipients, Seq, UserId};
+
+/// Shortest and longest life of a message, in seconds (DESIGN.md section 12).
+pub const TTL_S: std::ops::RangeInclusive<u64> = 1..=30 * 24 * 3600;
+
+/// The limits that a publish is read against.
+#[derive(Debug, Clone, Copy)]
+pub struct PublishLimits {
+    /// Largest payload, in bytes as sent.
+    pub message_bytes: usize,
+    /// Most recipients of one publish.
+    pub recipients: usize,
+    /// Most publishes of one batch.
+    pub batch: usize,
+    /// Life of a message whose sender names none, in seconds.
+    pub ttl_s: u64,
+}
+
+/// A publish that is well formed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Publish {
+    /// For whom.
+    pub to: Recipients,
+    /// Valid JSON text, byte for byte as sent.
+    pub payload: Bytes,
+    /// Its life, in seconds.
+    pub ttl_s: u64,
+    /// The sender's own id, if it gave one.
+    pub id: Option<MessageId>,
+}
+
+/// One thing wrong with a body.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FieldFault {
+    /// A JSON pointer to the field.
+    pub pointer: String,
+    /// What is wrong, and what is allowed.
+    pub detail: String,
+}
+
+/// An error as RFC 9457 has it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Problem {
+    /// Always `about:blank`: the status says the kind.
+    #[serde(rename = "type", default = "about_blank")]
+    pub kind: String,
+    /// The status in words.
+    pub title: String,
+    /// The HTTP status.
+    pub status: u16,
+    /// What happened, and the remedy.
+    pub detail: String,
+    /// Field by field, for a body.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<FieldFault>,
+    /// The id of a publish of which only a part was stored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// And what became of each recipient.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accepted: Option<Vec<Accepted>>,
+    /// Seconds until a repeat may help: the `Retry-After` header.
+    #[serde(skip)]
+    pub retry_after_s: Option<u32>,
+}
+
+fn about_blank() -> String {
+    "about:blank".to_owned()
+}
+
+impl Problem {
+    /// A problem with this status, and its usual words as the title.
+    #[must_use]
+    pub fn new(status: u16, detail: impl Into<String>) -> Self {
+        let title = match status {
+            400 => "Bad Request",
+            401 => "Unauthorized",
+            403 => "Forbidden",
+            404 => "Not Found",
+            405 => "Method Not Allowed",
+            408 => "Request Timeout",
+            409 => "Conflict",
+            413 => "Content Too Large",
+            415 => "Unsupported Media Type",
+            422 => "Unprocessable Content",
+            429 => "Too Many Requests",
+            503 => "Service Unavailable",
+            _ => "Internal Server Error",
+        };
+        Self {
+            kind: about_blank(),
+            title: title.to_owned(),
+            status,
+            detail: detail.into(),
+            errors: Vec::new(),
+            id: None,
+            accepted: None,
+            // A second is long enough for a queue to drain and short enough not to be felt.
+            retry_after_s: matches!(status, 429 | 503).then_some(1),
+        }
+    }
+
+    /// Wrong fields, each with its place.
+    #[must_use]
+    pub fn fields(errors: Vec<FieldFault>) -> Self {
+        let status = if errors.iter().any(|e| e.detail.starts_with(TOO_LARGE)) { 413 } else { 422 };
+        let detail = match errors.as_slice() {
+            [one] => format!("{}: {}", one.pointer, one.detail),
+            all => format!("{} fields are wrong", all.len()),
+        };
+        Self { errors, ..Self::new(status, detail) }
+    }
+
+    /// The body as JSON.
+    #[must_use]
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+}
+
+/// How the detail of a field over its size begins; it makes the problem a 413.
+const TOO_LARGE: &str = "too large: ";
+
+/// What became of a publish for one recipient, as it is answered.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Accepted {
+    /// It stands in the inbox, on stable storage.
+    Stored {
+        /// The recipient.
+        user: String,
+        /// Its number there.
+        seq: u64,
+        /// It stood there before, under the same id.
+        duplicate: bool,
+    },
+    /// It does not.
+    Failed {
+        /// The recipient.
+        user: String,
+        /// Why.
+        error: Refusal,
+    },
+}
+
+/// Why one recipient was not served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// As an HTTP status: 409 or 503.
+    pub status: u16,
+    /// What happened.
+    #[serde(default)]
+    pub detail: String,
+}
+
+/// What became of one publish.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Published {
+    /// The sender's id, or the one made for it.
+    pub id: MessageId,
+    /// One entry per recipient, in the order given.
+    pub accepted: Vec<(UserId, Result<Stored, Refusal>)>,
+}
+
+/// Where a message stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stored {
+    /// Its number.
+    pub seq: Seq,
+    /// It stood there before.
+    pub duplicate: bool,
+}
+
+impl Published {
+    /// The problem to answer with, unless every recipient was served.
+    #[must_use]
+    pub fn problem(&self) -> Option<Problem> {
+        let failed: Vec<&Refusal> = self.accepted.iter().filter_map(|(_, r)| r.as_ref().err()).collect();
+        let first = *failed.iter().find(|refusal| refusal.status != 409).or(failed.first())?;
+        let single = self.accepted.len() == 1;
+        let detail = if single {
+            first.detail.clone()
+        } else {
+            format!(
+                "{} of {} recipients were not served; a repeat under this id stores only what is missing",
+                failed.len(),
+                self.accepted.len()
+            )
+        };
+        Some(Problem {
+            id: Some(self.id.as_str().to_owned()),
+            accepted: Some(self.accepted.iter().map(as_accepted).collect()),
+            ..Problem::new(first.status, detail)
+        })
+    }
+
+    /// Writes the body of a 202.
+    pub fn put(&self, out: &mut BytesMut) {
+        out.put_slice(br#"{"id":"#);
+        put_id(out, self.id.as_str());
+        out.put_slice(br#","accepted":["#);
+        for (n, (user, outcome)) in self.accepted.iter().enumerate() {
+            if n > 0 {
+                out.put_u8(b',');
+            }
+            put_accepted(out, user, outcome);
+        }
+        out.put_slice(b"]}");
+    }
+}
+
+fn as_accepted((user, outcome): &(UserId, Result<Stored, Refusal>)) -> Accepted {
+    let user = user.as_str().to_owned();
+    match outcome {
+        Ok(stored) => Accepted::Stored { user, seq: stored.seq.get(), duplicate: stored.duplicate },
+        Err(error) => Accepted::Failed { user, error: error.clone() },
+    }
+}
+
+fn put_accepted(out: &mut BytesMut, user: &UserId, outcome: &Result<Stored, Refusal>) {
+    out.put_slice(br#"{"user":"#);
+    put_string(out, user.as_str());
+    match outcome {
+        Ok(stored) => {
+            out.put_slice(br#","seq":"#);
+            put_number(out, stored.seq.get());
+            out.put_slice(if stored.duplicate { br#","duplicate":true}"# } else { br#","duplicate":false}"# });
+        }
+        Err(refusal) => {
+            out.put_slice(br#","error":"#);
+            out.put_slice(&serde_json::to_vec(refusal).unwrap_or_default());
+            out.put_u8(b'}');
+        }
+    }
+}
+
+fn put_string(out: &mut BytesMut, text: &str) {
+    out.put_slice(&serde_json::to_vec(text).unwrap_or_default());
+}
+
+/// The answer to a batch: one result per publish, in the order sent.
+#[must_use]
+pub fn batch_body(results: &[Result<Published, Problem>]) -> Bytes {
+    let mut out = BytesMut::with_capacity(results.len() * 110 + 16);
+    out.put_slice(br#"{"results":["#);
+    for (n, result) in results.iter().enumerate() {
+        if n > 0 {
+            out.put_u8(b',');
+        }
+        match result.as_ref().map(|published| (published, published.problem())) {
+            Ok((published, None)) => published.put(&mut out),
+            Ok((_, Some(problem))) => put_error(&mut out, &problem),
+            Err(problem) => put_error(&mut out, problem),
+        }
+    }
+    out.put_slice(b"]}");
+    out.freeze()
+}
+
+fn put_error(out: &mut BytesMut, problem: &Problem) {
+    out.put_slice(br#"{"error":"#);
+    out.put_slice(&problem.to_json());
+    out.put_u8(b'}');
+}
+
+/// The answer to a history request.
+#[must_use]
+pub fn history_body(messages: &[Message], next: Option<Seq>) -> Bytes {
+    let mut out = BytesMut::with_capacity(messages.iter().map(|m| m.payload.len() + 200).sum::<usize>() + 32);
+    out.put_slice(br#"{"messages":["#);
+    for (n, message) in messages.iter().enumerate() {
+        if n > 0 {
+            out.put_u8(b',');
+        }
+        put_history_item(&mut out, message);
+    }
+    out.put_slice(br#"],"next":"#);
+    match next {
+        Some(seq) => put_number(&mut out, seq.get()),
+        None => out.put_slice(b"null"),
+    }
+    out.put_u8(b'}');
+    out.freeze()
+}
+
+/// Keeps `null` apart from an absent field.
+fn present<'de: 'a, 'a, D: Deserializer<'de>>(from: D) -> Result<Option<&'a RawValue>, D::Error> {
+    <&RawValue>::deserialize(from).map(Some)
+}
+
+#[derive(Deserialize)]
+struct RawPublish<'a> {
+    #[serde(default, borrow, deserialize_with = "present")]
+    to: Option<&'a RawValue>,
+    #[serde(default, borrow, deserialize_with = "present")]
+    payload: Option<&'a RawValue>,
+    #[serde(default, borrow, deserialize_with = "present")]
+    ttl_s: Option<&'a RawValue>,
+    #[serde(default, borrow, deserialize_with = "present")]
+    id: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct RawTo<'a> {
+    #[serde(default, borrow, deserialize_with = "present")]
+    user: Option<&'a RawValue>,
+    #[serde(default, borrow, deserialize_with = "present")]
+    users: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct RawBatch<'a> {
+    #[serde(default, borrow, deserialize_with = "present")]
+    messages: Option<&'a RawValue>,
+}
+
+/// Reads a JSON object; serde alone would take an array for one.
+///
+/// # Errors
+/// 400 where it is not JSON, 422 where it is not an object of this shape.
+pub fn parse_object<'a, T: Deserialize<'a>>(body: &'a [u8], pointer: &str) -> Result<T, Problem> {
+    let looks = body.trim_ascii_start().first();
+    if looks.is_some_and(|byte| *byte != b'{') && serde_json::from_slice::<&RawValue>(body).is_ok() {
+        return Err(Problem::fields(vec![fault(pointer, "must be a JSON object")]));
+    }
+    serde_json::from_slice(body).map_err(|error| match error.classify() {
+        serde_json::error::Category::Data => Problem::fields(vec![fault(pointer, error.to_string())]),
+        _ => Problem::new(400, format!("the body is not JSON: {error}")),
+    })
+}
+
+fn fault(pointer: impl Into<String>, detail: impl Into<String>) -> FieldFault {
+    FieldFault { pointer: pointer.into(), detail: detail.into() }
+}
+
+/// Reads the body of one publish.
+///
+/// # Errors
+/// 400 not JSON, 413 a payload over the limit, 422 wrong fields, each named.
+pub fn parse_publish(body: &Bytes, limits: &PublishLimits) -> Result<Publish, Problem> {
+    let raw: RawPublish<'_> = parse_object(body, "")?;
+    let mut faults = Vec::new();
+    let to = raw.to.map_or_else(
+        || {
+            faults.push(fault("/to", "is required: {\"user\":\"…\"} or {\"users\":[…]}"));
+            None
+        },
+        |to| parse_to(to, limits, &mut faults),
+    );
+    let payload = parse_payload(raw.payload, body, limits, &mut faults);
+    let ttl_s = parse_ttl(raw.ttl_s, limits, &mut faults);
+    let id = raw.id.and_then(|raw| parse_id(raw, &mut faults));
+    match (to, payload) {
+        (Some(to), Some(payload)) if faults.is_empty() => Ok(Publish { to, payload, ttl_s, id }),
+        _ => Err(Problem::fields(faults)),
+    }
+}
+
+fn parse_payload(
+    raw: Option<&RawValue>,
+    body: &Bytes,
+    limits: &PublishLimits,
+    faults: &mut Vec<FieldFault>,
+) -> Option<Bytes> {
+    let Some(raw) = raw else {
+        faults.push(fault("/payload", "is required: any JSON value, null included"));
+        return None;
+    };
+    let text = raw.get().as_bytes();
+    if text.len() > limits.message_bytes {
+        let detail = format!("{TOO_LARGE}{} bytes; at most {} are allowed", text.len(), limits.message_bytes);
+        faults.push(fault("/payload", detail));
+        return None;
+    }
+    Some(body.slice_ref(text))
+}
+
+fn parse_ttl(raw: Option<&RawValue>, limits: &PublishLimits, faults: &mut Vec<FieldFault>) -> u64 {
+    let Some(raw) = raw else { return limits.ttl_s };
+    match raw.get().parse::<u64>() {
+        Ok(ttl_s) if TTL_S.contains(&ttl_s) => ttl_s,
+        _ => {
+            let detail = format!("must be an integer from {} to {} seconds", TTL_S.start(), TTL_S.end());
+            faults.push(fault("/ttl_s", detail));
+            limits.ttl_s
+        }
+    }
+}
+
+fn parse_id(raw: &RawValue, faults: &mut Vec<FieldFault>) -> Option<MessageId> {
+    let Ok(text) = serde_json::from_str::<String>(raw.get()) else {
+        faults.push(fault("/id", "must be a string"));
+        return None;
+    };
+    MessageId::parse(&text).map_err(|rule| faults.push(fault("/id", rule.to_string()))).ok()
+}
+
+fn parse_to(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldFault>) -> Option<Recipients> {
+    const FORM: &str = "must be an object with exactly one of \"user\" and \"users\"";
+    let parsed = raw.get().starts_with('{').then(|| serde_json::from_str::<RawTo<'_>>(raw.get()).ok()).flatten();
+    match parsed {
+        Some(RawTo { user: Some(user), users: None }) => {
+            parse_user(user, "/to/user", faults).map(Recipients::User)
+        }
+        Some(RawTo { user: None, users: Some(users) }) => parse_users(users, limits, faults),
+        _ => {
+            faults.push(fault("/to", FORM));
+            None
+        }
+    }
+}
+
+fn parse_user(raw: &RawValue, pointer: &str, faults: &mut Vec<FieldFault>) -> Option<UserId> {
+    // Most ids need no unescaping: borrow where that is so.
+    let text: Option<std::borrow::Cow<'_, str>> = match serde_json::from_str::<&str>(raw.get()) {
+        Ok(text) => Some(text.into()),
+        Err(_) => serde_json::from_str::<String>(raw.get()).ok().map(Into::into),
+    };
+    let Some(text) = text else {
+        faults.push(fault(pointer, "must be a string"));
+        return None;
+    };
+    UserId::parse(&text).map_err(|rule| faults.push(fault(pointer, rule.to_string()))).ok()
+}
+
+fn parse_users(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldFault>) -> Option<Recipients> {
+    let Ok(users) = serde_json::from_str::<Vec<&RawValue>>(raw.get()) else {
+        faults.push(fault("/to/users", "must be a list of user ids"));
+        return None;
+    };
+    if users.is_empty() || users.len() > limits.recipients {
+        let detail = format!("must have 1 to {} users, not {}", limits.recipients, users.len());
+        faults.push(fault("/to/users", detail));
+        return None;
+    }
+    let count = users.len();
+    let read: Vec<UserId> = users
+        .into_iter()
+        .enumerate()
+        .filter_map(|(n, user)| parse_user(user, &format!("/to/users/{n}"), faults))
+        .collect();
+    let mut seen = std::collections::HashSet::with_capacity(count);
+    for (n, user) in read.iter().enumerate() {
+        if !seen.insert(user) {
+            faults.push(fault(format!("/to/users/{n}"), "stands in the list already"));
+        }
+    }
+    (read.len() == count).then_some(Recipients::Users(read))
+}
+
+/// Reads the body of a batch: each item stands alone.
+///
+/// # Errors
+/// A problem of the batch as a whole.
+pub fn parse_batch(body: &Bytes, limits: &PublishLimits) -> Result<Vec<Result<Publish, Problem>>, Problem> {
+    let raw: RawBatch<'_> = parse_object(body, "")?;
+    let items = raw.messages.and_then(|raw| serde_json::from_str::<Vec<&RawValue>>(raw.get()).ok());
+    let Some(items) = items else {
+        return Err(Problem::fields(vec![fault("/messages", "must be a list of publishes")]));
+    };
+    if items.is_empty() || items.len() > limits.batch {
+        let detail = format!("must have 1 to {} messages, not {}", limits.batch, items.len());
+        return Err(Problem::fields(vec![fault("/messages", detail)]));
+    }
+    Ok(items.iter().map(|item| parse_publish(&body.slice_ref(item.get().as_bytes()), limits)).collect())
+}
+
+/// The body of `POST /v1/connect`.
+///
+/// # Errors
+/// 400 or 422, as for any body; an empty one is the default device.
+pub fn parse_connect(body: &[u8]) -> Result<DeviceId, Problem> {
+    #[derive(Deserialize)]
+    struct Connect {
+        device: Option<serde_json::Value>,
+    }
+    if body.trim_ascii().is_empty() {
+        return Ok(DeviceId::default());
+    }
+    match parse_object::<Connect>(body, "")?.device {
+        None => Ok(DeviceId::default()),
+        Some(serde_json::Value::String(text)) => {
+            DeviceId::parse(&text).map_err(|rule| Problem::fields(vec![fault("/device", rule.to_string())]))
+        }
+        Some(_) => Err(Problem::fields(vec![fault("/device", "must be a string")])),
+    }
+}
+
+/// The body of `POST /v1/tokens`: a user, and the token's life in seconds.
+///
+/// # Errors
+/// 400 or 422, as for any body.
+pub fn parse_token_request(
+    body: &[u8],
+    life_s: std::ops::RangeInclusive<u64>,
+) -> Result<(UserId, Option<u64>), Problem> {
+    #[derive(Deserialize)]
+    struct Raw<'a> {
+        #[serde(default, borrow, deserialize_with = "present")]
+        user: Option<&'a RawValue>,
+        #[serde(default, borrow, deserialize_with = "present")]
+        ttl_s: Option<&'a RawValue>,
+    }
+    let raw: Raw<'_> = parse_object(body, "")?;
+    let mut faults = Vec::new();
+    let user = match raw.user {
+        Some(user) => parse_user(user, "/user", &mut faults),
+        None => {
+            faults.push(fault("/user", "is required: the id of a user"));
+            None
+        }
+    };
+    let ttl_s = raw.ttl_s.map(|raw| raw.get().parse::<u64>().ok().filter(|ttl| life_s.contains(ttl)));
+    if ttl_s == Some(None) {
+        let detail = format!("must be an integer from {} to {} seconds", life_s.start(), life_s.end());
+        faults.push(fault("/ttl_s", detail));
+    }
+    match user {
+        Some(user) if faults.is_empty() => Ok((user, ttl_s.flatten())),
+        _ => Err(Problem::fields(faults)),
+    }
+}
+
+/// The body of `POST /v1/verify`.
+///
+/// # Errors
+/// 400 or 422, as for any body.
+pub fn parse_verify_request(body: &[u8]) -> Result<String, Problem> {
+    #[derive(Deserialize)]
+    struct Raw {
+        token: Option<serde_json::Value>,
+    }
+    match parse_object::<Raw>(body, "")?.token {
+        Some(serde_json::Value::String(token)) => Ok(token),
+        _ => Err(Problem::fields(vec![fault("/token", "must be a string")])),
+    }
+}
+
+#[cfg(test)]
+#[path = "http_tests.rs"]
+mod tests;

@@ -1,0 +1,124 @@
+//! Bodies as senders write them, well and badly.
+
+use super::*;
+use proptest::prelude::*;
+
+const LIMITS: PublishLimits =
+    PublishLimits { message_bytes: 64 * 1024, recipients: 1000, batch: 1000, ttl_s: 604_800 };
+
+fn publish(body: &str) -> Result<Publish, Problem> {
+    parse_publish(&Bytes::copy_from_slice(body.as_bytes()), &LIMITS)
+}
+
+fn pointers(body: &str) -> (u16, Vec<String>) {
+    let problem = publish(body).unwrap_err();
+    (problem.status, problem.errors.into_iter().map(|e| e.pointer).collect())
+}
+
+#[test]
+fn a_publish_keeps_its_payload_byte_for_byte() {
+    let read = publish(r#" {"to":{"user":"alice"}, "payload": { "b" : 1.50 , "a":"\u00e9" } , "id":"x" } "#).unwrap();
+    assert_eq!(read.payload, r#"{ "b" : 1.50 , "a":"\u00e9" }"#);
+    assert_eq!(read.ttl_s, 604_800);
+    assert_eq!(read.id.unwrap().as_str(), "x");
+    assert_eq!(publish(r#"{"to":{"user":"a"},"payload":null}"#).unwrap().payload, "null");
+    let escaped = publish(r#"{"to":{"user":"a\u00e9"},"payload":1,"more":"fields"}"#).unwrap();
+    assert_eq!(escaped.to.users()[0].as_str(), "aé");
+}
+
+#[test]
+fn what_is_wrong_is_named_field_by_field() {
+    for (body, expected) in [
+        (r#"{}"#, (422, vec!["/to", "/payload"])),
+        (r#"[]"#, (422, vec![""])),
+        (r#"7"#, (422, vec![""])),
+        (r#"{"to":{"user":"a"}}"#, (422, vec!["/payload"])),
+        (r#"{"to":null,"payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":"alice","payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":["alice"],"payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":{},"payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":{"topic":"t"},"payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":{"user":"a","users":["b"]},"payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":{"user":7},"payload":1}"#, (422, vec!["/to/user"])),
+        (r#"{"to":{"user":""},"payload":1}"#, (422, vec!["/to/user"])),
+        (r#"{"to":{"user":"a\u0007"},"payload":1}"#, (422, vec!["/to/user"])),
+        (r#"{"to":{"users":[]},"payload":1}"#, (422, vec!["/to/users"])),
+        (r#"{"to":{"users":"a"},"payload":1}"#, (422, vec!["/to/users"])),
+        (r#"{"to":{"users":["a","",7]},"payload":1}"#, (422, vec!["/to/users/1", "/to/users/2"])),
+        (r#"{"to":{"users":["a","b","a"]},"payload":1}"#, (422, vec!["/to/users/2"])),
+        (r#"{"to":{"user":"a"},"payload":1,"ttl_s":0}"#, (422, vec!["/ttl_s"])),
+        (r#"{"to":{"user":"a"},"payload":1,"ttl_s":2592001}"#, (422, vec!["/ttl_s"])),
+        (r#"{"to":{"user":"a"},"payload":1,"ttl_s":1.5}"#, (422, vec!["/ttl_s"])),
+        (r#"{"to":{"user":"a"},"payload":1,"ttl_s":"60"}"#, (422, vec!["/ttl_s"])),
+        (r#"{"to":{"user":"a"},"payload":1,"id":""}"#, (422, vec!["/id"])),
+        (r#"{"to":{"user":"a"},"payload":1,"id":"é"}"#, (422, vec!["/id"])),
+        (r#"{"to":{"user":"a"},"payload":1,"id":17}"#, (422, vec!["/id"])),
+    ] {
+        let (status, got) = pointers(body);
+        assert_eq!((status, got.iter().map(String::as_str).collect::<Vec<_>>()), expected, "{body}");
+    }
+    for body in ["", "{", "not json", r#"{"to":{"user":"a"},"payload":nope}"#, "{} {}"] {
+        assert_eq!(publish(body).unwrap_err().status, 400, "{body}");
+    }
+}
+
+#[test]
+fn limits_are_inclusive() {
+    let payload = |bytes: usize| format!(r#"{{"to":{{"user":"a"}},"payload":"{}"}}"#, "x".repeat(bytes - 2));
+    assert!(publish(&payload(65_536)).is_ok());
+    assert_eq!(pointers(&payload(65_537)), (413, vec!["/payload".to_owned()]));
+    let users = |count: usize| {
+        let list: Vec<String> = (0..count).map(|n| format!("\"u{n}\"")).collect();
+        format!(r#"{{"to":{{"users":[{}]}},"payload":1}}"#, list.join(","))
+    };
+    assert!(publish(&users(1000)).is_ok());
+    assert_eq!(pointers(&users(1001)), (422, vec!["/to/users".to_owned()]));
+}
+
+#[test]
+fn each_item_of_a_batch_stands_alone() {
+    let body = Bytes::from_static(
+        br#"{"messages":[{"to":{"user":"a"},"payload":1},{"to":{},"payload":1},7,{"to":{"user":"b"},"payload":[2]}]}"#,
+    );
+    let items = parse_batch(&body, &LIMITS).unwrap();
+    assert_eq!(items.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, false, true]);
+    assert_eq!(items[3].as_ref().unwrap().payload, "[2]");
+    for bad in [r#"{"messages":[]}"#, r#"{"messages":7}"#, "{}"] {
+        assert_eq!(parse_batch(&Bytes::from_static(bad.as_bytes()), &LIMITS).unwrap_err().status, 422);
+    }
+}
+
+#[test]
+fn a_publish_that_was_not_stored_for_all_says_for_whom() {
+    let user = |name: &str| UserId::parse(name).unwrap();
+    let stored = Ok(Stored { seq: Seq::at(43), duplicate: false });
+    let conflict = Err(Refusal { status: 409, detail: "another payload".into() });
+    let busy = Err(Refusal { status: 503, detail: "later".into() });
+    let id = MessageId::parse("m-1").unwrap();
+    let all = Published { id: id.clone(), accepted: vec![(user("a"), stored.clone())] };
+    assert_eq!(all.problem(), None);
+    let mut body = BytesMut::new();
+    all.put(&mut body);
+    assert_eq!(body, r#"{"id":"m-1","accepted":[{"user":"a","seq":43,"duplicate":false}]}"#);
+    let mixed = |rest: Vec<_>| Published { id: id.clone(), accepted: rest }.problem().unwrap();
+    assert_eq!(mixed(vec![(user("a"), stored.clone()), (user("b"), conflict.clone())]).status, 409);
+    let worst = mixed(vec![(user("a"), conflict), (user("b"), busy), (user("c"), stored)]);
+    assert_eq!((worst.status, worst.retry_after_s), (503, Some(1)));
+    let json: serde_json::Value = serde_json::from_slice(&worst.to_json()).unwrap();
+    assert_eq!(json["accepted"][1]["error"]["status"], 503);
+    assert_eq!(json["accepted"][2]["seq"], 43);
+}
+
+proptest! {
+    #[test]
+    fn no_body_makes_it_panic(body in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let _ = parse_publish(&Bytes::from(body.clone()), &LIMITS);
+        let _ = parse_batch(&Bytes::from(body), &LIMITS);
+    }
+
+    #[test]
+    fn nothing_but_json_makes_it_panic(text in r#"[{}\[\]":,a-z0-9\\ ]{0,80}"#) {
+        let _ = publish(&text);
+        let _ = publish(&format!(r#"{{"to":{text},"payload":{text}}}"#));
+    }
+}
