@@ -349,13 +349,13 @@ fn fault(pointer: impl Into<String>, detail: impl Into<String>) -> FieldFault {
 pub fn parse_publish(body: &Bytes, limits: &PublishLimits) -> Result<Publish, Problem> {
     let raw: RawPublish<'_> = parse_object(body, "")?;
     let mut faults = Vec::new();
-    let to = raw.to.map_or_else(
-        || {
+    let to = match raw.to {
+        Some(to) => parse_to(to, limits, &mut faults),
+        None => {
             faults.push(fault("/to", "is required: {\"user\":\"…\"} or {\"users\":[…]}"));
             None
-        },
-        |to| parse_to(to, limits, &mut faults),
-    );
+        }
+    };
     let payload = parse_payload(raw.payload, body, limits, &mut faults);
     let ttl_s = parse_ttl(raw.ttl_s, limits, &mut faults);
     let id = raw.id.and_then(|raw| parse_id(raw, &mut faults));
@@ -443,17 +443,12 @@ fn parse_users(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldFau
         return None;
     }
     let count = users.len();
+    // A user named twice is stored once: both entries carry the publish's id, so the second is a duplicate.
     let read: Vec<UserId> = users
         .into_iter()
         .enumerate()
         .filter_map(|(n, user)| parse_user(user, &format!("/to/users/{n}"), faults))
         .collect();
-    let mut seen = std::collections::HashSet::with_capacity(count);
-    for (n, user) in read.iter().enumerate() {
-        if !seen.insert(user) {
-            faults.push(fault(format!("/to/users/{n}"), "stands in the list already"));
-        }
-    }
     (read.len() == count).then_some(Recipients::Users(read))
 }
 
