@@ -1,8 +1,11 @@
 //! ringpush
-#[allow(missing_docs)]
 pub mod message;
 pub mod ring;
 pub mod backoff;
 pub mod ticket;
 pub mod session;
 pub mod wire;
+pub mod clock;
+pub mod inbox;
+pub mod membership;
+pub mod fallback;

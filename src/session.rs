@@ -133,7 +133,7 @@ impl Session {
         if standing.more {
             session.fall_behind(Seq::BEGINNING, &mut out);
         } else {
-            session.sent = session.sent.max(standing.head);
+            session.skip_to(standing.head, &mut out);
             session.go_live(&mut out);
         }
         session

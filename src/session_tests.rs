@@ -33,6 +33,8 @@ enum From {
     LastSeen,
     Beginning,
     AboveHead,
+    /// A number from before this inbox began.
+    BelowFirst,
     Latest,
 }
 
@@ -48,7 +50,7 @@ fn op() -> impl Strategy<Value = Op> {
         5 => Just(Op::DeliverPage),
         2 => Just(Op::Sweep),
         2 => (0u64..160).prop_map(Op::Ack),
-        1 => prop_oneof![3 => Just(From::LastSeen), 1 => Just(From::Beginning), 1 => Just(From::AboveHead),
+        1 => prop_oneof![3 => Just(From::LastSeen), 1 => Just(From::Beginning), 1 => Just(From::AboveHead), 1 => Just(From::BelowFirst),
                          1 => Just(From::Latest)].prop_map(Op::Reconnect),
     ]
 }
@@ -110,7 +112,7 @@ impl World {
         self.asked = None;
         self.full = false;
         let head = self.head();
-        let more = start < head && (start.max(FIRST_HEAD) < head || start != 0);
+        let more = head > start.max(FIRST_HEAD);
         let standing = Standing { start: Seq::at(start), head: Seq::at(head), more };
         let mut outputs = Vec::new();
         self.session = Session::start(standing, |o| outputs.push(o));
@@ -233,6 +235,7 @@ impl World {
                     From::LastSeen => self.client.received.last().copied().unwrap_or(self.client.start),
                     From::Beginning => 0,
                     From::AboveHead => self.head() + 50,
+                    From::BelowFirst => FIRST_HEAD / 2,
                     From::Latest => self.head(),
                 };
                 self.connect(start);

@@ -1,0 +1,50 @@
+//! The one door to the time of day. Everything that needs a moment is given a [`Clock`]; tests give one that stands.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::message::Millis;
+
+/// Tells the moment; cheap to clone.
+#[derive(Clone, Default)]
+pub struct Clock {
+    /// Set by hand, or None for the machine's own.
+    by_hand: Option<Arc<AtomicU64>>,
+}
+
+impl Clock {
+    /// The machine's clock.
+    #[must_use]
+    pub const fn system() -> Self {
+        Self { by_hand: None }
+    }
+
+    /// A clock that stands at `start` until it is advanced.
+    #[must_use]
+    pub fn standing(start: Millis) -> Self {
+        Self { by_hand: Some(Arc::new(AtomicU64::new(start.0))) }
+    }
+
+    /// Now. A machine whose clock stands before 1970 counts as 1970.
+    #[must_use]
+    pub fn now(&self) -> Millis {
+        match &self.by_hand {
+            Some(at) => Millis(at.load(Ordering::Relaxed)),
+            None => system_now(),
+        }
+    }
+
+    /// Moves a standing clock on by `ms`; the machine's own is left alone.
+    pub fn advance(&self, ms: u64) {
+        if let Some(at) = &self.by_hand {
+            at.fetch_add(ms, Ordering::Relaxed);
+        }
+    }
+}
+
+#[allow(clippy::disallowed_methods)]
+fn system_now() -> Millis {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Millis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,343 @@
+//! What every inbox must do, said once and run against each adapter. A failed expectation panics, as in any test.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{
+    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxPage, PageLimit,
+    Upkeep,
+};
+use crate::clock::Clock;
+use crate::message::{DeviceId, Message, MessageId, Seq, UserId};
+
+/// An adapter under test: both ports, over the clock it was made with.
+pub trait Adapter: Inbox + Upkeep {}
+impl<T: Inbox + Upkeep> Adapter for T {}
+
+/// One adapter with a clock that stands; users are named anew in each part, so one store serves the whole suite.
+pub struct Bench {
+    /// The adapter.
+    pub inbox: Arc<dyn Adapter>,
+    /// Its clock, a standing one.
+    pub clock: Clock,
+}
+
+const WIDE: PageLimit = PageLimit { messages: 1000, bytes: 1 << 20 };
+const DAY_S: u64 = 24 * 3600;
+
+/// Runs every part.
+pub async fn suite(bench: &Bench) {
+    numbers_are_dense_and_start_above_the_moment(bench).await;
+    a_batch_keeps_its_order_and_its_users_apart(bench).await;
+    a_repeat_is_stored_once_and_a_conflict_is_told(bench).await;
+    an_expired_original_gives_up_its_id(bench).await;
+    pages_are_cut_by_count_and_by_bytes(bench).await;
+    expired_messages_are_not_shown_and_not_renumbered(bench).await;
+    removal_keeps_numbers_dense_for_ever(bench).await;
+    removal_stops_at_the_first_that_lives(bench).await;
+    standing_is_exact(bench).await;
+    a_question_about_an_unknown_user_fixes_its_numbers(bench).await;
+    cursors_only_rise(bench).await;
+    the_longest_unused_device_goes(bench).await;
+    unused_cursors_go_in_the_end(bench).await;
+    revocations_only_rise(bench).await;
+    names_that_are_prefixes_of_others_do_not_mix(bench).await;
+    concurrent_appends_stay_dense(bench).await;
+}
+
+fn user(name: &str) -> UserId {
+    UserId::parse(name).unwrap()
+}
+
+impl Bench {
+    fn message(&self, name: &str, id: &str, payload: &str, ttl_s: u64) -> Append {
+        let now = self.clock.now();
+        Append {
+            user: user(name),
+            id: MessageId::parse(id).unwrap(),
+            fenced: false,
+            accepted_at: now,
+            expires_at: now.plus_seconds(ttl_s),
+            payload: Bytes::copy_from_slice(payload.as_bytes()),
+        }
+    }
+
+    async fn append(&self, batch: Vec<Append>) -> Vec<Appended> {
+        self.inbox.append(batch).await.into_iter().map(|outcome| outcome.expect("the store takes it")).collect()
+    }
+
+    async fn put(&self, name: &str, payload: &str, ttl_s: u64) -> Seq {
+        match self.append(vec![self.message(name, "m", payload, ttl_s)]).await.remove(0) {
+            Appended::Stored(message) => message.seq,
+            other => panic!("not stored: {other:?}"),
+        }
+    }
+
+    async fn put_fenced(&self, name: &str, id: &str, payload: &str, ttl_s: u64) -> Appended {
+        let item = Append { fenced: true, ..self.message(name, id, payload, ttl_s) };
+        self.append(vec![item]).await.remove(0)
+    }
+
+    async fn page(&self, name: &str, after: Seq, limit: PageLimit) -> InboxPage {
+        self.inbox.page(user(name), after, limit).await.unwrap()
+    }
+
+    async fn ask(&self, name: &str, from: From) -> Answer {
+        self.inbox.standing(vec![Ask { user: user(name), from }]).await.unwrap().remove(0)
+    }
+
+    async fn ack(&self, name: &str, device: &str, acked: Seq) {
+        let device = DeviceId::parse(device).unwrap();
+        self.inbox.update(vec![Change::Cursor { user: user(name), device, acked }]).await.unwrap();
+    }
+}
+
+fn stored(outcome: &Appended) -> &Message {
+    match outcome {
+        Appended::Stored(message) => message,
+        other => panic!("not stored: {other:?}"),
+    }
+}
+
+fn numbers(page: &InboxPage) -> Vec<Seq> {
+    page.messages.iter().map(|m| m.seq).collect()
+}
+
+async fn numbers_are_dense_and_start_above_the_moment(bench: &Bench) {
+    let now = bench.clock.now();
+    let first = bench.put("dense", "1", DAY_S).await;
+    assert_eq!(first.get(), now.0 + 1);
+    for n in 1..5 {
+        assert_eq!(bench.put("dense", "2", DAY_S).await.get(), first.get() + n);
+    }
+    let page = bench.page("dense", Seq::BEGINNING, WIDE).await;
+    assert_eq!(page.messages.len(), 5);
+    assert_eq!((page.upto.get(), page.more), (first.get() + 4, false));
+    assert_eq!(page.messages[0].payload, "1");
+    assert_eq!(page.messages[0].accepted_at, now);
+    assert_eq!(page.messages[0].expires_at, now.plus_seconds(DAY_S));
+}
+
+async fn a_batch_keeps_its_order_and_its_users_apart(bench: &Bench) {
+    let batch = ["a", "b", "a", "c", "a", "b"]
+        .iter()
+        .enumerate()
+        .map(|(n, who)| bench.message(&format!("batch-{who}"), &format!("id-{n}"), &n.to_string(), DAY_S))
+        .collect();
+    let outcomes = bench.append(batch).await;
+    let base = stored(&outcomes[0]).seq.get();
+    assert_eq!(stored(&outcomes[2]).seq.get(), base + 1);
+    assert_eq!(stored(&outcomes[4]).seq.get(), base + 2);
+    let page = bench.page("batch-a", Seq::BEGINNING, WIDE).await;
+    assert_eq!(page.messages.iter().map(|m| m.payload.clone()).collect::<Vec<_>>(), ["0", "2", "4"]);
+    assert_eq!(page.messages.iter().map(|m| m.id.as_str()).collect::<Vec<_>>(), ["id-0", "id-2", "id-4"]);
+}
+
+async fn a_repeat_is_stored_once_and_a_conflict_is_told(bench: &Bench) {
+    let first = stored(&bench.put_fenced("fenced", "order-17", "{}", DAY_S).await).seq;
+    assert_eq!(bench.put_fenced("fenced", "order-17", "{}", DAY_S).await, Appended::Duplicate(first));
+    assert_eq!(bench.put_fenced("fenced", "order-17", "{ }", DAY_S).await, Appended::Conflict);
+    let other = bench.put_fenced("fenced-2", "order-17", "{}", DAY_S).await;
+    assert!(matches!(other, Appended::Stored(_)), "another user's id is another id");
+    let twice = Append { fenced: true, ..bench.message("fenced", "order-18", "[]", DAY_S) };
+    let conflicting = Append { payload: Bytes::from_static(b"[1]"), ..twice.clone() };
+    let outcomes = bench.append(vec![twice.clone(), twice, conflicting]).await;
+    let seq = stored(&outcomes[0]).seq;
+    assert_eq!(outcomes[1..], [Appended::Duplicate(seq), Appended::Conflict], "also within one batch");
+    assert_eq!(bench.page("fenced", Seq::BEGINNING, WIDE).await.messages.len(), 2);
+}
+
+async fn an_expired_original_gives_up_its_id(bench: &Bench) {
+    let first = stored(&bench.put_fenced("reused", "id", "1", 10).await).seq;
+    bench.clock.advance(10_000);
+    let second = stored(&bench.put_fenced("reused", "id", "2", 10).await).seq;
+    assert_eq!(second, first.next());
+    assert_eq!(bench.put_fenced("reused", "id", "2", 10).await, Appended::Duplicate(second));
+    bench.inbox.clean().await.unwrap();
+    assert_eq!(
+        bench.put_fenced("reused", "id", "2", 10).await,
+        Appended::Duplicate(second),
+        "removing the old one must not take the id from the new one"
+    );
+}
+
+async fn pages_are_cut_by_count_and_by_bytes(bench: &Bench) {
+    let first = bench.put("paged", &"1".repeat(100), DAY_S).await;
+    for _ in 0..9 {
+        bench.put("paged", &"1".repeat(100), DAY_S).await;
+    }
+    let by_count = bench.page("paged", Seq::BEGINNING, PageLimit { messages: 4, bytes: 1 << 20 }).await;
+    assert_eq!((by_count.messages.len(), by_count.more), (4, true));
+    assert_eq!(by_count.upto.get(), first.get() + 3);
+    let by_bytes = bench.page("paged", by_count.upto, PageLimit { messages: 1000, bytes: 250 }).await;
+    assert_eq!((by_bytes.messages.len(), by_bytes.more), (2, true));
+    let one_fits = bench.page("paged", by_bytes.upto, PageLimit { messages: 1000, bytes: 1 }).await;
+    assert_eq!((one_fits.messages.len(), one_fits.more), (1, true));
+    let rest = bench.page("paged", one_fits.upto, WIDE).await;
+    assert_eq!((rest.messages.len(), rest.more), (3, false));
+    let exact = bench.page("paged", Seq::BEGINNING, PageLimit { messages: 10, bytes: 1 << 20 }).await;
+    assert_eq!((exact.messages.len(), exact.more), (10, false), "a page that just fits is not cut");
+}
+
+async fn expired_messages_are_not_shown_and_not_renumbered(bench: &Bench) {
+    let first = bench.put("expiring", "1", DAY_S).await;
+    bench.put("expiring", "2", 5).await;
+    let third = bench.put("expiring", "3", DAY_S).await;
+    let fourth = bench.put("expiring", "4", 5).await;
+    bench.clock.advance(5_000);
+    let page = bench.page("expiring", Seq::BEGINNING, WIDE).await;
+    assert_eq!(numbers(&page), [first, third]);
+    assert_eq!((page.upto, page.more), (fourth, false), "numbers that expired at the end count as read");
+    assert_eq!(bench.put("expiring", "5", 5).await, fourth.next());
+}
+
+async fn removal_keeps_numbers_dense_for_ever(bench: &Bench) {
+    let mut last = Seq::BEGINNING;
+    for _ in 0..20 {
+        last = bench.put("removed", "1", 5).await;
+    }
+    bench.clock.advance(3_600_000);
+    assert!(bench.inbox.clean().await.unwrap() >= 20);
+    let page = bench.page("removed", Seq::at(last.get() - 5), WIDE).await;
+    assert_eq!((page.messages.len(), page.upto, page.more), (0, last, false));
+    assert!(bench.ask("removed", From::After(Seq::at(last.get() - 5))).await.more);
+    assert!(!bench.ask("removed", From::After(last)).await.more);
+    assert_eq!(bench.inbox.profile(user("removed")).await.unwrap().head, Some(last));
+    assert_eq!(bench.put("removed", "2", DAY_S).await, last.next());
+    bench.inbox.clean().await.unwrap();
+    assert_eq!(bench.page("removed", Seq::BEGINNING, WIDE).await.messages.len(), 1);
+}
+
+async fn removal_stops_at_the_first_that_lives(bench: &Bench) {
+    bench.put("mixed", "1", 5).await;
+    let second = bench.put("mixed", "2", DAY_S).await;
+    bench.put("mixed", "3", 5).await;
+    let fourth = bench.put("mixed", "4", DAY_S).await;
+    bench.clock.advance(3_600_000);
+    bench.inbox.clean().await.unwrap();
+    assert_eq!(numbers(&bench.page("mixed", Seq::BEGINNING, WIDE).await), [second, fourth]);
+    let cut = bench.page("mixed", Seq::BEGINNING, PageLimit { messages: 1, bytes: 1 << 20 }).await;
+    assert!(cut.upto >= second && cut.upto < fourth && cut.more);
+}
+
+async fn standing_is_exact(bench: &Bench) {
+    let first = bench.put("standing", "1", DAY_S).await;
+    let second = bench.put("standing", "2", DAY_S).await;
+    let lot = [From::After(Seq::BEGINNING), From::After(first), From::After(second), From::Latest]
+        .map(|from| Ask { user: user("standing"), from });
+    let answers = bench.inbox.standing(lot.to_vec()).await.unwrap();
+    assert_eq!(answers.iter().map(|a| a.more).collect::<Vec<_>>(), [true, true, false, false]);
+    assert!(answers.iter().all(|a| a.head == second));
+    assert_eq!(answers[3].start, second);
+    let above = bench.ask("standing", From::After(Seq::at(second.get() + 50))).await;
+    assert_eq!((above.start.get(), above.head, above.more), (second.get() + 50, second, false));
+}
+
+async fn a_question_about_an_unknown_user_fixes_its_numbers(bench: &Bench) {
+    assert_eq!(bench.inbox.profile(user("new")).await.unwrap().head, None);
+    let answer = bench.ask("new", From::Latest).await;
+    assert_eq!((answer.start, answer.more), (answer.head, false));
+    assert!(!bench.ask("new", From::After(Seq::BEGINNING)).await.more);
+    bench.clock.advance(5_000);
+    assert_eq!(bench.inbox.profile(user("new")).await.unwrap().head, None, "no message was ever there");
+    assert_eq!(bench.put("new", "1", DAY_S).await, answer.head.next(), "latest means the very next");
+    assert!(bench.ask("new", From::After(Seq::BEGINNING)).await.more);
+}
+
+async fn cursors_only_rise(bench: &Bench) {
+    let first = bench.put("acked", "1", DAY_S).await;
+    let second = bench.put("acked", "2", DAY_S).await;
+    let device = || From::Cursor(DeviceId::parse("web").unwrap());
+    let before = bench.ask("acked", device()).await;
+    assert_eq!((before.start, before.more), (Seq::BEGINNING, true));
+    bench.ack("acked", "web", first).await;
+    let after = bench.ask("acked", device()).await;
+    assert_eq!((after.start, after.more), (first, true));
+    bench.ack("acked", "web", second).await;
+    bench.ack("acked", "web", first).await;
+    assert_eq!(bench.ask("acked", device()).await.start, second);
+    bench.ack("acked", "app", first).await;
+    let profile = bench.inbox.profile(user("acked")).await.unwrap();
+    let device = |name: &str| DeviceId::parse(name).unwrap();
+    assert_eq!(profile.cursors, [(device("app"), first), (device("web"), second)]);
+}
+
+async fn the_longest_unused_device_goes(bench: &Bench) {
+    let seq = bench.put("devices", "1", DAY_S).await;
+    for n in 0..DEVICES_PER_USER {
+        bench.ack("devices", &format!("d{n:02}"), seq).await;
+        bench.clock.advance(1);
+    }
+    bench.ack("devices", "d00", seq.next()).await;
+    bench.clock.advance(1);
+    bench.ack("devices", "one-more", seq).await;
+    let cursors = bench.inbox.profile(user("devices")).await.unwrap().cursors;
+    assert_eq!(cursors.len(), DEVICES_PER_USER);
+    let has = |name: &str| cursors.iter().any(|c| c.0.as_str() == name);
+    assert!(has("d00") && !has("d01") && has("d02") && has("one-more"));
+}
+
+async fn unused_cursors_go_in_the_end(bench: &Bench) {
+    let seq = bench.put("idle", "1", DAY_S).await;
+    bench.ack("idle", "old", seq).await;
+    bench.clock.advance(CURSOR_LIFE_MS - 1000);
+    bench.ack("idle", "young", seq).await;
+    bench.clock.advance(2000);
+    bench.inbox.clean().await.unwrap();
+    let cursors = bench.inbox.profile(user("idle")).await.unwrap().cursors;
+    assert_eq!(cursors.iter().map(|c| c.0.as_str()).collect::<Vec<_>>(), ["young"]);
+}
+
+async fn revocations_only_rise(bench: &Bench) {
+    assert_eq!(bench.ask("revoked", From::Latest).await.not_before_s, 0);
+    for seconds in [100, 50] {
+        bench.inbox.update(vec![Change::NotBefore { user: user("revoked"), seconds }]).await.unwrap();
+    }
+    assert_eq!(bench.ask("revoked", From::Latest).await.not_before_s, 100);
+    assert_eq!(bench.inbox.profile(user("revoked")).await.unwrap().not_before_s, 100);
+    bench.put("revoked", "1", 1).await;
+    bench.clock.advance(3_600_000);
+    bench.inbox.clean().await.unwrap();
+    assert_eq!(bench.ask("revoked", From::Latest).await.not_before_s, 100, "kept when the head record is raised");
+    let unknown = Change::NotBefore { user: user("revoked-unknown"), seconds: 7 };
+    bench.inbox.update(vec![unknown]).await.unwrap();
+    assert_eq!(bench.ask("revoked-unknown", From::Latest).await.not_before_s, 7);
+}
+
+async fn names_that_are_prefixes_of_others_do_not_mix(bench: &Bench) {
+    for (name, payload) in [("pre", "1"), ("pref", "2"), ("pre ", "3"), ("pre用", "4")] {
+        bench.put(name, payload, DAY_S).await;
+        bench.ack(name, payload, Seq::at(1)).await;
+    }
+    for (name, payload) in [("pre", "1"), ("pref", "2"), ("pre ", "3"), ("pre用", "4")] {
+        let page = bench.page(name, Seq::BEGINNING, WIDE).await;
+        assert_eq!(page.messages.iter().map(|m| m.payload.clone()).collect::<Vec<_>>(), [payload]);
+        assert_eq!(bench.inbox.profile(user(name)).await.unwrap().cursors.len(), 1);
+    }
+}
+
+async fn concurrent_appends_stay_dense(bench: &Bench) {
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..8 {
+        let inbox = Arc::clone(&bench.inbox);
+        let batches: Vec<Vec<Append>> = (0..25)
+            .map(|n| vec![bench.message("crowd", &format!("{task}-{n}"), "1", DAY_S); 1 + n % 3])
+            .collect();
+        tasks.spawn(async move {
+            for batch in batches {
+                for outcome in inbox.append(batch).await {
+                    outcome.unwrap();
+                }
+            }
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap();
+    }
+    let page = bench.page("crowd", Seq::BEGINNING, WIDE).await;
+    let expected: usize = (0..25).map(|n| 1 + n % 3).sum::<usize>() * 8;
+    assert_eq!(page.messages.len(), expected);
+    assert!(page.messages.windows(2).all(|pair| pair[1].seq == pair[0].seq.next()));
+}

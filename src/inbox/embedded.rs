@@ -1,0 +1,723 @@
+//! The inbox on the embedded store `fjall`, for one process alone.
+//!
+//! Four keyspaces. Keys begin with the user id and a zero byte, which no id contains, so users never mix:
+//!
+//! | keyspace | key | value |
+//! | --- | --- | --- |
+//! | messages | user 0 seq | accepted, expires, fenced, id, payload |
+//! | heads | user | head, first, not before |
+//! | fences | user 0 message id | seq, expires, payload digest |
+//! | cursors | user 0 device | acked, moved at |
+//!
+//! # Locks
+//!
+//! `writer` is held through the whole of a commit, its sync included, by appends, updates and the janitor; it owns the
+//! heads in memory. Reads take no lock: each works on a snapshot, and a commit becomes visible only after its sync.
+//! The numbers need no other fence than this lock and the store's own lock on its directory.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode, OwnedWriteBatch, Readable, Snapshot};
+use futures_util::future::{BoxFuture, FutureExt};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use super::{
+    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError, InboxPage,
+    PageLimit, Profile, Upkeep, payload_digest,
+};
+use crate::clock::Clock;
+use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
+
+/// Heads kept in memory, twice this at the most: 2 x 100,000 x about 100 bytes = 20 MB.
+const HEADS_IN_MEMORY: usize = 100_000;
+/// Users that the janitor looks at, and messages that it removes, in one commit: some milliseconds of the lock.
+const JANITOR_LOT: usize = 1_000;
+
+/// See the room's comment.
+#[derive(Clone)]
+pub struct EmbeddedInbox {
+    store: Arc<Store>,
+}
+
+struct Store {
+    db: Database,
+    messages: Keyspace,
+    heads: Keyspace,
+    fences: Keyspace,
+    cursors: Keyspace,
+    clock: Clock,
+    writer: Mutex<Writer>,
+    poisoned: watch::Sender<bool>,
+}
+
+/// What only the holder of the lock may know.
+#[derive(Default)]
+struct Writer {
+    heads: Heads,
+}
+
+/// The highest number of recently written users, in two generations: when the young one is full it becomes the old
+/// one, and the old one is forgotten. A head that is not here is read from the store.
+#[derive(Default)]
+struct Heads {
+    young: HashMap<UserId, u64>,
+    old: HashMap<UserId, u64>,
+}
+
+impl Heads {
+    fn get(&self, user: &UserId) -> Option<u64> {
+        self.young.get(user).or_else(|| self.old.get(user)).copied()
+    }
+
+    fn put(&mut self, user: UserId, head: u64) {
+        if self.young.len() >= HEADS_IN_MEMORY {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(user, head);
+    }
+}
+
+/// A head record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Head {
+    /// Everything up to here is gone for good.
+    head: u64,
+    /// What the record began with.
+    first: u64,
+    not_before_s: u64,
+}
+
+/// Why the store could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has it.
+    #[error("another process uses this data directory; stop it, or choose another with --data DIR")]
+    Locked,
+    /// Anything else; the text is the store's own.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl EmbeddedInbox {
+    /// Opens the store under `directory`, making it where it does not exist.
+    ///
+    /// # Errors
+    /// [`OpenError`], with the remedy where there is one.
+    pub fn open(directory: &Path, clock: Clock) -> Result<Self, OpenError> {
+        let open = || -> fjall::Result<Store> {
+            let db = Database::builder(directory).open()?;
+            let keyspace = |name: &str| db.keyspace(name, KeyspaceCreateOptions::default);
+            Ok(Store {
+                messages: keyspace("messages")?,
+                heads: keyspace("heads")?,
+                fences: keyspace("fences")?,
+                cursors: keyspace("cursors")?,
+                db: db.clone(),
+                clock,
+                writer: Mutex::default(),
+                poisoned: watch::Sender::new(false),
+            })
+        };
+        match open() {
+            Ok(store) => Ok(Self { store: Arc::new(store) }),
+            Err(fjall::Error::Locked) => Err(OpenError::Locked),
+            Err(error) => Err(OpenError::Failed(error.to_string())),
+        }
+    }
+
+    /// Turns true when a write has failed: this process must end, for what is on disk is no longer known.
+    #[must_use]
+    pub fn poisoned(&self) -> watch::Receiver<bool> {
+        self.store.poisoned.subscribe()
+    }
+
+    fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T, InboxError> + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, InboxError>> {
+        let store = Arc::clone(&self.store);
+        tokio::task::spawn_blocking(move || work(&store))
+            .map(|joined| joined.unwrap_or_else(|fault| Err(InboxError::Unavailable(fault.to_string()))))
+            .boxed()
+    }
+}
+
+impl Inbox for EmbeddedInbox {
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>> {
+        let count = batch.len();
+        self.run(move |store| store.append(batch))
+            .map(move |result| match result {
+                Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
+                Err(error) => vec![Err(error); count],
+            })
+            .boxed()
+    }
+
+    fn standing(&self, lot: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>> {
+        self.run(move |store| store.standing(&lot))
+    }
+
+    fn page(&self, user: UserId, after: Seq, limit: PageLimit) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
+        self.run(move |store| store.page(&user, after, limit))
+    }
+
+    fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>> {
+        self.run(move |store| store.profile(&user))
+    }
+
+    fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {
+        self.run(move |store| store.update(&changes))
+    }
+}
+
+impl Upkeep for EmbeddedInbox {
+    fn clean(&self) -> BoxFuture<'_, Result<u64, InboxError>> {
+        self.run(Store::clean)
+    }
+}
+
+impl Store {
+    fn append(&self, batch: Vec<Append>) -> Result<Vec<Appended>, InboxError> {
+        let mut writer = self.writer.lock();
+        let now = self.clock.now();
+        let snapshot = self.db.snapshot();
+        let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
+        let mut heads: HashMap<UserId, u64> = HashMap::new();
+        let mut fences: HashMap<Bytes, Fence> = HashMap::new();
+        let mut outcomes = Vec::with_capacity(batch.len());
+        for item in batch {
+            let digest = item.fenced.then(|| payload_digest(&item.payload));
+            let fence_key = item.fenced.then(|| fence_key(&item.user, &item.id));
+            if let (Some(digest), Some(key)) = (digest, &fence_key) {
+                let known = match fences.get(key) {
+                    Some(fence) => Some(*fence),
+                    None => self.fence(&snapshot, key)?,
+                };
+                if let Some(fence) = known.filter(|fence| fence.expires_at > now) {
+                    outcomes.push(fence.outcome(digest));
+                    continue;
+                }
+            }
+            let head = match heads.get(&item.user) {
+                Some(head) => *head,
+                None => self.head_for_writing(&writer, &snapshot, &item.user, now, &mut pending)?,
+            };
+            let message = Arc::new(item.numbered(head + 1));
+            pending.insert(&self.messages, message_key(&item.user, head + 1), encode(&message, item.fenced));
+            if let (Some(digest), Some(key)) = (digest, fence_key) {
+                let fence = Fence { seq: message.seq, expires_at: message.expires_at, digest };
+                pending.insert(&self.fences, key.to_vec(), fence.encode());
+                fences.insert(key, fence);
+            }
+            heads.insert(item.user, head + 1);
+            outcomes.push(Appended::Stored(message));
+        }
+        self.commit(pending)?;
+        heads.into_iter().for_each(|(user, head)| writer.heads.put(user, head));
+        Ok(outcomes)
+    }
+
+    /// The highest number of a user, from memory or the store; a new user's head record joins the batch.
+    fn head_for_writing(
+        &self,
+        writer: &Writer,
+        snapshot: &Snapshot,
+        user: &UserId,
+        now: Millis,
+        pending: &mut OwnedWriteBatch,
+    ) -> Result<u64, InboxError> {
+        if let Some(head) = writer.heads.get(user) {
+            return Ok(head);
+        }
+        if let Some(head) = self.head(snapshot, user)? {
+            return self.highest(snapshot, user, head);
+        }
+        let head = Head { head: now.0, first: now.0, not_before_s: 0 };
+        pending.insert(&self.heads, user.as_str(), head.encode());
+        Ok(now.0)
+    }
+
+    fn commit(&self, pending: OwnedWriteBatch) -> Result<(), InboxError> {
+        pending.commit().map_err(|error| {
+            self.poisoned.send_replace(true);
+            InboxError::Poisoned(error.to_string())
+        })
+    }
+
+    fn head(&self, snapshot: &Snapshot, user: &UserId) -> Result<Option<Head>, InboxError> {
+        snapshot.get(&self.heads, user.as_str()).map_err(unreadable)?.map(|raw| Head::decode(&raw)).transpose()
+    }
+
+    fn highest(&self, snapshot: &Snapshot, user: &UserId, head: Head) -> Result<u64, InboxError> {
+        match snapshot.prefix(&self.messages, prefix(user)).next_back() {
+            Some(last) => Ok(head.head.max(seq_of(&last.key().map_err(unreadable)?)?)),
+            None => Ok(head.head),
+        }
+    }
+
+    fn fence(&self, snapshot: &Snapshot, key: &[u8]) -> Result<Option<Fence>, InboxError> {
+        snapshot.get(&self.fences, key).map_err(unreadable)?.map(|raw| Fence::decode(&raw)).transpose()
+    }
+
+    fn standing(&self, lot: &[Ask]) -> Result<Vec<Answer>, InboxError> {
+        let snapshot = self.db.snapshot();
+        let unknown: Vec<&UserId> = lot
+            .iter()
+            .filter_map(|ask| match self.head(&snapshot, &ask.user) {
+                Ok(None) => Some(Ok(&ask.user)),
+                Ok(Some(_)) => None,
+                Err(error) => Some(Err(error)),
+            })
+            .collect::<Result<_, _>>()?;
+        let snapshot = if unknown.is_empty() {
+            snapshot
+        } else {
+            self.make_heads(&unknown)?;
+            self.db.snapshot()
+        };
+        lot.iter().map(|ask| self.answer(&snapshot, ask)).collect()
+    }
+
+    fn answer(&self, snapshot: &Snapshot, ask: &Ask) -> Result<Answer, InboxError> {
+        let record = self
+            .head(snapshot, &ask.user)?
+            .ok_or_else(|| InboxError::Corrupt("a head record has gone".to_owned()))?;
+        let highest = self.highest(snapshot, &ask.user, record)?;
+        let head = Seq::at(highest);
+        let start = match &ask.from {
+            From::After(seq) => *seq,
+            From::Cursor(device) => self.cursor(snapshot, &ask.user, device)?.map_or(Seq::BEGINNING, |c| c.acked),
+            From::Latest => head,
+        };
+        let more = highest > start.get().max(record.first);
+        Ok(Answer { start, head, more, not_before_s: record.not_before_s })
+    }
+
+    /// Fixes the numbers of users that are new, on stable storage: a client may be told of them.
+    fn make_heads(&self, users: &[&UserId]) -> Result<(), InboxError> {
+        let _writer = self.writer.lock();
+        let now = self.clock.now();
+        let snapshot = self.db.snapshot();
+        let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
+        for user in users {
+            if self.head(&snapshot, user)?.is_none() {
+                let head = Head { head: now.0, first: now.0, not_before_s: 0 };
+                pending.insert(&self.heads, user.as_str(), head.encode());
+            }
+        }
+        self.commit(pending)
+    }
+
+    fn page(&self, user: &UserId, after: Seq, limit: PageLimit) -> Result<InboxPage, InboxError> {
+        let now = self.clock.now();
+        let snapshot = self.db.snapshot();
+        let head = self.head(&snapshot, user)?.map_or(0, |record| record.head);
+        let mut page = InboxPage { messages: Vec::new(), upto: after.max(Seq::at(head)), more: false };
+        let mut bytes = 0;
+        let from = message_key(user, after.get().saturating_add(1));
+        let to = message_key(user, u64::MAX);
+        for entry in snapshot.range(&self.messages, from..=to) {
+            let (key, value) = entry.into_inner().map_err(unreadable)?;
+            let (message, _) = decode(seq_of(&key)?, value.into())?;
+            let full = page.messages.len() >= limit.messages || bytes + message.payload.len() > limit.bytes;
+            if full && !page.messages.is_empty() {
+                page.upto = Seq::at(message.seq.get() - 1);
+                page.more = true;
+                break;
+            }
+            page.upto = page.upto.max(message.seq);
+            if !message.is_expired(now) {
+                bytes += message.payload.len();
+                page.messages.push(message);
+            }
+        }
+        Ok(page)
+    }
+
+    fn profile(&self, user: &UserId) -> Result<Profile, InboxError> {
+        let snapshot = self.db.snapshot();
+        let Some(record) = self.head(&snapshot, user)? else { return Ok(Profile::default()) };
+        let highest = self.highest(&snapshot, user, record)?;
+        let mut cursors = Vec::new();
+        for (device, cursor) in self.cursors(&snapshot, user)? {
+            let device = DeviceId::parse(&device).map_err(|fault| InboxError::Corrupt(fault.to_string()))?;
+            cursors.push((device, cursor.acked));
+        }
+        let head = (highest > record.first).then(|| Seq::at(highest));
+        Ok(Profile { head, not_before_s: record.not_before_s, cursors })
+    }
+
+    fn cursor(
+        &self,
+        snapshot: &Snapshot,
+        user: &UserId,
+        device: &DeviceId,
+    ) -> Result<Option<Cursor>, InboxError> {
+        let raw = snapshot.get(&self.cursors, cursor_key(user, device.as_str())).map_err(unreadable)?;
+        raw.map(|raw| Cursor::decode(&raw)).transpose()
+    }
+
+    fn cursors(&self, snapshot: &Snapshot, user: &UserId) -> Result<Vec<(String, Cursor)>, InboxError> {
+        let prefix = prefix(user);
+        let skip = prefix.len();
+        snapshot
+            .prefix(&self.cursors, prefix)
+            .map(|entry| {
+                let (key, value) = entry.into_inner().map_err(unreadable)?;
+                let device = String::from_utf8_lossy(key.get(skip..).unwrap_or_default()).into_owned();
+                Ok((device, Cursor::decode(&value)?))
+            })
+            .collect()
+    }
+
+    fn update(&self, changes: &[Change]) -> Result<(), InboxError> {
+        let _writer = self.writer.lock();
+        let now = self.clock.now();
+        let mut synced = false;
+        for change in changes {
+            // One commit per change: a later one must see what an earlier one of the same user did.
+            let snapshot = self.db.snapshot();
+            let mut pending = self.db.batch();
+            match change {
+                Change::Cursor { user, device, acked } => {
+                    self.move_cursor(&snapshot, &mut pending, (user, device), *acked, now)?;
+                }
+                Change::NotBefore { user, seconds } => {
+                    let fresh = Head { head: now.0, first: now.0, not_before_s: 0 };
+                    let mut head = self.head(&snapshot, user)?.unwrap_or(fresh);
+                    head.not_before_s = head.not_before_s.max(*seconds);
+                    pending.insert(&self.heads, user.as_str(), head.encode());
+                    synced = true;
+                }
+            }
+            self.commit(pending)?;
+        }
+        if synced {
+            self.db.persist(PersistMode::SyncData).map_err(|error| {
+                self.poisoned.send_replace(true);
+                InboxError::Poisoned(error.to_string())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn move_cursor(
+        &self,
+        snapshot: &Snapshot,
+        pending: &mut OwnedWriteBatch,
+        (user, device): (&UserId, &DeviceId),
+        acked: Seq,
+        now: Millis,
+    ) -> Result<(), InboxError> {
+        let known = self.cursor(snapshot, user, device)?;
+        if known.is_none() {
+            let mut others = self.cursors(snapshot, user)?;
+            if others.len() >= DEVICES_PER_USER {
+                others.sort_by_key(|(_, cursor)| cursor.moved_at);
+                pending.remove(&self.cursors, cursor_key(user, &others[0].0));
+            }
+        }
+        let acked = known.map_or(acked, |cursor| cursor.acked.max(acked));
+        pending.insert(&self.cursors, cursor_key(user, device.as_str()), Cursor { acked, moved_at: now }.encode());
+        Ok(())
+    }
+
+    fn clean(&self) -> Result<u64, InboxError> {
+        let mut removed = 0;
+        let mut after: Option<Vec<u8>> = None;
+        loop {
+            let users = self.users_after(after.as_deref())?;
+            let Some(last) = users.last() else { break };
+            after = Some(last.as_str().as_bytes().to_vec());
+            for user in &users {
+                loop {
+                    let count = self.clean_user(user)?;
+                    removed += count as u64;
+                    if count < JANITOR_LOT {
+                        break;
+                    }
+                }
+            }
+        }
+        self.clean_cursors()?;
+        Ok(removed)
+    }
+
+    fn users_after(&self, after: Option<&[u8]>) -> Result<Vec<UserId>, InboxError> {
+        let snapshot = self.db.snapshot();
+        let mut from = after.unwrap_or_default().to_vec();
+        from.push(0); // The smallest key above `after`; no user id is empty, so this is also the first of all.
+        snapshot
+            .range(&self.heads, from..)
+            .take(JANITOR_LOT)
+            .map(|entry| {
+                let key = entry.key().map_err(unreadable)?;
+                UserId::parse(&String::from_utf8_lossy(&key)).map_err(|fault| InboxError::Corrupt(fault.to_string()))
+            })
+            .collect()
+    }
+
+    /// Removes the expired run at the bottom of one inbox, up to a lot of it, and raises the head record over it.
+    fn clean_user(&self, user: &UserId) -> Result<usize, InboxError> {
+        // A look without the lock first: for nearly every user there is nothing to do.
+        if self.expired_run(&self.db.snapshot(), user)?.is_empty() {
+            return Ok(0);
+        }
+        let _writer = self.writer.lock();
+        let snapshot = self.db.snapshot();
+        let run = self.expired_run(&snapshot, user)?;
+        let (Some(mut head), Some(top)) = (self.head(&snapshot, user)?, run.last()) else { return Ok(0) };
+        head.head = head.head.max(top.0.seq.get());
+        let mut pending = self.db.batch();
+        pending.insert(&self.heads, user.as_str(), head.encode());
+        for (message, fenced) in &run {
+            pending.remove(&self.messages, message_key(user, message.seq.get()));
+            if *fenced {
+                let key = fence_key(user, &message.id);
+                if self.fence(&snapshot, &key)?.is_some_and(|fence| fence.seq == message.seq) {
+                    pending.remove(&self.fences, key.to_vec());
+                }
+            }
+        }
+        self.commit(pending)?;
+        Ok(run.len())
+    }
+
+    fn expired_run(&self, snapshot: &Snapshot, user: &UserId) -> Result<Vec<(Message, bool)>, InboxError> {
+        let now = self.clock.now();
+        let mut run = Vec::new();
+        for entry in snapshot.prefix(&self.messages, prefix(user)).take(JANITOR_LOT) {
+            let (key, value) = entry.into_inner().map_err(unreadable)?;
+            let (message, fenced) = decode(seq_of(&key)?, value.into())?;
+            if !message.is_expired(now) {
+                break;
+            }
+            run.push((message, fenced));
+        }
+        Ok(run)
+    }
+
+    fn clean_cursors(&self) -> Result<(), InboxError> {
+        let now = self.clock.now();
+        let snapshot = self.db.snapshot();
+        let mut stale = Vec::new();
+        for entry in snapshot.iter(&self.cursors) {
+            let (key, value) = entry.into_inner().map_err(unreadable)?;
+            if Cursor::decode(&value)?.is_stale(now) {
+                stale.push(key);
+            }
+        }
+        for lot in stale.chunks(JANITOR_LOT) {
+            let _writer = self.writer.lock();
+            let mut pending = self.db.batch();
+            for key in lot {
+                // It may have been moved since it was looked at.
+                let raw = self.cursors.get(key).map_err(unreadable)?;
+                if raw.map(|raw| Cursor::decode(&raw)).transpose()?.is_some_and(|cursor| cursor.is_stale(now)) {
+                    pending.remove(&self.cursors, key.clone());
+                }
+            }
+            self.commit(pending)?;
+        }
+        Ok(())
+    }
+}
+
+impl Append {
+    fn numbered(&self, seq: u64) -> Message {
+        Message {
+            seq: Seq::at(seq),
+            id: self.id.clone(),
+            accepted_at: self.accepted_at,
+            expires_at: self.expires_at,
+            payload: self.payload.clone(),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Fence {
+    seq: Seq,
+    expires_at: Millis,
+    digest: [u8; 16],
+}
+
+impl Fence {
+    fn outcome(&self, digest: [u8; 16]) -> Appended {
+        if self.digest == digest { Appended::Duplicate(self.seq) } else { Appended::Conflict }
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(32);
+        out.put_u64(self.seq.get());
+        out.put_u64(self.expires_at.0);
+        out.extend_from_slice(&self.digest);
+        out
+    }
+
+    fn decode(mut raw: &[u8]) -> Result<Self, InboxError> {
+        let (seq, expires_at) = (take_u64(&mut raw)?, take_u64(&mut raw)?);
+        let digest = raw.try_into().map_err(|_| corrupt("a fence"))?;
+        Ok(Self { seq: Seq::at(seq), expires_at: Millis(expires_at), digest })
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Cursor {
+    acked: Seq,
+    moved_at: Millis,
+}
+
+impl Cursor {
+    fn is_stale(&self, now: Millis) -> bool {
+        self.moved_at.0.saturating_add(CURSOR_LIFE_MS) <= now.0
+    }
+
+    fn encode(self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(16);
+        out.put_u64(self.acked.get());
+        out.put_u64(self.moved_at.0);
+        out
+    }
+
+    fn decode(mut raw: &[u8]) -> Result<Self, InboxError> {
+        Ok(Self { acked: Seq::at(take_u64(&mut raw)?), moved_at: Millis(take_u64(&mut raw)?) })
+    }
+}
+
+impl Head {
+    fn encode(self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(24);
+        out.put_u64(self.head);
+        out.put_u64(self.first);
+        out.put_u64(self.not_before_s);
+        out
+    }
+
+    fn decode(mut raw: &[u8]) -> Result<Self, InboxError> {
+        Ok(Self { head: take_u64(&mut raw)?, first: take_u64(&mut raw)?, not_before_s: take_u64(&mut raw)? })
+    }
+}
+
+/// The layout of a stored message, so that a later one can be told from it.
+const MESSAGE_LAYOUT: u8 = 1;
+
+fn encode(message: &Message, fenced: bool) -> Bytes {
+    let id = message.id.as_str().as_bytes();
+    let mut out = BytesMut::with_capacity(19 + id.len() + message.payload.len());
+    out.put_u8(MESSAGE_LAYOUT);
+    out.put_u64(message.accepted_at.0);
+    out.put_u64(message.expires_at.0);
+    out.put_u8(u8::from(fenced));
+    out.put_u8(u8::try_from(id.len()).unwrap_or(u8::MAX));
+    out.put_slice(id);
+    out.put_slice(&message.payload);
+    out.freeze()
+}
+
+fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxError> {
+    if raw.len() < 19 || raw.get_u8() != MESSAGE_LAYOUT {
+        return Err(corrupt("a message"));
+    }
+    let (accepted_at, expires_at) = (Millis(raw.get_u64()), Millis(raw.get_u64()));
+    let (fenced, id_len) = (raw.get_u8() == 1, raw.get_u8() as usize);
+    if raw.len() < id_len {
+        return Err(corrupt("a message"));
+    }
+    let id = raw.split_to(id_len);
+    let id = std::str::from_utf8(&id).ok().and_then(|id| MessageId::parse(id).ok());
+    let id = id.ok_or_else(|| corrupt("a message id"))?;
+    Ok((Message { seq: Seq::at(seq), id, accepted_at, expires_at, payload: raw }, fenced))
+}
+
+fn take_u64(raw: &mut &[u8]) -> Result<u64, InboxError> {
+    if raw.len() < 8 { Err(corrupt("a record")) } else { Ok(raw.get_u64()) }
+}
+
+fn corrupt(what: &str) -> InboxError {
+    InboxError::Corrupt(what.to_owned())
+}
+
+fn unreadable(error: fjall::Error) -> InboxError {
+    InboxError::Unavailable(error.to_string())
+}
+
+fn prefix(user: &UserId) -> Vec<u8> {
+    let mut key = Vec::with_capacity(user.as_str().len() + 9);
+    key.extend_from_slice(user.as_str().as_bytes());
+    key.push(0);
+    key
+}
+
+fn message_key(user: &UserId, seq: u64) -> Vec<u8> {
+    let mut key = prefix(user);
+    key.put_u64(seq);
+    key
+}
+
+fn seq_of(key: &[u8]) -> Result<u64, InboxError> {
+    key.last_chunk::<8>().map(|raw| u64::from_be_bytes(*raw)).ok_or_else(|| corrupt("a message's key"))
+}
+
+fn fence_key(user: &UserId, id: &MessageId) -> Bytes {
+    let mut key = prefix(user);
+    key.extend_from_slice(id.as_str().as_bytes());
+    key.into()
+}
+
+fn cursor_key(user: &UserId, device: &str) -> Vec<u8> {
+    let mut key = prefix(user);
+    key.extend_from_slice(device.as_bytes());
+    key
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::conformance::{Bench, suite};
+    use super::super::memory::MemoryInbox;
+    use super::*;
+
+    const START: Millis = Millis(1_795_380_000_000);
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_model_keeps_the_contract() {
+        let clock = Clock::standing(START);
+        suite(&Bench { inbox: Arc::new(MemoryInbox::new(clock.clone())), clock }).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_embedded_store_keeps_the_contract() {
+        let directory = tempfile::tempdir().unwrap();
+        let clock = Clock::standing(START);
+        let inbox = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
+        suite(&Bench { inbox: Arc::new(inbox), clock }).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_store_that_is_opened_again_goes_on_where_it_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let clock = Clock::standing(START);
+        let user = UserId::parse("alice").unwrap();
+        let item = Append {
+            user: user.clone(),
+            id: MessageId::parse("m").unwrap(),
+            fenced: true,
+            accepted_at: START,
+            expires_at: START.plus_seconds(60),
+            payload: Bytes::from_static(b"1"),
+        };
+        let first = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
+        let Ok(Appended::Stored(stored)) = first.append(vec![item.clone()]).await.remove(0) else { panic!() };
+        assert!(matches!(EmbeddedInbox::open(directory.path(), clock.clone()), Err(OpenError::Locked)));
+        drop(first);
+        let again = EmbeddedInbox::open(directory.path(), clock).unwrap();
+        assert_eq!(again.append(vec![item.clone()]).await.remove(0), Ok(Appended::Duplicate(stored.seq)));
+        let fresh = Append { fenced: false, ..item };
+        let Ok(Appended::Stored(next)) = again.append(vec![fresh]).await.remove(0) else { panic!() };
+        assert_eq!(next.seq, stored.seq.next());
+    }
+}

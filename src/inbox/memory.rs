@@ -1,0 +1,169 @@
+//! The inbox as a model: the contract in as few lines as it can be said. For tests.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use futures_util::future::{BoxFuture, FutureExt, ready};
+use parking_lot::Mutex;
+
+use super::{
+    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError, InboxPage,
+    PageLimit, Profile, Upkeep, payload_digest,
+};
+use crate::clock::Clock;
+use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
+
+/// See the room's comment.
+pub struct MemoryInbox {
+    clock: Clock,
+    users: Mutex<HashMap<UserId, Log>>,
+}
+
+#[derive(Default)]
+struct Log {
+    /// What the head record began with; no message has a number up to it.
+    first: u64,
+    highest: u64,
+    messages: BTreeMap<u64, Message>,
+    fences: HashMap<MessageId, (u64, Millis, [u8; 16])>,
+    cursors: BTreeMap<DeviceId, (Seq, Millis)>,
+    not_before_s: u64,
+}
+
+impl MemoryInbox {
+    /// An empty one.
+    #[must_use]
+    pub fn new(clock: Clock) -> Self {
+        Self { clock, users: Mutex::default() }
+    }
+
+    fn with<T>(&self, user: &UserId, act: impl FnOnce(&mut Log, Millis) -> T) -> T {
+        let now = self.clock.now();
+        let mut users = self.users.lock();
+        let log = users.entry(user.clone()).or_insert_with(|| Log {
+            first: now.0,
+            highest: now.0,
+            ..Log::default()
+        });
+        act(log, now)
+    }
+
+    fn append_one(&self, item: Append) -> Appended {
+        self.with(&item.user.clone(), |log, now| {
+            let digest = payload_digest(&item.payload);
+            if let Some((seq, expires_at, original)) = log.fences.get(&item.id).filter(|_| item.fenced)
+                && *expires_at > now
+            {
+                return if *original == digest { Appended::Duplicate(Seq::at(*seq)) } else { Appended::Conflict };
+            }
+            log.highest += 1;
+            let message = Message {
+                seq: Seq::at(log.highest),
+                id: item.id.clone(),
+                accepted_at: item.accepted_at,
+                expires_at: item.expires_at,
+                payload: item.payload,
+            };
+            if item.fenced {
+                log.fences.insert(item.id, (log.highest, item.expires_at, digest));
+            }
+            log.messages.insert(log.highest, message.clone());
+            Appended::Stored(Arc::new(message))
+        })
+    }
+
+    fn answer(&self, ask: &Ask) -> Answer {
+        self.with(&ask.user, |log, _| {
+            let head = Seq::at(log.highest);
+            let start = match &ask.from {
+                From::After(seq) => *seq,
+                From::Cursor(device) => log.cursors.get(device).map_or(Seq::BEGINNING, |cursor| cursor.0),
+                From::Latest => head,
+            };
+            Answer { start, head, more: log.highest > start.get().max(log.first), not_before_s: log.not_before_s }
+        })
+    }
+
+    fn read(&self, user: &UserId, after: Seq, limit: PageLimit) -> InboxPage {
+        self.with(user, |log, now| {
+            let mut page = InboxPage { messages: Vec::new(), upto: after.max(Seq::at(log.highest)), more: false };
+            let mut bytes = 0;
+            for message in log.messages.range(after.get() + 1..).map(|entry| entry.1) {
+                let full = page.messages.len() >= limit.messages || bytes + message.payload.len() > limit.bytes;
+                if full && !page.messages.is_empty() {
+                    page.upto = Seq::at(message.seq.get() - 1);
+                    page.more = true;
+                    break;
+                }
+                if !message.is_expired(now) {
+                    bytes += message.payload.len();
+                    page.messages.push(message.clone());
+                }
+            }
+            page
+        })
+    }
+
+    fn change(&self, change: Change) {
+        match change {
+            Change::Cursor { user, device, acked } => self.with(&user, |log, now| {
+                let cursor = log.cursors.entry(device).or_default();
+                *cursor = (cursor.0.max(acked), now);
+                if log.cursors.len() > DEVICES_PER_USER {
+                    let oldest = log.cursors.iter().min_by_key(|entry| entry.1.1).map(|entry| entry.0.clone());
+                    oldest.and_then(|device| log.cursors.remove(&device));
+                }
+            }),
+            Change::NotBefore { user, seconds } => {
+                self.with(&user, |log, _| log.not_before_s = log.not_before_s.max(seconds));
+            }
+        }
+    }
+}
+
+impl Inbox for MemoryInbox {
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>> {
+        ready(batch.into_iter().map(|item| Ok(self.append_one(item))).collect()).boxed()
+    }
+
+    fn standing(&self, lot: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>> {
+        ready(Ok(lot.iter().map(|ask| self.answer(ask)).collect())).boxed()
+    }
+
+    fn page(&self, user: UserId, after: Seq, limit: PageLimit) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
+        ready(Ok(self.read(&user, after, limit))).boxed()
+    }
+
+    fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>> {
+        let users = self.users.lock();
+        let profile = users.get(&user).map_or_else(Profile::default, |log| Profile {
+            head: (log.highest > log.first).then(|| Seq::at(log.highest)),
+            not_before_s: log.not_before_s,
+            cursors: log.cursors.iter().map(|(device, cursor)| (device.clone(), cursor.0)).collect(),
+        });
+        ready(Ok(profile)).boxed()
+    }
+
+    fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {
+        changes.into_iter().for_each(|change| self.change(change));
+        ready(Ok(())).boxed()
+    }
+}
+
+impl Upkeep for MemoryInbox {
+    fn clean(&self) -> BoxFuture<'_, Result<u64, InboxError>> {
+        let now = self.clock.now();
+        let mut removed = 0;
+        for log in self.users.lock().values_mut() {
+            while let Some(oldest) = log.messages.first_entry().filter(|entry| entry.get().is_expired(now)) {
+                let message = oldest.remove();
+                if log.fences.get(&message.id).is_some_and(|fence| fence.0 == message.seq.get()) {
+                    log.fences.remove(&message.id);
+                }
+                removed += 1;
+            }
+            log.cursors.retain(|_, cursor| cursor.1.0 + CURSOR_LIFE_MS > now.0);
+        }
+        ready(Ok(removed)).boxed()
+    }
+}

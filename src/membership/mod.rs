@@ -1,0 +1,165 @@
+//! Membership: which push nodes there are, as one value that is swapped whole.
+//!
+//! # The contract of a [`Membership`]
+//!
+//! - [`Membership::views`] always holds the last view in use; a view never changes once it is published.
+//! - The epoch rises with every published change of the members or what is known of them, and never falls within a
+//!   generation. Counts travel beside the view and never raise it.
+//! - A node that registers under a name that is taken wins it: its incarnation is higher, and the older one is told so.
+//! - A draining node is out of the ring at once, and still a member until it leaves.
+
+pub mod local;
+
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use tokio::sync::watch;
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::message::{NodeId, UserId};
+use crate::ring::{self, Ring};
+
+/// The port.
+pub trait Membership: Send + Sync + 'static {
+    /// The view in use, and every later one.
+    fn views(&self) -> watch::Receiver<Arc<View>>;
+
+    /// Registers a node; answers its incarnation.
+    fn join(&self, info: NodeInfo) -> BoxFuture<'_, Result<u64, MembershipError>>;
+
+    /// Says that this incarnation is leaving: out of the ring, still a member.
+    fn drain(&self, node: &NodeId, incarnation: u64) -> BoxFuture<'_, Result<(), MembershipError>>;
+
+    /// Takes this incarnation out of the members.
+    fn leave(&self, node: &NodeId, incarnation: u64) -> BoxFuture<'_, Result<(), MembershipError>>;
+
+    /// Reports what a node holds, and answers what each reported last.
+    fn counts(&self, own: Option<(NodeId, Counts)>) -> Vec<(NodeId, Counts)>;
+}
+
+/// Why membership did not do what it was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MembershipError {
+    /// A later process has this node's name.
+    #[error("another process has registered as {0}; give each node a name of its own (node.name)")]
+    Fenced(NodeId),
+    /// The registry cannot be reached.
+    #[error("membership cannot be reached: {0}")]
+    Unavailable(String),
+}
+
+/// What a node says of itself.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NodeInfo {
+    /// Its stable name.
+    pub node: NodeId,
+    /// Its share of the users, 1.0 is one share.
+    pub weight: f64,
+    /// New sockets that it takes per second; 0 is no limit.
+    pub accept_per_s: u32,
+}
+
+/// Whether a member takes users.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeState {
+    /// It does.
+    Active,
+    /// It is leaving: its users move away.
+    Draining,
+}
+
+impl NodeState {
+    /// As it is shown.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+/// One member of a view.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Member {
+    /// What it says of itself.
+    pub info: NodeInfo,
+    /// Which process of that name.
+    pub incarnation: u64,
+    /// Whether it takes users.
+    pub state: NodeState,
+}
+
+/// What a node holds at the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// Sessions.
+    pub sessions: u64,
+    /// Those of them whose user another node owns.
+    pub displaced: u64,
+}
+
+/// Everything that is decided by membership, as one immutable value.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// Changes when the registry forgot everything.
+    pub generation: Arc<str>,
+    /// Rises with every change.
+    pub epoch: u64,
+    /// In the order of their names.
+    pub members: Vec<Member>,
+    /// Over the active members.
+    pub ring: Ring,
+    /// Over ids, weights and states: two views that differ in any of them differ here.
+    pub digest: u64,
+    /// The registry shows something else, and this older view is kept on purpose.
+    pub held: bool,
+}
+
+/// The version of the arithmetic: part of the digest, so that two that count differently are seen.
+const SCHEME: &[u8] = b"xxh3_64/512/1";
+
+impl View {
+    /// Builds the view of these members.
+    #[must_use]
+    pub fn new(generation: Arc<str>, epoch: u64, mut members: Vec<Member>, held: bool) -> Self {
+        members.sort_by(|a, b| a.info.node.cmp(&b.info.node));
+        let active = members.iter().filter(|m| m.state == NodeState::Active);
+        let ring = Ring::build(active.map(|m| (m.info.node.as_str(), m.info.weight)));
+        let mut digest = Xxh3::new();
+        digest.update(SCHEME);
+        for member in &members {
+            digest.update(member.info.node.as_str().as_bytes());
+            digest.update(&[0, u8::from(member.state == NodeState::Active)]);
+            digest.update(&member.info.weight.to_le_bytes());
+        }
+        Self { generation, epoch, members, ring, digest: digest.digest(), held }
+    }
+
+    /// The node that owns `user`; None while there is no active push node.
+    #[must_use]
+    pub fn owner(&self, user: &UserId) -> Option<&Member> {
+        self.owner_at(ring::key(user.as_str()))
+    }
+
+    /// The node that owns this place on the ring.
+    #[must_use]
+    pub fn owner_at(&self, key: u64) -> Option<&Member> {
+        let name = self.ring.owner(key)?;
+        let at = self.members.binary_search_by(|m| m.info.node.as_str().cmp(name)).ok()?;
+        self.members.get(at)
+    }
+
+    /// The member of this name.
+    #[must_use]
+    pub fn member(&self, node: &NodeId) -> Option<&Member> {
+        let at = self.members.binary_search_by(|m| m.info.node.cmp(node)).ok()?;
+        self.members.get(at)
+    }
+
+    /// How many other nodes take users.
+    #[must_use]
+    pub fn others_active(&self, than: &NodeId) -> usize {
+        self.members.iter().filter(|m| m.state == NodeState::Active && m.info.node != *than).count()
+    }
+}
