@@ -1,1 +1,238 @@
-fn main(){}
+//! Arguments, signals, exit codes: 0 done, 1 failed at work, 64 bad usage or configuration.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use ringpush::app::commands::{self, Addressed};
+use ringpush::app::{App, Ended, PUSH_NODES_MAX};
+use ringpush::config::{Config, Faults, Sources};
+use ringpush::telemetry::{LogFormat, start_logging};
+use ringpush::wire::frame::Since;
+
+/// As `sysexits.h` has it: the command was used wrongly.
+const USAGE: u8 = 64;
+
+#[derive(Parser)]
+#[command(name = "ringpush", version, about, long_about = LONG_ABOUT, after_help = EXAMPLES)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+const LONG_ABOUT: &str = "A WebSocket push cluster: post a message for a user, and the user's browser or app has it a \
+moment later. Without a command it serves: all roles in one process, an embedded store under ./data, loopback only.";
+
+const EXAMPLES: &str = "Examples:
+  ringpush                                   serve, with nothing configured
+  ringpush token alice                       print a token for alice
+  ringpush listen alice                      print alice's messages as they come
+  ringpush publish alice '{\"text\":\"hello\"}'  send one
+  ringpush serve --push-nodes 3              three push nodes in one process";
+
+#[derive(Args)]
+struct Common {
+    /// Configuration file (TOML); see config/local.toml for every key.
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where the embedded store and the development keys are [default: ./data, or RINGPUSH_DATA].
+    #[arg(long, global = true, value_name = "DIR")]
+    data: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the roles.
+    #[command(after_help = "Examples:
+  ringpush serve --push-nodes 3
+  ringpush serve --config config/cluster.toml --roles push,dispatch")]
+    Serve(Serve),
+    /// Print a token for a user, alone on its line.
+    #[command(after_help = "Example:\n  TOKEN=$(ringpush token alice --ttl 1h)")]
+    Token {
+        /// The user id.
+        user: String,
+        /// How long it lives, such as 90s, 15m, 1h, 7d.
+        #[arg(long, default_value = "1h")]
+        ttl: String,
+    },
+    /// Publish one JSON payload, or many from standard input.
+    #[command(after_help = "Examples:
+  ringpush publish alice '{\"text\":\"hello\"}'
+  seq 1000 | ringpush publish alice -          one payload per line (NDJSON)")]
+    Publish {
+        /// The user id.
+        user: String,
+        /// JSON text, or - to read one payload per line from standard input.
+        #[arg(allow_hyphen_values = true)]
+        payload: String,
+        /// Collect's URL [default: the server of the data directory].
+        #[arg(long, value_name = "URL")]
+        target: Option<String>,
+    },
+    /// Connect as a user and print a JSON line per message; follows moves, resumes.
+    #[command(after_help = "Examples:
+  ringpush listen alice                 what this device has not acked yet, then what comes
+  ringpush listen alice --since latest  only what comes from now on")]
+    Listen {
+        /// The user id.
+        user: String,
+        /// Start after this seq, or at `latest` [default: the device's own cursor].
+        #[arg(long, value_name = "SEQ", value_parser = parse_since)]
+        since: Option<Since>,
+        /// The device, with a cursor of its own.
+        #[arg(long, default_value = "cli")]
+        device: String,
+        /// A push node's URL, or the load balancer's [default: the server of the data directory].
+        #[arg(long, value_name = "URL")]
+        target: Option<String>,
+    },
+    /// Show members, shares and epoch; with a user, its owner.
+    Ring {
+        /// The user id.
+        user: Option<String>,
+        /// Collect's URL [default: the server of the data directory].
+        #[arg(long, value_name = "URL")]
+        target: Option<String>,
+    },
+    /// Work with configurations.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+}
+
+#[derive(Args, Default)]
+struct Serve {
+    /// Which roles run here: auth, collect, dispatch, push.
+    #[arg(long, value_name = "ROLES")]
+    roles: Option<String>,
+    /// Run this many push nodes in this process: push-0, push-1, …
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=PUSH_NODES_MAX as i64))]
+    push_nodes: Option<u16>,
+    /// How log lines look: text or json.
+    #[arg(long, default_value = "text", value_parser = ["text", "json"])]
+    log: String,
+    /// What is logged, as in RUST_LOG: info, debug, ringpush=debug [default: RUST_LOG, or info].
+    #[arg(long, value_name = "FILTER")]
+    log_filter: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Validate, and print what is in force, without secrets.
+    Check {
+        /// The file [default: --config, or none].
+        file: Option<PathBuf>,
+    },
+}
+
+fn parse_since(text: &str) -> Result<Since, String> {
+    Since::parse(text).map_err(str::to_owned)
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&anyhow::anyhow!("the runtime cannot start: {error}")),
+    };
+    let outcome = runtime.block_on(run(cli));
+    // Blocking work that is still under way has nobody left to answer to.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    match outcome {
+        Ok(code) => code,
+        Err(error) => match error.downcast_ref::<Faults>() {
+            Some(faults) => {
+                faults.0.iter().for_each(|fault| eprintln!("ringpush: {fault}"));
+                ExitCode::from(USAGE)
+            }
+            None => failed(&error),
+        },
+    }
+}
+
+fn failed(error: &anyhow::Error) -> ExitCode {
+    eprintln!("ringpush: {error:#}");
+    ExitCode::FAILURE
+}
+
+async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let Cli { common, command } = cli;
+    let at = |target: Option<String>| Addressed { target };
+    match command {
+        None => serve(&common, Serve { log: "text".to_owned(), ..Serve::default() }).await,
+        Some(Command::Serve(options)) => serve(&common, options).await,
+        Some(Command::Token { user, ttl }) => commands::token(load(&common, &[])?, &user, &ttl),
+        Some(Command::Publish { user, payload, target }) => {
+            commands::publish(load(&common, &[])?, at(target), &user, &payload).await
+        }
+        Some(Command::Listen { user, since, device, target }) => {
+            commands::listen(load(&common, &[])?, at(target), &user, since, &device).await
+        }
+        Some(Command::Ring { user, target }) => {
+            commands::ring(load(&common, &[])?, at(target), user.as_deref()).await
+        }
+        Some(Command::Config { command: ConfigCommand::Check { file } }) => {
+            let config = load(&Common { config: file.or(common.config), data: common.data }, &[])?;
+            print!("{}", config.to_toml());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// The configuration from all its sources.
+fn load(common: &Common, flags: &[(&'static str, String)]) -> Result<Config, Faults> {
+    let mut sources = Sources::of_process(common.config.as_deref())?;
+    if let Ok(data) = std::env::var("RINGPUSH_DATA") {
+        sources.flags.push(("data.dir", data));
+    }
+    if let Some(data) = &common.data {
+        sources.flags.push(("data.dir", data.display().to_string()));
+    }
+    sources.flags.extend_from_slice(flags);
+    Config::load(&sources)
+}
+
+async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
+    let flags: Vec<(&'static str, String)> = options.roles.map(|roles| ("node.roles", roles)).into_iter().collect();
+    let config = load(common, &flags)?;
+    let format = if options.log == "json" { LogFormat::Json } else { LogFormat::Text };
+    let filter = options.log_filter.or_else(|| std::env::var("RUST_LOG").ok()).unwrap_or_else(|| "info".to_owned());
+    start_logging(format, &filter).map_err(|error| Faults(vec![format!("--log-filter: {error}")]))?;
+    // Before anything is bound: a signal that comes early must not be lost.
+    let stop = stop_signal()?;
+    let development = config.development;
+    let app = App::start(config, options.push_nodes.map(usize::from)).await?;
+    if development {
+        println!("{}", app.greeting(&commands::own_command(common.data.as_deref())));
+    }
+    match app.run(stop).await? {
+        Ended::Stopped => Ok(ExitCode::SUCCESS),
+        Ended::Poisoned => {
+            anyhow::bail!("the store failed and this process must end; see the log, and whether the disk is full")
+        }
+    }
+}
+
+/// Resolves at the first SIGTERM or SIGINT; the second ends the process at once.
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+        tracing::info!("leaving; a second signal ends this at once");
+        tokio::spawn(async move {
+            tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+            std::process::exit(1);
+        });
+    })
+}

@@ -1,0 +1,63 @@
+//! Auth over HTTP.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{Request, Response, StatusCode};
+use axum::routing::{get, post};
+use serde_json::json as value;
+
+use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse, same_secret};
+use crate::message::Millis;
+use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S};
+use crate::wire::http::{parse_token_request, parse_verify_request};
+
+pub(super) struct AuthEdge {
+    pub(super) auth: Auth,
+    pub(super) admin_key: String,
+}
+
+type Edge = State<Arc<AuthEdge>>;
+type Answer = Result<Response<Body>, Refused>;
+
+pub(super) fn routes(edge: Arc<AuthEdge>) -> Routes {
+    closed(
+        axum::Router::new()
+            .route("/v1/verify", post(verify))
+            .route("/v1/tokens", post(issue))
+            .route("/.well-known/jwks.json", get(jwks))
+            .with_state(edge),
+    )
+}
+
+async fn verify(State(edge): Edge, request: Request<Body>) -> Answer {
+    let body = json_body(request, SMALL_BODY).await?;
+    let token = parse_verify_request(&body)?;
+    let identity = edge.auth.verify(&token).map_err(|reason| refuse(401, reason))?;
+    let claims: serde_json::Value = serde_json::from_slice(&identity.claims).unwrap_or_default();
+    let expires_at = Millis(identity.expires_at_s.saturating_mul(1000)).rfc3339();
+    let answer = value!({"user": identity.user.as_str(), "expires_at": expires_at, "claims": claims});
+    Ok(json(StatusCode::OK, answer.to_string()))
+}
+
+async fn issue(State(edge): Edge, request: Request<Body>) -> Answer {
+    let given = bearer(request.headers()).unwrap_or_default();
+    if !same_secret(given, &edge.admin_key) {
+        return Err(refuse(401, "the admin key is needed: Authorization: Bearer <admin key>"));
+    }
+    issue_body(&edge.auth, request).await
+}
+
+/// Issues a token to somebody who may have one.
+pub(super) async fn issue_body(auth: &Auth, request: Request<Body>) -> Answer {
+    let body = json_body(request, SMALL_BODY).await?;
+    let (user, ttl_s) = parse_token_request(&body, TOKEN_TTL_S)?;
+    let issued = auth.issue(&user, ttl_s.unwrap_or(TOKEN_TTL_DEFAULT_S));
+    let (token, expires_at) = issued.map_err(|fault| refuse(403, fault.to_string()))?;
+    Ok(json(StatusCode::OK, value!({"token": token, "expires_at": expires_at.rfc3339()}).to_string()))
+}
+
+async fn jwks(State(edge): Edge) -> Response<Body> {
+    json(StatusCode::OK, edge.auth.jwks().to_string())
+}

@@ -1,0 +1,233 @@
+//! Collect over HTTP.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{RawPathParams, State};
+use axum::http::{HeaderMap, Request, Response, StatusCode, Uri};
+use axum::response::IntoResponse;
+use axum::routing::{get, post};
+use bytes::BytesMut;
+use serde_json::{Value, json as value};
+use tokio::sync::Semaphore;
+
+use super::edge::{Refused, Routes, bearer, closed, json, json_body, refuse, same_secret};
+use crate::inbox::InboxError;
+use crate::membership::{Counts, Membership};
+use crate::message::{NodeId, Seq, UserId};
+use crate::role::collect::{Collect, HISTORY_PAGE, UserReport};
+use crate::role::connect::PublicUrls;
+use crate::wire::http::{Problem, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish};
+
+/// Largest body of one publish: 64 KiB of payload and 1000 recipients of 128 bytes, escaped at their worst.
+const PUBLISH_BODY: usize = 1024 * 1024;
+/// Largest body of a batch.
+const BATCH_BODY: usize = 16 * 1024 * 1024;
+/// Batches read and written at once: eight times the largest is 128 MiB.
+const BATCHES_AT_ONCE: usize = 8;
+/// Messages of a page of history where none are asked for.
+const HISTORY_LIMIT: usize = 100;
+
+pub(super) struct CollectEdge {
+    pub(super) collect: Collect,
+    pub(super) membership: Arc<dyn Membership>,
+    pub(super) urls: PublicUrls,
+    pub(super) api_keys: Vec<String>,
+    pub(super) limits: PublishLimits,
+    batches: Semaphore,
+}
+
+impl CollectEdge {
+    pub(super) fn new(
+        collect: Collect,
+        membership: Arc<dyn Membership>,
+        urls: PublicUrls,
+        api_keys: Vec<String>,
+        limits: PublishLimits,
+    ) -> Arc<Self> {
+        let batches = Semaphore::new(BATCHES_AT_ONCE);
+        Arc::new(Self { collect, membership, urls, api_keys, limits, batches })
+    }
+
+    fn authorize(&self, headers: &HeaderMap) -> Result<(), Refused> {
+        let given = bearer(headers).ok_or_else(|| refuse(401, "an API key is needed: Authorization: Bearer <key>"))?;
+        if self.api_keys.iter().any(|key| same_secret(key, given)) {
+            Ok(())
+        } else {
+            Err(refuse(401, "this API key is not known"))
+        }
+    }
+}
+
+type Edge = State<Arc<CollectEdge>>;
+type Answer = Result<Response<Body>, Refused>;
+
+pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
+    closed(
+        axum::Router::new()
+            .route("/v1/messages", post(publish))
+            .route("/v1/messages/batch", post(batch))
+            .route("/v1/users/{user}/messages", get(history))
+            .route("/v1/users/{user}", get(user))
+            .route("/v1/users/{user}/sessions", axum::routing::delete(disconnect))
+            .route("/v1/cluster", get(cluster))
+            .with_state(edge),
+    )
+}
+
+async fn publish(State(edge): Edge, request: Request<Body>) -> Answer {
+    edge.authorize(request.headers())?;
+    publish_body(&edge, request).await
+}
+
+/// A publish whose sender is known already.
+pub(super) async fn publish_body(edge: &CollectEdge, request: Request<Body>) -> Answer {
+    let body = json_body(request, PUBLISH_BODY).await?;
+    let publish = parse_publish(&body, &edge.limits)?;
+    // The payload is a slice of the body: nothing else may keep that alive.
+    drop(body);
+    Ok(published(&edge.collect.publish(publish).await))
+}
+
+fn published(published: &Published) -> Response<Body> {
+    match published.problem() {
+        Some(problem) => Refused(problem).into_response(),
+        None => {
+            let mut body = BytesMut::with_capacity(96 + published.accepted.len() * 48);
+            published.put(&mut body);
+            json(StatusCode::ACCEPTED, body.freeze())
+        }
+    }
+}
+
+async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
+    edge.authorize(request.headers())?;
+    let Ok(_permit) = edge.batches.acquire().await else {
+        return Err(refuse(503, "the server is stopping"));
+    };
+    let body = json_body(request, BATCH_BODY).await?;
+    let items = parse_batch(&body, &edge.limits)?;
+    let under_way = items.into_iter().map(|item| async {
+        match item {
+            Ok(publish) => Ok(edge.collect.publish(publish).await),
+            Err(problem) => Err(problem),
+        }
+    });
+    let results: Vec<Result<Published, Problem>> = futures_util::future::join_all(under_way).await;
+    Ok(json(StatusCode::ACCEPTED, batch_body(&results)))
+}
+
+async fn history(State(edge): Edge, path: RawPathParams, headers: HeaderMap, uri: Uri) -> Answer {
+    edge.authorize(&headers)?;
+    let user = user_of(&path)?;
+    let (after, limit) = page_query(uri.query().unwrap_or_default())?;
+    let (messages, next) = edge.collect.history(user, after, limit).await.map_err(unavailable)?;
+    Ok(json(StatusCode::OK, history_body(&messages, next)))
+}
+
+fn page_query(query: &str) -> Result<(Seq, usize), Refused> {
+    let (mut after, mut limit) = (Seq::BEGINNING, HISTORY_LIMIT);
+    for (name, text) in query.split('&').filter_map(|pair| pair.split_once('=')) {
+        match name {
+            "after" => {
+                let seq = text.parse().ok().and_then(Seq::new);
+                after = seq.ok_or_else(|| refuse(422, "after: must be an integer from 0 to 2^53 - 1"))?;
+            }
+            "limit" => {
+                let count = text.parse::<u64>().ok().filter(|count| *count > 0);
+                let count = count.ok_or_else(|| refuse(422, "limit: must be an integer from 1 to 1000"))?;
+                limit = usize::try_from(count).unwrap_or(usize::MAX).min(HISTORY_PAGE.messages);
+            }
+            _ => {}
+        }
+    }
+    Ok((after, limit))
+}
+
+async fn user(State(edge): Edge, path: RawPathParams, headers: HeaderMap) -> Answer {
+    edge.authorize(&headers)?;
+    let user = user_of(&path)?;
+    let report = edge.collect.user(user.clone()).await.map_err(unavailable)?;
+    Ok(json(StatusCode::OK, user_report(&user, &report).to_string()))
+}
+
+/// Every device with a cursor or a session; one with several sessions shows the youngest.
+fn user_report(user: &UserId, report: &UserReport) -> Value {
+    let mut devices: BTreeMap<&str, Value> = BTreeMap::new();
+    for (device, acked) in &report.profile.cursors {
+        let shown = value!({"device": device.as_str(), "acked": acked.get(), "connected_at": null, "node": null});
+        devices.insert(device.as_str(), shown);
+    }
+    let mut sessions: Vec<_> = report.sessions.iter().collect();
+    sessions.sort_by_key(|session| session.connected_at);
+    for session in sessions {
+        let shown = devices
+            .entry(session.device.as_str())
+            .or_insert_with(|| value!({"device": session.device.as_str(), "acked": 0}));
+        let acked = shown["acked"].as_u64().unwrap_or(0).max(session.acked.get());
+        shown["acked"] = acked.into();
+        shown["connected_at"] = session.connected_at.rfc3339().into();
+        shown["node"] = session.node.as_str().into();
+    }
+    value!({
+        "user": user.as_str(),
+        "owner": report.owner.as_ref().map(NodeId::as_str),
+        "online": !report.sessions.is_empty(),
+        "devices": devices.into_values().collect::<Vec<_>>(),
+        "head": report.profile.head.map(Seq::get),
+    })
+}
+
+async fn disconnect(State(edge): Edge, path: RawPathParams, headers: HeaderMap) -> Answer {
+    edge.authorize(&headers)?;
+    edge.collect.disconnect(user_of(&path)?).await.map_err(unavailable)?;
+    Ok(json(StatusCode::ACCEPTED, "{}"))
+}
+
+async fn cluster(State(edge): Edge, headers: HeaderMap) -> Answer {
+    edge.authorize(&headers)?;
+    Ok(json(StatusCode::OK, cluster_report(&*edge.membership, &edge.urls).to_string()))
+}
+
+/// The push nodes of the view in use.
+pub(super) fn cluster_report(membership: &dyn Membership, urls: &PublicUrls) -> Value {
+    let view = Arc::clone(&membership.views().borrow());
+    let counts: BTreeMap<NodeId, Counts> = membership.counts(None).into_iter().collect();
+    let shares: BTreeMap<&str, f64> = view.ring.shares().into_iter().collect();
+    let nodes: Vec<Value> = view
+        .members
+        .iter()
+        .map(|member| {
+            let node = &member.info.node;
+            let held = counts.get(node).copied().unwrap_or_default();
+            value!({
+                "node": node.as_str(),
+                "incarnation": member.incarnation,
+                "state": member.state.as_str(),
+                "weight": member.info.weight,
+                "share": shares.get(node.as_str()).copied().unwrap_or(0.0),
+                "sessions": held.sessions,
+                "displaced": held.displaced,
+                "url": urls.of(node),
+            })
+        })
+        .collect();
+    value!({
+        "generation": &*view.generation,
+        "epoch": view.epoch,
+        "digest": format!("{:016x}", view.digest),
+        "held": view.held,
+        "nodes": nodes,
+    })
+}
+
+fn user_of(path: &RawPathParams) -> Result<UserId, Refused> {
+    let raw = path.iter().find(|(name, _)| *name == "user").map(|(_, raw)| raw).unwrap_or_default();
+    UserId::parse(raw).map_err(|rule| refuse(422, rule.to_string()))
+}
+
+fn unavailable(error: InboxError) -> Refused {
+    tracing::warn!(%error, "the inbox could not be asked");
+    refuse(503, "the inbox cannot be asked now")
+}

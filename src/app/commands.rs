@@ -1,0 +1,386 @@
+//! The commands that speak to a server: token, publish, listen, ring.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use bytes::Bytes;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, BufReader};
+
+use super::keys::Keys;
+use crate::client::{Client, ClientConfig, Event, TokenSource};
+use crate::clock::Clock;
+use crate::config::{Config, Faults};
+use crate::message::{DeviceId, UserId};
+use crate::ring::Ring;
+use crate::role::auth::{Auth, TOKEN_TTL_S};
+use crate::transport::http::HttpClient;
+use crate::wire::frame::Since;
+use crate::wire::http::Problem;
+
+/// How long one request may take: longer than the server's own deadline for a publish.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(15);
+/// How often a request is tried that cannot be delivered or is answered 503.
+const TRIES: u32 = 5;
+/// Payloads sent together.
+const BATCH: usize = 1_000;
+/// Bytes of payload sent together.
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// Life of the tokens that `listen` makes for itself, in seconds; each connection has a new one.
+const LISTEN_TOKEN_S: u64 = 24 * 3600;
+
+/// Which server.
+pub struct Addressed {
+    /// Its URL; None is the server whose `listen.json` stands in the data directory.
+    pub target: Option<String>,
+}
+
+impl Addressed {
+    fn url(&self, config: &Config, role: &str) -> Result<String> {
+        if let Some(target) = &self.target {
+            if !target.starts_with("http://") && !target.starts_with("https://") {
+                let rule = format!("--target: {target:?} must begin with http:// or https://");
+                return Err(Faults(vec![rule]).into());
+            }
+            return Ok(target.trim_end_matches('/').to_owned());
+        }
+        let path = config.data_dir.join("listen.json");
+        let text = std::fs::read_to_string(&path).map_err(|_| {
+            anyhow!("no server runs on {}; start one with `ringpush`, or name one with --target URL", config.data_dir.display())
+        })?;
+        let listening: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        let at = listening[role].as_str().or_else(|| listening[role][0].as_str());
+        let at = at.ok_or_else(|| anyhow!("the server on {} does not run {role}", config.data_dir.display()))?;
+        Ok(format!("http://{at}"))
+    }
+}
+
+fn user_id(text: &str) -> Result<UserId> {
+    UserId::parse(text).map_err(|rule| Faults(vec![format!("USER: {rule}")]).into())
+}
+
+/// This program as it would be typed here, for the lines that are printed to be tried.
+#[must_use]
+pub fn own_command(data: Option<&Path>) -> String {
+    let program = std::env::current_exe().unwrap_or_else(|_| "ringpush".into());
+    let here = std::env::current_dir().unwrap_or_default();
+    let shown = match program.strip_prefix(&here) {
+        Ok(below) => format!("./{}", below.display()),
+        Err(_) => program.display().to_string(),
+    };
+    match data {
+        Some(data) => format!("{shown} --data {}", data.display()),
+        None => shown,
+    }
+}
+
+/// Prints a token, alone.
+///
+/// # Errors
+/// A bad user or life; a key that cannot sign.
+pub fn token(mut config: Config, user: &str, ttl: &str) -> Result<ExitCode> {
+    let user = user_id(user)?;
+    let rule = || Faults(vec![format!("--ttl: {ttl:?} must be a time from 1s to 90d, such as 90s, 15m, 1h or 7d")]);
+    let ttl_s = seconds(ttl).filter(|s| TOKEN_TTL_S.contains(s)).ok_or_else(rule)?;
+    println!("{}", signer(&mut config)?.issue(&user, ttl_s)?.0);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn signer(config: &mut Config) -> Result<Auth> {
+    Keys::of(config)?;
+    Auth::new(config.auth.clone(), Clock::system())
+        .map_err(|fault| Faults(vec![format!("auth.token_key: {fault}")]).into())
+}
+
+/// A number and one of s, m, h, d.
+fn seconds(text: &str) -> Option<u64> {
+    let unit = text.chars().last()?;
+    let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
+    let factor = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 24 * 3600,
+        _ => return None,
+    };
+    number.checked_mul(factor)
+}
+
+/// A server's collect interface.
+struct Collector {
+    http: HttpClient,
+    base: String,
+    key: String,
+}
+
+impl Collector {
+    fn new(config: &mut Config, at: &Addressed) -> Result<Self> {
+        let base = at.url(config, "collect")?;
+        let key = Keys::of(config)?.api_key;
+        if key.is_empty() {
+            return Err(Faults(vec!["collect.api_keys: a key is needed to speak to collect".to_owned()]).into());
+        }
+        Ok(Self { http: HttpClient::default(), base, key })
+    }
+
+    /// Sends until it is answered with something else than 503; every request here is safe to repeat.
+    async fn send(&self, method: &str, path: &str, body: Bytes) -> Result<(u16, Bytes)> {
+        let url = format!("{}{path}", self.base);
+        let mut tried = 0;
+        loop {
+            tried += 1;
+            match self.http.send(method, &url, Some(&self.key), body.clone(), REQUEST_DEADLINE).await {
+                Ok((503, answer)) if tried >= TRIES => bail!("{}: {}", self.base, problem_of(503, &answer)),
+                Ok((503, _)) => {}
+                Ok((status, answer)) => return Ok((status, answer)),
+                Err(why) if tried >= TRIES => bail!("{} cannot be reached: {why}", self.base),
+                Err(_) => {}
+            }
+            tokio::time::sleep(Duration::from_millis(200 << tried)).await;
+        }
+    }
+}
+
+fn problem_of(status: u16, body: &[u8]) -> String {
+    match serde_json::from_slice::<Problem>(body) {
+        Ok(problem) if problem.errors.is_empty() => format!("{status} {}: {}", problem.title, problem.detail),
+        Ok(problem) => {
+            let fields: Vec<String> =
+                problem.errors.iter().map(|e| format!("{}: {}", e.pointer.trim_start_matches('/'), e.detail)).collect();
+            format!("{status} {}: {}", problem.title, fields.join("; "))
+        }
+        Err(_) => format!("answered {status}"),
+    }
+}
+
+/// Publishes one payload, or one per line of standard input.
+///
+/// # Errors
+/// What was refused or could not be delivered.
+pub async fn publish(mut config: Config, at: Addressed, user: &str, payload: &str) -> Result<ExitCode> {
+    let user = user_id(user)?;
+    let collector = Collector::new(&mut config, &at)?;
+    if payload == "-" {
+        return publish_lines(&collector, &user).await;
+    }
+    if serde_json::from_str::<&serde_json::value::RawValue>(payload).is_err() {
+        let hint = "PAYLOAD: must be JSON, such as '{\"text\":\"hello\"}' or '\"hello\"'";
+        return Err(Faults(vec![hint.to_owned()]).into());
+    }
+    // An id makes the repeat of a request whose answer was lost harmless.
+    let body = publish_json(&user, payload, &new_id());
+    match collector.send("POST", "/v1/messages", body.into()).await? {
+        (202, answer) => {
+            println!("{}", String::from_utf8_lossy(&answer));
+            Ok(ExitCode::SUCCESS)
+        }
+        (status, answer) => bail!("{}", problem_of(status, &answer)),
+    }
+}
+
+fn new_id() -> String {
+    ulid::Ulid::generate().to_string()
+}
+
+fn publish_json(user: &UserId, payload: &str, id: &str) -> String {
+    let user = Value::from(user.as_str());
+    format!(r#"{{"to":{{"user":{user}}},"payload":{payload},"id":"{id}"}}"#)
+}
+
+async fn publish_lines(collector: &Collector, user: &UserId) -> Result<ExitCode> {
+    let progress = progress("published");
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    let (mut batch, mut bytes, mut number, mut refused) = (Vec::new(), 0, 0u64, 0u64);
+    loop {
+        let line = lines.next_line().await.context("standard input")?;
+        let last = line.is_none();
+        if let Some(line) = line {
+            number += 1;
+            if line.trim().is_empty() {
+                continue;
+            }
+            if serde_json::from_str::<&serde_json::value::RawValue>(&line).is_err() {
+                eprintln!("ringpush: line {number} is not JSON and was not sent");
+                refused += 1;
+                continue;
+            }
+            bytes += line.len();
+            batch.push((number, publish_json(user, &line, &new_id())));
+        }
+        if !batch.is_empty() && (last || batch.len() == BATCH || bytes >= BATCH_BYTES) {
+            refused += send_batch(collector, &batch, &progress).await?;
+            batch.clear();
+            bytes = 0;
+        }
+        if last {
+            break;
+        }
+    }
+    progress.finish_and_clear();
+    eprintln!("ringpush: {} published, {refused} refused", progress.position());
+    Ok(if refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Sends one batch, and what the server could not take again; answers how many were refused for good.
+async fn send_batch(collector: &Collector, batch: &[(u64, String)], progress: &ProgressBar) -> Result<u64> {
+    let mut waiting: Vec<&(u64, String)> = batch.iter().collect();
+    let mut refused = 0;
+    for tried in 0.. {
+        let items: Vec<&str> = waiting.iter().map(|(_, json)| json.as_str()).collect();
+        let body = format!(r#"{{"messages":[{}]}}"#, items.join(","));
+        let (status, answer) = collector.send("POST", "/v1/messages/batch", body.into()).await?;
+        if status != 202 {
+            bail!("{}", problem_of(status, &answer));
+        }
+        let answer: Value = serde_json::from_slice(&answer).context("the answer to a batch")?;
+        let results = answer["results"].as_array().cloned().unwrap_or_default();
+        let mut again = Vec::new();
+        for (item, result) in waiting.iter().zip(results) {
+            match result["error"]["status"].as_u64() {
+                None => progress.inc(1),
+                Some(503) if tried < TRIES => again.push(*item),
+                Some(status) => {
+                    refused += 1;
+                    eprintln!("ringpush: line {} was refused: {status} {}", item.0, result["error"]["detail"]);
+                }
+            }
+        }
+        if again.is_empty() {
+            break;
+        }
+        waiting = again;
+        tokio::time::sleep(Duration::from_millis(200 << tried)).await;
+    }
+    Ok(refused)
+}
+
+/// A counter on the terminal; silent where there is none.
+fn progress(what: &'static str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {pos} {msg}, {per_sec}") {
+        bar.set_style(style);
+    }
+    bar.set_message(what);
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+/// Connects as a user and prints what comes, a JSON line per message; each is acked once it is printed.
+///
+/// # Errors
+/// The reason, when the server refuses for good.
+pub async fn listen(
+    mut config: Config,
+    at: Addressed,
+    user: &str,
+    since: Option<Since>,
+    device: &str,
+) -> Result<ExitCode> {
+    let user = user_id(user)?;
+    let device = DeviceId::parse(device).map_err(|rule| Faults(vec![format!("--device: {rule}")]))?;
+    let target = at.url(&config, "push")?;
+    let auth = signer(&mut config)?;
+    auth.issue(&user, LISTEN_TOKEN_S)?;
+    let token: TokenSource = Arc::new({
+        let user = user.clone();
+        move || auth.issue(&user, LISTEN_TOKEN_S).map_or_else(|_| String::new(), |issued| issued.0)
+    });
+    let mut client = Client::start(ClientConfig { target, token, device, since, ask_first: true });
+    let interrupted = tokio::signal::ctrl_c();
+    tokio::pin!(interrupted);
+    loop {
+        let event = tokio::select! {
+            event = client.next() => event,
+            _ = &mut interrupted => return Ok(ExitCode::SUCCESS),
+        };
+        match event {
+            None => return Ok(ExitCode::SUCCESS),
+            Some(event) => {
+                if !show(&client, event).await? {
+                    // Whoever read our output has gone: that ends a listener in good order.
+                    return Ok(ExitCode::SUCCESS);
+                }
+            }
+        }
+    }
+}
+
+/// Prints one event: messages to standard output, all else to standard error. False when nobody reads any more.
+async fn show(client: &Client, event: Event) -> Result<bool> {
+    match event {
+        Event::Message(message) => {
+            let line = format!(
+                r#"{{"seq":{},"id":{},"accepted_at":"{}","expires_at":"{}","payload":{}}}"#,
+                message.seq,
+                Value::from(message.id.as_str()),
+                message.accepted_at,
+                message.expires_at,
+                message.payload.get().replace(['\n', '\r'], " "),
+            );
+            let mut out = std::io::stdout().lock();
+            if writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
+                return Ok(false);
+            }
+            drop(out);
+            client.ack(message.seq).await;
+        }
+        Event::Welcome { node, since } => eprintln!("ringpush: connected to {node}, after {since}"),
+        Event::CaughtUp(seq) => eprintln!("ringpush: caught up at {seq}; what follows is live"),
+        Event::Gap { after, before, reason } => {
+            eprintln!("ringpush: what was between {after} and {before} is gone ({reason:?})");
+        }
+        Event::Moving { node, reason } => eprintln!("ringpush: moving to {node} ({reason:?})"),
+        Event::Waiting { why, rest } => eprintln!("ringpush: {why}; next try in {} ms", rest.as_millis()),
+        Event::Refused { code } => bail!("the server refused with {code}; see the table of close codes"),
+    }
+    Ok(true)
+}
+
+/// Prints members, shares and epoch; with a user, its owner by the same arithmetic.
+///
+/// # Errors
+/// A server that cannot be asked.
+pub async fn ring(mut config: Config, at: Addressed, user: Option<&str>) -> Result<ExitCode> {
+    let user = user.map(user_id).transpose()?;
+    let collector = Collector::new(&mut config, &at)?;
+    let (status, body) = collector.send("GET", "/v1/cluster", Bytes::new()).await?;
+    if status != 200 {
+        bail!("{}", problem_of(status, &body));
+    }
+    let cluster: Value = serde_json::from_slice(&body).context("the answer of collect")?;
+    let nodes = cluster["nodes"].as_array().cloned().unwrap_or_default();
+    if let Some(user) = user {
+        let active = nodes.iter().filter(|node| node["state"] == "active");
+        let named: Vec<(&str, f64)> =
+            active.filter_map(|node| Some((node["node"].as_str()?, node["weight"].as_f64()?))).collect();
+        let ring = Ring::build(named);
+        println!("{}", ring.owner_of(user.as_str()).ok_or_else(|| anyhow!("there is no push node"))?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("generation {}  epoch {}  held {}", text(&cluster["generation"]), cluster["epoch"], cluster["held"]);
+    println!("{:<20} {:<9} {:>6} {:>7} {:>9} {:>9}", "node", "state", "weight", "share", "sessions", "displaced");
+    for node in &nodes {
+        println!(
+            "{:<20} {:<9} {:>6} {:>6.1}% {:>9} {:>9}",
+            text(&node["node"]),
+            text(&node["state"]),
+            node["weight"],
+            node["share"].as_f64().unwrap_or(0.0) * 100.0,
+            node["sessions"],
+            node["displaced"],
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}

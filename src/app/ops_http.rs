@@ -1,0 +1,64 @@
+//! Ops over HTTP: health, metrics, and the dashboard.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderValue, Response, StatusCode};
+use axum::routing::get;
+use serde_json::{Map, Value, json as value};
+
+use super::collect_http::cluster_report;
+use super::edge::{Routes, asset, closed, json};
+use crate::membership::Membership;
+use crate::role::connect::PublicUrls;
+use crate::telemetry::{Health, Metrics};
+
+pub(super) struct OpsEdge {
+    pub(super) health: Health,
+    pub(super) metrics: Metrics,
+    pub(super) membership: Arc<dyn Membership>,
+    pub(super) urls: PublicUrls,
+}
+
+type Edge = State<Arc<OpsEdge>>;
+
+pub(super) fn routes(edge: Arc<OpsEdge>) -> Routes {
+    closed(
+        axum::Router::new()
+            .route("/livez", get(async || "ok\n"))
+            .route("/readyz", get(ready))
+            .route("/metrics", get(metrics))
+            .route("/cluster", get(cluster))
+            .route("/", get(async || asset("text/html; charset=utf-8", include_str!("../../web/dashboard.html"))))
+            .route(
+                "/dashboard.js",
+                get(async || asset("text/javascript; charset=utf-8", include_str!("../../web/dashboard.js"))),
+            )
+            .route("/page.css", get(async || asset("text/css; charset=utf-8", include_str!("../../web/page.css"))))
+            .with_state(edge),
+    )
+}
+
+async fn ready(State(edge): Edge) -> Response<Body> {
+    let (ready, conditions) = edge.health.report();
+    let shown: Map<String, Value> = conditions
+        .into_iter()
+        .map(|(name, (ok, word))| (name.to_owned(), value!({"ok": ok, "detail": word})))
+        .collect();
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    json(status, value!({"ready": ready, "conditions": shown}).to_string())
+}
+
+async fn metrics(State(edge): Edge) -> Response<Body> {
+    let (kind, text) = edge.metrics.expose();
+    let mut response = Response::new(Body::from(text));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+}
+
+/// What the dashboard shows.
+async fn cluster(State(edge): Edge) -> Response<Body> {
+    json(StatusCode::OK, cluster_report(&*edge.membership, &edge.urls).to_string())
+}

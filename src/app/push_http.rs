@@ -1,0 +1,183 @@
+//! Push over HTTP: the socket, connect, and the page. Dispatch offers connect alone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::header::{
+    ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_MAX_AGE,
+    LOCATION, ORIGIN, VARY,
+};
+use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
+use axum::response::IntoResponse;
+use axum::routing::{get, post};
+use serde_json::json as value;
+
+use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse};
+use crate::role::connect::{Connect, ConnectFault};
+use crate::role::push::{Origins, Push, Rejection, SocketRequest};
+use crate::ticket::TICKET_LIFE_MS;
+use crate::transport::websocket::{handshake, upgraded};
+use crate::wire::address::node_in_path;
+use crate::wire::frame::ReconnectHint;
+use crate::wire::http::{FieldFault, Problem, parse_connect};
+
+/// From the 101 to a socket: it follows at once, unless the client has gone.
+const UPGRADE_DEADLINE: Duration = Duration::from_secs(5);
+
+pub(super) struct PushEdge {
+    pub(super) push: Push,
+    pub(super) connect: ConnectEdge,
+}
+
+/// What `POST /v1/connect` needs, on push and on dispatch.
+pub(super) struct ConnectEdge {
+    pub(super) connect: Connect,
+    pub(super) origins: Origins,
+    pub(super) hint: ReconnectHint,
+    /// Told to go away while this node leaves.
+    pub(super) push: Option<Push>,
+}
+
+type Answer = Result<Response<Body>, Refused>;
+
+pub(super) fn push_routes(edge: Arc<PushEdge>) -> Routes {
+    axum::Router::new()
+        .route("/v1/ws", get(socket))
+        .route("/n/{node}/v1/ws", get(socket))
+        .route("/v1/connect", post(connect_on_push).options(preflight_on_push))
+        .with_state(edge)
+}
+
+pub(super) fn dispatch_routes(edge: Arc<ConnectEdge>) -> Routes {
+    closed(
+        axum::Router::new()
+            .route("/v1/connect", post(connect_on_dispatch).options(preflight_on_dispatch))
+            .with_state(edge),
+    )
+}
+
+async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -> Answer {
+    let response = handshake(request.headers()).map_err(|why| match request.headers().get("upgrade") {
+        None => refuse(426, why),
+        Some(_) => refuse(400, why),
+    })?;
+    let upgrade = hyper::upgrade::on(&mut request);
+    let socket_request = SocketRequest {
+        node_in_path: node_in_path(request.uri().path()),
+        query: request.uri().query().unwrap_or_default(),
+        origin: request.headers().get(ORIGIN).and_then(|origin| origin.to_str().ok()),
+        bearer: bearer(request.headers()),
+    };
+    let admission = match edge.push.admit(socket_request).await {
+        Ok(admission) => admission,
+        Err(Rejection::Redirect(url)) => return redirect(&url),
+        Err(rejection) => return Err(rejected(rejection)),
+    };
+    edge.push.serve(admission, upgraded(upgrade, UPGRADE_DEADLINE));
+    Ok(response.map(|()| Body::empty()))
+}
+
+fn redirect(url: &str) -> Answer {
+    let location = HeaderValue::from_str(url).map_err(|_| refuse(503, "the owner's URL cannot be named"))?;
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
+    response.headers_mut().insert(LOCATION, location);
+    Ok(response)
+}
+
+fn rejected(rejection: Rejection) -> Refused {
+    match rejection {
+        Rejection::Unavailable(why) => refuse(503, why),
+        Rejection::ForbiddenOrigin => refuse(403, "pages of this origin may not open sockets (push.origins)"),
+        Rejection::Unauthorized(why) => refuse(401, why),
+        Rejection::Redirect(_) => refuse(503, "the node of this user is another one"),
+        Rejection::BadQuery(faults) => Refused(Problem::fields(
+            faults
+                .into_iter()
+                .map(|(name, detail)| FieldFault { pointer: format!("?{name}"), detail })
+                .collect(),
+        )),
+    }
+}
+
+async fn connect_on_push(State(edge): State<Arc<PushEdge>>, request: Request<Body>) -> Response<Body> {
+    connect(&edge.connect, request).await
+}
+
+async fn connect_on_dispatch(State(edge): State<Arc<ConnectEdge>>, request: Request<Body>) -> Response<Body> {
+    connect(&edge, request).await
+}
+
+async fn preflight_on_push(State(edge): State<Arc<PushEdge>>, headers: HeaderMap) -> Response<Body> {
+    preflight(&edge.connect, &headers)
+}
+
+async fn preflight_on_dispatch(State(edge): State<Arc<ConnectEdge>>, headers: HeaderMap) -> Response<Body> {
+    preflight(&edge, &headers)
+}
+
+fn origin_of(headers: &HeaderMap) -> Option<&str> {
+    headers.get(ORIGIN).and_then(|origin| origin.to_str().ok())
+}
+
+/// What a browser asks before a page of another origin may post to connect.
+fn preflight(edge: &ConnectEdge, headers: &HeaderMap) -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    if allow_origin(edge, headers, &mut response) {
+        let answer = response.headers_mut();
+        answer.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("POST"));
+        answer.insert(ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("authorization, content-type"));
+        answer.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    }
+    response
+}
+
+/// Lets the page that asked read the answer, if its origin is listed; false if it is not.
+fn allow_origin(edge: &ConnectEdge, headers: &HeaderMap, response: &mut Response<Body>) -> bool {
+    response.headers_mut().append(VARY, HeaderValue::from_static("origin"));
+    let Some(origin) = origin_of(headers) else { return true };
+    let allowed = edge.origins.allows(Some(origin));
+    if allowed && let Ok(value) = HeaderValue::from_str(origin) {
+        response.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, value);
+    }
+    allowed
+}
+
+async fn connect(edge: &ConnectEdge, request: Request<Body>) -> Response<Body> {
+    let headers = request.headers().clone();
+    let mut response = match place(edge, request).await {
+        Ok(response) => response,
+        Err(refused) => refused.into_response(),
+    };
+    allow_origin(edge, &headers, &mut response);
+    response
+}
+
+async fn place(edge: &ConnectEdge, request: Request<Body>) -> Answer {
+    if !edge.origins.allows(origin_of(request.headers())) {
+        return Err(refuse(403, "pages of this origin may not connect (push.origins)"));
+    }
+    if edge.push.as_ref().is_some_and(Push::is_draining) {
+        return Err(refuse(503, "this node is leaving; another one answers"));
+    }
+    let token = bearer(request.headers()).map(str::to_owned);
+    let token = token.ok_or_else(|| refuse(401, "a token is needed: Authorization: Bearer <token>"))?;
+    let device = parse_connect(&json_body(request, SMALL_BODY).await?)?;
+    let place = edge.connect.place(&token, device).await.map_err(|fault| match fault {
+        ConnectFault::Unauthorized(why) => refuse(401, why),
+        ConnectFault::Unavailable(why) => refuse(503, why),
+    })?;
+    let hint = edge.push.as_ref().map_or(edge.hint, Push::reconnect_hint);
+    let answer = value!({
+        "url": place.url,
+        "node": place.node.as_str(),
+        "generation": &*place.generation,
+        "epoch": place.epoch,
+        "expires_in_ms": TICKET_LIFE_MS,
+        "reconnect": hint,
+    });
+    Ok(json(StatusCode::OK, answer.to_string()))
+}

@@ -1,0 +1,413 @@
+//! The client library: connect, move, resume, ack. Each message is handed on once and in order.
+//!
+//! A [`Client`] is a handle; a task behind it holds the socket, or two of them during a move: the new one is opened first,
+//! and the old one closed when the new one has caught up. What both deliver is told apart by `seq`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::backoff::between;
+use crate::message::{DeviceId, Seq};
+use crate::transport::http::HttpClient;
+use crate::transport::websocket::{ClientSocket, Heard, OpenFault, open};
+use crate::wire::address::escape;
+use crate::wire::close::CloseCode;
+use crate::wire::frame::{
+    ClientFrame, GapReason, MessageFrame, MoveReason, ReceivedFrame, ReconnectHint, ServerFrame, Since,
+};
+
+/// Events waiting for the application; then the socket is read no further.
+const EVENTS: usize = 256;
+/// Acks and the like waiting for the task.
+const COMMANDS: usize = 64;
+/// How long opening a socket, or asking where to, may take.
+const OPEN_DEADLINE: Duration = Duration::from_secs(10);
+/// How often a move is tried before its next one is waited for.
+const MOVE_TRIES: u32 = 3;
+/// Where no server has said otherwise yet.
+const FIRST_HINT: ReconnectHint = ReconnectHint { min_ms: 0, max_ms: 2_000 };
+/// Longest wait between two tries of a server that cannot be reached.
+const RETRY_MAX: Duration = Duration::from_secs(10);
+
+/// Where tokens come from: asked again for each connection.
+pub type TokenSource = Arc<dyn Fn() -> String + Send + Sync>;
+
+/// Who connects, and where.
+#[derive(Clone)]
+pub struct ClientConfig {
+    /// Any push node or the load balancer, such as `http://127.0.0.1:8080`.
+    pub target: String,
+    /// The user's token.
+    pub token: TokenSource,
+    /// The device.
+    pub device: DeviceId,
+    /// Where to start; None is the device's own cursor.
+    pub since: Option<Since>,
+    /// Ask `POST /v1/connect` for the right node first. Otherwise any node is taken, and moves are followed.
+    pub ask_first: bool,
+}
+
+/// What happens to a client.
+#[derive(Debug)]
+pub enum Event {
+    /// A message that was not handed on before.
+    Message(MessageFrame),
+    /// The backlog is delivered.
+    CaughtUp(u64),
+    /// Numbers that will never come.
+    Gap {
+        /// The last one before the hole.
+        after: u64,
+        /// The next that can come.
+        before: u64,
+        /// Why.
+        reason: GapReason,
+    },
+    /// A socket is open and welcome.
+    Welcome {
+        /// On which node.
+        node: String,
+        /// Where it starts.
+        since: u64,
+    },
+    /// The server says to move there.
+    Moving {
+        /// Which node.
+        node: String,
+        /// Why.
+        reason: MoveReason,
+    },
+    /// The connection was lost, or could not be made; the next try comes after this.
+    Waiting {
+        /// What happened.
+        why: String,
+        /// Until the next try.
+        rest: Duration,
+    },
+    /// The server closed with a code that says not to come back, or refused the token. The last event.
+    Refused {
+        /// The close code, or 4501 for a 401.
+        code: u16,
+    },
+}
+
+enum Command {
+    Ack(u64),
+}
+
+/// See the room's comment. Dropping it ends the connection.
+pub struct Client {
+    events: mpsc::Receiver<Event>,
+    commands: mpsc::Sender<Command>,
+    task: JoinHandle<()>,
+}
+
+impl Client {
+    /// Begins to connect.
+    #[must_use]
+    pub fn start(config: ClientConfig) -> Self {
+        let (to_app, events) = mpsc::channel(EVENTS);
+        let (commands, from_app) = mpsc::channel(COMMANDS);
+        let actor = Actor {
+            http: HttpClient::default(),
+            last: None,
+            newest_ack: 0,
+            hint: FIRST_HINT,
+            config,
+            events: to_app,
+            commands: from_app,
+        };
+        Self { events, commands, task: tokio::spawn(actor.run()) }
+    }
+
+    /// The next event; None after the last one.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// Says that everything up to `seq` was taken by the application.
+    pub async fn ack(&self, seq: u64) {
+        let _ = self.commands.send(Command::Ack(seq)).await;
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Actor {
+    config: ClientConfig,
+    http: HttpClient,
+    /// The last number handed on, or told to be gone.
+    last: Option<u64>,
+    newest_ack: u64,
+    hint: ReconnectHint,
+    events: mpsc::Sender<Event>,
+    commands: mpsc::Receiver<Command>,
+}
+
+/// How serving one socket, and those it moved to, ended.
+enum Ending {
+    /// Come back, after the hint.
+    Lost(String),
+    /// Do not.
+    Refused(u16),
+    /// The application has gone.
+    Dropped,
+}
+
+/// A move under way: the new socket is being opened, or has yet to catch up.
+struct Moving {
+    opening: BoxFuture<'static, Result<ClientSocket, OpenFault>>,
+}
+
+impl Actor {
+    async fn run(mut self) {
+        let mut failures = 0u32;
+        loop {
+            let (ending, served) = match self.connect().await {
+                Ok(socket) => (self.serve(socket).await, true),
+                Err(ending) => (ending, false),
+            };
+            failures = if served { 0 } else { failures + 1 };
+            match ending {
+                Ending::Dropped => return,
+                Ending::Refused(code) => {
+                    let _ = self.events.send(Event::Refused { code }).await;
+                    return;
+                }
+                Ending::Lost(why) => {
+                    let rest = self.rest(failures);
+                    if self.events.send(Event::Waiting { why, rest }).await.is_err() {
+                        return;
+                    }
+                    tokio::time::sleep(rest).await;
+                }
+            }
+        }
+    }
+
+    /// Drawn from the server's hint; the longer it cannot be reached, the longer.
+    fn rest(&self, failures: u32) -> Duration {
+        let hint = self.hint;
+        let longest = Duration::from_millis(hint.max_ms).max(Duration::from_millis(200 << failures.min(6)));
+        between(Duration::from_millis(hint.min_ms), longest.min(RETRY_MAX), &mut rand::rng())
+    }
+
+    /// Where this connection is to start: after what was handed on, or where the application said.
+    fn since(&self) -> Option<Since> {
+        self.last.and_then(Seq::new).map(Since::After).or(self.config.since)
+    }
+
+    async fn connect(&mut self) -> Result<ClientSocket, Ending> {
+        let token = (self.config.token)();
+        if self.config.ask_first {
+            let url = self.ask_where(&token).await?;
+            return self.open(self.with_place(&url), None).await;
+        }
+        let base = self.config.target.trim_end_matches('/').replacen("http", "ws", 1);
+        let url = self.with_place(&format!("{base}/v1/ws?device={}", escape(self.config.device.as_str())));
+        self.open(url, Some(&token)).await
+    }
+
+    async fn open(&self, url: String, token: Option<&str>) -> Result<ClientSocket, Ending> {
+        match open(&url, token, OPEN_DEADLINE).await {
+            Ok(socket) => Ok(socket),
+            // A ticket that was used or ran out is no reason to give up: the next try asks for another.
+            Err(OpenFault::Answered(401)) if token.is_some() => Err(Ending::Refused(4501)),
+            Err(OpenFault::Answered(403)) => Err(Ending::Refused(4503)),
+            Err(fault) => Err(Ending::Lost(fault.to_string())),
+        }
+    }
+
+    async fn ask_where(&self, token: &str) -> Result<String, Ending> {
+        let url = format!("{}/v1/connect", self.config.target.trim_end_matches('/'));
+        let body = Bytes::from(serde_json::json!({"device": self.config.device.as_str()}).to_string());
+        match self.http.send("POST", &url, Some(token), body, OPEN_DEADLINE).await {
+            Ok((200, body)) => serde_json::from_slice::<serde_json::Value>(&body)
+                .ok()
+                .and_then(|answer| answer["url"].as_str().map(str::to_owned))
+                .ok_or_else(|| Ending::Lost("the answer to connect has no url".to_owned())),
+            Ok((401, _)) => Err(Ending::Refused(4501)),
+            Ok((status, _)) => Err(Ending::Lost(format!("connect was answered {status}"))),
+            Err(why) => Err(Ending::Lost(why)),
+        }
+    }
+
+    /// Adds `since` to a URL that has a query already.
+    fn with_place(&self, url: &str) -> String {
+        match self.since() {
+            Some(Since::After(seq)) => format!("{url}&since={seq}"),
+            Some(Since::Latest) => format!("{url}&since=latest"),
+            None => url.to_owned(),
+        }
+    }
+
+    /// Serves a socket, and during a move two of them.
+    async fn serve(&mut self, mut socket: ClientSocket) -> Ending {
+        let mut moving: Option<Moving> = None;
+        let mut next: Option<ClientSocket> = None;
+        loop {
+            tokio::select! {
+                heard = socket.hear() => match self.take(heard).await {
+                    Ok(Taken::Move(order)) if next.is_none() => moving = Some(self.begin_move(&order)),
+                    Ok(_) => {}
+                    // The old socket ended while the new one is there: go on with that.
+                    Err(Ending::Lost(_)) if next.is_some() => {
+                        if let Some(new) = next.take() {
+                            socket = new;
+                        }
+                    }
+                    Err(ending) => return ending,
+                },
+                heard = hear(&mut next) => match self.take(heard).await {
+                    Ok(Taken::CaughtUp) => {
+                        if let Some(new) = next.take() {
+                            std::mem::replace(&mut socket, new).close().await;
+                            self.repeat_ack(&mut socket).await;
+                        }
+                    }
+                    Ok(_) => {}
+                    Err(Ending::Dropped) => return Ending::Dropped,
+                    Err(_) => next = None,
+                },
+                opened = opened(&mut moving) => {
+                    moving = None;
+                    next = opened.ok();
+                }
+                command = self.commands.recv() => match command {
+                    None => {
+                        socket.close().await;
+                        return Ending::Dropped;
+                    }
+                    Some(Command::Ack(seq)) => {
+                        self.newest_ack = self.newest_ack.max(seq);
+                        self.repeat_ack(&mut socket).await;
+                    }
+                },
+            }
+        }
+    }
+
+    /// Acks are cumulative: the newest says it all, also to a socket that has not heard the earlier ones.
+    async fn repeat_ack(&self, socket: &mut ClientSocket) {
+        if self.newest_ack > 0 {
+            socket.say(ClientFrame::Ack(self.newest_ack).encode()).await;
+        }
+    }
+
+    /// Waits as told, then opens the new socket; the old one is served meanwhile.
+    fn begin_move(&self, order: &MoveOrder) -> Moving {
+        let url = format!("{}&device={}", order.url, escape(self.config.device.as_str()));
+        // What is handed on until the new socket opens is sent twice, and told apart by its number.
+        let url = self.with_place(&url);
+        let (token, hint, after) = ((self.config.token)(), self.hint, Duration::from_millis(order.after_ms));
+        let opening = async move {
+            tokio::time::sleep(after).await;
+            let mut tries = 1;
+            loop {
+                match open(&url, Some(&token), OPEN_DEADLINE).await {
+                    Ok(socket) => return Ok(socket),
+                    Err(fault) if tries >= MOVE_TRIES => return Err(fault),
+                    Err(_) => tries += 1,
+                }
+                let (min, max) = (Duration::from_millis(hint.min_ms), Duration::from_millis(hint.max_ms));
+                let rest = between(min, max, &mut rand::rng());
+                tokio::time::sleep(rest).await;
+            }
+        };
+        Moving { opening: opening.boxed() }
+    }
+
+    async fn take(&mut self, heard: Heard) -> Result<Taken, Ending> {
+        match heard {
+            Heard::Lost => Err(Ending::Lost("the connection was lost".to_owned())),
+            Heard::Closed(code) if CloseCode::may_reconnect(code) => {
+                Err(Ending::Lost(format!("the server closed with {code}")))
+            }
+            Heard::Closed(code) => Err(Ending::Refused(code)),
+            Heard::Text(text) => match ReceivedFrame::parse(&text) {
+                Ok(frame) => self.take_frame(frame).await,
+                Err(error) => Err(Ending::Lost(format!("the server sent something else than a frame: {error}"))),
+            },
+        }
+    }
+
+    async fn take_frame(&mut self, frame: ReceivedFrame) -> Result<Taken, Ending> {
+        let event = match frame {
+            ReceivedFrame::Unknown => return Ok(Taken::Nothing),
+            ReceivedFrame::Message(message) => {
+                if self.last.is_some_and(|last| message.seq <= last) {
+                    return Ok(Taken::Nothing);
+                }
+                self.last = Some(message.seq);
+                Event::Message(message)
+            }
+            ReceivedFrame::Other(ServerFrame::Gap { after, before, reason }) => {
+                let known = reason == GapReason::Expired && self.last.is_some_and(|last| before <= last + 1);
+                if known {
+                    return Ok(Taken::Nothing);
+                }
+                self.last = Some(before.saturating_sub(1));
+                Event::Gap { after, before, reason }
+            }
+            ReceivedFrame::Other(ServerFrame::CaughtUp { seq }) => {
+                self.tell(Event::CaughtUp(seq)).await?;
+                return Ok(Taken::CaughtUp);
+            }
+            ReceivedFrame::Other(ServerFrame::Welcome { node, since, reconnect, .. }) => {
+                self.hint = reconnect;
+                Event::Welcome { node, since }
+            }
+            ReceivedFrame::Other(ServerFrame::Move { url, node, after_ms, reason, .. }) => {
+                self.tell(Event::Moving { node, reason }).await?;
+                return Ok(Taken::Move(MoveOrder { url, after_ms }));
+            }
+            ReceivedFrame::Other(ServerFrame::Error { reconnect, .. }) => {
+                self.hint = reconnect.unwrap_or(self.hint);
+                return Ok(Taken::Nothing);
+            }
+            ReceivedFrame::Other(ServerFrame::Refreshed { .. } | ServerFrame::Pong) => return Ok(Taken::Nothing),
+        };
+        self.tell(event).await?;
+        Ok(Taken::Nothing)
+    }
+
+    async fn tell(&self, event: Event) -> Result<(), Ending> {
+        self.events.send(event).await.map_err(|_| Ending::Dropped)
+    }
+}
+
+/// What a frame asks of the one who serves.
+enum Taken {
+    Nothing,
+    CaughtUp,
+    Move(MoveOrder),
+}
+
+struct MoveOrder {
+    url: String,
+    after_ms: u64,
+}
+
+async fn hear(socket: &mut Option<ClientSocket>) -> Heard {
+    match socket {
+        Some(socket) => socket.hear().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn opened(moving: &mut Option<Moving>) -> Result<ClientSocket, OpenFault> {
+    match moving {
+        Some(moving) => (&mut moving.opening).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,686 @@
+//! Configuration: a TOML file, then `RINGPUSH_SECTION__KEY`, then flags. All of it is read and checked before anything is
+//! built, and every fault is reported, not only the first.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::message::NodeId;
+use crate::role::auth::{Auth, AuthConfig};
+use crate::clock::Clock;
+use crate::role::push::{Origins, PushLimits};
+use crate::wire::address::UrlTemplate;
+use crate::wire::http::{PublishLimits, TTL_S};
+
+/// What a key holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Text,
+    Secret,
+    List,
+    SecretList,
+    Number,
+    Fraction,
+    Switch,
+}
+
+/// One key: its name, what it holds, and its default as it would stand in the file.
+struct Key {
+    name: &'static str,
+    kind: Kind,
+    default: &'static str,
+}
+
+const fn key(name: &'static str, kind: Kind, default: &'static str) -> Key {
+    Key { name, kind, default }
+}
+
+/// Every key there is. Addresses are those of development; elsewhere the host is 0.0.0.0.
+const KEYS: &[Key] = &[
+    key("node.name", Kind::Text, "\"\""),
+    key("node.roles", Kind::List, "[\"auth\", \"collect\", \"dispatch\", \"push\"]"),
+    key("push.listen", Kind::Text, "\"127.0.0.1:8080\""),
+    key("push.public_url", Kind::Text, "\"\""),
+    key("push.origins", Kind::List, "[\"*\"]"),
+    key("push.drain_window_s", Kind::Number, "60"),
+    key("push.accept_per_s", Kind::Number, "4000"),
+    key("push.weight", Kind::Fraction, "1.0"),
+    key("collect.listen", Kind::Text, "\"127.0.0.1:8081\""),
+    key("collect.api_keys", Kind::SecretList, "[]"),
+    key("auth.listen", Kind::Text, "\"127.0.0.1:8082\""),
+    key("auth.mode", Kind::Text, "\"local\""),
+    key("auth.url", Kind::Text, "\"\""),
+    key("auth.token_key", Kind::Secret, "\"\""),
+    key("auth.jwks_url", Kind::Text, "\"\""),
+    key("auth.admin_key", Kind::Secret, "\"\""),
+    key("auth.issuer", Kind::Text, "\"\""),
+    key("auth.audience", Kind::Text, "\"\""),
+    key("auth.token_in_url", Kind::Switch, "false"),
+    key("dispatch.listen", Kind::Text, "\"127.0.0.1:8083\""),
+    key("peer.listen", Kind::Text, "\"127.0.0.1:7070\""),
+    key("peer.secret", Kind::Secret, "\"\""),
+    key("peer.advertise", Kind::Text, "\"\""),
+    key("ops.listen", Kind::Text, "\"127.0.0.1:9090\""),
+    key("redis.url", Kind::Secret, "\"\""),
+    key("redis.prefix", Kind::Text, "\"ringpush\""),
+    key("mongo.uri", Kind::Secret, "\"\""),
+    key("mongo.database", Kind::Text, "\"ringpush\""),
+    key("data.dir", Kind::Text, "\"./data\""),
+    key("limits.message_bytes", Kind::Number, "65536"),
+    key("limits.recipients", Kind::Number, "1000"),
+    key("limits.batch", Kind::Number, "1000"),
+    key("limits.message_ttl_s", Kind::Number, "604800"),
+    key("limits.sessions_per_user", Kind::Number, "16"),
+    key("limits.auth_deadline_ms", Kind::Number, "5000"),
+    key("limits.ping_ms", Kind::Number, "25000"),
+    key("limits.sweep_ms", Kind::Number, "30000"),
+    key("limits.reconnect_jitter_ms", Kind::Number, "5000"),
+    key("limits.client_frames_per_s", Kind::Number, "20000"),
+    key("limits.janitor_ms", Kind::Number, "600000"),
+];
+
+/// A role that runs in this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RoleName {
+    /// Token to user.
+    Auth,
+    /// Takes messages.
+    Collect,
+    /// Routes them.
+    Dispatch,
+    /// Holds sockets.
+    Push,
+}
+
+impl RoleName {
+    fn parse(text: &str) -> Option<Self> {
+        match text.trim() {
+            "auth" => Some(Self::Auth),
+            "collect" => Some(Self::Collect),
+            "dispatch" => Some(Self::Dispatch),
+            "push" => Some(Self::Push),
+            _ => None,
+        }
+    }
+
+    /// As it is written.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Auth => "auth",
+            Self::Collect => "collect",
+            Self::Dispatch => "dispatch",
+            Self::Push => "push",
+        }
+    }
+}
+
+/// A checked configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Neither Redis nor MongoDB is configured.
+    pub development: bool,
+    /// This node's name.
+    pub node: NodeId,
+    /// Which roles run here.
+    pub roles: Vec<RoleName>,
+    /// Where each listens.
+    pub listen: Listeners,
+    /// The template of public URLs; None in development, where each node has its own address.
+    pub public_url: Option<UrlTemplate>,
+    /// Which pages may open sockets.
+    pub origins: Origins,
+    /// The window of a drain.
+    pub drain_window: Duration,
+    /// New sockets per second and node.
+    pub accept_per_s: u32,
+    /// This node's share.
+    pub weight: f64,
+    /// How tokens are verified; the key is empty where development has yet to make it.
+    pub auth: AuthConfig,
+    /// Whether a token may stand in the URL.
+    pub token_in_url: bool,
+    /// The key that may issue tokens.
+    pub admin_key: String,
+    /// The keys that may publish.
+    pub api_keys: Vec<String>,
+    /// Shared by all roles.
+    pub peer_secret: String,
+    /// Empty: inside the process.
+    pub redis_url: String,
+    /// Empty: embedded.
+    pub mongo_uri: String,
+    /// Where the embedded inbox and the development keys are.
+    pub data_dir: PathBuf,
+    /// Of publishes.
+    pub publish: PublishLimits,
+    /// Of sessions.
+    pub push: PushLimits,
+    /// Between two passes of the janitor.
+    pub janitor_every: Duration,
+    /// Every key with the value in force, secrets left out.
+    pub effective: BTreeMap<&'static str, String>,
+}
+
+/// The listening addresses.
+#[derive(Debug, Clone, Copy)]
+pub struct Listeners {
+    /// WebSocket, connect, page.
+    pub push: SocketAddr,
+    /// Publishing.
+    pub collect: SocketAddr,
+    /// Tokens.
+    pub auth: SocketAddr,
+    /// Connect.
+    pub dispatch: SocketAddr,
+    /// Between roles.
+    pub peer: SocketAddr,
+    /// Health, metrics, dashboard.
+    pub ops: SocketAddr,
+}
+
+/// Everything that is wrong with a configuration, a line each.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct Faults(pub Vec<String>);
+
+/// Where values come from, the later ones winning.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    /// The text of the file, with its name for messages.
+    pub file: Option<(String, String)>,
+    /// The environment.
+    pub environment: Vec<(String, String)>,
+    /// Flags: key and value as in the environment.
+    pub flags: Vec<(&'static str, String)>,
+}
+
+impl Sources {
+    /// Of this process, with a file if one is named.
+    ///
+    /// # Errors
+    /// That the file cannot be read.
+    pub fn of_process(file: Option<&std::path::Path>) -> Result<Self, Faults> {
+        let file = match file {
+            None => None,
+            Some(path) => {
+                let name = path.display().to_string();
+                let text = std::fs::read_to_string(path)
+                    .map_err(|error| Faults(vec![format!("{name}: cannot be read: {error}")]))?;
+                Some((name, text))
+            }
+        };
+        Ok(Self { file, environment: std::env::vars().collect(), flags: Vec::new() })
+    }
+}
+
+impl Config {
+    /// Reads and checks everything.
+    ///
+    /// # Errors
+    /// Every fault found.
+    pub fn load(sources: &Sources) -> Result<Self, Faults> {
+        let mut reader = Reader::collect(sources);
+        let config = reader.build();
+        match config {
+            Some(config) if reader.faults.is_empty() => Ok(config),
+            _ => Err(Faults(reader.faults)),
+        }
+    }
+
+    /// Whether a role runs here.
+    #[must_use]
+    pub fn runs(&self, role: RoleName) -> bool {
+        self.roles.contains(&role)
+    }
+
+    /// The effective configuration as TOML, without secrets.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        let mut out = String::new();
+        let mut section = "";
+        for key in KEYS {
+            let (of, name) = key.name.split_once('.').unwrap_or(("", key.name));
+            if of != section {
+                if !section.is_empty() {
+                    out.push('\n');
+                }
+                out.push_str(&format!("[{of}]\n"));
+                section = of;
+            }
+            let value = self.effective.get(key.name).map_or(key.default, String::as_str);
+            out.push_str(&format!("{name} = {value}\n"));
+        }
+        out
+    }
+}
+
+/// The values as they were found, and what was wrong on the way.
+struct Reader {
+    values: BTreeMap<&'static str, toml::Value>,
+    faults: Vec<String>,
+    /// Where the host name and the pod's name come from.
+    environment: Vec<(String, String)>,
+}
+
+impl Reader {
+    fn collect(sources: &Sources) -> Self {
+        let mut reader =
+            Self { values: BTreeMap::new(), faults: Vec::new(), environment: sources.environment.clone() };
+        if let Some((name, text)) = &sources.file {
+            reader.take_file(name, text);
+        }
+        for (name, value) in &sources.environment {
+            reader.take_variable(name, value);
+        }
+        for (name, value) in &sources.flags {
+            reader.take_text(name, value, "the command line");
+        }
+        reader
+    }
+
+    fn take_file(&mut self, file: &str, text: &str) {
+        let table: toml::Table = match text.parse() {
+            Ok(table) => table,
+            Err(error) => return self.faults.push(format!("{file}: is not TOML: {error}")),
+        };
+        for (section, value) in table {
+            match value {
+                toml::Value::Table(entries) => {
+                    for (name, value) in entries {
+                        self.take(&format!("{section}.{name}"), value, file);
+                    }
+                }
+                value => self.take(&section, value, file),
+            }
+        }
+    }
+
+    fn take(&mut self, name: &str, value: toml::Value, from: &str) {
+        match KEYS.iter().find(|key| key.name == name) {
+            Some(key) => drop(self.values.insert(key.name, value)),
+            None => self.unknown(name, from),
+        }
+    }
+
+    fn unknown(&mut self, name: &str, from: &str) {
+        let nearest = KEYS.iter().map(|key| key.name).max_by(|a, b| {
+            strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name))
+        });
+        let nearest = nearest.map_or(String::new(), |key| format!("; did you mean {key}?"));
+        self.faults.push(format!("{name}: no such key (in {from}){nearest}"));
+    }
+
+    /// `RINGPUSH_SECTION__KEY`; names without the double underscore are not ours, as those that Kubernetes injects.
+    fn take_variable(&mut self, name: &str, value: &str) {
+        if let Some(rest) = name.strip_prefix("RINGPUSH_")
+            && let Some((section, key)) = rest.split_once("__")
+        {
+            let key = format!("{}.{}", section.to_lowercase(), key.to_lowercase());
+            match KEYS.iter().find(|known| known.name == key) {
+                Some(known) => self.take_text(known.name, value, name),
+                None => self.unknown(&key, name),
+            }
+        }
+    }
+
+    fn take_text(&mut self, name: &'static str, text: &str, from: &str) {
+        let Some(key) = KEYS.iter().find(|key| key.name == name) else { return };
+        let value = match key.kind {
+            Kind::Text | Kind::Secret => Some(toml::Value::String(text.to_owned())),
+            Kind::List | Kind::SecretList => list_of(text),
+            Kind::Number => text.trim().parse().ok().map(toml::Value::Integer),
+            Kind::Fraction => text.trim().parse().ok().map(toml::Value::Float),
+            Kind::Switch => text.trim().parse().ok().map(toml::Value::Boolean),
+        };
+        match value {
+            Some(value) => drop(self.values.insert(name, value)),
+            None => self.faults.push(format!("{name}: {text:?} (from {from}) {}", rule_of(key.kind))),
+        }
+    }
+
+    fn value(&mut self, name: &'static str) -> Option<toml::Value> {
+        if let Some(value) = self.values.get(name) {
+            return Some(value.clone());
+        }
+        let default = KEYS.iter().find(|key| key.name == name)?.default;
+        format!("v = {default}").parse::<toml::Table>().ok()?.remove("v")
+    }
+
+    fn wrong<T>(&mut self, name: &'static str, kind: Kind) -> Option<T> {
+        self.faults.push(format!("{name}: {}", rule_of(kind)));
+        None
+    }
+
+    fn text(&mut self, name: &'static str) -> String {
+        match self.value(name) {
+            Some(toml::Value::String(text)) => text,
+            _ => self.wrong(name, Kind::Text).unwrap_or_default(),
+        }
+    }
+
+    fn list(&mut self, name: &'static str) -> Vec<String> {
+        let items = match self.value(name) {
+            Some(toml::Value::Array(items)) => items,
+            _ => return self.wrong(name, Kind::List).unwrap_or_default(),
+        };
+        let texts: Option<Vec<String>> = items.iter().map(|item| item.as_str().map(str::to_owned)).collect();
+        texts.or_else(|| self.wrong(name, Kind::List)).unwrap_or_default()
+    }
+
+    fn number(&mut self, name: &'static str, range: std::ops::RangeInclusive<u64>) -> u64 {
+        match self.value(name) {
+            Some(toml::Value::Integer(n)) if u64::try_from(n).is_ok_and(|n| range.contains(&n)) => n.unsigned_abs(),
+            _ => {
+                self.faults.push(format!("{name}: must be an integer from {} to {}", range.start(), range.end()));
+                *range.start()
+            }
+        }
+    }
+
+    fn millis(&mut self, name: &'static str, range: std::ops::RangeInclusive<u64>) -> Duration {
+        Duration::from_millis(self.number(name, range))
+    }
+
+    fn address(&mut self, name: &'static str, development: bool) -> SocketAddr {
+        let mut text = self.text(name);
+        if !development && !self.values.contains_key(name) {
+            text = text.replace("127.0.0.1", "0.0.0.0");
+        }
+        text.parse().unwrap_or_else(|_| {
+            self.faults.push(format!("{name}: {text:?} must be address:port, such as 127.0.0.1:8080 or [::]:8080"));
+            SocketAddr::from(([127, 0, 0, 1], 0))
+        })
+    }
+
+    fn build(&mut self) -> Option<Config> {
+        let (redis_url, mongo_uri) = (self.text("redis.url"), self.text("mongo.uri"));
+        let development = redis_url.is_empty() && mongo_uri.is_empty();
+        let node = self.node_name();
+        let roles = self.roles(mongo_uri.is_empty());
+        let listen = self.listeners(development);
+        let public_url = self.public_url(development, &roles);
+        let origins = self.origins(development);
+        let auth = self.auth();
+        let secrets = self.secrets(development, &roles);
+        let publish = self.publish_limits();
+        let push = self.push_limits();
+        let drain_window = Duration::from_secs(self.number("push.drain_window_s", 1..=3600));
+        let accept_per_s = self.number("push.accept_per_s", 0..=1_000_000) as u32;
+        let weight = self.weight();
+        let token_in_url = self.switch("auth.token_in_url");
+        let janitor_every = self.millis("limits.janitor_ms", 100..=86_400_000);
+        let data_dir = PathBuf::from(self.text("data.dir"));
+        for name in ["redis.prefix", "mongo.database", "peer.advertise", "auth.jwks_url"] {
+            self.text(name);
+        }
+        let effective = self.effective(development);
+        Some(Config {
+            development,
+            node: node?,
+            roles,
+            listen,
+            public_url,
+            origins,
+            drain_window,
+            accept_per_s,
+            weight,
+            auth,
+            token_in_url,
+            admin_key: secrets.admin_key,
+            api_keys: secrets.api_keys,
+            peer_secret: secrets.peer_secret,
+            redis_url,
+            mongo_uri,
+            data_dir,
+            publish,
+            push,
+            janitor_every,
+            effective,
+        })
+    }
+
+    /// As configured, else the pod's name, else the host's, with what a name may not hold left out.
+    fn node_name(&mut self) -> Option<NodeId> {
+        let configured = self.text("node.name");
+        if !configured.is_empty() {
+            return NodeId::parse(&configured)
+                .map_err(|rule| self.faults.push(format!("node.name: {configured:?}: {rule}")))
+                .ok();
+        }
+        let of = |name: &str| self.environment.iter().find(|(known, _)| known == name).map(|found| found.1.clone());
+        let host = of("POD_NAME")
+            .or_else(|| of("HOSTNAME"))
+            .or_else(|| std::fs::read_to_string("/proc/sys/kernel/hostname").ok())
+            .unwrap_or_default();
+        let cleaned: String = host
+            .trim()
+            .to_lowercase()
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+            .take(crate::message::NODE_MAX_BYTES)
+            .collect();
+        NodeId::parse(&cleaned).or_else(|_| NodeId::parse("push-0")).ok()
+    }
+
+    fn roles(&mut self, embedded: bool) -> Vec<RoleName> {
+        let mut roles = Vec::new();
+        for name in self.list("node.roles") {
+            match RoleName::parse(&name) {
+                Some(role) => roles.push(role),
+                None => self.faults.push(format!(
+                    "node.roles: {name:?} is not a role; the roles are auth, collect, dispatch and push"
+                )),
+            }
+        }
+        roles.sort();
+        roles.dedup();
+        if roles.is_empty() {
+            self.faults.push("node.roles: at least one role must run".to_owned());
+        }
+        if embedded && roles.contains(&RoleName::Collect) != roles.contains(&RoleName::Push) {
+            self.faults.push(
+                "mongo.uri: is empty, and the embedded inbox is not shared: collect and push must then run in one \
+                 process; set mongo.uri, or node.roles with both"
+                    .to_owned(),
+            );
+        }
+        roles
+    }
+
+    fn listeners(&mut self, development: bool) -> Listeners {
+        Listeners {
+            push: self.address("push.listen", development),
+            collect: self.address("collect.listen", development),
+            auth: self.address("auth.listen", development),
+            dispatch: self.address("dispatch.listen", development),
+            peer: self.address("peer.listen", development),
+            ops: self.address("ops.listen", development),
+        }
+    }
+
+    fn public_url(&mut self, development: bool, roles: &[RoleName]) -> Option<UrlTemplate> {
+        let text = self.text("push.public_url");
+        if text.is_empty() {
+            let needed = roles.iter().any(|role| matches!(role, RoleName::Push | RoleName::Dispatch));
+            if needed && !development {
+                self.faults.push(
+                    "push.public_url: is required outside development: the public URL of a node's socket, \
+                     such as wss://push.example.com/n/{node}/v1/ws"
+                        .to_owned(),
+                );
+            }
+            return None;
+        }
+        UrlTemplate::parse(&text).map_err(|rule| self.faults.push(format!("push.public_url: {rule}"))).ok()
+    }
+
+    fn origins(&mut self, development: bool) -> Origins {
+        let listed = self.list("push.origins");
+        let any = listed.iter().any(|origin| origin == "*");
+        if any && !development && self.values.contains_key("push.origins") {
+            self.faults.push(
+                "push.origins: \"*\" is for development only; list the origins of your pages, such as \
+                 [\"https://shop.example.com\"]"
+                    .to_owned(),
+            );
+        }
+        for origin in listed.iter().filter(|origin| *origin != "*") {
+            let scheme = origin.starts_with("http://") || origin.starts_with("https://");
+            let path = origin.splitn(4, '/').nth(3).is_some();
+            if !scheme || path {
+                self.faults.push(format!(
+                    "push.origins: {origin:?} must be scheme, host and port only, such as https://shop.example.com"
+                ));
+            }
+        }
+        // Outside development nothing is allowed that is not listed.
+        if any && development { Origins::Any } else { Origins::Listed(listed.into_iter().filter(|o| o != "*").collect()) }
+    }
+
+    fn auth(&mut self) -> AuthConfig {
+        let mode = self.text("auth.mode");
+        match mode.as_str() {
+            "local" => {}
+            "remote" if self.text("auth.url").is_empty() => {
+                self.faults.push("auth.url: is required with auth.mode = \"remote\"".to_owned());
+            }
+            "remote" => {}
+            _ => self.faults.push(format!("auth.mode: {mode:?} must be \"local\" or \"remote\"")),
+        }
+        let optional = |text: String| (!text.is_empty()).then_some(text);
+        let config = AuthConfig {
+            token_key: self.text("auth.token_key"),
+            issuer: optional(self.text("auth.issuer")),
+            audience: optional(self.text("auth.audience")),
+        };
+        if !config.token_key.is_empty()
+            && let Err(fault) = Auth::new(config.clone(), Clock::system())
+        {
+            self.faults.push(format!("auth.token_key: {fault}"));
+        }
+        config
+    }
+
+    fn secrets(&mut self, development: bool, roles: &[RoleName]) -> Secrets {
+        let secrets = Secrets {
+            admin_key: self.text("auth.admin_key"),
+            api_keys: self.list("collect.api_keys"),
+            peer_secret: self.text("peer.secret"),
+        };
+        if secrets.api_keys.iter().any(|key| key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic())) {
+            self.faults.push("collect.api_keys: each key is printable ASCII without spaces".to_owned());
+        }
+        if development {
+            return secrets;
+        }
+        let runs = |role| roles.contains(&role);
+        let local = self.text("auth.mode") == "local";
+        let verifies = runs(RoleName::Auth) || (local && (runs(RoleName::Push) || runs(RoleName::Dispatch)));
+        let no_key = self.text("auth.token_key").is_empty() && self.text("auth.jwks_url").is_empty();
+        let missing = [
+            ("auth.token_key", verifies && no_key),
+            ("auth.admin_key", runs(RoleName::Auth) && secrets.admin_key.is_empty()),
+            ("collect.api_keys", runs(RoleName::Collect) && secrets.api_keys.is_empty()),
+            ("peer.secret", secrets.peer_secret.is_empty()),
+        ];
+        for (name, missing) in missing {
+            if missing {
+                let variable = name.to_uppercase().replace('.', "__");
+                self.faults.push(format!(
+                    "{name}: is required outside development (in the environment: RINGPUSH_{variable})"
+                ));
+            }
+        }
+        secrets
+    }
+
+    fn publish_limits(&mut self) -> PublishLimits {
+        PublishLimits {
+            message_bytes: self.number("limits.message_bytes", 1..=65_536) as usize,
+            recipients: self.number("limits.recipients", 1..=1_000) as usize,
+            batch: self.number("limits.batch", 1..=1_000) as usize,
+            ttl_s: self.number("limits.message_ttl_s", TTL_S),
+        }
+    }
+
+    fn push_limits(&mut self) -> PushLimits {
+        PushLimits {
+            auth_deadline: self.millis("limits.auth_deadline_ms", 100..=60_000),
+            ping_every: self.millis("limits.ping_ms", 100..=3_600_000),
+            sessions_per_user: self.number("limits.sessions_per_user", 1..=1_000) as usize,
+            sweep_every: self.millis("limits.sweep_ms", 100..=3_600_000),
+            reconnect_jitter_ms: self.number("limits.reconnect_jitter_ms", 0..=60_000),
+            client_frames_per_s: self.number("limits.client_frames_per_s", 1..=1_000_000) as u32,
+        }
+    }
+
+    fn weight(&mut self) -> f64 {
+        let weight = match self.value("push.weight") {
+            Some(toml::Value::Float(weight)) => weight,
+            Some(toml::Value::Integer(weight)) => weight as f64,
+            _ => f64::NAN,
+        };
+        if !(0.01..=100.0).contains(&weight) {
+            self.faults.push("push.weight: must be a number from 0.01 to 100".to_owned());
+        }
+        weight
+    }
+
+    fn switch(&mut self, name: &'static str) -> bool {
+        match self.value(name) {
+            Some(toml::Value::Boolean(on)) => on,
+            _ => self.wrong(name, Kind::Switch).unwrap_or_default(),
+        }
+    }
+
+    fn effective(&mut self, development: bool) -> BTreeMap<&'static str, String> {
+        KEYS.iter()
+            .map(|key| {
+                let set = self.values.contains_key(key.name);
+                let value = self.value(key.name);
+                let shown = match key.kind {
+                    Kind::Secret if value.as_ref().and_then(toml::Value::as_str) == Some("") => "\"\"".to_owned(),
+                    Kind::SecretList if value.as_ref().and_then(toml::Value::as_array).is_some_and(Vec::is_empty) => {
+                        "[]".to_owned()
+                    }
+                    Kind::Secret | Kind::SecretList => "\"(set)\"".to_owned(),
+                    _ => value.map_or_else(String::new, |value| value.to_string()),
+                };
+                let elsewhere = !development && !set && key.name.ends_with(".listen");
+                (key.name, if elsewhere { shown.replace("127.0.0.1", "0.0.0.0") } else { shown })
+            })
+            .collect()
+    }
+}
+
+struct Secrets {
+    admin_key: String,
+    api_keys: Vec<String>,
+    peer_secret: String,
+}
+
+fn rule_of(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Text | Kind::Secret => "must be a string",
+        Kind::List | Kind::SecretList => "must be a list of strings",
+        Kind::Number => "must be an integer",
+        Kind::Fraction => "must be a number",
+        Kind::Switch => "must be true or false",
+    }
+}
+
+/// A JSON array, or values with commas between.
+fn list_of(text: &str) -> Option<toml::Value> {
+    let items: Vec<String> = if text.trim_start().starts_with('[') {
+        serde_json::from_str(text).ok()?
+    } else {
+        text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect()
+    };
+    Some(toml::Value::Array(items.into_iter().map(toml::Value::String).collect()))
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

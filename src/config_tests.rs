@@ -1,0 +1,174 @@
+//! Configurations, good and bad; and the samples that ship.
+
+use super::*;
+
+fn load(file: &str, environment: &[(&str, &str)]) -> Result<Config, Faults> {
+    let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    Config::load(&Sources { file: Some(("test.toml".into(), file.into())), environment, flags: Vec::new() })
+}
+
+fn faults(file: &str, environment: &[(&str, &str)]) -> String {
+    load(file, environment).unwrap_err().to_string()
+}
+
+const CLUSTER: &str = r#"
+[push]
+public_url = "wss://push.example.com/n/{node}/v1/ws"
+origins = ["https://shop.example.com"]
+[auth]
+token_key = "0123456789abcdef0123456789abcdef"
+admin_key = "admin"
+[collect]
+api_keys = ["one"]
+[peer]
+secret = "peer"
+[mongo]
+uri = "mongodb://mongo"
+[redis]
+url = "redis://redis"
+"#;
+
+#[test]
+fn nothing_at_all_is_development() {
+    let config = load("", &[]).unwrap();
+    assert!(config.development);
+    assert_eq!(config.roles.len(), 4);
+    assert_eq!(config.listen.push.to_string(), "127.0.0.1:8080");
+    assert_eq!(config.origins, Origins::Any);
+    assert_eq!(config.drain_window, Duration::from_secs(60));
+}
+
+#[test]
+fn the_environment_wins_over_the_file_and_only_double_underscores_are_keys() {
+    let config = load(
+        "[push]\naccept_per_s = 1\nlisten = \"127.0.0.1:1\"",
+        &[
+            ("RINGPUSH_PUSH__ACCEPT_PER_S", "2"),
+            ("RINGPUSH_PORT", "tcp://10.0.0.1:80"),
+            ("RINGPUSH_NODE__ROLES", "push, collect"),
+            ("RINGPUSH_COLLECT__API_KEYS", r#"["a,b","c"]"#),
+            ("POD_NAME", "push-7"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(config.accept_per_s, 2);
+    assert_eq!(config.roles, [RoleName::Collect, RoleName::Push]);
+    assert_eq!(config.api_keys, ["a,b", "c"]);
+    assert_eq!(config.node.as_str(), "push-7");
+}
+
+#[test]
+fn an_unknown_key_names_the_nearest_known_one() {
+    let said = faults("[push]\nlisten_on = \"x\"\n[redis]\nuri = \"y\"", &[("RINGPUSH_MONGO__URL", "z")]);
+    assert!(said.contains("push.listen_on: no such key (in test.toml); did you mean push.listen?"), "{said}");
+    assert!(said.contains("redis.uri: no such key") && said.contains("did you mean redis.url?"), "{said}");
+    assert!(said.contains("mongo.url: no such key (in RINGPUSH_MONGO__URL); did you mean mongo.uri?"), "{said}");
+}
+
+#[test]
+fn every_fault_is_listed() {
+    let said = faults(
+        r#"
+        [node]
+        name = "Push 1"
+        roles = ["push", "pusher"]
+        [push]
+        listen = "8080"
+        public_url = "wss://push.example.com/v1/ws"
+        origins = ["shop.example.com", "https://a.example/path"]
+        accept_per_s = "many"
+        weight = -1
+        [auth]
+        mode = "psychic"
+        token_key = "short"
+        token_in_url = 1
+        [limits]
+        batch = 1001
+        "#,
+        &[("RINGPUSH_PUSH__DRAIN_WINDOW_S", "soon")],
+    );
+    for name in [
+        "node.name",
+        "node.roles",
+        "push.listen",
+        "push.public_url",
+        "push.origins: \"shop.example.com\"",
+        "push.origins: \"https://a.example/path\"",
+        "push.accept_per_s",
+        "push.weight",
+        "auth.mode",
+        "auth.token_key",
+        "auth.token_in_url",
+        "limits.batch",
+        "push.drain_window_s",
+        "mongo.uri",
+    ] {
+        assert!(said.lines().any(|line| line.starts_with(name)), "{name} is missing in:\n{said}");
+    }
+    assert!(faults("[push", &[]).contains("is not TOML"));
+}
+
+#[test]
+fn outside_development_keys_and_public_names_are_required() {
+    let config = load(CLUSTER, &[]).unwrap();
+    assert!(!config.development);
+    assert_eq!(config.listen.push.to_string(), "0.0.0.0:8080");
+    let said = faults("[mongo]\nuri = \"mongodb://mongo\"", &[]);
+    for name in ["push.public_url", "auth.token_key", "auth.admin_key", "collect.api_keys", "peer.secret"] {
+        assert!(said.lines().any(|line| line.starts_with(name)), "{name} is missing in:\n{said}");
+    }
+    let open = CLUSTER.replace("[\"https://shop.example.com\"]", "[\"*\"]");
+    assert!(faults(&open, &[]).contains("push.origins"));
+    let split = faults("[node]\nroles = [\"push\", \"dispatch\"]", &[]);
+    assert!(split.contains("collect and push must then run in one process"), "{split}");
+}
+
+#[test]
+fn what_is_printed_reads_back_and_holds_no_secret() {
+    let config = load(CLUSTER, &[("RINGPUSH_NODE__NAME", "push-0")]).unwrap();
+    let printed = config.to_toml();
+    for secret in ["0123456789abcdef", "\"admin\"", "\"one\"", "\"peer\"", "mongodb://", "redis://"] {
+        assert!(!printed.contains(secret), "{secret} in:\n{printed}");
+    }
+    printed.parse::<toml::Table>().unwrap();
+    assert!(printed.contains("api_keys = \"(set)\"") && printed.contains("listen = \"0.0.0.0:8080\""));
+}
+
+/// Every key stands in each sample, commented or not; and what is commented out is the default.
+#[test]
+fn the_samples_are_read_and_say_every_default_rightly() {
+    for (name, text, environment) in [
+        ("local.toml", include_str!("../config/local.toml"), &[][..]),
+        (
+            "cluster.toml",
+            include_str!("../config/cluster.toml"),
+            &[
+                ("RINGPUSH_AUTH__TOKEN_KEY", "0123456789abcdef0123456789abcdef"),
+                ("RINGPUSH_AUTH__ADMIN_KEY", "admin"),
+                ("RINGPUSH_COLLECT__API_KEYS", "one"),
+                ("RINGPUSH_PEER__SECRET", "peer"),
+            ][..],
+        ),
+    ] {
+        load(text, environment).unwrap_or_else(|faults| panic!("{name}: {faults}"));
+        let bare: String = text
+            .lines()
+            .map(|line| line.strip_prefix("#").filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
+            .collect::<Vec<_>>()
+            .join("\n");
+        let all: toml::Table = bare.parse().unwrap_or_else(|error| panic!("{name}: {error}"));
+        for key in KEYS {
+            let (section, entry) = key.name.split_once('.').unwrap();
+            let stands = all.get(section).and_then(|section| section.get(entry));
+            let stands = stands.unwrap_or_else(|| panic!("{name} does not show {}", key.name));
+            let commented = text.lines().any(|line| line.starts_with(&format!("#{entry} = ")));
+            let set = text.parse::<toml::Table>().unwrap();
+            let is_set = set.get(section).and_then(|section| section.get(entry)).is_some();
+            if commented && !is_set {
+                let default: toml::Table = format!("v = {}", key.default).parse().unwrap();
+                let elsewhere = stands.to_string().replace("0.0.0.0", "127.0.0.1");
+                assert_eq!(elsewhere, default["v"].to_string(), "{name}: {}", key.name);
+            }
+        }
+    }
+}

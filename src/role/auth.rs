@@ -1,0 +1,225 @@
+//! Auth: a token in, a user out. Tokens are JWTs; the key decides the algorithm, never the token's header.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use futures_util::future::{Ready, ready};
+use jsonwebtoken::jwk::Jwk;
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use serde_json::{Map, Value};
+
+use crate::clock::Clock;
+use crate::message::{Millis, UserId};
+use crate::wire::peer::{Identity, PeerFault, VerifyRequest};
+
+/// Shortest HS256 secret, in bytes: as long as the digest (RFC 7518 section 3.2).
+pub const SECRET_MIN_BYTES: usize = 32;
+/// Life of an issued token, in seconds: from one to 90 days.
+pub const TOKEN_TTL_S: std::ops::RangeInclusive<u64> = 1..=90 * 24 * 3600;
+/// Life of an issued token where none is asked for, in seconds.
+pub const TOKEN_TTL_DEFAULT_S: u64 = 3600;
+
+/// How tokens are verified.
+#[derive(Debug, Clone, Default)]
+pub struct AuthConfig {
+    /// An HS256 secret as it stands, or a PEM public key.
+    pub token_key: String,
+    /// The `iss` that a token must have, if one is set.
+    pub issuer: Option<String>,
+    /// The `aud` that a token must have, if one is set.
+    pub audience: Option<String>,
+}
+
+/// Why the configured key cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KeyFault {
+    /// Too easily guessed.
+    #[error("is {0} bytes long; an HS256 secret needs at least {SECRET_MIN_BYTES} (try: openssl rand -base64 32)")]
+    Short(usize),
+    /// It looks like PEM and is no key that we verify with.
+    #[error("is PEM, but not a public key for RS256, ES256 or EdDSA; give the public half, BEGIN PUBLIC KEY")]
+    NotAPublicKey,
+}
+
+/// Why no token can be issued here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("this server verifies with a public key and cannot sign; issue tokens where the private key is")]
+pub struct CannotSign;
+
+/// The role. Cheap to clone.
+#[derive(Clone)]
+pub struct Auth {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    key: Key,
+    validation: Validation,
+    config: AuthConfig,
+    clock: Clock,
+}
+
+struct Key {
+    algorithm: Algorithm,
+    verifying: DecodingKey,
+    /// Only where the key is a secret that we share.
+    signing: Option<EncodingKey>,
+}
+
+impl Key {
+    fn read(text: &str) -> Result<Self, KeyFault> {
+        if !text.trim_start().starts_with("-----BEGIN") {
+            return if text.len() < SECRET_MIN_BYTES {
+                Err(KeyFault::Short(text.len()))
+            } else {
+                Ok(Self {
+                    algorithm: Algorithm::HS256,
+                    verifying: DecodingKey::from_secret(text.as_bytes()),
+                    signing: Some(EncodingKey::from_secret(text.as_bytes())),
+                })
+            };
+        }
+        if text.contains("PRIVATE") {
+            return Err(KeyFault::NotAPublicKey);
+        }
+        let pem = text.as_bytes();
+        let candidates = [
+            (Algorithm::RS256, DecodingKey::from_rsa_pem(pem)),
+            (Algorithm::ES256, DecodingKey::from_ec_pem(pem)),
+            (Algorithm::EdDSA, DecodingKey::from_ed_pem(pem)),
+        ];
+        let found = candidates.into_iter().find_map(|(algorithm, key)| key.ok().map(|key| (algorithm, key)));
+        let (algorithm, verifying) = found.ok_or(KeyFault::NotAPublicKey)?;
+        Ok(Self { algorithm, verifying, signing: None })
+    }
+}
+
+impl Auth {
+    /// Reads the key.
+    ///
+    /// # Errors
+    /// [`KeyFault`], with the remedy.
+    pub fn new(config: AuthConfig, clock: Clock) -> Result<Self, KeyFault> {
+        let key = Key::read(&config.token_key)?;
+        let mut validation = Validation::new(key.algorithm);
+        // Times are checked below, by our clock and without leeway; aud and iss there too, where configured.
+        validation.validate_exp = false;
+        validation.validate_aud = false;
+        validation.required_spec_claims.clear();
+        Ok(Self { inner: Arc::new(Inner { key, validation, config, clock }) })
+    }
+
+    /// Verifies a token.
+    ///
+    /// # Errors
+    /// What is wrong with it, for the client: never a piece of it.
+    pub fn verify(&self, token: &str) -> Result<Identity, &'static str> {
+        use jsonwebtoken::errors::ErrorKind;
+        let inner = &self.inner;
+        let data = jsonwebtoken::decode::<Map<String, Value>>(token, &inner.key.verifying, &inner.validation)
+            .map_err(|error| match error.kind() {
+                ErrorKind::InvalidSignature => "the token's signature is wrong",
+                ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
+                    "the token's algorithm is not the one of the configured key"
+                }
+                _ => "this is not a token",
+            })?;
+        let claims = data.claims;
+        self.check(&claims)?;
+        let user = claims.get("sub").and_then(Value::as_str).and_then(|sub| UserId::parse(sub).ok());
+        Ok(Identity {
+            user: user.ok_or("the token's sub is not a user id")?,
+            issued_at_s: seconds(&claims, "iat")?.unwrap_or(0),
+            expires_at_s: seconds(&claims, "exp")?.ok_or("the token has no exp")?,
+            claims: Bytes::from(serde_json::to_vec(&claims).unwrap_or_default()),
+        })
+    }
+
+    fn check(&self, claims: &Map<String, Value>) -> Result<(), &'static str> {
+        let now_s = self.inner.clock.now().seconds();
+        if seconds(claims, "exp")?.ok_or("the token has no exp")? <= now_s {
+            return Err("the token has expired");
+        }
+        if seconds(claims, "nbf")?.is_some_and(|nbf| nbf > now_s) {
+            return Err("the token is not valid yet");
+        }
+        let config = &self.inner.config;
+        if config.issuer.as_deref().is_some_and(|iss| claims.get("iss").and_then(Value::as_str) != Some(iss)) {
+            return Err("the token is of another issuer");
+        }
+        if config.audience.as_deref().is_some_and(|aud| !is_for(claims.get("aud"), aud)) {
+            return Err("the token is for another audience");
+        }
+        Ok(())
+    }
+
+    /// Signs a token for `user` that lives `ttl_s` seconds; answers it with its end.
+    ///
+    /// # Errors
+    /// [`CannotSign`] where only a public key is configured.
+    pub fn issue(&self, user: &UserId, ttl_s: u64) -> Result<(String, Millis), CannotSign> {
+        let signing = self.inner.key.signing.as_ref().ok_or(CannotSign)?;
+        let now = self.inner.clock.now();
+        let exp = now.seconds() + ttl_s;
+        let mut claims = serde_json::json!({"sub": user.as_str(), "iat": now.seconds(), "exp": exp});
+        let config = &self.inner.config;
+        for (name, value) in [("iss", &config.issuer), ("aud", &config.audience)] {
+            if let Some(value) = value {
+                claims[name] = value.as_str().into();
+            }
+        }
+        let token = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, signing).map_err(|_| CannotSign)?;
+        Ok((token, Millis(exp * 1000)))
+    }
+
+    /// The public keys that tokens are verified with (RFC 7517): none where the key is a shared secret.
+    #[must_use]
+    pub fn jwks(&self) -> Value {
+        let key = &self.inner.key;
+        let public = match key.signing {
+            Some(_) => None,
+            None => Jwk::from_decoding_key(&key.verifying, Some(key.algorithm)).ok(),
+        };
+        serde_json::json!({ "keys": public.into_iter().collect::<Vec<_>>() })
+    }
+}
+
+/// A claim in whole seconds, as RFC 7519 has it: a number, perhaps with a fraction.
+fn seconds(claims: &Map<String, Value>, name: &str) -> Result<Option<u64>, &'static str> {
+    match claims.get(name) {
+        None => Ok(None),
+        Some(Value::Number(n)) if n.is_u64() => Ok(n.as_u64()),
+        Some(Value::Number(n)) => {
+            n.as_f64().filter(|s| *s >= 0.0).map(|s| Some(s as u64)).ok_or("the token holds a bad time")
+        }
+        Some(_) => Err("the token holds a bad time"),
+    }
+}
+
+fn is_for(claim: Option<&Value>, audience: &str) -> bool {
+    match claim {
+        Some(Value::String(one)) => one == audience,
+        Some(Value::Array(all)) => all.iter().any(|one| one.as_str() == Some(audience)),
+        _ => false,
+    }
+}
+
+impl tower::Service<VerifyRequest> for Auth {
+    type Response = Identity;
+    type Error = PeerFault;
+    type Future = Ready<Result<Identity, PeerFault>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), PeerFault>> {
+        Poll::Ready(Ok(()))
+    }
+
+    /// Some microseconds of arithmetic: done at once.
+    fn call(&mut self, request: VerifyRequest) -> Self::Future {
+        ready(self.verify(&request.token).map_err(|reason| PeerFault::Unauthorized(reason.to_owned())))
+    }
+}
+
+#[cfg(test)]
+#[path = "auth_tests.rs"]
+mod tests;

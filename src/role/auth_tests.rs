@@ -1,0 +1,131 @@
+//! Tokens, good and bad, by each kind of key.
+
+use super::*;
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+
+const NOW: Millis = Millis(1_795_380_000_000);
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
+fn auth(token_key: &str) -> Auth {
+    Auth::new(AuthConfig { token_key: token_key.to_owned(), ..AuthConfig::default() }, Clock::standing(NOW)).unwrap()
+}
+
+fn signed(claims: &Value, algorithm: Algorithm, key: &EncodingKey) -> String {
+    jsonwebtoken::encode(&Header::new(algorithm), claims, key).unwrap()
+}
+
+fn hs256(claims: &Value) -> String {
+    signed(claims, Algorithm::HS256, &EncodingKey::from_secret(SECRET.as_bytes()))
+}
+
+fn good() -> Value {
+    serde_json::json!({"sub": "alice", "exp": NOW.seconds() + 60, "iat": NOW.seconds() - 1, "role": "reader"})
+}
+
+fn with(name: &str, value: Value) -> Value {
+    let mut claims = good();
+    claims[name] = value;
+    claims
+}
+
+#[test]
+fn an_issued_token_is_good_until_its_very_end() {
+    let clock = Clock::standing(NOW);
+    let config = AuthConfig { token_key: SECRET.to_owned(), ..AuthConfig::default() };
+    let auth = Auth::new(config, clock.clone()).unwrap();
+    let (token, ends) = auth.issue(&UserId::parse("用户42").unwrap(), 60).unwrap();
+    assert_eq!(ends, Millis(NOW.0 + 60_000));
+    let identity = auth.verify(&token).unwrap();
+    assert_eq!((identity.user.as_str(), identity.expires_at_s), ("用户42", ends.seconds()));
+    clock.advance(59_999);
+    assert!(auth.verify(&token).is_ok());
+    clock.advance(1);
+    assert_eq!(auth.verify(&token), Err("the token has expired"));
+}
+
+#[test]
+fn every_kind_of_key_verifies_its_own_and_nothing_else() {
+    let rsa = EncodingKey::from_rsa_pem(include_bytes!("../../tests/keys/rsa-private.pem")).unwrap();
+    let ec = EncodingKey::from_ec_pem(include_bytes!("../../tests/keys/ec-private.pem")).unwrap();
+    let ed = EncodingKey::from_ed_pem(include_bytes!("../../tests/keys/ed-private.pem")).unwrap();
+    let secret = EncodingKey::from_secret(SECRET.as_bytes());
+    let pairs = [
+        (Algorithm::RS256, rsa, include_str!("../../tests/keys/rsa-public.pem")),
+        (Algorithm::ES256, ec, include_str!("../../tests/keys/ec-public.pem")),
+        (Algorithm::EdDSA, ed, include_str!("../../tests/keys/ed-public.pem")),
+        (Algorithm::HS256, secret, SECRET),
+    ];
+    for (n, (_, _, verifying)) in pairs.iter().enumerate() {
+        for (m, (algorithm, signing, _)) in pairs.iter().enumerate() {
+            let verified = auth(verifying).verify(&signed(&good(), *algorithm, signing));
+            assert_eq!(verified.is_ok(), n == m, "{n} {m}");
+        }
+        let keys = auth(verifying).jwks()["keys"].as_array().unwrap().len();
+        assert_eq!(keys, usize::from(n < 3), "a shared secret is never shown");
+    }
+    // A token signed with the public key's own text as an HS256 secret must not pass for one of its owner.
+    let (_, _, public) = &pairs[0];
+    let confused = signed(&good(), Algorithm::HS256, &EncodingKey::from_secret(public.as_bytes()));
+    assert!(auth(public).verify(&confused).is_err());
+}
+
+#[test]
+fn tokens_that_are_not_good_are_refused() {
+    let auth = auth(SECRET);
+    assert!(auth.verify(&hs256(&good())).is_ok());
+    let part = |json: &str| URL_SAFE_NO_PAD.encode(json);
+    let none = format!("{}.{}.", part(r#"{"alg":"none","typ":"JWT"}"#), part(&good().to_string()));
+    for bad in ["", "a.b.c", "....", none.as_str(), &none.replace("none", "None")] {
+        assert!(auth.verify(bad).is_err(), "{bad}");
+    }
+    let other = signed(&good(), Algorithm::HS256, &EncodingKey::from_secret(b"another secret of 32 bytes, this"));
+    assert_eq!(auth.verify(&other), Err("the token's signature is wrong"));
+    let wrong_size = signed(&good(), Algorithm::HS512, &EncodingKey::from_secret(SECRET.as_bytes()));
+    assert!(auth.verify(&wrong_size).is_err());
+    for (name, value) in [
+        ("exp", Value::Null),
+        ("exp", "soon".into()),
+        ("exp", NOW.seconds().into()),
+        ("nbf", (NOW.seconds() + 1).into()),
+        ("sub", 7.into()),
+        ("sub", "".into()),
+        ("sub", "a\u{7}".into()),
+        ("iat", "then".into()),
+    ] {
+        assert!(auth.verify(&hs256(&with(name, value.clone()))).is_err(), "{name}: {value}");
+    }
+    let mut endless = good();
+    endless.as_object_mut().unwrap().remove("exp");
+    assert_eq!(auth.verify(&hs256(&endless)), Err("the token has no exp"));
+}
+
+#[test]
+fn issuer_and_audience_count_where_they_are_configured() {
+    let config = AuthConfig {
+        token_key: SECRET.to_owned(),
+        issuer: Some("shop".to_owned()),
+        audience: Some("push".to_owned()),
+    };
+    let strict = Auth::new(config, Clock::standing(NOW)).unwrap();
+    assert!(strict.verify(&hs256(&good())).is_err());
+    let mut claims = with("iss", "shop".into());
+    claims["aud"] = "mail".into();
+    assert!(strict.verify(&hs256(&claims)).is_err());
+    claims["aud"] = serde_json::json!(["mail", "push"]);
+    assert!(strict.verify(&hs256(&claims)).is_ok());
+    assert!(auth(SECRET).verify(&hs256(&claims)).is_ok());
+    let (issued, _) = strict.issue(&UserId::parse("alice").unwrap(), 60).unwrap();
+    assert!(strict.verify(&issued).is_ok());
+}
+
+#[test]
+fn keys_that_cannot_serve_are_named() {
+    let make = |key: &str| {
+        Auth::new(AuthConfig { token_key: key.to_owned(), ..AuthConfig::default() }, Clock::standing(NOW)).err()
+    };
+    assert_eq!(make("too short"), Some(KeyFault::Short(9)));
+    assert_eq!(make(include_str!("../../tests/keys/rsa-private.pem")), Some(KeyFault::NotAPublicKey));
+    assert_eq!(make("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----"), Some(KeyFault::NotAPublicKey));
+    let public = auth(include_str!("../../tests/keys/ed-public.pem"));
+    assert_eq!(public.issue(&UserId::parse("alice").unwrap(), 60), Err(CannotSign));
+}

@@ -1,0 +1,332 @@
+//! Collect: takes messages from business systems, appends them to the inboxes, answers, and hands them to dispatch.
+//!
+//! Appends are grouped: what waits while one write is under way is the next write. A message that was stored is handed on
+//! by the task that stored it, so a sender that goes away in between loses nobody a live delivery.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinSet;
+use tower::ServiceExt;
+
+use super::DispatchService;
+use crate::backoff::around;
+use crate::clock::Clock;
+use crate::inbox::{Append, Appended, Change, Inbox, InboxError, PageLimit, Profile, Upkeep};
+use crate::message::{Message, MessageId, NodeId, Recipients, Seq, UserId};
+use crate::telemetry::Metrics;
+use crate::wire::http::{Publish, Published, Refusal, Stored};
+use crate::wire::peer::{DispatchRequest, DispatchResponse, Live, Presence, Revocation};
+
+/// Appends waiting in one process (DESIGN.md section 12).
+pub const WAITING_APPENDS: usize = 10_000;
+/// And the bytes of their payloads.
+pub const WAITING_BYTES: usize = 32 * 1024 * 1024;
+/// Appends in one write.
+const BATCH: usize = 1_000;
+/// How long a publish may take before it is answered 503: it may be stored all the same, and is safe to repeat.
+pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(10);
+/// Largest page of history, in messages and bytes.
+pub const HISTORY_PAGE: PageLimit = PageLimit { messages: 1_000, bytes: 8 * 1024 * 1024 };
+
+/// What collect counts.
+struct CollectMetrics {
+    /// A message was stored for one recipient.
+    stored: Counter,
+    /// A repeat was answered from what stood there.
+    duplicates: Counter,
+    /// A recipient was refused, for any reason.
+    refused: Counter,
+    /// Appends per write.
+    batch: Histogram,
+}
+
+impl CollectMetrics {
+    fn register(metrics: &Metrics) -> Self {
+        let own = Self {
+            stored: Counter::default(),
+            duplicates: Counter::default(),
+            refused: Counter::default(),
+            batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
+        };
+        metrics.register(|r| {
+            r.register("stored", "Messages stored, one per recipient", own.stored.clone());
+            r.register("duplicates", "Repeats answered from what was stored", own.duplicates.clone());
+            r.register("publish_refused", "Recipients refused", own.refused.clone());
+            r.register("append_batch", "Appends per write", own.batch.clone());
+        });
+        own
+    }
+}
+
+/// The role. Cheap to clone.
+#[derive(Clone)]
+pub struct Collect {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    inbox: Arc<dyn Inbox>,
+    dispatch: DispatchService,
+    clock: Clock,
+    waiting: Mutex<Waiting>,
+    filled: Notify,
+    metrics: CollectMetrics,
+}
+
+#[derive(Default)]
+struct Waiting {
+    appends: VecDeque<(Append, oneshot::Sender<Outcome>)>,
+    bytes: usize,
+}
+
+type Outcome = Result<Stored, Refusal>;
+
+/// What is known of a user, from the inbox and from the nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserReport {
+    /// The node that owns the user, by the view in use.
+    pub owner: Option<NodeId>,
+    /// Cursors, revocation and head.
+    pub profile: Profile,
+    /// Sessions on all nodes asked.
+    pub sessions: Vec<Presence>,
+}
+
+impl Collect {
+    /// Starts the role; its writer runs in `tasks`.
+    pub fn start(
+        inbox: Arc<dyn Inbox>,
+        dispatch: DispatchService,
+        clock: Clock,
+        metrics: &Metrics,
+        tasks: &mut JoinSet<()>,
+    ) -> Self {
+        let inner = Arc::new(Inner {
+            inbox,
+            dispatch,
+            clock,
+            waiting: Mutex::default(),
+            filled: Notify::new(),
+            metrics: CollectMetrics::register(metrics),
+        });
+        tasks.spawn(write(Arc::clone(&inner)));
+        Self { inner }
+    }
+
+    /// Stores a publish for each of its recipients; answers what became of each.
+    pub async fn publish(&self, publish: Publish) -> Published {
+        let now = self.inner.clock.now();
+        // Only an id that can come again is worth a look: the sender's own, or one under which a rest is repeated.
+        let fenced = publish.id.is_some() || matches!(publish.to, Recipients::Users(_));
+        let id = publish.id.unwrap_or_else(new_id);
+        let waiting: Vec<(UserId, Result<oneshot::Receiver<Outcome>, Refusal>)> = publish
+            .to
+            .users()
+            .iter()
+            .map(|user| {
+                let append = Append {
+                    user: user.clone(),
+                    id: id.clone(),
+                    fenced,
+                    accepted_at: now,
+                    expires_at: now.plus_seconds(publish.ttl_s),
+                    payload: publish.payload.clone(),
+                };
+                (user.clone(), self.enqueue(append))
+            })
+            .collect();
+        self.inner.filled.notify_one();
+        let deadline = tokio::time::Instant::now() + PUBLISH_DEADLINE;
+        let mut accepted = Vec::with_capacity(waiting.len());
+        for (user, waiter) in waiting {
+            let outcome = match waiter {
+                Ok(waiter) => wait_until(deadline, waiter).await,
+                Err(refusal) => Err(refusal),
+            };
+            self.count(&outcome);
+            accepted.push((user, outcome));
+        }
+        Published { id, accepted }
+    }
+
+    fn enqueue(&self, append: Append) -> Result<oneshot::Receiver<Outcome>, Refusal> {
+        let mut waiting = self.inner.waiting.lock();
+        let bytes = waiting.bytes + append.payload.len();
+        if waiting.appends.len() >= WAITING_APPENDS || bytes > WAITING_BYTES {
+            return Err(refusal(503, "too many messages wait to be stored; repeat after a moment"));
+        }
+        let (answer, waiter) = oneshot::channel();
+        waiting.bytes = bytes;
+        waiting.appends.push_back((append, answer));
+        Ok(waiter)
+    }
+
+    fn count(&self, outcome: &Outcome) {
+        let metrics = &self.inner.metrics;
+        match outcome {
+            Ok(stored) if stored.duplicate => metrics.duplicates.inc(),
+            Ok(_) => metrics.stored.inc(),
+            Err(_) => metrics.refused.inc(),
+        };
+    }
+
+    /// The unexpired messages of a user after a position, and where the next page begins.
+    ///
+    /// # Errors
+    /// The inbox's.
+    pub async fn history(
+        &self,
+        user: UserId,
+        after: Seq,
+        limit: usize,
+    ) -> Result<(Vec<Message>, Option<Seq>), InboxError> {
+        let limit = PageLimit { messages: limit.min(HISTORY_PAGE.messages), ..HISTORY_PAGE };
+        let page = self.inner.inbox.page(user, after, limit).await?;
+        Ok((page.messages, page.more.then_some(page.upto)))
+    }
+
+    /// What is known of a user; nothing, for one that nobody has heard of.
+    ///
+    /// # Errors
+    /// The inbox's.
+    pub async fn user(&self, user: UserId) -> Result<UserReport, InboxError> {
+        let profile = self.inner.inbox.profile(user.clone()).await?;
+        let found = self.inner.dispatch.clone().oneshot(DispatchRequest::Lookup(user)).await;
+        let (owner, sessions) = match found {
+            Ok(DispatchResponse::Found { owner, sessions }) => (owner, sessions),
+            _ => return Err(InboxError::Unavailable("dispatch cannot be asked".to_owned())),
+        };
+        Ok(UserReport { owner, profile, sessions })
+    }
+
+    /// Closes all sockets of a user, and refuses every token issued until now from now on.
+    ///
+    /// Tokens count whole seconds, so the moment is the beginning of the next one; this answers only then, and a token
+    /// that is issued after the answer is good.
+    ///
+    /// # Errors
+    /// The inbox's: then nothing is revoked. Nodes that cannot be reached find out by their sweep.
+    pub async fn disconnect(&self, user: UserId) -> Result<(), InboxError> {
+        let now = self.inner.clock.now();
+        let not_before_s = now.seconds() + 1;
+        self.inner.inbox.update(vec![Change::NotBefore { user: user.clone(), seconds: not_before_s }]).await?;
+        let revocation = Revocation { user, not_before_s };
+        if let Err(fault) = self.inner.dispatch.clone().oneshot(DispatchRequest::Disconnect(revocation)).await {
+            tracing::warn!(%fault, "a node was not told of a disconnect; its sweep will find it");
+        }
+        tokio::time::sleep(Duration::from_millis(1000 - now.0 % 1000)).await;
+        Ok(())
+    }
+}
+
+fn new_id() -> MessageId {
+    // A ULID is 26 printable characters, which is always an id.
+    MessageId::parse(&ulid::Ulid::generate().to_string()).unwrap_or_else(|_| unreachable!("a ULID is an id"))
+}
+
+fn refusal(status: u16, detail: impl Into<String>) -> Refusal {
+    Refusal { status, detail: detail.into() }
+}
+
+async fn wait_until(deadline: tokio::time::Instant, waiter: oneshot::Receiver<Outcome>) -> Outcome {
+    match tokio::time::timeout_at(deadline, waiter).await {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(_)) => Err(refusal(503, "the server is stopping; repeat under the same id")),
+        Err(_) => Err(refusal(503, "the store did not answer in time; repeat under the same id")),
+    }
+}
+
+/// What one write needs to be answered.
+struct Written {
+    to: Vec<(UserId, oneshot::Sender<Outcome>)>,
+    outcomes: Vec<Result<Appended, InboxError>>,
+}
+
+/// Writes what waits, batch after batch. The answers of one write are given while the next is under way.
+async fn write(inner: Arc<Inner>) {
+    let mut written: Option<Written> = None;
+    loop {
+        let batch = match take(&inner) {
+            Some(batch) => batch,
+            None => {
+                if let Some(done) = written.take() {
+                    answer(&inner, done).await;
+                    continue;
+                }
+                inner.filled.notified().await;
+                continue;
+            }
+        };
+        inner.metrics.batch.observe(batch.len() as f64);
+        let (appends, to): (Vec<Append>, Vec<_>) =
+            batch.into_iter().map(|(append, answer)| (append.user.clone(), append, answer)).map(split).unzip();
+        let appending = inner.inbox.append(appends);
+        if let Some(done) = written.take() {
+            answer(&inner, done).await;
+        }
+        written = Some(Written { to, outcomes: appending.await });
+    }
+}
+
+type Answer = oneshot::Sender<Outcome>;
+
+fn split((user, append, answer): (UserId, Append, Answer)) -> (Append, (UserId, Answer)) {
+    (append, (user, answer))
+}
+
+fn take(inner: &Inner) -> Option<Vec<(Append, Answer)>> {
+    let mut waiting = inner.waiting.lock();
+    if waiting.appends.is_empty() {
+        return None;
+    }
+    let count = waiting.appends.len().min(BATCH);
+    let batch: Vec<(Append, Answer)> = waiting.appends.drain(..count).collect();
+    waiting.bytes -= batch.iter().map(|(append, _)| append.payload.len()).sum::<usize>();
+    Some(batch)
+}
+
+/// Tells the senders, and hands what was stored to dispatch.
+async fn answer(inner: &Inner, written: Written) {
+    let mut live = Vec::with_capacity(written.to.len());
+    for ((user, to), outcome) in written.to.into_iter().zip(written.outcomes) {
+        let outcome = match outcome {
+            Ok(Appended::Stored(message)) => {
+                let seq = message.seq;
+                live.push(Live { user, message });
+                Ok(Stored { seq, duplicate: false })
+            }
+            Ok(Appended::Duplicate(seq)) => Ok(Stored { seq, duplicate: true }),
+            Ok(Appended::Conflict) => Err(refusal(409, "this id was used for another payload to this user")),
+            Err(error) => {
+                tracing::warn!(%error, "a message could not be stored");
+                Err(refusal(503, "the message could not be stored; repeat under the same id"))
+            }
+        };
+        // A sender that went away wants no answer.
+        let _ = to.send(outcome);
+    }
+    if !live.is_empty()
+        && let Err(fault) = inner.dispatch.clone().oneshot(DispatchRequest::Deliver(live)).await
+    {
+        tracing::debug!(%fault, "dispatch did not take a batch; the sweeps will find it");
+    }
+}
+
+/// Removes what nobody can read any more, again and again.
+pub async fn run_upkeep(upkeep: Arc<dyn Upkeep>, every: Duration) {
+    loop {
+        let rest = around(every, 0.2, &mut rand::rng());
+        tokio::time::sleep(rest).await;
+        match upkeep.clean().await {
+            Ok(removed) if removed > 0 => tracing::debug!(removed, "expired messages were removed"),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "expired messages could not be removed"),
+        }
+    }
+}

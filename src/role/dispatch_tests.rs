@@ -1,0 +1,169 @@
+//! Dispatch against nodes that write down what they are told.
+
+use super::*;
+use crate::clock::Clock;
+use crate::fallback::local::LocalFallback;
+use crate::membership::local::LocalMembership;
+use crate::membership::{Membership, NodeInfo};
+use crate::message::{Message, MessageId, Millis, Seq};
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tower::util::BoxCloneSyncService;
+
+/// Every node of the test, each call with the node's name.
+struct Nodes {
+    calls: mpsc::Sender<(NodeId, Vec<u64>, bool)>,
+    silent: Mutex<bool>,
+}
+
+impl Directory for Nodes {
+    fn find(&self, node: &NodeId) -> Option<PushService> {
+        if *self.silent.lock() {
+            return None;
+        }
+        let (calls, node) = (self.calls.clone(), node.clone());
+        Some(BoxCloneSyncService::new(tower::service_fn(move |request| {
+            let (calls, node) = (calls.clone(), node.clone());
+            async move {
+                if let PushRequest::Deliver { batch, sweep } = request {
+                    let seqs = batch.iter().map(|live| live.message.seq.get()).collect();
+                    let _ = calls.send((node, seqs, sweep)).await;
+                }
+                Ok(PushResponse::Done)
+            }
+        })))
+    }
+}
+
+struct Bench {
+    membership: LocalMembership,
+    fallback: LocalFallback,
+    nodes: Arc<Nodes>,
+    dispatch: Dispatch,
+    calls: mpsc::Receiver<(NodeId, Vec<u64>, bool)>,
+}
+
+async fn bench(names: &[&str]) -> Bench {
+    let membership = LocalMembership::new(Clock::standing(Millis(1000)));
+    for name in names {
+        membership.join(info(name)).await.unwrap();
+    }
+    let fallback = LocalFallback::default();
+    let (sender, calls) = mpsc::channel(64);
+    let nodes = Arc::new(Nodes { calls: sender, silent: Mutex::new(false) });
+    let dispatch =
+        Dispatch::new(membership.views(), Arc::new(fallback.clone()), Arc::clone(&nodes) as _, &Metrics::default());
+    Bench { membership, fallback, nodes, dispatch, calls }
+}
+
+fn info(name: &str) -> NodeInfo {
+    NodeInfo { node: NodeId::parse(name).unwrap(), weight: 1.0, accept_per_s: 4000 }
+}
+
+fn live(user: &str, seq: u64) -> Live {
+    let message = Message {
+        seq: Seq::at(seq),
+        id: MessageId::parse("m").unwrap(),
+        accepted_at: Millis(0),
+        expires_at: Millis(u64::MAX),
+        payload: Bytes::from_static(b"1"),
+    };
+    Live { user: UserId::parse(user).unwrap(), message: Arc::new(message) }
+}
+
+impl Bench {
+    async fn deliver(&mut self, batch: Vec<Live>) {
+        self.dispatch.call(DispatchRequest::Deliver(batch)).await.unwrap();
+    }
+
+    async fn next(&mut self) -> (String, Vec<u64>, bool) {
+        let call = tokio::time::timeout(Duration::from_secs(5), self.calls.recv()).await.unwrap().unwrap();
+        (call.0.to_string(), call.1, call.2)
+    }
+
+    async fn targets(&mut self, count: usize) -> Vec<String> {
+        let mut names = Vec::new();
+        for _ in 0..count {
+            names.push(self.next().await.0);
+        }
+        names.sort();
+        names
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_goes_to_its_owner_alone() {
+    let mut bench = bench(&["push-0", "push-1", "push-2", "push-3", "push-4"]).await;
+    bench.deliver(vec![live("alice", 7)]).await;
+    assert_eq!(bench.next().await, ("push-3".to_owned(), vec![7], false));
+    bench.deliver(vec![live("alice", 8), live("bob", 1), live("carol", 2)]).await;
+    let mut calls = [bench.next().await, bench.next().await];
+    calls.sort();
+    assert_eq!(calls[0], ("push-2".to_owned(), vec![1], false));
+    assert_eq!(calls[1], ("push-3".to_owned(), vec![8, 2], false), "one call carries a node's whole share");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_owner_of_a_moment_ago_is_sent_to_for_thirty_seconds() {
+    let mut bench = bench(&["push-0", "push-1", "push-2", "push-4"]).await;
+    bench.deliver(vec![live("alice", 7)]).await;
+    let before = bench.next().await.0;
+    bench.membership.join(info("push-3")).await.unwrap();
+    bench.deliver(vec![live("alice", 8)]).await;
+    let mut both = vec![before, "push-3".to_owned()];
+    both.sort();
+    assert_eq!(bench.targets(2).await, both);
+    tokio::time::advance(RECENT_VIEW_LIFE + Duration::from_secs(1)).await;
+    bench.deliver(vec![live("alice", 9)]).await;
+    assert_eq!(bench.next().await, ("push-3".to_owned(), vec![9], false));
+    assert!(bench.calls.try_recv().is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_displaced_user_is_sent_to_where_it_is_too() {
+    let mut bench = bench(&["push-0", "push-1", "push-2", "push-3", "push-4"]).await;
+    let elsewhere = NodeId::parse("push-0").unwrap();
+    bench.fallback.add(&elsewhere, vec![UserId::parse("alice").unwrap()]).await.unwrap();
+    bench.deliver(vec![live("alice", 7)]).await;
+    assert_eq!(bench.targets(2).await, ["push-0", "push-3"]);
+    assert_eq!(bench.dispatch.inner.metrics.fallback_lookups.get(), 1);
+    bench.fallback.forget(&elsewhere).await.unwrap();
+    bench.deliver(vec![live("alice", 8)]).await;
+    assert_eq!(bench.targets(1).await, ["push-3"]);
+    assert_eq!(bench.dispatch.inner.metrics.fallback_lookups.get(), 1, "nobody displaced, nobody asked");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_missed_something_is_told_to_look_for_itself() {
+    let mut bench = bench(&["push-3"]).await;
+    *bench.nodes.silent.lock() = true;
+    bench.deliver(vec![live("alice", 7)]).await;
+    tokio::time::sleep(FAILURE_REST * 3).await;
+    *bench.nodes.silent.lock() = false;
+    assert_eq!(bench.next().await, ("push-3".to_owned(), vec![], true));
+    bench.deliver(vec![live("alice", 8)]).await;
+    assert_eq!(bench.next().await, ("push-3".to_owned(), vec![8], false));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_lane_drops_the_hint_and_says_so() {
+    let shared = LaneShared::default();
+    let many: Vec<Live> = (0..LANE_MESSAGES as u64 + 5).map(|n| live("alice", n)).collect();
+    assert_eq!(shared.put(many), 5);
+    let (first, sweep) = shared.take().unwrap();
+    assert_eq!((first.len(), sweep), (LANE_BATCH, true));
+    assert!(!shared.take().unwrap().1, "it is said once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_node_nothing_is_sent_and_nothing_fails() {
+    let mut bench = bench(&[]).await;
+    bench.deliver(vec![live("alice", 7)]).await;
+    assert_eq!(bench.dispatch.inner.metrics.unowned.get(), 1);
+    let DispatchResponse::Found { owner, sessions } =
+        bench.dispatch.call(DispatchRequest::Lookup(UserId::parse("alice").unwrap())).await.unwrap()
+    else {
+        panic!("not an answer to a lookup");
+    };
+    assert_eq!((owner, sessions.len()), (None, 0));
+}

@@ -1,0 +1,22 @@
+//! The four roles: what should happen to a user or a message. Roles never import one another; they talk through
+//! `tower::Service` with the values of [`crate::wire::peer`], so that it makes no difference to one role whether
+//! another is in the same process.
+
+pub mod auth;
+pub mod collect;
+pub mod connect;
+pub mod dispatch;
+pub mod push;
+
+use tower::util::BoxCloneSyncService;
+
+use crate::wire::peer::{
+    DispatchRequest, DispatchResponse, Identity, PeerFault, PushRequest, PushResponse, VerifyRequest,
+};
+
+/// Auth, as push and connect see it.
+pub type VerifyService = BoxCloneSyncService<VerifyRequest, Identity, PeerFault>;
+/// Dispatch, as collect sees it.
+pub type DispatchService = BoxCloneSyncService<DispatchRequest, DispatchResponse, PeerFault>;
+/// One push node, as dispatch sees it.
+pub type PushService = BoxCloneSyncService<PushRequest, PushResponse, PeerFault>;

@@ -1,0 +1,236 @@
+//! Who may open a socket here: decided before the upgrade, from the request alone.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tower::ServiceExt;
+
+use super::Node;
+use super::registry::Arrival;
+use crate::message::{DeviceId, UserId};
+use crate::ticket::{Ticket, TicketFault};
+use crate::wire::address::{SocketQuery, escape};
+use crate::wire::frame::Since;
+use crate::wire::peer::{Identity, PeerFault, VerifyRequest};
+
+/// Sockets that may come at once where `accept_per_s` of them come in the long run: twice that (DESIGN.md section 12).
+const BURST_S: f64 = 2.0;
+
+/// Which pages may open sockets and ask to connect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origins {
+    /// Every page: in development.
+    Any,
+    /// These, letter by letter. A request without `Origin` comes from no page and passes.
+    Listed(Vec<String>),
+}
+
+impl Origins {
+    /// Whether a page of this origin may.
+    #[must_use]
+    pub fn allows(&self, origin: Option<&str>) -> bool {
+        match (self, origin) {
+            (Self::Any, _) | (_, None) => true,
+            (Self::Listed(list), Some(origin)) => list.iter().any(|listed| listed == origin),
+        }
+    }
+}
+
+/// What a request for a socket says.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SocketRequest<'a> {
+    /// The node in the path, if there is one.
+    pub node_in_path: Option<&'a str>,
+    /// The raw query.
+    pub query: &'a str,
+    /// The `Origin` header.
+    pub origin: Option<&'a str>,
+    /// The bearer token of the `Authorization` header.
+    pub bearer: Option<&'a str>,
+}
+
+/// A client that may come in, perhaps without a token yet.
+#[derive(Debug)]
+pub struct Admission {
+    /// Known if a token or ticket came with the request.
+    pub(super) identity: Option<Known>,
+    pub(super) device: Option<DeviceId>,
+    pub(super) since: Option<Since>,
+    pub(super) arrival: Arrival,
+}
+
+/// A client that has shown who it is.
+#[derive(Debug, Clone)]
+pub(super) struct Known {
+    pub(super) user: UserId,
+    pub(super) issued_at_s: u64,
+    pub(super) expires_at_s: u64,
+}
+
+impl From<Identity> for Known {
+    fn from(identity: Identity) -> Self {
+        Self { user: identity.user, issued_at_s: identity.issued_at_s, expires_at_s: identity.expires_at_s }
+    }
+}
+
+/// What to answer instead of the upgrade.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rejection {
+    /// 503 with Retry-After: draining, at its rate, or auth cannot be reached.
+    Unavailable(&'static str),
+    /// 403.
+    ForbiddenOrigin,
+    /// 401, with the reason.
+    Unauthorized(String),
+    /// 422: parameter and rule.
+    BadQuery(Vec<(&'static str, String)>),
+    /// 307 to here, for a client that asked for it.
+    Redirect(String),
+}
+
+pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Admission, Rejection> {
+    if node.draining.is_cancelled() {
+        return Err(Rejection::Unavailable("this node is leaving; another one takes sockets"));
+    }
+    if !node.config.origins.allows(request.origin) {
+        return Err(Rejection::ForbiddenOrigin);
+    }
+    let query = SocketQuery::parse(request.query).map_err(Rejection::BadQuery)?;
+    if !node.accepts.lock().take(Instant::now()) {
+        return Err(Rejection::Unavailable("this node takes no more sockets this second"));
+    }
+    let mut arrival = arrival(node, request.node_in_path, &query);
+    let mut device = query.device.clone();
+    let identity = match &query.ticket {
+        Some(ticket) => {
+            let ticket = take_ticket(node, ticket).map_err(|fault| Rejection::Unauthorized(fault.to_string()))?;
+            if ticket.keep {
+                arrival.keep_at_epoch = Some(node.views.borrow().epoch);
+            }
+            device = Some(ticket.device);
+            let (issued_at_s, expires_at_s) = (ticket.token_iat_s, ticket.token_exp_s);
+            Some(Known { user: ticket.user, issued_at_s, expires_at_s })
+        }
+        None => verify_token(node, &request, &query).await?,
+    };
+    if query.redirect_http
+        && let Some(known) = &identity
+        && let Some(url) = elsewhere(node, known, &device, query.since, arrival)
+    {
+        return Err(Rejection::Redirect(url));
+    }
+    Ok(Admission { identity, device, since: query.since, arrival })
+}
+
+/// A client that was sent on twice, or whose path names another node, is kept until the view has changed.
+fn arrival(node: &Node, node_in_path: Option<&str>, query: &SocketQuery) -> Arrival {
+    let by_anothers_path = node_in_path.is_some_and(|name| name != node.config.node.as_str());
+    let keep = query.hops >= 2 || by_anothers_path;
+    Arrival {
+        hops: query.hops,
+        client_epoch: query.epoch,
+        keep_at_epoch: keep.then(|| node.views.borrow().epoch),
+    }
+}
+
+fn take_ticket(node: &Node, text: &str) -> Result<Ticket, TicketFault> {
+    let now = node.clock.now();
+    let ticket = node.ticket_key.verify(text, &node.config.node, node.incarnation, now)?;
+    node.used_tickets.lock().take(&ticket, now)?;
+    Ok(ticket)
+}
+
+async fn verify_token(
+    node: &Node,
+    request: &SocketRequest<'_>,
+    query: &SocketQuery,
+) -> Result<Option<Known>, Rejection> {
+    let in_url = query.access_token.as_deref().filter(|_| node.config.token_in_url);
+    let Some(token) = request.bearer.or(in_url) else { return Ok(None) };
+    match node.verify.clone().oneshot(VerifyRequest { token: token.into() }).await {
+        Ok(identity) => Ok(Some(identity.into())),
+        Err(PeerFault::Unauthorized(reason)) => Err(Rejection::Unauthorized(reason)),
+        Err(PeerFault::Unavailable(_)) => Err(Rejection::Unavailable("tokens cannot be verified now")),
+    }
+}
+
+/// The owner's URL, if that is another node and the client may be sent there.
+fn elsewhere(
+    node: &Node,
+    known: &Known,
+    device: &Option<DeviceId>,
+    since: Option<Since>,
+    arrival: Arrival,
+) -> Option<String> {
+    let view = node.views.borrow();
+    let owner = view.owner(&known.user).filter(|owner| owner.info.node != node.config.node)?;
+    if view.held || arrival.keep_at_epoch.is_some() {
+        return None;
+    }
+    let mut url = format!("{}?hops={}&epoch={}", node.urls.of(&owner.info.node)?, arrival.hops + 1, view.epoch);
+    if let Some(device) = device {
+        url.push_str(&format!("&device={}", escape(device.as_str())));
+    }
+    match since {
+        Some(Since::After(seq)) => url.push_str(&format!("&since={seq}")),
+        Some(Since::Latest) => url.push_str("&since=latest"),
+        None => {}
+    }
+    node.metrics.moves.inc();
+    Some(url)
+}
+
+/// A token bucket over new sockets.
+#[derive(Debug)]
+pub(super) struct AcceptBudget {
+    per_s: f64,
+    left: f64,
+    at: Option<Instant>,
+}
+
+impl AcceptBudget {
+    /// `per_s` of zero is no limit.
+    pub(super) fn new(per_s: u32) -> Self {
+        Self { per_s: f64::from(per_s), left: f64::from(per_s) * BURST_S, at: None }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        if self.per_s == 0.0 {
+            return true;
+        }
+        let passed = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        self.at = Some(now);
+        self.left = (self.left + passed.as_secs_f64() * self.per_s).min(self.per_s * BURST_S);
+        if self.left < 1.0 {
+            return false;
+        }
+        self.left -= 1.0;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn origins_are_compared_letter_by_letter() {
+        let listed = Origins::Listed(vec!["https://shop.example".to_owned()]);
+        assert!(listed.allows(Some("https://shop.example")) && listed.allows(None));
+        for other in ["http://shop.example", "https://shop.example.evil", "https://SHOP.example", "null", ""] {
+            assert!(!listed.allows(Some(other)), "{other}");
+        }
+        assert!(Origins::Any.allows(Some("https://anywhere")));
+    }
+
+    #[test]
+    fn the_accept_budget_allows_a_burst_and_then_its_rate() {
+        let start = Instant::now();
+        let mut budget = AcceptBudget::new(10);
+        assert_eq!((0..100).filter(|_| budget.take(start)).count(), 20);
+        assert_eq!((0..100).filter(|_| budget.take(start + Duration::from_millis(500))).count(), 5);
+        assert_eq!((0..100).filter(|_| budget.take(start + Duration::from_secs(60))).count(), 20);
+        let mut none = AcceptBudget::new(0);
+        assert_eq!((0..100_000).filter(|_| none.take(start)).count(), 100_000);
+    }
+}

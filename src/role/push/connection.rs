@@ -1,0 +1,599 @@
+//! One connection: from the upgrade to the last frame, in one task.
+//!
+//! Three stages, each a function that takes the socket and hands it on: *unidentified* (a token must come), *attaching*
+//! (register, ask the inbox, say welcome), *serving*. The serving stage owns the socket, the session and the queue
+//! between them, and waits for one of five things:
+//!
+//! 1. the socket takes more of what is queued,
+//! 2. mail: live messages, a page, orders of the node,
+//! 3. a frame of the client,
+//! 4. the answer to a `refresh`,
+//! 5. its timer: the next ping, the end of the token, the end after a drain.
+//!
+//! Writing goes first, so that a queue never grows while the socket would take it; mail and frames take turns.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, Sink, SinkExt, Stream, StreamExt};
+use tokio::time::{Instant, Sleep};
+use tower::ServiceExt;
+use tracing::Instrument;
+
+use super::admission::{Admission, Known};
+use super::mailbox::Mail;
+use super::registry::{Registered, Seat};
+use super::{Node, rebalance};
+use crate::backoff::between;
+use crate::inbox::{Answer, From};
+use crate::message::{DeviceId, Millis, Seq};
+use crate::session::{Input, Output, Session, Standing};
+use crate::telemetry::Counted;
+use crate::wire::close::CloseCode;
+use crate::wire::frame::{ClientFrame, ServerFrame, Since};
+use crate::wire::peer::{PeerFault, VerifyRequest};
+use crate::wire::socket::{Incoming, Outgoing, SocketFault};
+
+/// Queued for one socket: from here on its session reads the inbox instead. With one page (102 KiB at the most, see
+/// [`sweep::PAGE`]) that stays below the 256 KiB of DESIGN.md section 12.
+const HIGH_WATER_BYTES: usize = 128 * 1024;
+/// Below this the session may send again.
+const LOW_WATER_BYTES: usize = 32 * 1024;
+/// Handed to the WebSocket layer before it must be written out: its buffer keeps the size it once had.
+const FEED_BYTES: usize = 4 * 1024;
+/// A queue that was longer than this gives its memory back when it is empty.
+const QUEUE_KEPT: usize = 32;
+/// How long the farewell may take: the last frames out, the client's close in.
+pub(super) const FAREWELL: Duration = Duration::from_secs(2);
+/// Pings that may go unanswered.
+const UNANSWERED_PINGS: u32 = 2;
+
+/// A socket, whatever it is made of.
+pub(super) trait Socket:
+    Stream<Item = Result<Incoming, SocketFault>> + Sink<Outgoing, Error = SocketFault> + Unpin + Send
+{
+}
+impl<S> Socket for S where
+    S: Stream<Item = Result<Incoming, SocketFault>> + Sink<Outgoing, Error = SocketFault> + Unpin + Send
+{
+}
+
+/// Why a connection ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum End {
+    /// We close it.
+    Close(CloseCode, String),
+    /// The client closed it, or it is gone.
+    Gone,
+}
+
+impl End {
+    fn close(code: CloseCode, why: impl Into<String>) -> Self {
+        Self::Close(code, why.into())
+    }
+}
+
+impl std::convert::From<SocketFault> for End {
+    fn from(fault: SocketFault) -> Self {
+        fault.close_code().map_or(Self::Gone, |code| Self::close(code, fault.to_string()))
+    }
+}
+
+/// Runs one connection to its end.
+pub(super) async fn run<S: Socket>(node: Arc<Node>, admission: Admission, socket: S) {
+    let _counted = Counted::in_gauge(&node.metrics.connections);
+    let span = tracing::debug_span!("connection", node = %node.config.node, session = tracing::field::Empty);
+    live(node, admission, socket).instrument(span).await;
+}
+
+async fn live<S: Socket>(node: Arc<Node>, admission: Admission, mut socket: S) {
+    let Admission { identity, mut device, mut since, arrival } = admission;
+    let identified = match identity {
+        Some(known) => Ok(known),
+        None => identify(&node, &mut socket, &mut device, &mut since).await,
+    };
+    let end = match identified {
+        Err(end) => end,
+        Ok(known) => {
+            let seat = Seat::new(
+                known.user.clone(),
+                device.unwrap_or_default(),
+                known.issued_at_s,
+                arrival,
+                node.clock.now(),
+            );
+            tracing::Span::current().record("session", tracing::field::display(seat.id));
+            match attach(&node, seat, since).await {
+                Err(end) => end,
+                Ok((seat, answer)) => {
+                    let _counted = Counted::in_gauge(&node.metrics.sessions);
+                    // Boxed: the serving stage is the long one, and must not carry the room of the others.
+                    return Box::new(Serving::begin(Arc::clone(&node), socket, seat, answer, known)).serve().await;
+                }
+            }
+        }
+    };
+    farewell(&node, &mut socket, end).await;
+}
+
+/// Waits for the first frame, which must bring a token.
+async fn identify<S: Socket>(
+    node: &Node,
+    socket: &mut S,
+    device: &mut Option<DeviceId>,
+    since: &mut Option<Since>,
+) -> Result<Known, End> {
+    let limit = node.config.limits.auth_deadline;
+    let first = tokio::select! {
+        first = tokio::time::timeout(limit, first_text(socket)) => {
+            first.map_err(|_| End::close(CloseCode::AuthTimeout, "no token came in time"))??
+        }
+        () = node.draining.cancelled() => return Err(End::close(CloseCode::Draining, "the node is leaving")),
+    };
+    let frame = ClientFrame::parse(&first).map_err(|why| End::close(CloseCode::BadFrame, why))?;
+    let ClientFrame::Auth { token, device: named, since: from } = frame else {
+        return Err(End::close(CloseCode::Unauthorized, "the first frame must be auth, with a token"));
+    };
+    *device = named.or(device.take());
+    *since = from.or(since.take());
+    verify(node, token).await
+}
+
+async fn first_text<S: Socket>(socket: &mut S) -> Result<Bytes, End> {
+    loop {
+        match socket.next().await {
+            Some(Ok(Incoming::Text(text))) => return Ok(text),
+            Some(Ok(Incoming::Alive)) => {}
+            Some(Ok(Incoming::Binary)) => return Err(End::close(CloseCode::BadFrame, "text is due, not binary")),
+            Some(Ok(Incoming::Closed)) | None => return Err(End::Gone),
+            Some(Err(fault)) => return Err(fault.into()),
+        }
+    }
+}
+
+async fn verify(node: &Node, token: String) -> Result<Known, End> {
+    match node.verify.clone().oneshot(VerifyRequest { token: token.into() }).await {
+        Ok(identity) => Ok(identity.into()),
+        Err(PeerFault::Unauthorized(why)) => Err(End::close(CloseCode::Unauthorized, why)),
+        Err(PeerFault::Unavailable(_)) => {
+            Err(End::close(CloseCode::Overloaded, "tokens cannot be verified now"))
+        }
+    }
+}
+
+/// Registers, enters the fallback set if displaced, and asks the inbox where the session stands: in this order.
+async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(Registered, Answer), End> {
+    let (mut registered, evicted) = node.registry.register(Arc::clone(&seat));
+    if let Some(oldest) = evicted {
+        oldest.mailbox.close(CloseCode::Replaced, "this user opened more sessions than are kept");
+    }
+    let displaced = !node.owns(&node.views.borrow(), &seat.user);
+    if displaced {
+        rebalance::enter(node, &seat.user).await;
+        node.moves.consider(&seat);
+    }
+    registered.when_last(on_last(node));
+    let from = match since {
+        None => From::Cursor(seat.device.clone()),
+        Some(Since::After(position)) => From::After(position),
+        Some(Since::Latest) => From::Latest,
+    };
+    let answer = node.asks.ask(seat.user.clone(), from).await.map_err(|error| {
+        tracing::debug!(%error, "a session could not attach");
+        End::close(CloseCode::Overloaded, "the inbox cannot be read now")
+    })?;
+    if known_iat(&seat) < answer.not_before_s {
+        return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));
+    }
+    Ok((registered, answer))
+}
+
+/// A user whose last session ends may stand in the fallback set no longer.
+fn on_last(node: &Node) -> impl FnOnce(&crate::message::UserId) + Send + Sync + 'static {
+    let displaced = Arc::clone(&node.displaced);
+    move |user| displaced.doubt_if_entered(user)
+}
+
+fn known_iat(seat: &Seat) -> u64 {
+    seat.token_iat_s.load(Ordering::Relaxed)
+}
+
+/// Says why, closes, and waits a little for the client to close too, so that it hears the reason.
+async fn farewell<S: Socket>(node: &Node, socket: &mut S, end: End) {
+    let End::Close(code, why) = end else {
+        // The client's own close is answered below; flush it out.
+        let _ = tokio::time::timeout(FAREWELL, socket.flush()).await;
+        return;
+    };
+    tracing::debug!(code = code.number(), why, "closing");
+    let parting = async {
+        if !matches!(code, CloseCode::Protocol | CloseCode::InvalidUtf8 | CloseCode::Normal) {
+            let reconnect = CloseCode::may_reconnect(code.number()).then(|| node.hint());
+            let frame = ServerFrame::Error { code: code.name().to_owned(), message: why, reconnect };
+            socket.feed(Outgoing::Text(frame.encode())).await?;
+        }
+        socket.send(Outgoing::Close(code)).await?;
+        while let Some(Ok(incoming)) = socket.next().await {
+            if incoming == Incoming::Closed {
+                break;
+            }
+        }
+        socket.flush().await
+    };
+    let _: Result<Result<(), SocketFault>, _> = tokio::time::timeout(FAREWELL, parting).await;
+}
+
+/// What the serving stage waits for.
+enum Event {
+    Room,
+    Mail(Mail),
+    Frame(Incoming),
+    Refreshed(Result<Known, End>),
+    Timer,
+    Fault(SocketFault),
+    Over,
+}
+
+/// The serving stage; see the room's comment.
+struct Serving<S> {
+    node: Arc<Node>,
+    socket: S,
+    seat: Registered,
+    session: Session,
+    queue: VecDeque<Outgoing>,
+    /// In the queue, and handed to the WebSocket layer but not known to be written.
+    queued_bytes: usize,
+    unflushed_bytes: usize,
+    told_full: bool,
+    frames_first: bool,
+    refresh: Option<BoxFuture<'static, Result<Known, End>>>,
+    timer: Pin<Box<Sleep>>,
+    next_ping: Instant,
+    unanswered: u32,
+    token_ends: Instant,
+    close_at: Option<Instant>,
+    frames_this_second: u32,
+    second_began: Instant,
+}
+
+impl<S: Socket> Serving<S> {
+    fn begin(node: Arc<Node>, socket: S, seat: Registered, answer: Answer, known: Known) -> Self {
+        let now = Instant::now();
+        // The first ping comes at a random moment, or a restarted node would ping everybody at once for ever.
+        let next_ping = now + between(Duration::ZERO, node.config.limits.ping_every, &mut rand::rng());
+        let token_ends = now + until(known.expires_at_s, node.clock.now());
+        let welcome = Outgoing::Text(welcome(&node, &seat, answer.start));
+        let mut outputs = Vec::with_capacity(2);
+        let standing = Standing { start: answer.start, head: answer.head, more: answer.more };
+        let session = Session::start(standing, |output| outputs.push(output));
+        let mut this = Self {
+            timer: Box::pin(tokio::time::sleep_until(next_ping.min(token_ends))),
+            node,
+            socket,
+            seat,
+            session,
+            queue: VecDeque::with_capacity(2),
+            queued_bytes: 0,
+            unflushed_bytes: 0,
+            told_full: false,
+            frames_first: false,
+            refresh: None,
+            next_ping,
+            unanswered: 0,
+            token_ends,
+            close_at: None,
+            frames_this_second: 0,
+            second_began: now,
+        };
+        this.node.metrics.welcomed.inc();
+        this.push(welcome);
+        outputs.into_iter().for_each(|output| this.perform(output));
+        this.seat.set_position(this.session.position());
+        this
+    }
+
+    async fn serve(mut self: Box<Self>) {
+        let end = loop {
+            let event = poll_fn(|cx| self.poll_event(cx)).await;
+            if let Err(end) = self.take(event) {
+                break end;
+            }
+        };
+        let Self { node, mut socket, seat, .. } = *self;
+        // Out of the registry before the farewell: the place is free at once.
+        drop(seat);
+        farewell(&node, &mut socket, end).await;
+    }
+
+    fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        if let Poll::Ready(event) = self.poll_write(cx) {
+            return Poll::Ready(event);
+        }
+        self.frames_first = !self.frames_first;
+        if self.frames_first && let Poll::Ready(event) = self.poll_frame(cx) {
+            return Poll::Ready(event);
+        }
+        if let Poll::Ready(mail) = self.seat.mailbox.poll_take(cx) {
+            return Poll::Ready(Event::Mail(mail));
+        }
+        if !self.frames_first && let Poll::Ready(event) = self.poll_frame(cx) {
+            return Poll::Ready(event);
+        }
+        if let Some(refresh) = &mut self.refresh
+            && let Poll::Ready(refreshed) = refresh.poll_unpin(cx)
+        {
+            self.refresh = None;
+            return Poll::Ready(Event::Refreshed(refreshed));
+        }
+        self.timer.as_mut().poll(cx).map(|()| Event::Timer)
+    }
+
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        self.socket.poll_next_unpin(cx).map(|next| match next {
+            Some(Ok(incoming)) => Event::Frame(incoming),
+            Some(Err(fault)) => Event::Fault(fault),
+            None => Event::Over,
+        })
+    }
+
+    /// Writes as much as the socket takes; ready with [`Event::Room`] when a full queue has drained.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        loop {
+            while self.unflushed_bytes < FEED_BYTES && !self.queue.is_empty() {
+                match self.socket.poll_ready_unpin(cx) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(fault)) => return Poll::Ready(Event::Fault(fault)),
+                    Poll::Pending => break,
+                }
+                let Some(next) = self.queue.pop_front() else { break };
+                let bytes = size(&next);
+                self.queued_bytes -= bytes;
+                self.unflushed_bytes += bytes;
+                if let Err(fault) = self.socket.start_send_unpin(next) {
+                    return Poll::Ready(Event::Fault(fault));
+                }
+            }
+            if self.unflushed_bytes == 0 {
+                break;
+            }
+            match self.socket.poll_flush_unpin(cx) {
+                Poll::Ready(Ok(())) => {
+                    self.unflushed_bytes = 0;
+                    // What the socket takes, somebody reads: a sign of life.
+                    self.unanswered = 0;
+                }
+                Poll::Ready(Err(fault)) => return Poll::Ready(Event::Fault(fault)),
+                Poll::Pending => break,
+            }
+        }
+        if self.queue.is_empty() && self.queue.capacity() > QUEUE_KEPT {
+            self.queue = VecDeque::new();
+        }
+        if self.told_full && self.queued_bytes + self.unflushed_bytes <= LOW_WATER_BYTES {
+            self.told_full = false;
+            return Poll::Ready(Event::Room);
+        }
+        Poll::Pending
+    }
+
+    fn take(&mut self, event: Event) -> Result<(), End> {
+        match event {
+            Event::Room => self.step(Input::Room),
+            Event::Mail(mail) => self.take_mail(mail)?,
+            Event::Frame(incoming) => self.take_frame(incoming)?,
+            Event::Refreshed(known) => self.refreshed(known?)?,
+            Event::Timer => self.timer()?,
+            Event::Fault(fault) => return Err(fault.into()),
+            Event::Over => return Err(End::Gone),
+        }
+        Ok(())
+    }
+
+    fn take_mail(&mut self, mail: Mail) -> Result<(), End> {
+        if let Some(orders) = mail.orders {
+            if let Some((code, why)) = orders.close {
+                return Err(End::close(code, why));
+            }
+            if let Some(order) = orders.move_to {
+                self.push(Outgoing::Text(order.frame));
+                if let Some(after) = order.close_after {
+                    self.close_at = Some(Instant::now() + after);
+                    self.reset_timer();
+                }
+            }
+        }
+        if let Some(page) = mail.page {
+            self.step(Input::Page(*page));
+        }
+        for item in mail.live {
+            self.step(Input::Live(item));
+        }
+        if mail.lost {
+            self.step(Input::Lost);
+        }
+        if let Some(position) = mail.more_after {
+            self.step(Input::MoreAfter(position));
+        }
+        Ok(())
+    }
+
+    fn take_frame(&mut self, incoming: Incoming) -> Result<(), End> {
+        self.unanswered = 0;
+        self.count_frame()?;
+        let text = match incoming {
+            Incoming::Alive => return Ok(()),
+            Incoming::Closed => return Err(End::Gone),
+            Incoming::Binary => return Err(End::close(CloseCode::BadFrame, "text is due, not binary")),
+            Incoming::Text(text) => text,
+        };
+        match ClientFrame::parse(&text).map_err(|why| End::close(CloseCode::BadFrame, why))? {
+            ClientFrame::Ack(seq) => self.step(Input::Ack(seq)),
+            ClientFrame::Ping => self.push(Outgoing::Text(ServerFrame::Pong.encode())),
+            ClientFrame::Refresh(token) => self.begin_refresh(token)?,
+            ClientFrame::Auth { .. } => {
+                return Err(End::close(CloseCode::BadFrame, "auth comes once; refresh brings a new token"));
+            }
+        }
+        Ok(())
+    }
+
+    fn count_frame(&mut self) -> Result<(), End> {
+        if self.second_began.elapsed() >= Duration::from_secs(1) {
+            self.second_began = Instant::now();
+            self.frames_this_second = 0;
+        }
+        self.frames_this_second += 1;
+        if self.frames_this_second > self.node.config.limits.client_frames_per_s {
+            return Err(End::close(CloseCode::RateLimited, "too many frames in one second"));
+        }
+        Ok(())
+    }
+
+    /// Verifies the new token, and that it was not revoked, beside the serving.
+    fn begin_refresh(&mut self, token: String) -> Result<(), End> {
+        if self.refresh.is_some() {
+            return Err(End::close(CloseCode::RateLimited, "one refresh at a time"));
+        }
+        let node = Arc::clone(&self.node);
+        let (user, position) = (self.seat.user.clone(), self.session.position());
+        self.refresh = Some(
+            async move {
+                let known = verify(&node, token).await?;
+                if known.user != user {
+                    return Err(End::close(CloseCode::Unauthorized, "the new token is of another user"));
+                }
+                let answer = node.asks.ask(user, From::After(position)).await;
+                let not_before_s = answer.map_or(0, |answer| answer.not_before_s);
+                if known.issued_at_s < not_before_s {
+                    return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));
+                }
+                Ok(known)
+            }
+            .boxed(),
+        );
+        Ok(())
+    }
+
+    fn refreshed(&mut self, known: Known) -> Result<(), End> {
+        self.seat.token_iat_s.store(known.issued_at_s, Ordering::Relaxed);
+        self.token_ends = Instant::now() + until(known.expires_at_s, self.node.clock.now());
+        self.reset_timer();
+        let expires_at = Millis(known.expires_at_s.saturating_mul(1000)).rfc3339();
+        self.push(Outgoing::Text(ServerFrame::Refreshed { expires_at }.encode()));
+        Ok(())
+    }
+
+    fn timer(&mut self) -> Result<(), End> {
+        let now = Instant::now();
+        if self.token_ends <= now {
+            return Err(End::close(CloseCode::Unauthorized, "the token has expired"));
+        }
+        if self.close_at.is_some_and(|at| at <= now) {
+            return Err(End::close(CloseCode::Draining, "the node is leaving"));
+        }
+        if self.next_ping <= now {
+            if self.unanswered >= UNANSWERED_PINGS {
+                return Err(End::close(CloseCode::HeartbeatTimeout, "two pings without a sign of life"));
+            }
+            self.unanswered += 1;
+            self.next_ping = now + self.node.config.limits.ping_every;
+            self.push(Outgoing::Ping);
+        }
+        self.reset_timer();
+        Ok(())
+    }
+
+    fn reset_timer(&mut self) {
+        let next = self.next_ping.min(self.token_ends);
+        self.timer.as_mut().reset(self.close_at.map_or(next, |at| at.min(next)));
+    }
+
+    /// One input to the session, and everything that it wants done.
+    fn step(&mut self, input: Input<Bytes>) {
+        let now = self.node.clock.now();
+        let Self { session, queue, queued_bytes, seat, node, .. } = self;
+        session.step(input, now, |output| perform(output, queue, queued_bytes, seat, node));
+        self.seat.set_position(self.session.position());
+        if !self.told_full && self.queued_bytes + self.unflushed_bytes >= HIGH_WATER_BYTES {
+            self.told_full = true;
+            self.node.metrics.demoted.inc();
+            self.step(Input::Full);
+        }
+    }
+
+    fn perform(&mut self, output: Output<Bytes>) {
+        perform(output, &mut self.queue, &mut self.queued_bytes, &self.seat, &self.node);
+    }
+
+    fn push(&mut self, outgoing: Outgoing) {
+        push(&mut self.queue, &mut self.queued_bytes, outgoing);
+    }
+}
+
+fn perform(
+    output: Output<Bytes>,
+    queue: &mut VecDeque<Outgoing>,
+    queued_bytes: &mut usize,
+    seat: &Arc<Seat>,
+    node: &Node,
+) {
+    let frame = match output {
+        Output::Send(frame) => {
+            node.metrics.delivered.inc();
+            frame
+        }
+        Output::Gap { after, before, reason } => {
+            ServerFrame::Gap { after: after.get(), before: before.get(), reason }.encode()
+        }
+        Output::CaughtUp(seq) => ServerFrame::CaughtUp { seq: seq.get() }.encode(),
+        Output::Read(after) => return node.reads.request(seat, after),
+        Output::Cursor(acked) => {
+            seat.set_acked(acked);
+            return node.cursors.note(seat, acked);
+        }
+    };
+    push(queue, queued_bytes, Outgoing::Text(frame));
+}
+
+fn push(queue: &mut VecDeque<Outgoing>, queued_bytes: &mut usize, outgoing: Outgoing) {
+    *queued_bytes += size(&outgoing);
+    queue.push_back(outgoing);
+}
+
+/// What a frame counts for in the queue's limit.
+fn size(outgoing: &Outgoing) -> usize {
+    match outgoing {
+        Outgoing::Text(text) => text.len(),
+        Outgoing::Ping | Outgoing::Close(_) => 2,
+    }
+}
+
+fn welcome(node: &Node, seat: &Seat, start: Seq) -> Bytes {
+    let view = node.views.borrow();
+    let limits = &node.config.limits;
+    ServerFrame::Welcome {
+        user: seat.user.to_string(),
+        device: seat.device.to_string(),
+        node: node.config.node.to_string(),
+        session: seat.id.to_string(),
+        generation: view.generation.to_string(),
+        epoch: view.epoch,
+        since: start.get(),
+        ping_every_ms: u64::try_from(limits.ping_every.as_millis()).unwrap_or(u64::MAX),
+        reconnect: node.hint(),
+    }
+    .encode()
+}
+
+/// From now until this second of the epoch; a year where it is further, for timers have a horizon.
+fn until(seconds: u64, now: Millis) -> Duration {
+    const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+    Duration::from_millis(seconds.saturating_mul(1000).saturating_sub(now.0)).min(YEAR)
+}

@@ -1,0 +1,180 @@
+//! A session's mailbox: how the rest of the node speaks to the one task that owns the socket.
+//!
+//! Made for being many and idle: an empty one owns no memory beside itself, where a channel keeps a block of slots. It is
+//! bounded by dropping: a live message that has no room only leaves a mark, and the session reads the inbox instead.
+
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use futures_util::task::AtomicWaker;
+use parking_lot::Mutex;
+use tokio::time::Duration;
+
+use crate::message::Seq;
+use crate::session::{Item, Page};
+use crate::wire::close::CloseCode;
+
+/// Live messages waiting for one session's task to wake: a burst, no more.
+pub const MAILBOX_MESSAGES: usize = 256;
+/// And their bytes: the outbound limit of a session.
+pub const MAILBOX_BYTES: usize = 256 * 1024;
+
+/// Everything that came since the last look.
+#[derive(Debug, Default)]
+pub(super) struct Mail {
+    /// Live messages, in the order they came.
+    pub(super) live: Vec<Item<Bytes>>,
+    bytes: usize,
+    /// Live messages were dropped.
+    pub(super) lost: bool,
+    /// The page that was asked for.
+    pub(super) page: Option<Box<Page<Bytes>>>,
+    /// The sweep found something after this position.
+    pub(super) more_after: Option<Seq>,
+    /// Orders of the node, the rarest of all.
+    pub(super) orders: Option<Box<Orders>>,
+}
+
+/// What the node wants of a session.
+#[derive(Debug, Default)]
+pub(super) struct Orders {
+    /// End it.
+    pub(super) close: Option<(CloseCode, &'static str)>,
+    /// Tell the client to move.
+    pub(super) move_to: Option<MoveOrder>,
+}
+
+/// A `move` frame, and how long the session lives after it.
+#[derive(Debug)]
+pub(super) struct MoveOrder {
+    /// Ready to send.
+    pub(super) frame: Bytes,
+    /// Close with 4302 after this; None: serve on, should the client ignore it.
+    pub(super) close_after: Option<Duration>,
+}
+
+impl Mail {
+    fn is_empty(&self) -> bool {
+        self.live.is_empty()
+            && !self.lost
+            && self.page.is_none()
+            && self.more_after.is_none()
+            && self.orders.is_none()
+    }
+}
+
+/// See the room's comment. Anyone may put; one task takes.
+#[derive(Default)]
+pub(super) struct Mailbox {
+    mail: Mutex<Mail>,
+    waker: AtomicWaker,
+}
+
+impl Mailbox {
+    /// A live message: dropped, with a mark, where there is no room.
+    pub(super) fn try_live(&self, item: Item<Bytes>) {
+        self.put(|mail| {
+            let bytes = mail.bytes + item.frame.len();
+            if mail.live.len() < MAILBOX_MESSAGES && bytes <= MAILBOX_BYTES {
+                mail.bytes = bytes;
+                mail.live.push(item);
+            } else {
+                mail.lost = true;
+            }
+        });
+    }
+
+    /// Live messages were lost on the way here.
+    pub(super) fn lost(&self) {
+        self.put(|mail| mail.lost = true);
+    }
+
+    /// The page that the session asked for; it asks for one at a time.
+    pub(super) fn page(&self, page: Page<Bytes>) {
+        self.put(|mail| mail.page = Some(Box::new(page)));
+    }
+
+    /// There is something after this position.
+    pub(super) fn more_after(&self, position: Seq) {
+        self.put(|mail| mail.more_after = Some(position));
+    }
+
+    /// Ends the session. The first reason stands.
+    pub(super) fn close(&self, code: CloseCode, why: &'static str) {
+        self.put(|mail| {
+            mail.orders.get_or_insert_default().close.get_or_insert((code, why));
+        });
+    }
+
+    /// Tells the client to move. The last one stands.
+    pub(super) fn move_to(&self, order: MoveOrder) {
+        self.put(|mail| mail.orders.get_or_insert_default().move_to = Some(order));
+    }
+
+    fn put(&self, act: impl FnOnce(&mut Mail)) {
+        act(&mut self.mail.lock());
+        self.waker.wake();
+    }
+
+    /// Takes all that is there, or waits for something.
+    pub(super) fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Mail> {
+        if let Some(mail) = self.take() {
+            return Poll::Ready(mail);
+        }
+        self.waker.register(cx.waker());
+        // What was put between the look and the registration woke nobody.
+        self.take().map_or(Poll::Pending, Poll::Ready)
+    }
+
+    fn take(&self) -> Option<Mail> {
+        let mut mail = self.mail.lock();
+        (!mail.is_empty()).then(|| std::mem::take(&mut *mail))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::Millis;
+    use futures_util::FutureExt;
+    use std::future::poll_fn;
+
+    fn item(seq: u64, bytes: usize) -> Item<Bytes> {
+        Item { seq: Seq::at(seq), expires_at: Millis(u64::MAX), frame: Bytes::from(vec![b'x'; bytes]) }
+    }
+
+    fn take(mailbox: &Mailbox) -> Option<Mail> {
+        poll_fn(|cx| mailbox.poll_take(cx)).now_or_never()
+    }
+
+    #[test]
+    fn what_has_no_room_leaves_a_mark() {
+        let mailbox = Mailbox::default();
+        assert!(take(&mailbox).is_none());
+        for n in 0..=MAILBOX_MESSAGES as u64 {
+            mailbox.try_live(item(n, 10));
+        }
+        let mail = take(&mailbox).unwrap();
+        assert_eq!((mail.live.len(), mail.lost), (MAILBOX_MESSAGES, true));
+        for n in 0..6 {
+            mailbox.try_live(item(n, 60_000));
+        }
+        let mail = take(&mailbox).unwrap();
+        assert_eq!((mail.live.len(), mail.lost), (4, true));
+        assert!(take(&mailbox).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_put_wakes_the_one_who_waits() {
+        let mailbox = std::sync::Arc::new(Mailbox::default());
+        let waiting = tokio::spawn({
+            let mailbox = std::sync::Arc::clone(&mailbox);
+            async move { poll_fn(|cx| mailbox.poll_take(cx)).await }
+        });
+        tokio::task::yield_now().await;
+        mailbox.close(CloseCode::Replaced, "first");
+        mailbox.close(CloseCode::Draining, "second");
+        let orders = waiting.await.unwrap().orders.unwrap();
+        assert_eq!(orders.close, Some((CloseCode::Replaced, "first")));
+    }
+}

@@ -1,0 +1,403 @@
+//! Push: holds the sockets. It delivers, takes acks, replays, and sends a client to the node that its user hashes to.
+//!
+//! - [`registry`]: the sessions of this node, by user.
+//! - [`mailbox`]: how the node speaks to one session's task.
+//! - [`connection`]: that task, from the upgrade to the last frame.
+//! - [`sweep`]: how sessions read the inbox, and the sweep that finds what every hint has missed.
+//! - [`rebalance`]: fallback entries, moves, and the drain.
+//!
+//! # Attach order
+//!
+//! Register, enter the fallback set if displaced, ask the inbox from the cursor, go live: whatever is stored after the
+//! question comes as a live message or is told of; whatever was stored before it, is answered. Nothing falls in between.
+
+mod admission;
+mod connection;
+mod mailbox;
+pub mod rebalance;
+mod registry;
+pub mod sweep;
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::future::{Ready, ready};
+use futures_util::{Sink, Stream};
+use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use admission::{Admission, Origins, Rejection, SocketRequest};
+pub use rebalance::Drain;
+
+use super::VerifyService;
+use super::connect::PublicUrls;
+use crate::clock::Clock;
+use crate::fallback::Fallback;
+use crate::inbox::Inbox;
+use crate::membership::{Counts, Membership, MembershipError, NodeInfo, View};
+use crate::message::{NodeId, UserId};
+use crate::telemetry::Metrics;
+use crate::ticket::{TicketKey, UsedNonces};
+use crate::wire::frame::ReconnectHint;
+use crate::wire::peer::{Live, PeerFault, Presence, PushRequest, PushResponse, Revocation};
+use crate::wire::socket::{Incoming, Outgoing, SocketFault};
+
+use admission::AcceptBudget;
+use registry::Registry;
+
+/// How one push node is to behave.
+#[derive(Debug, Clone)]
+pub struct PushConfig {
+    /// Its name.
+    pub node: NodeId,
+    /// Its share of the users.
+    pub weight: f64,
+    /// New sockets per second; 0 is no limit.
+    pub accept_per_s: u32,
+    /// Which pages may open sockets.
+    pub origins: Origins,
+    /// Whether a token may stand in the URL.
+    pub token_in_url: bool,
+    /// Times and sizes.
+    pub limits: PushLimits,
+}
+
+/// The limits of a node's sessions (DESIGN.md section 12).
+#[derive(Debug, Clone, Copy)]
+pub struct PushLimits {
+    /// Until the first frame must bring a token.
+    pub auth_deadline: Duration,
+    /// Between two pings.
+    pub ping_every: Duration,
+    /// Sessions of one user on this node.
+    pub sessions_per_user: usize,
+    /// Between two looks at the same session.
+    pub sweep_every: Duration,
+    /// The least window that clients are given to come back in, in ms.
+    pub reconnect_jitter_ms: u64,
+    /// Frames of one client per second; an ack for each message of a fast catch-up is well below it.
+    pub client_frames_per_s: u32,
+}
+
+impl Default for PushLimits {
+    fn default() -> Self {
+        Self {
+            auth_deadline: Duration::from_secs(5),
+            ping_every: Duration::from_secs(25),
+            sessions_per_user: 16,
+            sweep_every: sweep::SWEEP_EVERY,
+            reconnect_jitter_ms: 5_000,
+            client_frames_per_s: 20_000,
+        }
+    }
+}
+
+/// What a push node needs from the other rooms.
+pub struct PushParts {
+    /// The truth.
+    pub inbox: Arc<dyn Inbox>,
+    /// Auth.
+    pub verify: VerifyService,
+    /// Which nodes there are.
+    pub membership: Arc<dyn Membership>,
+    /// Where displaced users are.
+    pub fallback: Arc<dyn Fallback>,
+    /// The public names of the nodes.
+    pub urls: PublicUrls,
+    /// Signs and verifies tickets.
+    pub ticket_key: TicketKey,
+    /// The time of day.
+    pub clock: Clock,
+    /// Where to register what is counted.
+    pub metrics: PushMetrics,
+}
+
+/// What push counts; shared by the push nodes of one process.
+#[derive(Clone, Default)]
+pub struct PushMetrics {
+    /// Sessions that are registered now.
+    pub sessions: Gauge,
+    /// Connection tasks that run now, attached or not.
+    pub connections: Gauge,
+    /// Sockets that got their `welcome`.
+    pub welcomed: Counter,
+    /// `message` frames put into a session's queue.
+    pub delivered: Counter,
+    /// Pages read from the inbox for sessions that were behind.
+    pub pages: Counter,
+    /// Sessions that the sweep asked for.
+    pub swept: Counter,
+    /// Sweeps out of turn, since hints were dropped.
+    pub forced_sweeps: Counter,
+    /// `move` frames sent.
+    pub moves: Counter,
+    /// Sessions that fell behind since their socket was full.
+    pub demoted: Counter,
+    /// Sockets refused before the upgrade, for any reason.
+    pub refused: Counter,
+}
+
+impl PushMetrics {
+    /// Registers them.
+    #[must_use]
+    pub fn register(metrics: &Metrics) -> Self {
+        let own = Self::default();
+        metrics.register(|r| {
+            r.register("sessions", "Sessions registered now", own.sessions.clone());
+            r.register("connections", "Connection tasks running now", own.connections.clone());
+            r.register("welcomed", "Sockets that got their welcome", own.welcomed.clone());
+            r.register("delivered", "Message frames handed to sockets", own.delivered.clone());
+            r.register("inbox_pages", "Pages read for sessions that were behind", own.pages.clone());
+            r.register("swept", "Sessions looked at by the sweep", own.swept.clone());
+            r.register("forced_sweeps", "Sweeps out of turn", own.forced_sweeps.clone());
+            r.register("moves", "Move frames sent", own.moves.clone());
+            r.register("demoted", "Sessions that fell behind on a full socket", own.demoted.clone());
+            r.register("refused", "Sockets refused before the upgrade", own.refused.clone());
+        });
+        own
+    }
+}
+
+/// The role on one node. Cheap to clone.
+#[derive(Clone)]
+pub struct Push {
+    node: Arc<Node>,
+}
+
+/// What all parts of one push node share.
+pub(crate) struct Node {
+    config: PushConfig,
+    incarnation: u64,
+    registry: Arc<Registry>,
+    inbox: Arc<dyn Inbox>,
+    verify: VerifyService,
+    membership: Arc<dyn Membership>,
+    views: watch::Receiver<Arc<View>>,
+    fallback: Arc<dyn Fallback>,
+    urls: PublicUrls,
+    ticket_key: TicketKey,
+    used_tickets: Mutex<UsedNonces>,
+    accepts: Mutex<AcceptBudget>,
+    clock: Clock,
+    asks: sweep::Asks,
+    reads: sweep::Reads,
+    cursors: sweep::Cursors,
+    sweep_now: tokio::sync::Notify,
+    displaced: Arc<rebalance::Displaced>,
+    moves: rebalance::Moves,
+    metrics: PushMetrics,
+    /// Set once, when the node begins to leave.
+    draining: CancellationToken,
+    connections: TaskTracker,
+}
+
+impl Node {
+    fn owns(&self, view: &View, user: &UserId) -> bool {
+        view.owner(user).is_none_or(|owner| owner.info.node == self.config.node)
+    }
+
+    fn hint(&self) -> ReconnectHint {
+        let (sessions, limits) = (self.registry.len(), &self.config.limits);
+        let max_ms = rebalance::reconnect_window_ms(sessions, self.config.accept_per_s, limits.reconnect_jitter_ms);
+        ReconnectHint { min_ms: 0, max_ms }
+    }
+
+    /// Resolves when no session is left.
+    async fn empty(&self) {
+        while self.registry.len() > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn deliver(&self, batch: &[Live], sweep: bool) {
+        for live in batch {
+            let mut frame = None;
+            self.registry.for_user(&live.user, |seat| {
+                let item = frame.get_or_insert_with(|| sweep::item(&live.message));
+                seat.mailbox.try_live(item.clone());
+            });
+        }
+        if sweep {
+            self.sweep_now.notify_one();
+        }
+    }
+
+    fn presence(&self, user: &UserId) -> Vec<Presence> {
+        let mut found = Vec::new();
+        self.registry.for_user(user, |seat| {
+            found.push(Presence {
+                device: seat.device.clone(),
+                node: self.config.node.clone(),
+                connected_at: seat.connected_at,
+                acked: seat.acked(),
+            });
+        });
+        found
+    }
+
+    fn disconnect(&self, revocation: &Revocation) {
+        self.registry.for_user(&revocation.user, |seat| sweep::close_if_revoked(seat, revocation.not_before_s));
+    }
+}
+
+impl Push {
+    /// Registers the node and starts its tasks in `tasks`.
+    ///
+    /// # Errors
+    /// Membership's, if the node cannot be registered.
+    pub async fn start(
+        config: PushConfig,
+        parts: PushParts,
+        tasks: &mut JoinSet<()>,
+    ) -> Result<Self, MembershipError> {
+        let info =
+            NodeInfo { node: config.node.clone(), weight: config.weight, accept_per_s: config.accept_per_s };
+        let incarnation = parts.membership.join(info).await?;
+        let (asks, requests) = sweep::Asks::new();
+        let node = Arc::new(Node {
+            incarnation,
+            registry: Arc::new(Registry::new(config.limits.sessions_per_user)),
+            inbox: parts.inbox,
+            verify: parts.verify,
+            views: parts.membership.views(),
+            membership: parts.membership,
+            fallback: parts.fallback,
+            urls: parts.urls,
+            ticket_key: parts.ticket_key,
+            used_tickets: Mutex::default(),
+            accepts: Mutex::new(AcceptBudget::new(config.accept_per_s)),
+            clock: parts.clock,
+            asks,
+            reads: sweep::Reads::default(),
+            cursors: sweep::Cursors::default(),
+            sweep_now: tokio::sync::Notify::new(),
+            displaced: Arc::default(),
+            moves: rebalance::Moves::default(),
+            metrics: parts.metrics,
+            draining: CancellationToken::new(),
+            connections: TaskTracker::new(),
+            config,
+        });
+        tasks.spawn(sweep::answer_asks(Arc::clone(&node.inbox), requests));
+        tasks.spawn(sweep::perform_reads(Arc::clone(&node)));
+        tasks.spawn(sweep::sweep(Arc::clone(&node)));
+        tasks.spawn(sweep::write_cursors(Arc::clone(&node)));
+        tasks.spawn(rebalance::keep_fallback(Arc::clone(&node)));
+        tasks.spawn(rebalance::pace_moves(Arc::clone(&node)));
+        tasks.spawn(report_counts(Arc::clone(&node)));
+        Ok(Self { node })
+    }
+
+    /// This node's name.
+    #[must_use]
+    pub fn name(&self) -> &NodeId {
+        &self.node.config.node
+    }
+
+    /// Whether the node has begun to leave: it takes no sockets any more.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.node.draining.is_cancelled()
+    }
+
+    /// What the node holds now.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        Counts { sessions: self.node.registry.len() as u64, displaced: self.node.displaced.len() as u64 }
+    }
+
+    /// The hint for a client that cannot stay.
+    #[must_use]
+    pub fn reconnect_hint(&self) -> ReconnectHint {
+        self.node.hint()
+    }
+
+    /// Which pages may speak to this node.
+    #[must_use]
+    pub fn origins(&self) -> &Origins {
+        &self.node.config.origins
+    }
+
+    /// Decides about a request for a socket, before the upgrade.
+    ///
+    /// # Errors
+    /// [`Rejection`]: what to answer instead.
+    pub async fn admit(&self, request: SocketRequest<'_>) -> Result<Admission, Rejection> {
+        let decided = admission::admit(&self.node, request).await;
+        if decided.is_err() {
+            self.node.metrics.refused.inc();
+        }
+        decided
+    }
+
+    /// Runs the connection of an admitted client, in a task of its own, once `upgraded` brings its socket.
+    pub fn serve<S>(&self, admission: Admission, upgraded: impl Future<Output = Option<S>> + Send + 'static)
+    where
+        S: Stream<Item = Result<Incoming, SocketFault>> + Sink<Outgoing, Error = SocketFault>,
+        S: Unpin + Send + 'static,
+    {
+        let node = Arc::clone(&self.node);
+        self.node.connections.spawn(async move {
+            if let Some(socket) = upgraded.await {
+                connection::run(node, admission, socket).await;
+            }
+        });
+    }
+
+    /// Leaves: out of the ring at once, no new sockets, every session sent away, cursors written.
+    pub async fn drain(&self, how: Drain) {
+        let node = &self.node;
+        node.draining.cancel();
+        let _ = node.membership.drain(&node.config.node, node.incarnation).await;
+        rebalance::drain(node, how).await;
+        node.connections.close();
+        // A client that does not answer the close is given up by its own task; this is the bound on that.
+        let _ = tokio::time::timeout(connection::FAREWELL * 2, node.connections.wait()).await;
+        node.cursors.flush(&*node.inbox).await;
+        let _ = node.fallback.forget(&node.config.node).await;
+        let _ = node.membership.leave(&node.config.node, node.incarnation).await;
+    }
+}
+
+/// How often a node says what it holds.
+const COUNTS_EVERY: Duration = Duration::from_millis(500);
+
+async fn report_counts(node: Arc<Node>) {
+    loop {
+        let counts =
+            Counts { sessions: node.registry.len() as u64, displaced: node.displaced.len() as u64 };
+        node.membership.counts(Some((node.config.node.clone(), counts)));
+        tokio::time::sleep(COUNTS_EVERY).await;
+    }
+}
+
+impl tower::Service<PushRequest> for Push {
+    type Response = PushResponse;
+    type Error = PeerFault;
+    type Future = Ready<Result<PushResponse, PeerFault>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), PeerFault>> {
+        Poll::Ready(Ok(()))
+    }
+
+    /// Puts into mailboxes, which never waits.
+    fn call(&mut self, request: PushRequest) -> Self::Future {
+        ready(Ok(match request {
+            PushRequest::Deliver { batch, sweep } => {
+                self.node.deliver(&batch, sweep);
+                PushResponse::Done
+            }
+            PushRequest::Lookup(user) => PushResponse::Sessions(self.node.presence(&user)),
+            PushRequest::Disconnect(revocation) => {
+                self.node.disconnect(&revocation);
+                PushResponse::Done
+            }
+        }))
+    }
+}

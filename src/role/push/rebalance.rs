@@ -1,0 +1,401 @@
+//! Where this node's users belong: the fallback entries of those that another node owns, the moves that send them there,
+//! and the drain that sends all of them away.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rand::seq::SliceRandom;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::Node;
+use super::mailbox::MoveOrder;
+use super::registry::Seat;
+use crate::backoff::{Backoff, between};
+use crate::membership::{Member, View};
+use crate::message::{NodeId, UserId};
+use crate::wire::close::CloseCode;
+use crate::wire::frame::{MoveReason, ServerFrame};
+
+/// How often moves are handed out: a tenth of the second within which a client on the wrong node must hear.
+const MOVE_TICK: Duration = Duration::from_millis(100);
+/// What a target that takes any number of sockets per second counts as (DESIGN.md section 7).
+const UNLIMITED_ACCEPT_PER_S: u32 = 4_000;
+/// Jitter that a moved client waits, at the most.
+pub const MOVE_JITTER: Duration = Duration::from_secs(1);
+/// How long a client that was told to leave may take, after its jitter.
+pub const DRAIN_GRACE: Duration = Duration::from_secs(10);
+/// Over how long sessions are closed that have nowhere to go.
+pub const CLOSE_SPREAD: Duration = Duration::from_secs(5);
+/// Sessions closed per second where they have nowhere to go: a small node need not take the whole spread.
+const CLOSES_PER_S: u32 = 2_000;
+
+/// The longest window that clients are given to come back in.
+const RECONNECT_MAX_MS: u64 = 60_000;
+
+/// Which users of this node stand in the fallback set, and which must be looked at again.
+#[derive(Default)]
+pub(super) struct Displaced {
+    state: Mutex<DisplacedState>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct DisplacedState {
+    entered: HashSet<UserId>,
+    doubtful: HashSet<UserId>,
+}
+
+impl Displaced {
+    /// Something changed for this user: compare what is entered with what should be.
+    pub(super) fn doubt(&self, users: impl IntoIterator<Item = UserId>) {
+        self.state.lock().doubtful.extend(users);
+        self.changed.notify_one();
+    }
+
+    /// The same, but only for a user that stands in the set or may be about to: the common case costs one look.
+    pub(super) fn doubt_if_entered(&self, user: &UserId) {
+        let mut state = self.state.lock();
+        if state.entered.contains(user) {
+            state.doubtful.insert(user.clone());
+            drop(state);
+            self.changed.notify_one();
+        }
+    }
+
+    /// How many users stand in the set.
+    pub(super) fn len(&self) -> usize {
+        self.state.lock().entered.len()
+    }
+
+    fn is_entered(&self, user: &UserId) -> bool {
+        self.state.lock().entered.contains(user)
+    }
+
+    fn take_doubtful(&self) -> Vec<UserId> {
+        self.state.lock().doubtful.drain().collect()
+    }
+}
+
+/// Enters a user before its session reads the inbox: what dispatch sends from then on comes here too.
+pub(super) async fn enter(node: &Node, user: &UserId) {
+    if node.fallback.add(&node.config.node, vec![user.clone()]).await.is_ok() {
+        node.displaced.state.lock().entered.insert(user.clone());
+    }
+    // Looked at again in any case: a removal may have crossed with this.
+    node.displaced.doubt([user.clone()]);
+}
+
+/// Keeps the fallback set as the registry and the view want it.
+pub(super) async fn keep_fallback(node: Arc<Node>) {
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(3));
+    loop {
+        node.displaced.changed.notified().await;
+        loop {
+            let doubtful = node.displaced.take_doubtful();
+            if doubtful.is_empty() || reconcile(&node, doubtful).await {
+                backoff.reset();
+                break;
+            }
+            let rest = backoff.next(&mut rand::rng());
+            tokio::time::sleep(rest).await;
+        }
+    }
+}
+
+/// Enters and removes what differs; false if the set could not be written, and then all of it is doubtful again.
+async fn reconcile(node: &Node, users: Vec<UserId>) -> bool {
+    let view = Arc::clone(&node.views.borrow());
+    let own = &node.config.node;
+    let wanted = |user: &UserId| node.registry.has(user) && !node.owns(&view, user);
+    let (mut add, mut remove) = (Vec::new(), Vec::new());
+    for user in &users {
+        match (wanted(user), node.displaced.is_entered(user)) {
+            (true, false) => add.push(user.clone()),
+            (false, true) => remove.push(user.clone()),
+            _ => {}
+        }
+    }
+    let mut written = Ok(());
+    if !add.is_empty() {
+        written = node.fallback.add(own, add.clone()).await;
+    }
+    if !remove.is_empty() && written.is_ok() {
+        written = node.fallback.remove(own, remove.clone()).await;
+    }
+    if let Err(error) = written {
+        tracing::debug!(%error, "the fallback entries could not be written");
+        node.displaced.doubt(users);
+        return false;
+    }
+    {
+        let mut state = node.displaced.state.lock();
+        state.entered.extend(add.iter().cloned());
+        remove.iter().for_each(|user| drop(state.entered.remove(user)));
+    }
+    // What was sent before the entry stood went by: read those inboxes at once.
+    for user in &add {
+        node.registry.for_user(user, |seat| seat.mailbox.lost());
+    }
+    true
+}
+
+/// Sessions that may have to be told to move.
+#[derive(Default)]
+pub(super) struct Moves {
+    fresh: Mutex<Vec<Weak<Seat>>>,
+}
+
+impl Moves {
+    /// A session came to a node that does not own its user.
+    pub(super) fn consider(&self, seat: &Arc<Seat>) {
+        self.fresh.lock().push(Arc::downgrade(seat));
+    }
+}
+
+/// What to do about one displaced session now.
+#[derive(Debug, PartialEq)]
+enum Verdict<'a> {
+    /// Tell it to move there.
+    Move(&'a Member),
+    /// Not yet.
+    Wait,
+    /// Nothing to do, until the view changes.
+    Stay,
+}
+
+/// The rule of DESIGN.md section 7: one move per owner incarnation; none during a hold, by an older view than the
+/// client's, or to a client that was sent here on purpose, until the view has changed.
+fn verdict<'a>(view: &'a View, own: &NodeId, seat: &Seat) -> Verdict<'a> {
+    match view.owner(&seat.user) {
+        None => Verdict::Stay,
+        Some(owner) if owner.info.node == *own => Verdict::Stay,
+        Some(_) if seat.arrival.keep_at_epoch == Some(view.epoch) => Verdict::Stay,
+        Some(_) if view.held || view.epoch < seat.arrival.client_epoch => Verdict::Wait,
+        Some(owner) => Verdict::Move(owner),
+    }
+}
+
+/// Moves to one target per second: half of what it accepts, shared with the other nodes that may send to it.
+fn moves_per_s(view: &View, target: &Member) -> f64 {
+    let accepts = match target.info.accept_per_s {
+        0 => UNLIMITED_ACCEPT_PER_S,
+        limit => limit,
+    };
+    let senders = view.members.len().saturating_sub(1).max(1);
+    f64::from(accepts) / 2.0 / senders as f64
+}
+
+/// Tells displaced sessions to move, at the pace that their targets can take; walks all of them on a new view.
+pub(super) async fn pace_moves(node: Arc<Node>) {
+    let mut views = node.views.clone();
+    let mut waiting: Vec<Weak<Seat>> = Vec::new();
+    let mut allowance: HashMap<NodeId, f64> = HashMap::new();
+    let mut ticks = tokio::time::interval(MOVE_TICK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    loop {
+        tokio::select! {
+            changed = views.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let view = Arc::clone(&views.borrow_and_update());
+                waiting = walk(&node, &view);
+            }
+            _ = ticks.tick() => {
+                waiting.append(&mut node.moves.fresh.lock());
+                if !waiting.is_empty() {
+                    let view = Arc::clone(&views.borrow());
+                    hand_out(&node, &view, &mut waiting, &mut allowance);
+                } else if !allowance.is_empty() {
+                    allowance.clear();
+                }
+            }
+        }
+    }
+}
+
+/// All sessions whose user another node owns by this view; their users' fallback entries are looked at first.
+fn walk(node: &Node, view: &View) -> Vec<Weak<Seat>> {
+    let seats = node.registry.all();
+    let doubtful = seats.iter().map(|seat| seat.user.clone());
+    node.displaced.doubt(doubtful.filter(|user| !node.owns(view, user) || node.displaced.is_entered(user)));
+    seats.iter().filter(|seat| !node.owns(view, &seat.user)).map(Arc::downgrade).collect()
+}
+
+fn hand_out(
+    node: &Node,
+    view: &View,
+    waiting: &mut Vec<Weak<Seat>>,
+    allowance: &mut HashMap<NodeId, f64>,
+) {
+    for member in &view.members {
+        let per_tick = moves_per_s(view, member) * MOVE_TICK.as_secs_f64();
+        let left = allowance.entry(member.info.node.clone()).or_insert(0.0);
+        // Unused allowance is not saved up: a pause must not end in a burst. One move is always possible.
+        *left = left.min(0.0) + per_tick.max(1.0);
+    }
+    waiting.retain(|weak| {
+        let Some(seat) = weak.upgrade() else { return false };
+        match verdict(view, &node.config.node, &seat) {
+            Verdict::Stay => false,
+            Verdict::Wait => true,
+            Verdict::Move(owner) => {
+                let left = allowance.entry(owner.info.node.clone()).or_insert(0.0);
+                if *left < 1.0 {
+                    return true;
+                }
+                if seat.tell_once(&owner.info.node, owner.incarnation) {
+                    *left -= 1.0;
+                    send_move(node, view, &seat, owner, MoveReason::Owner);
+                }
+                false
+            }
+        }
+    });
+}
+
+/// Puts the `move` frame into the session's mailbox; answers whether a URL of the target is known.
+fn send_move(node: &Node, view: &View, seat: &Seat, target: &Member, reason: MoveReason) -> bool {
+    let Some(base) = node.urls.of(&target.info.node) else { return false };
+    let after = between(Duration::ZERO, MOVE_JITTER, &mut rand::rng());
+    // Two hops mean "keep it": from a node that leaves, or the second time it was sent on.
+    let hops = if reason == MoveReason::Drain { 2 } else { (seat.arrival.hops + 1).min(2) };
+    let frame = ServerFrame::Move {
+        url: format!("{base}?hops={hops}&epoch={}", view.epoch),
+        node: target.info.node.to_string(),
+        epoch: view.epoch,
+        after_ms: u64::try_from(after.as_millis()).unwrap_or(0),
+        reason,
+    };
+    let close_after = (reason == MoveReason::Drain).then_some(after + DRAIN_GRACE);
+    seat.mailbox.move_to(MoveOrder { frame: frame.encode(), close_after });
+    node.metrics.moves.inc();
+    true
+}
+
+/// How a node empties itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drain {
+    /// To the other nodes, within this time.
+    Move(Duration),
+    /// There are none: close, spread over [`CLOSE_SPREAD`].
+    Close,
+}
+
+/// Sends every session away; returns when all have gone or the time is over.
+pub(super) async fn drain(node: &Node, how: Drain) {
+    let mut seats = node.registry.all();
+    seats.shuffle(&mut rand::rng());
+    match how {
+        Drain::Move(window) => move_all(node, &seats, window).await,
+        Drain::Close => close_all(&seats).await,
+    }
+}
+
+async fn move_all(node: &Node, seats: &[Arc<Seat>], window: Duration) {
+    let began = Instant::now();
+    node.displaced.doubt(seats.iter().map(|seat| seat.user.clone()));
+    // The last one told still has its jitter and its grace, and its close must be over by the end.
+    let telling = window.saturating_sub(MOVE_JITTER + DRAIN_GRACE + Duration::from_secs(1)).max(window / 4);
+    let mut told = 0;
+    while told < seats.len() && began.elapsed() < window {
+        let view = Arc::clone(&node.views.borrow());
+        let paced: f64 = view.members.iter().map(|member| moves_per_s(&view, member)).sum();
+        let needed = (seats.len() - told) as f64 / telling.saturating_sub(began.elapsed()).as_secs_f64().max(0.1);
+        let lot = (paced.max(needed) * MOVE_TICK.as_secs_f64()).ceil() as usize;
+        for seat in &seats[told..(told + lot.max(1)).min(seats.len())] {
+            let target = view.owner(&seat.user).filter(|owner| owner.info.node != node.config.node);
+            let sent = target.is_some_and(|owner| send_move(node, &view, seat, owner, MoveReason::Drain));
+            if !sent {
+                seat.mailbox.close(CloseCode::Draining, "the node is leaving");
+            }
+        }
+        told += lot.max(1);
+        tokio::time::sleep(MOVE_TICK).await;
+    }
+    let left = window.saturating_sub(began.elapsed());
+    let _ = tokio::time::timeout(left, node.empty()).await;
+    for seat in node.registry.all() {
+        seat.mailbox.close(CloseCode::Draining, "the node is leaving");
+    }
+}
+
+async fn close_all(seats: &[Arc<Seat>]) {
+    let spread = CLOSE_SPREAD.min(Duration::from_secs(1) * seats.len() as u32 / CLOSES_PER_S);
+    let began = Instant::now();
+    for (n, seat) in seats.iter().enumerate() {
+        let due = began + spread.mul_f64(n as f64 / seats.len() as f64);
+        if due > Instant::now() {
+            tokio::time::sleep_until(due).await;
+        }
+        seat.mailbox.close(CloseCode::Draining, "the node is leaving");
+    }
+}
+
+/// The window in which clients should come back: long enough that this node's sessions fit into what one node accepts.
+pub(super) fn reconnect_window_ms(sessions: usize, accept_per_s: u32, jitter_ms: u64) -> u64 {
+    let accepts = if accept_per_s == 0 { UNLIMITED_ACCEPT_PER_S } else { accept_per_s };
+    jitter_ms.max((sessions as u64 * 1000 / u64::from(accepts)).min(RECONNECT_MAX_MS))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::registry::Arrival;
+    use super::*;
+    use crate::membership::{NodeInfo, NodeState};
+    use crate::message::{DeviceId, Millis};
+
+    fn view(names: &[&str], epoch: u64, held: bool) -> View {
+        let members = names
+            .iter()
+            .map(|name| Member {
+                info: NodeInfo { node: NodeId::parse(name).unwrap(), weight: 1.0, accept_per_s: 4000 },
+                incarnation: 1,
+                state: NodeState::Active,
+            })
+            .collect();
+        View::new("g".into(), epoch, members, held)
+    }
+
+    fn seat(arrival: Arrival) -> Arc<Seat> {
+        // alice belongs to push-3 of five (the golden values of the ring).
+        Seat::new(UserId::parse("alice").unwrap(), DeviceId::default(), 0, arrival, Millis(0))
+    }
+
+    const FIVE: [&str; 5] = ["push-0", "push-1", "push-2", "push-3", "push-4"];
+
+    fn judged(view: &View, own: &str, arrival: Arrival) -> &'static str {
+        match verdict(view, &NodeId::parse(own).unwrap(), &seat(arrival)) {
+            Verdict::Move(owner) => {
+                assert_eq!(owner.info.node.as_str(), "push-3");
+                "move"
+            }
+            Verdict::Wait => "wait",
+            Verdict::Stay => "stay",
+        }
+    }
+
+    #[test]
+    fn a_session_is_moved_only_when_it_may_be() {
+        let now = view(&FIVE, 8, false);
+        let plain = Arrival::default();
+        assert_eq!(judged(&now, "push-0", plain), "move");
+        assert_eq!(judged(&now, "push-3", plain), "stay");
+        assert_eq!(judged(&view(&FIVE, 8, true), "push-0", plain), "wait");
+        assert_eq!(judged(&now, "push-0", Arrival { client_epoch: 9, ..plain }), "wait");
+        assert_eq!(judged(&now, "push-0", Arrival { keep_at_epoch: Some(8), ..plain }), "stay");
+        assert_eq!(judged(&now, "push-0", Arrival { keep_at_epoch: Some(7), ..plain }), "move");
+        assert_eq!(judged(&view(&[], 8, false), "push-0", plain), "stay");
+    }
+
+    #[test]
+    fn the_pace_is_half_of_what_the_target_accepts_shared_by_those_who_send() {
+        let now = view(&FIVE, 8, false);
+        assert!((moves_per_s(&now, &now.members[0]) - 500.0).abs() < 1e-9);
+        let two = view(&FIVE[..2], 8, false);
+        assert!((moves_per_s(&two, &two.members[0]) - 2000.0).abs() < 1e-9);
+    }
+}

@@ -1,0 +1,282 @@
+//! The sessions of this node, by user.
+//!
+//! # Locks
+//!
+//! One lock per shard. Each operation looks and acts under one lock, so that no one sees a user half registered: a
+//! register answers whom it evicted, an unregister whether that was the user's last. No lock is held across another
+//! or across a wait; a mailbox is put into after the shard is left, save in `for_user`, whose work is to put.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use super::mailbox::Mailbox;
+use crate::message::{DeviceId, Millis, NodeId, Seq, UserId};
+
+/// Shards of the registry: enough that two cores seldom meet, few enough to walk.
+const SHARDS: usize = 64;
+
+/// How a session came here; decides whether it may be told to move.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Arrival {
+    /// How often the client had been sent on.
+    pub(super) hops: u32,
+    /// The epoch of the view that sent it: ours must not be older.
+    pub(super) client_epoch: u64,
+    /// Not to be moved while the view has this epoch: it was sent here on purpose, or cannot be sent rightly.
+    pub(super) keep_at_epoch: Option<u64>,
+}
+
+/// One session as the rest of the node sees it.
+pub(super) struct Seat {
+    pub(super) user: UserId,
+    pub(super) device: DeviceId,
+    pub(super) id: ulid::Ulid,
+    pub(super) connected_at: Millis,
+    pub(super) arrival: Arrival,
+    pub(super) mailbox: Mailbox,
+    /// Whole seconds; a refresh changes it.
+    pub(super) token_iat_s: AtomicU64,
+    /// Everything up to here was sent, as the session last said.
+    position: AtomicU64,
+    acked: AtomicU64,
+    /// The owner that the client was told of already: once per owner incarnation.
+    told: Mutex<Option<(NodeId, u64)>>,
+}
+
+impl Seat {
+    pub(super) fn new(
+        user: UserId,
+        device: DeviceId,
+        token_iat_s: u64,
+        arrival: Arrival,
+        now: Millis,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            user,
+            device,
+            id: ulid::Ulid::generate(),
+            connected_at: now,
+            arrival,
+            mailbox: Mailbox::default(),
+            token_iat_s: AtomicU64::new(token_iat_s),
+            // Above every number until the session has begun: a sweep then finds nothing to say.
+            position: AtomicU64::new(Seq::MAX.get()),
+            acked: AtomicU64::new(0),
+            told: Mutex::new(None),
+        })
+    }
+
+    pub(super) fn position(&self) -> Seq {
+        Seq::at(self.position.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_position(&self, position: Seq) {
+        self.position.store(position.get(), Ordering::Relaxed);
+    }
+
+    /// Whether the session has begun: before that its position means nothing.
+    pub(super) fn has_begun(&self) -> bool {
+        self.position() != Seq::MAX
+    }
+
+    pub(super) fn acked(&self) -> Seq {
+        Seq::at(self.acked.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_acked(&self, acked: Seq) {
+        self.acked.fetch_max(acked.get(), Ordering::Relaxed);
+    }
+
+    /// Notes that the client is told of this owner; false if it was before.
+    pub(super) fn tell_once(&self, owner: &NodeId, incarnation: u64) -> bool {
+        let mut told = self.told.lock();
+        let fresh = told.as_ref().is_none_or(|known| known.0 != *owner || known.1 != incarnation);
+        if fresh {
+            *told = Some((owner.clone(), incarnation));
+        }
+        fresh
+    }
+}
+
+/// See the room's comment.
+pub(super) struct Registry {
+    shards: Box<[Shard]>,
+    hasher: RandomState,
+    sessions: AtomicUsize,
+    per_user: usize,
+}
+
+type Shard = Mutex<HashMap<UserId, Vec<Arc<Seat>>>>;
+
+/// A seat that is taken until this is dropped.
+pub(super) struct Registered {
+    registry: Arc<Registry>,
+    seat: Arc<Seat>,
+    on_last: Option<Box<dyn FnOnce(&UserId) + Send + Sync>>,
+}
+
+impl std::ops::Deref for Registered {
+    type Target = Arc<Seat>;
+    fn deref(&self) -> &Arc<Seat> {
+        &self.seat
+    }
+}
+
+impl Registered {
+    /// Run when the user's last session here ends with this one.
+    pub(super) fn when_last(&mut self, act: impl FnOnce(&UserId) + Send + Sync + 'static) {
+        self.on_last = Some(Box::new(act));
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        if self.registry.unregister(&self.seat)
+            && let Some(act) = self.on_last.take()
+        {
+            act(&self.seat.user);
+        }
+    }
+}
+
+impl Registry {
+    /// An empty one with room for `per_user` sessions of each user.
+    pub(super) fn new(per_user: usize) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Shard::default()).collect(),
+            hasher: RandomState::new(),
+            sessions: AtomicUsize::new(0),
+            per_user: per_user.max(1),
+        }
+    }
+
+    fn shard(&self, user: &UserId) -> &Shard {
+        &self.shards[(self.hasher.hash_one(user) % SHARDS as u64) as usize]
+    }
+
+    /// Takes a seat; where the user has too many, the oldest is taken out and returned.
+    pub(super) fn register(self: &Arc<Self>, seat: Arc<Seat>) -> (Registered, Option<Arc<Seat>>) {
+        let evicted = {
+            let mut shard = self.shard(&seat.user).lock();
+            let seats = shard.entry(seat.user.clone()).or_insert_with(|| Vec::with_capacity(1));
+            let evicted = (seats.len() >= self.per_user).then(|| seats.remove(0));
+            seats.push(Arc::clone(&seat));
+            evicted
+        };
+        if evicted.is_none() {
+            self.sessions.fetch_add(1, Ordering::Relaxed);
+        }
+        (Registered { registry: Arc::clone(self), seat, on_last: None }, evicted)
+    }
+
+    /// Gives a seat back; answers whether the user has none left here. An evicted one is gone already.
+    fn unregister(&self, seat: &Arc<Seat>) -> bool {
+        let mut shard = self.shard(&seat.user).lock();
+        let Some(seats) = shard.get_mut(&seat.user) else { return false };
+        let Some(at) = seats.iter().position(|known| Arc::ptr_eq(known, seat)) else { return false };
+        seats.remove(at);
+        self.sessions.fetch_sub(1, Ordering::Relaxed);
+        let last = seats.is_empty();
+        if last {
+            shard.remove(&seat.user);
+            if shard.capacity() > 64 && shard.len() < shard.capacity() / 4 {
+                shard.shrink_to_fit();
+            }
+        }
+        last
+    }
+
+    /// Acts on each session of a user, under the lock: only to put into mailboxes or to read.
+    pub(super) fn for_user(&self, user: &UserId, act: impl FnMut(&Arc<Seat>)) {
+        if let Some(seats) = self.shard(user).lock().get(user) {
+            seats.iter().for_each(act);
+        }
+    }
+
+    /// Whether a user has a session here.
+    pub(super) fn has(&self, user: &UserId) -> bool {
+        self.shard(user).lock().contains_key(user)
+    }
+
+    /// The sessions of one shard, to be walked without its lock. There are [`Registry::shard_count`].
+    pub(super) fn of_shard(&self, n: usize) -> Vec<Arc<Seat>> {
+        self.shards[n].lock().values().flatten().cloned().collect()
+    }
+
+    pub(super) fn shard_count(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// Every session.
+    pub(super) fn all(&self) -> Vec<Arc<Seat>> {
+        (0..self.shard_count()).flat_map(|n| self.of_shard(n)).collect()
+    }
+
+    /// How many sessions there are.
+    pub(super) fn len(&self) -> usize {
+        self.sessions.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seat(user: &str) -> Arc<Seat> {
+        let user = UserId::parse(user).unwrap();
+        Seat::new(user, DeviceId::default(), 0, Arrival::default(), Millis(0))
+    }
+
+    #[test]
+    fn the_oldest_goes_when_there_are_too_many_and_counts_return() {
+        let registry = Arc::new(Registry::new(2));
+        let (first, none) = registry.register(seat("alice"));
+        assert!(none.is_none());
+        let (second, _) = registry.register(seat("alice"));
+        let (third, evicted) = registry.register(seat("alice"));
+        assert!(Arc::ptr_eq(&evicted.unwrap(), &first));
+        assert_eq!(registry.len(), 2);
+        drop(first);
+        assert_eq!(registry.len(), 2, "an evicted session is not counted out twice");
+        let (_bob, _) = registry.register(seat("bob"));
+        drop(second);
+        assert!(registry.has(&third.user));
+        let user = third.user.clone();
+        drop(third);
+        assert!(!registry.has(&user));
+        assert_eq!((registry.len(), registry.all().len()), (1, 1));
+    }
+
+    #[test]
+    fn only_the_last_session_of_a_user_says_so() {
+        let registry = Arc::new(Registry::new(16));
+        let gone = Arc::new(AtomicU64::new(0));
+        let take = || {
+            let (mut registered, _) = registry.register(seat("alice"));
+            let gone = Arc::clone(&gone);
+            registered.when_last(move |_| {
+                gone.fetch_add(1, Ordering::Relaxed);
+            });
+            registered
+        };
+        let (one, two) = (take(), take());
+        drop(one);
+        assert_eq!(gone.load(Ordering::Relaxed), 0);
+        drop(two);
+        assert_eq!(gone.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_client_is_told_once_per_incarnation_of_an_owner() {
+        let seat = seat("alice");
+        let (one, two) = (NodeId::parse("push-1").unwrap(), NodeId::parse("push-2").unwrap());
+        assert!(seat.tell_once(&one, 7));
+        assert!(!seat.tell_once(&one, 7));
+        assert!(seat.tell_once(&one, 8));
+        assert!(seat.tell_once(&two, 8));
+    }
+}

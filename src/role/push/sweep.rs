@@ -1,0 +1,256 @@
+//! How sessions read the inbox: in lots when they attach, in pages when they are behind, and all of them once per
+//! period to find what every hint has missed. The sweep is what makes P4 true.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::Node;
+use super::registry::Seat;
+use crate::backoff::{Backoff, around};
+use crate::inbox::{Answer, Ask, Change, From, Inbox, InboxError, PageLimit};
+use crate::message::{DeviceId, Message, Seq, UserId};
+use crate::session::{Item, Page};
+use crate::wire::close::CloseCode;
+use crate::wire::frame::message_frame;
+
+/// Questions in one lot (DESIGN.md section 6: 16 ms for 1000 on MongoDB).
+pub const LOT: usize = 1_000;
+/// Attaching sessions that wait for their lot: two seconds of the default accept rate; more are shed.
+pub const ASKS_WAITING: usize = 8_000;
+/// Inbox reads in flight per node.
+pub const READS_IN_FLIGHT: usize = 64;
+/// A page: at most 256 frames of 150 bytes over their payload, 38 KiB, and 64 KiB of payload or one message. With the
+/// high-water mark of a session's queue that stays within its outbound limit.
+pub const PAGE: PageLimit = PageLimit { messages: 256, bytes: 64 * 1024 };
+/// Every session is swept once in this time, give or take [`SWEEP_JITTER`].
+pub const SWEEP_EVERY: Duration = Duration::from_secs(30);
+/// Part of the period that a sweep may be early or late.
+pub const SWEEP_JITTER: f64 = 0.2;
+/// A forced sweep runs at most this often.
+pub const FORCED_SWEEP_REST: Duration = Duration::from_secs(10);
+/// Cursors are written together this often.
+pub const CURSOR_EVERY: Duration = Duration::from_millis(200);
+
+/// One attaching session's question.
+pub(super) struct AskRequest {
+    ask: Ask,
+    answer: oneshot::Sender<Result<Answer, InboxError>>,
+}
+
+/// Where attaching sessions ask; a lot forms while the last one is under way.
+#[derive(Clone)]
+pub(super) struct Asks {
+    queue: mpsc::Sender<AskRequest>,
+}
+
+impl Asks {
+    pub(super) fn new() -> (Self, mpsc::Receiver<AskRequest>) {
+        let (queue, requests) = mpsc::channel(ASKS_WAITING);
+        (Self { queue }, requests)
+    }
+
+    /// Where this position stands; an error where the inbox cannot answer or too many ask.
+    pub(super) async fn ask(&self, user: UserId, from: From) -> Result<Answer, InboxError> {
+        let (answer, answered) = oneshot::channel();
+        let request = AskRequest { ask: Ask { user, from }, answer };
+        let busy = || InboxError::Unavailable("too many sessions attach at once".to_owned());
+        self.queue.try_send(request).map_err(|_| busy())?;
+        answered.await.unwrap_or_else(|_| Err(busy()))
+    }
+}
+
+/// Answers attaching sessions, lot by lot.
+pub(super) async fn answer_asks(inbox: Arc<dyn Inbox>, mut requests: mpsc::Receiver<AskRequest>) {
+    let mut lot = Vec::with_capacity(LOT);
+    while requests.recv_many(&mut lot, LOT).await > 0 {
+        let (asks, answers): (Vec<_>, Vec<_>) = lot.drain(..).map(|r| (r.ask, r.answer)).unzip();
+        match inbox.standing(asks).await {
+            Ok(standings) => answers.into_iter().zip(standings).for_each(|(to, standing)| {
+                // A client that left meanwhile wants no answer.
+                let _ = to.send(Ok(standing));
+            }),
+            Err(error) => answers.into_iter().for_each(|to| {
+                let _ = to.send(Err(error.clone()));
+            }),
+        }
+    }
+}
+
+/// Where sessions that are behind ask for pages. Each session has one question open at the most, so the queue is
+/// bounded by the sessions.
+#[derive(Default)]
+pub(super) struct Reads {
+    waiting: Mutex<VecDeque<(Weak<Seat>, Seq)>>,
+    asked: Notify,
+}
+
+impl Reads {
+    /// Reads the page after `after` and puts it into the seat's mailbox.
+    pub(super) fn request(&self, seat: &Arc<Seat>, after: Seq) {
+        self.waiting.lock().push_back((Arc::downgrade(seat), after));
+        self.asked.notify_one();
+    }
+
+    async fn next(&self) -> (Weak<Seat>, Seq) {
+        loop {
+            let asked = self.asked.notified();
+            if let Some(next) = self.waiting.lock().pop_front() {
+                return next;
+            }
+            asked.await;
+        }
+    }
+}
+
+/// Performs the reads, at most [`READS_IN_FLIGHT`] at a time.
+pub(super) async fn perform_reads(node: Arc<Node>) {
+    let mut under_way = JoinSet::new();
+    loop {
+        tokio::select! {
+            (seat, after) = node.reads.next(), if under_way.len() < READS_IN_FLIGHT => {
+                under_way.spawn(read(Arc::clone(&node), seat, after));
+            }
+            Some(_) = under_way.join_next() => {}
+        }
+    }
+}
+
+/// Reads one page for a session that is still there; while the inbox cannot answer, again, ever more slowly.
+async fn read(node: Arc<Node>, seat: Weak<Seat>, after: Seq) {
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+    while let Some(user) = seat.upgrade().map(|seat| seat.user.clone()) {
+        match node.inbox.page(user, after, PAGE).await {
+            Ok(page) => {
+                node.metrics.pages.inc();
+                if let Some(seat) = seat.upgrade() {
+                    let items = page.messages.iter().map(item).collect();
+                    seat.mailbox.page(Page { after, items, upto: page.upto, more: page.more });
+                }
+                return;
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a page could not be read; the session waits");
+                let rest = backoff.next(&mut rand::rng());
+                tokio::time::sleep(rest).await;
+            }
+        }
+    }
+}
+
+/// A message as a session handles it, its frame built once.
+pub(super) fn item(message: &Message) -> Item<Bytes> {
+    Item { seq: message.seq, expires_at: message.expires_at, frame: message_frame(message) }
+}
+
+/// Looks after every session once per period, a shard at a time, and at once when told to.
+pub(super) async fn sweep(node: Arc<Node>) {
+    let shards = node.registry.shard_count();
+    let mut shard = 0;
+    let mut last_forced: Option<Instant> = None;
+    loop {
+        let pause = around(node.config.limits.sweep_every, SWEEP_JITTER, &mut rand::rng()) / shards as u32;
+        let not_before = last_forced.map_or_else(Instant::now, |at| at + FORCED_SWEEP_REST);
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {
+                sweep_seats(&node, &node.registry.of_shard(shard)).await;
+                shard = (shard + 1) % shards;
+            }
+            () = forced(&node.sweep_now, not_before) => {
+                last_forced = Some(Instant::now());
+                node.metrics.forced_sweeps.inc();
+                for n in 0..shards {
+                    sweep_seats(&node, &node.registry.of_shard(n)).await;
+                }
+            }
+        }
+    }
+}
+
+async fn forced(asked: &Notify, not_before: Instant) {
+    tokio::time::sleep_until(not_before).await;
+    asked.notified().await;
+}
+
+/// Asks for each of these sessions whether there is more, in lots, and tells those for which there is.
+pub(super) async fn sweep_seats(node: &Node, seats: &[Arc<Seat>]) {
+    let begun: Vec<&Arc<Seat>> = seats.iter().filter(|seat| seat.has_begun()).collect();
+    for lot in begun.chunks(LOT) {
+        let positions: Vec<Seq> = lot.iter().map(|seat| seat.position()).collect();
+        let asks = lot
+            .iter()
+            .zip(&positions)
+            .map(|(seat, position)| Ask { user: seat.user.clone(), from: From::After(*position) })
+            .collect();
+        match node.inbox.standing(asks).await {
+            Ok(answers) => {
+                for ((seat, position), answer) in lot.iter().zip(positions).zip(answers) {
+                    node.metrics.swept.inc();
+                    if answer.more {
+                        seat.mailbox.more_after(position);
+                    }
+                    close_if_revoked(seat, answer.not_before_s);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "the sweep could not ask; it will come round again"),
+        }
+    }
+}
+
+/// Ends a session whose token was issued before the moment from which tokens count.
+pub(super) fn close_if_revoked(seat: &Seat, not_before_s: u64) {
+    if seat.token_iat_s.load(std::sync::atomic::Ordering::Relaxed) < not_before_s {
+        seat.mailbox.close(CloseCode::Unauthorized, "the token was revoked");
+    }
+}
+
+/// The cursors that moved since they were last written; one entry per device, however many acks.
+#[derive(Default)]
+pub(super) struct Cursors {
+    moved: Mutex<HashMap<(UserId, DeviceId), Seq>>,
+}
+
+impl Cursors {
+    /// A device has taken everything up to `acked`.
+    pub(super) fn note(&self, seat: &Seat, acked: Seq) {
+        self.moved.lock().insert((seat.user.clone(), seat.device.clone()), acked);
+    }
+
+    /// Writes what has moved. What cannot be written is kept for the next time, unless it moved again meanwhile.
+    pub(super) async fn flush(&self, inbox: &dyn Inbox) {
+        let moved = std::mem::take(&mut *self.moved.lock());
+        if moved.is_empty() {
+            return;
+        }
+        let changes: Vec<Change> = moved
+            .iter()
+            .map(|((user, device), acked)| Change::Cursor {
+                user: user.clone(),
+                device: device.clone(),
+                acked: *acked,
+            })
+            .collect();
+        if let Err(error) = inbox.update(changes).await {
+            tracing::debug!(%error, "cursors could not be written; they are kept");
+            let mut kept = self.moved.lock();
+            for (device, acked) in moved {
+                kept.entry(device).or_insert(acked);
+            }
+        }
+    }
+}
+
+/// Writes the cursors that moved, again and again.
+pub(super) async fn write_cursors(node: Arc<Node>) {
+    loop {
+        tokio::time::sleep(CURSOR_EVERY).await;
+        node.cursors.flush(&*node.inbox).await;
+    }
+}
+
