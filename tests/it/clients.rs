@@ -1,0 +1,103 @@
+//! Clients in other languages, as a user would write them from the README, and the page in a real browser.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+
+use serde_json::json;
+
+use crate::support::{Options, Server, eventually, tool};
+
+/// A client program that prints `ready`, then a line per message: its payload.
+struct Program {
+    child: Child,
+    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
+}
+
+impl Program {
+    fn start(command: &mut Command) -> Self {
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self { child, lines }
+    }
+
+    fn line(&mut self) -> String {
+        self.lines.next().expect("the client goes on").unwrap()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+async fn receives_acks_and_resumes(script: &str, interpreter: std::path::PathBuf, modules: Option<&str>) {
+    let server = Server::with(Options::default().with("limits.reconnect_jitter_ms", "100")).await;
+    let mut server = server.kill_and_restart().await;
+    let path = format!("{}/examples/{script}", env!("CARGO_MANIFEST_DIR"));
+    let token = server.token("alice").await;
+    let url = format!("ws://{}/v1/ws", server.at("push"));
+    let mut command = Command::new(interpreter);
+    command.arg(path).env("RINGPUSH_URL", &url).env("RINGPUSH_TOKEN", token);
+    if let Some(modules) = modules {
+        command.env("NODE_PATH", modules);
+    }
+    server.publish("alice", json!("before")).await;
+    let mut program = Program::start(&mut command);
+    assert_eq!(program.line(), "\"before\"");
+    server.publish_all("alice", (0..50).map(|n| json!(n))).await;
+    for n in 0..50 {
+        assert_eq!(program.line(), n.to_string());
+    }
+    server = server.kill_and_restart().await;
+    let seqs = server.publish_all("alice", (50..100).map(|n| json!(n))).await;
+    for n in 50..100 {
+        assert_eq!(program.line(), n.to_string(), "resumed where it was");
+    }
+    eventually("its acks", async || {
+        server.get("/v1/users/alice").await.json()["devices"][0]["acked"] == seqs[49]
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_python_client_of_ten_lines_misses_nothing() {
+    receives_acks_and_resumes("client.py", tool("venv/bin/python"), None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_client_of_ten_lines_misses_nothing() {
+    let modules = tool("node_modules");
+    receives_acks_and_resumes("client.mjs", "node".into(), modules.to_str()).await;
+}
+
+#[test]
+fn the_readme_shows_the_examples_as_they_are() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let readme = std::fs::read_to_string(format!("{root}/README.md")).unwrap();
+    for script in ["client.py", "client.mjs"] {
+        let text = std::fs::read_to_string(format!("{root}/examples/{script}")).unwrap();
+        assert!(readme.contains(text.trim()), "README.md shows another {script} than examples/");
+    }
+}
+
+/// The page and the dashboard in headless Chromium: the steps are in tests/browser.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_page_works_in_a_real_browser() {
+    let modules = tool("node_modules");
+    let script = format!("{}/tests/browser/page.mjs", env!("CARGO_MANIFEST_DIR"));
+    let shots = format!("{}/target/browser", env!("CARGO_MANIFEST_DIR"));
+    std::fs::create_dir_all(&shots).unwrap();
+    let output = Command::new("node")
+        .arg(script)
+        .env("RINGPUSH_MODULES", modules)
+        .env("RINGPUSH_PROGRAM", crate::support::PROGRAM)
+        .env("RINGPUSH_SHOTS", shots)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let wrong = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}\n{wrong}");
+    eprintln!("{said}");
+}

@@ -1,0 +1,229 @@
+//! The commands as a newcomer types them.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::support::{Options, PROGRAM, Server, Socket, clean};
+
+fn ringpush(server: Option<&Server>, arguments: &[&str]) -> Command {
+    let mut command = Command::new(PROGRAM);
+    clean(&mut command);
+    if let Some(server) = server {
+        command.env("RINGPUSH_DATA", server.directory.path());
+    }
+    command.args(arguments);
+    command
+}
+
+fn output(command: &mut Command) -> (i32, String, String) {
+    let Output { status, stdout, stderr } = command.stdin(Stdio::null()).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (status.code().unwrap(), text(stdout), text(stderr))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_is_printed_alone_and_opens_a_socket() {
+    let server = Server::start().await;
+    let (code, token, said) = output(&mut ringpush(Some(&server), &["token", "alice", "--ttl", "15m"]));
+    assert_eq!((code, said.as_str()), (0, ""));
+    assert_eq!(token.lines().count(), 1);
+    let mut socket = Socket::open(&format!("ws://{}/v1/ws", server.at("push")), Some(token.trim())).await;
+    assert_eq!(socket.expect("welcome").await["user"], "alice");
+    for ttl in ["", "1", "0s", "91d", "1w", "-1h", "h"] {
+        let (code, _, said) = output(&mut ringpush(Some(&server), &["token", "alice", &format!("--ttl={ttl}")]));
+        assert_eq!(code, 64, "{ttl}: {said}");
+        assert!(said.contains("--ttl"), "{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn published_lines_come_out_of_listen_in_order() {
+    let server = Server::with(Options::nodes(3)).await;
+    let mut listening = ringpush(Some(&server), &["listen", "alice"]);
+    let mut listening = listening.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut out = BufReader::new(listening.stdout.take().unwrap());
+    let mut said = BufReader::new(listening.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("caught up") {
+        line.clear();
+        assert!(said.read_line(&mut line).unwrap() > 0, "listen ended");
+    }
+    let (code, answer, _) = output(&mut ringpush(Some(&server), &["publish", "alice", r#"{"text":"hello"}"#]));
+    assert_eq!(code, 0);
+    let first = serde_json::from_str::<Value>(&answer).unwrap()["accepted"][0]["seq"].as_u64().unwrap();
+    let mut many = ringpush(Some(&server), &["publish", "alice", "-"]);
+    let mut many = many.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut input = many.stdin.take().unwrap();
+    for n in 0..2500 {
+        writeln!(input, "{n}").unwrap();
+    }
+    writeln!(input, "not json\n").unwrap();
+    drop(input);
+    let mut told = String::new();
+    many.stderr.take().unwrap().read_to_string(&mut told).unwrap();
+    assert_eq!(many.wait().unwrap().code(), Some(1), "one line was no JSON");
+    assert!(told.contains("line 2501 is not JSON") && told.contains("2500 published"), "{told}");
+    let mut next = || {
+        let mut line = String::new();
+        out.read_line(&mut line).unwrap();
+        serde_json::from_str::<Value>(&line).unwrap()
+    };
+    let message = next();
+    assert_eq!((&message["seq"], &message["payload"]["text"]), (&json!(first), &json!("hello")));
+    for n in 0..2500u64 {
+        let message = next();
+        assert_eq!((&message["seq"], &message["payload"]), (&json!(first + 1 + n), &json!(n)));
+    }
+    listening.kill().unwrap();
+    listening.wait().unwrap();
+    let since = (first + 2498).to_string();
+    let mut rest = ringpush(Some(&server), &["listen", "alice", "--since", &since]);
+    let mut rest = rest.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(rest.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&line).unwrap()["payload"], 2498);
+    rest.kill().unwrap();
+    rest.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_ring_is_shown_with_a_users_owner() {
+    let server = Server::with(Options::nodes(3)).await;
+    let (code, shown, _) = output(&mut ringpush(Some(&server), &["ring"]));
+    assert_eq!(code, 0);
+    for word in ["epoch", "push-0", "push-1", "push-2", "active"] {
+        assert!(shown.contains(word), "{shown}");
+    }
+    let (_, owner, _) = output(&mut ringpush(Some(&server), &["ring", "alice"]));
+    let ring = ringpush::ring::Ring::build(["push-0", "push-1", "push-2"].map(|name| (name, 1.0)));
+    assert_eq!(owner.trim(), ring.owner_of("alice").unwrap());
+}
+
+#[test]
+fn wrong_usage_is_64_with_every_fault() {
+    for arguments in [
+        &["serv"][..],
+        &["serve", "--push-nodes", "0"],
+        &["serve", "--log", "xml"],
+        &["token"],
+        &["token", "a\u{7}"],
+        &["listen", "alice", "--since", "soon"],
+        &["listen", "alice", "--device", "no spaces", "--target", "http://127.0.0.1:1"],
+        &["publish", "alice", "not json", "--target", "http://127.0.0.1:1"],
+        &["publish", "alice", "1", "--target", "127.0.0.1:1"],
+        &["serve", "--roles", "push"],
+        &["serve", "--roles", "pusher"],
+        &["serve", "--config", "/nowhere.toml"],
+    ] {
+        let place = tempfile::tempdir().unwrap();
+        let (code, _, said) = output(ringpush(None, arguments).env("RINGPUSH_DATA", place.path()));
+        assert_eq!(code, 64, "{arguments:?}: {said}");
+        assert!(!said.is_empty());
+    }
+    let place = tempfile::tempdir().unwrap();
+    let (code, _, said) = output(
+        ringpush(None, &["serve"])
+            .env("RINGPUSH_DATA", place.path())
+            .env("RINGPUSH_PUSH__LISTN", "x")
+            .env("RINGPUSH_PUSH__WEIGHT", "heavy")
+            .env("RINGPUSH_PORT", "tcp://10.0.0.1:80"),
+    );
+    assert_eq!(code, 64);
+    assert!(said.contains("push.listn") && said.contains("did you mean push.listen?"), "{said}");
+    assert!(said.contains("push.weight"), "{said}");
+    let (code, _, said) = output(ringpush(None, &["listen", "alice"]).env("RINGPUSH_DATA", place.path()));
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("no server runs on") && said.contains("--target"), "{said}");
+    let (code, shown, _) = output(&mut ringpush(None, &["--help"]));
+    assert_eq!(code, 0);
+    assert!(shown.contains("Examples:"), "{shown}");
+}
+
+#[test]
+fn a_configuration_is_checked_and_shown_without_secrets() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let file = format!("{root}/config/cluster.toml");
+    let (code, _, said) = output(&mut ringpush(None, &["config", "check", &file]));
+    assert_eq!(code, 64);
+    for key in ["auth.token_key", "auth.admin_key", "collect.api_keys", "peer.secret"] {
+        assert!(said.contains(key), "{said}");
+    }
+    let mut complete = ringpush(None, &["config", "check", &file]);
+    for (name, value) in [
+        ("RINGPUSH_AUTH__TOKEN_KEY", "a-secret-of-more-than-32-bytes-in-length"),
+        ("RINGPUSH_AUTH__ADMIN_KEY", "admin-secret"),
+        ("RINGPUSH_COLLECT__API_KEYS", "api-secret"),
+        ("RINGPUSH_PEER__SECRET", "peer-secret"),
+    ] {
+        complete.env(name, value);
+    }
+    let (code, shown, said) = output(&mut complete);
+    assert_eq!(code, 0, "{said}");
+    assert!(shown.contains("[push]") && !shown.contains("secret-of") && !shown.contains("-secret\""), "{shown}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_three_lines_that_are_printed_work_as_printed() {
+    let data = tempfile::tempdir().unwrap();
+    let mut serving = ringpush(None, &["serve", "--data", data.path().to_str().unwrap()]);
+    for role in ["PUSH", "COLLECT", "AUTH", "DISPATCH", "OPS"] {
+        serving.env(format!("RINGPUSH_{role}__LISTEN"), "127.0.0.1:0");
+    }
+    let mut serving = serving.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut out = BufReader::new(serving.stdout.take().unwrap()).lines();
+    let mut line = |name: &str| loop {
+        let line = out.next().expect("the greeting has it").unwrap();
+        if let Some(rest) = line.trim().strip_prefix(name) {
+            break rest.trim().to_owned();
+        }
+    };
+    let sh = |line: &str| {
+        let output = Command::new("sh").arg("-c").arg(line).output().unwrap();
+        assert!(output.status.success(), "{line}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let page = line("page");
+    assert!(sh(&format!("curl -sS {page}")).contains("<title>ringpush</title>"));
+    let token = sh(&line("token"));
+    let published = sh(&line("curl"));
+    assert!(published.contains("\"accepted\""), "{published}");
+    let url = format!("{}v1/ws", page.replace("http", "ws"));
+    let mut socket = Socket::open(&url, Some(token.trim())).await;
+    assert_eq!(socket.caught_up().await, [json!({"text": "hello"})]);
+    serving.kill().unwrap();
+    serving.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn logs_are_json_where_asked_for_and_hold_no_token_and_no_payload() {
+    let directory = std::sync::Arc::new(tempfile::tempdir().unwrap());
+    let mut options = Options::default();
+    options.environment.push(("RUST_LOG".to_owned(), "trace".to_owned()));
+    let mut server = Server::on(directory, options).await;
+    let token = server.token("alice").await;
+    let mut socket = server.connect("alice", "").await;
+    socket.caught_up().await;
+    server.publish("alice", json!("a-payload-that-nobody-should-read")).await;
+    socket.messages(1).await;
+    assert_eq!(server.terminate().await, 0);
+    let log = server.log();
+    let ours: Vec<&str> = log.lines().filter(|line| !line.contains("tungstenite")).collect();
+    let key = server.key("api_key");
+    for secret in [token.as_str(), "a-payload-that-nobody-should-read", &key] {
+        assert!(!ours.iter().any(|line| line.contains(secret)), "a secret is in the log");
+    }
+    let data = tempfile::tempdir().unwrap();
+    let mut command = ringpush(None, &["serve", "--log", "json", "--data", data.path().to_str().unwrap()]);
+    let mut child = command.env("RINGPUSH_PUSH__LISTEN", "127.0.0.1:0").env("RINGPUSH_OPS__LISTEN", "127.0.0.1:0");
+    for role in ["COLLECT", "AUTH", "DISPATCH"] {
+        child = child.env(format!("RINGPUSH_{role}__LISTEN"), "127.0.0.1:0");
+    }
+    let mut child = child.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(serde_json::from_str::<Value>(&line).unwrap()["level"].is_string(), "{line}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}

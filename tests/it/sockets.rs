@@ -1,0 +1,331 @@
+//! One node and its sockets: resume, cursors, acks, devices, and frames that are none.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::support::socket::Raw;
+use crate::support::{Options, Server, Socket, eventually, http};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_is_there_a_moment_later() {
+    let server = Server::start().await;
+    let mut socket = server.connect("alice", "?device=web-1").await;
+    let welcome = socket.expect("welcome").await;
+    assert_eq!((&welcome["user"], &welcome["device"], &welcome["since"]), (&json!("alice"), &json!("web-1"), &json!(0)));
+    assert_eq!(welcome["ping_every_ms"], 25_000);
+    assert!(welcome["reconnect"]["max_ms"].as_u64().unwrap() >= 5_000 && welcome["epoch"].is_u64());
+    assert_eq!(socket.expect("caught_up").await["seq"], 0, "there is nothing");
+    let seq = server.publish("alice", json!({"text": "hello"})).await;
+    let message = socket.expect("message").await;
+    assert_eq!((&message["seq"], &message["payload"]["text"]), (&json!(seq), &json!("hello")));
+    for field in ["id", "accepted_at", "expires_at"] {
+        assert!(message[field].is_string(), "{message}");
+    }
+    server.publish("bob", json!("not for alice")).await;
+    socket.is_quiet(Duration::from_millis(100)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_token_may_come_in_the_first_frame() {
+    let server = Server::start().await;
+    let url = format!("ws://{}/v1/ws", server.at("push"));
+    let first = server.publish("alice", json!(1)).await;
+    server.publish("alice", json!(2)).await;
+    let mut socket = Socket::open(&url, None).await;
+    let token = server.token("alice").await;
+    socket.say(&json!({"type": "auth", "token": token, "device": "web-1", "since": first})).await;
+    assert_eq!(socket.expect("welcome").await["device"], "web-1");
+    assert_eq!(socket.expect("message").await["payload"], 2);
+    socket.expect("caught_up").await;
+    socket.say(&json!({"type": "ping"})).await;
+    socket.expect("pong").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_device_resumes_from_its_own_cursor() {
+    let server = Server::start().await;
+    let (mut web, mut app) = (server.connect("alice", "?device=web").await, server.connect("alice", "?device=app").await);
+    web.caught_up().await;
+    app.caught_up().await;
+    let seqs = server.publish_all("alice", (0..10).map(|n| json!(n))).await;
+    assert_eq!(web.messages(10).await.len(), 10);
+    assert_eq!(app.messages(10).await.len(), 10);
+    web.ack(seqs[9]).await;
+    app.ack(seqs[3]).await;
+    app.ack(seqs[1]).await; // Going back is ignored.
+    eventually("both cursors", async || {
+        let devices = server.get("/v1/users/alice").await.json()["devices"].clone();
+        devices[0]["acked"] == seqs[3] && devices[1]["acked"] == seqs[9]
+    })
+    .await;
+    let report = server.get("/v1/users/alice").await.json();
+    assert_eq!(report["online"], true);
+    assert!(report["devices"][0]["connected_at"].is_string() && report["devices"][0]["node"].is_string());
+    web.close().await;
+    app.close().await;
+    server.nobody_is_left().await;
+    let later = server.publish_all("alice", (10..500).map(|n| json!(n))).await;
+    // An hour of messages, in order; then caught up; then live.
+    let mut app = server.connect("alice", "?device=app").await;
+    assert_eq!(app.expect("welcome").await["since"], seqs[3]);
+    let (frames, caught_up) = app.until("caught_up").await;
+    let payloads: Vec<u64> = frames.iter().map(|f| f["payload"].as_u64().unwrap()).collect();
+    assert_eq!(payloads, (4..500).collect::<Vec<_>>());
+    assert_eq!(caught_up["seq"], *later.last().unwrap());
+    server.publish("alice", json!("live")).await;
+    assert_eq!(app.expect("message").await["payload"], "live");
+    let mut web = server.connect("alice", "?device=web").await;
+    assert_eq!(web.caught_up().await.len(), 491);
+    let mut third = server.connect("alice", "?device=new").await;
+    assert_eq!(third.caught_up().await.len(), 501, "a device that has never acked starts at the beginning");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_tabs_of_one_user_both_receive() {
+    let server = Server::start().await;
+    let (mut one, mut two) = (server.connect("alice", "").await, server.connect("alice", "").await);
+    one.caught_up().await;
+    two.caught_up().await;
+    server.publish("alice", json!(1)).await;
+    assert_eq!(one.messages(1).await, two.messages(1).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn since_says_where_to_start() {
+    let server = Server::start().await;
+    let seqs = server.publish_all("alice", (0..5).map(|n| json!(n))).await;
+    let mut after = server.connect("alice", &format!("?since={}", seqs[2])).await;
+    assert_eq!(after.caught_up().await, [json!(3), json!(4)]);
+    let mut latest = server.connect("alice", "?since=latest").await;
+    assert_eq!(latest.expect("welcome").await["since"], seqs[4]);
+    assert_eq!(latest.expect("caught_up").await["seq"], seqs[4]);
+    let mut beyond = server.connect("alice", &format!("?since={}", seqs[4] + 900)).await;
+    beyond.expect("welcome").await;
+    let gap = beyond.expect("gap").await;
+    assert_eq!(gap, json!({"type": "gap", "after": seqs[4] + 900, "before": seqs[4] + 1, "reason": "reset"}));
+    beyond.expect("caught_up").await;
+    let mut long_ago = server.connect("alice", "?since=7").await;
+    long_ago.expect("welcome").await;
+    let gap = long_ago.expect("gap").await;
+    assert_eq!(gap, json!({"type": "gap", "after": 7, "before": seqs[0], "reason": "expired"}));
+    for socket in [&mut after, &mut latest, &mut beyond] {
+        assert!(socket.last == 0 || socket.last == seqs[4]);
+    }
+    server.publish("alice", json!("next")).await;
+    for socket in [&mut latest, &mut beyond] {
+        assert_eq!(socket.expect("message").await["seq"], seqs[4] + 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_expired_is_told_as_a_gap_and_numbers_go_on() {
+    let server = Server::with(Options::default().with("limits.janitor_ms", "100")).await;
+    let first = server.publish("alice", json!("stays")).await;
+    for n in 0..3 {
+        let body = json!({"to": {"user": "alice"}, "payload": n, "ttl_s": 1});
+        assert_eq!(server.try_publish(&body).await.status, 202);
+    }
+    eventually("their end", async || {
+        server.get("/v1/users/alice/messages").await.json()["messages"].as_array().unwrap().len() == 1
+    })
+    .await;
+    let mut socket = server.connect("alice", "").await;
+    socket.expect("welcome").await;
+    assert_eq!(socket.expect("message").await["payload"], "stays");
+    let gap = socket.expect("gap").await;
+    assert_eq!(gap, json!({"type": "gap", "after": first, "before": first + 4, "reason": "expired"}));
+    socket.expect("caught_up").await;
+    assert_eq!(server.publish("alice", json!("next")).await, first + 4);
+    assert_eq!(socket.expect("message").await["seq"], first + 4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ack_above_what_was_sent_counts_as_the_last_one() {
+    let server = Server::start().await;
+    let mut socket = server.connect("alice", "?device=d").await;
+    socket.caught_up().await;
+    socket.ack(1 << 50).await; // Nothing was sent yet.
+    let seq = server.publish("alice", json!(1)).await;
+    socket.messages(1).await;
+    socket.ack(seq + 1_000).await;
+    eventually("the cursor", async || server.get("/v1/users/alice").await.json()["devices"][0]["acked"] == seq).await;
+    let next = server.publish("alice", json!(2)).await;
+    socket.close().await;
+    let mut again = server.connect("alice", "?device=d").await;
+    assert_eq!(again.caught_up().await, [json!(2)], "{next} was never acked");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_oldest_session_goes_when_a_user_has_too_many() {
+    let server = Server::start().await;
+    let mut sockets = Vec::new();
+    for _ in 0..17 {
+        let mut socket = server.connect("alice", "").await;
+        socket.caught_up().await;
+        sockets.push(socket);
+    }
+    let closed = sockets[0].closed().await;
+    assert_eq!((closed.code, closed.reason.as_str()), (4509, "replaced"));
+    server.publish("alice", json!(1)).await;
+    for socket in &mut sockets[1..] {
+        assert_eq!(socket.messages(1).await, [json!(1)]);
+    }
+    drop(sockets);
+    server.nobody_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn frames_that_are_none_are_closed_by_their_code() {
+    let server = Server::start().await;
+    for text in ["not json", "[]", "{}", r#"{"type":"shout"}"#, r#"{"type":"ack","seq":"1"}"#, r#"{"type":"ack"}"#] {
+        let mut socket = server.connect("alice", "").await;
+        socket.caught_up().await;
+        socket.say_text(text).await;
+        let closed = socket.closed().await;
+        assert_eq!((closed.code, closed.error.as_deref()), (4500, Some("bad_frame")), "{text}");
+        assert!(!closed.reconnect, "it would only do it again");
+    }
+    let mut binary = server.connect("alice", "").await;
+    binary.say_binary(b"{}").await;
+    assert_eq!(binary.closed().await.code, 4500);
+    let mut large = server.connect("alice", "").await;
+    large.say_text(&format!(r#"{{"type":"ping","x":"{}"}}"#, "x".repeat(5_000))).await;
+    assert_eq!(large.closed().await.code, 4513);
+    server.nobody_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn faults_of_the_protocol_itself_have_codes_of_their_own() {
+    let server = Server::start().await;
+    let (at, token) = (server.at("push"), server.token("alice").await);
+    let unmasked = [0x81, 2, b'{', b'}'].to_vec();
+    let reserved = Raw::frame(0xf1, b"{}");
+    let invalid = Raw::frame(0x81, &[0xff, 0xfe]);
+    let mut fragments = Raw::frame(0x01, &[b' '; 3_000]);
+    fragments.extend(Raw::frame(0x00, &[b' '; 3_000]));
+    for (name, bytes, code) in [
+        ("unmasked", unmasked, 1002),
+        ("reserved bits", reserved, 1002),
+        ("invalid UTF-8", invalid, 1007),
+        ("too large in pieces", fragments, 4513),
+    ] {
+        let mut raw = Raw::open(&at, &token).await;
+        raw.write(&bytes).await;
+        assert_eq!(raw.close_code().await, code, "{name}");
+    }
+    server.nobody_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_socket_must_show_who_it_is_in_time() {
+    let server = Server::with(Options::default().with("limits.auth_deadline_ms", "300")).await;
+    let url = format!("ws://{}/v1/ws", server.at("push"));
+    let mut silent = Socket::open(&url, None).await;
+    let closed = silent.closed().await;
+    assert_eq!((closed.code, closed.reconnect), (4408, true));
+    let mut bad = Socket::open(&url, None).await;
+    bad.say(&json!({"type": "auth", "token": "nonsense"})).await;
+    assert_eq!(bad.closed().await.code, 4501);
+    let mut late = Socket::open(&url, None).await;
+    late.say(&json!({"type": "ack", "seq": 1})).await;
+    assert_eq!(late.closed().await.code, 4501);
+    assert_eq!(Socket::try_open(&url, Some("nonsense"), &[]).await.err(), Some(401));
+    let in_url = format!("{url}?access_token={}", server.token("alice").await);
+    let mut unread = Socket::open(&in_url, None).await;
+    assert_eq!(unread.closed().await.code, 4408, "a token in the URL is not looked at unless that is allowed");
+    server.nobody_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_for_sockets_are_checked_before_the_upgrade() {
+    let server = Server::with(Options::default().with("push.origins", r#"["https://shop.example"]"#)).await;
+    let (at, token) = (server.at("push"), server.token("alice").await);
+    let url = format!("ws://{at}/v1/ws");
+    for (origin, opens) in [("https://shop.example", true), ("https://evil.example", false), ("null", false)] {
+        let opened = Socket::try_open(&url, Some(&token), &[("origin", origin)]).await;
+        assert_eq!(opened.err(), (!opens).then_some(403), "{origin}");
+    }
+    for query in ["device=no%20spaces", "since=-1", "since=soon", "hops=x", "redirect=ftp"] {
+        assert_eq!(Socket::try_open(&format!("{url}?{query}"), Some(&token), &[]).await.err(), Some(422), "{query}");
+    }
+    let offered = Socket::try_open(&url, Some(&token), &[("sec-websocket-protocol", "x, ringpush.v1.json")]).await;
+    assert!(offered.is_ok());
+    let plain = http::get(&at, "/v1/ws", Some(&token)).await;
+    assert_eq!((plain.status, plain.pointers().len()), (426, 0));
+    let forbidden = http::request(&at, "POST", "/v1/connect", Some(&token), &[("origin", "https://evil.example")], b"");
+    assert_eq!(forbidden.await.status, 403);
+    let headers = [("origin", "https://shop.example"), ("access-control-request-method", "POST")];
+    let preflight = http::request(&at, "OPTIONS", "/v1/connect", None, &headers, b"").await;
+    assert_eq!(preflight.header("access-control-allow-origin"), "https://shop.example");
+    assert!(preflight.header("access-control-allow-headers").contains("authorization"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_gives_no_sign_of_life_is_let_go() {
+    let server = Server::with(Options::default().with("limits.ping_ms", "150")).await;
+    let (at, token) = (server.at("push"), server.token("alice").await);
+    // Raw: it reads, and answers no ping.
+    let mut silent = Raw::open(&at, &token).await;
+    let mut answering = server.connect("alice", "").await;
+    answering.caught_up().await;
+    let pinging = tokio::spawn(async move {
+        let closed = tokio::time::timeout(Duration::from_secs(2), answering.closed()).await;
+        assert!(closed.is_err(), "a client that answers is kept: {closed:?}");
+    });
+    assert_eq!(silent.close_code().await, 4451);
+    pinging.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_hundred_handshakes_that_are_never_finished_are_let_go() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let server = Server::start().await;
+    let mut halves = Vec::new();
+    for n in 0..200 {
+        let mut stream = tokio::net::TcpStream::connect(server.at("push")).await.unwrap();
+        let part: &[u8] = if n % 2 == 0 { b"" } else { b"GET /v1/ws HTTP/1.1\r\nHost: x\r\n" };
+        stream.write_all(part).await.unwrap();
+        halves.push(stream);
+    }
+    let mut socket = server.connect("alice", "").await;
+    socket.caught_up().await;
+    for mut half in halves {
+        let mut rest = Vec::new();
+        let ended = tokio::time::timeout(crate::support::DEADLINE, half.read_to_end(&mut rest)).await;
+        assert!(ended.is_ok(), "a handshake that is never finished must end");
+    }
+    server.publish("alice", json!(1)).await;
+    assert_eq!(socket.messages(1).await, [json!(1)]);
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().count();
+    assert!(fds < 100, "{fds} files are open");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_reader_is_neither_dropped_nor_buffered_and_gets_all_of_it() {
+    let server = Server::start().await;
+    let mut slow = server.connect("alice", "").await;
+    let mut quick = server.connect("alice", "?device=quick").await;
+    slow.caught_up().await;
+    quick.caught_up().await;
+    let payload = "x".repeat(20_000);
+    let before = resident_kib(server.pid());
+    for n in 0..60 {
+        let seqs = server.publish_all("alice", (0..25).map(|m| json!([n, m, payload]))).await;
+        assert_eq!(seqs.len(), 25);
+        quick.messages(25).await;
+    }
+    assert!(server.metric("ringpush_demoted_total").await >= 1.0, "30 MB do not fit into a socket that nobody reads");
+    let grown = resident_kib(server.pid()).saturating_sub(before);
+    let messages = slow.messages(1500).await;
+    assert_eq!(messages[1499][0], 59);
+    assert_eq!(messages[1499][1], 24);
+    // The store keeps 30 MB of messages in memory until they are flushed; a copy for the slow one would come on top.
+    assert!(grown < 120_000, "{grown} KiB more");
+}
+
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").trim().parse().unwrap()
+}

@@ -1,0 +1,101 @@
+//! Tokens: issued, verified, revoked, run out.
+
+use std::time::Duration;
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use serde_json::{Value, json};
+
+use crate::support::{Options, Server, Socket, http};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_issued_token_is_verified_and_others_are_not() {
+    let server = Server::start().await;
+    let auth = server.at("auth");
+    let token = server.token("alice").await;
+    let verify = async |token: &str| http::post(&auth, "/v1/verify", None, &json!({ "token": token })).await;
+    let good = verify(&token).await;
+    assert_eq!((good.status, &good.json()["user"]), (200, &json!("alice")));
+    assert_eq!(good.json()["claims"]["sub"], "alice");
+    let part = |value: Value| URL_SAFE_NO_PAD.encode(value.to_string());
+    let none = format!("{}.{}.", part(json!({"alg": "none"})), token.split('.').nth(1).unwrap());
+    for bad in ["", "x", none.as_str(), &token[..token.len() - 2], &format!("{token}x")] {
+        assert_eq!(verify(bad).await.status, 401, "{bad}");
+    }
+    assert_eq!(http::post(&auth, "/v1/verify", None, &json!({"token": 7})).await.pointers(), ["/token"]);
+    let jwks = http::get(&auth, "/.well-known/jwks.json", None).await;
+    assert_eq!(jwks.json(), json!({"keys": []}), "a shared secret is never shown");
+    let wrong = http::post(&auth, "/v1/tokens", Some("wrong"), &json!({"user": "alice"})).await;
+    assert_eq!(wrong.status, 401);
+    let admin = server.key("admin_key");
+    for (body, pointer) in [
+        (json!({}), "/user"),
+        (json!({"user": ""}), "/user"),
+        (json!({"user": "a", "ttl_s": 0}), "/ttl_s"),
+        (json!({"user": "a", "ttl_s": "1h"}), "/ttl_s"),
+    ] {
+        let answer = http::post(&auth, "/v1/tokens", Some(&admin), &body).await;
+        assert_eq!((answer.status, answer.pointers()), (422, vec![pointer.to_owned()]), "{body}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_public_key_verifies_and_does_not_sign() {
+    let pem = include_str!("../keys/ed-public.pem");
+    let server = Server::with(Options::default().with("auth.token_key", pem)).await;
+    let private = jsonwebtoken::EncodingKey::from_ed_pem(include_bytes!("../keys/ed-private.pem")).unwrap();
+    let claims = json!({"sub": "alice", "exp": 4_000_000_000u64});
+    let header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::EdDSA);
+    let token = jsonwebtoken::encode(&header, &claims, &private).unwrap();
+    let mut socket = Socket::open(&format!("ws://{}/v1/ws", server.at("push")), Some(&token)).await;
+    assert_eq!(socket.expect("welcome").await["user"], "alice");
+    let issue = http::post(&server.at("auth"), "/v1/tokens", Some(&server.key("admin_key")), &json!({"user": "a"}));
+    assert_eq!(issue.await.status, 403);
+    let jwks = http::get(&server.at("auth"), "/.well-known/jwks.json", None).await.json();
+    assert_eq!(jwks["keys"][0]["crv"], "Ed25519");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_ends_with_its_token_unless_it_is_refreshed() {
+    let server = Server::start().await;
+    let url = format!("ws://{}/v1/ws", server.at("push"));
+    let mut ends = Socket::open(&url, Some(&server.token_for("alice", 2).await)).await;
+    let mut stays = Socket::open(&url, Some(&server.token_for("alice", 2).await)).await;
+    ends.caught_up().await;
+    stays.caught_up().await;
+    stays.say(&json!({"type": "refresh", "token": server.token("alice").await})).await;
+    let refreshed = stays.expect("refreshed").await;
+    assert!(refreshed["expires_at"].as_str().unwrap().ends_with('Z'));
+    assert_eq!(ends.closed().await.code, 4501);
+    let seq = server.publish("alice", json!("still here")).await;
+    assert_eq!(stays.expect("message").await["seq"], seq);
+    stays.say(&json!({"type": "refresh", "token": server.token("bob").await})).await;
+    assert_eq!(stays.closed().await.code, 4501, "a refresh does not change the user");
+    server.nobody_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disconnect_closes_every_socket_and_refuses_every_token_until_then() {
+    let server = Server::with(Options::nodes(3)).await;
+    let old = server.token("alice").await;
+    let mut sockets = Vec::new();
+    for n in 0..3 {
+        let mut socket = Socket::open(&format!("ws://{}/v1/ws?hops=2", server.push(n)), Some(&old)).await;
+        socket.caught_up().await;
+        sockets.push(socket);
+    }
+    let bob = server.token("bob").await;
+    let mut other = Socket::open(&format!("ws://{}/v1/ws?hops=2", server.push(0)), Some(&bob)).await;
+    other.caught_up().await;
+    let path = "/v1/users/alice/sessions";
+    let gone = http::request(&server.at("collect"), "DELETE", path, Some(&server.key("api_key")), &[], b"").await;
+    assert_eq!(gone.status, 202, "{gone:?}");
+    for socket in &mut sockets {
+        let closed = socket.closed().await;
+        assert_eq!((closed.code, closed.error.as_deref()), (4501, Some("unauthorized")));
+    }
+    other.is_quiet(Duration::from_millis(50)).await;
+    let url = format!("ws://{}/v1/ws", server.push(0));
+    assert_eq!(Socket::open(&url, Some(&old)).await.closed().await.code, 4501);
+    let new = server.token("alice").await;
+    assert_eq!(Socket::open(&url, Some(&new)).await.expect("welcome").await["user"], "alice");
+}
