@@ -82,7 +82,8 @@ fn read(path: &PathBuf) -> Result<Keys> {
             format!("{} is damaged; delete it to have new keys made (tokens made before stop working)", path.display())
         }),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Keys::default()),
-        Err(error) => Err(error).with_context(|| format!("{} cannot be read", path.display())),
+        Err(error) => Err(error)
+            .with_context(|| format!("{} cannot be read; choose another directory with --data DIR", path.display())),
     }
 }
 

@@ -48,8 +48,8 @@ async fn a_public_key_verifies_and_does_not_sign() {
     let token = jsonwebtoken::encode(&header, &claims, &private).unwrap();
     let mut socket = Socket::open(&format!("ws://{}/v1/ws", server.at("push")), Some(&token)).await;
     assert_eq!(socket.expect("welcome").await["user"], "alice");
-    let issue = http::post(&server.at("auth"), "/v1/tokens", Some(&server.key("admin_key")), &json!({"user": "a"}));
-    assert_eq!(issue.await.status, 403);
+    let (admin, body) = (server.key("admin_key"), json!({"user": "a"}));
+    assert_eq!(http::post(&server.at("auth"), "/v1/tokens", Some(&admin), &body).await.status, 403);
     let jwks = http::get(&server.at("auth"), "/.well-known/jwks.json", None).await.json();
     assert_eq!(jwks["keys"][0]["crv"], "Ed25519");
 }

@@ -185,10 +185,17 @@ async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(R
         Some(Since::After(position)) => From::After(position),
         Some(Since::Latest) => From::Latest,
     };
-    let answer = node.asks.ask(seat.user.clone(), from).await.map_err(|error| {
+    let mut answer = node.asks.ask(seat.user.clone(), from).await.map_err(|error| {
         tracing::debug!(%error, "a session could not attach");
         End::close(CloseCode::Overloaded, "the inbox cannot be read now")
     })?;
+    if since.is_none()
+        && let Some(acked) = node.cursors.pending(&seat.user, &seat.device).filter(|acked| *acked > answer.start)
+    {
+        // Acked here a moment ago: a client that comes straight back need not see it again.
+        answer.start = acked;
+        answer.more = answer.head > acked;
+    }
     if known_iat(&seat) < answer.not_before_s {
         return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));
     }
@@ -251,6 +258,8 @@ struct Serving<S> {
     /// In the queue, and handed to the WebSocket layer but not known to be written.
     queued_bytes: usize,
     unflushed_bytes: usize,
+    /// The kernel takes no more bytes for now.
+    blocked: bool,
     told_full: bool,
     frames_first: bool,
     refresh: Option<BoxFuture<'static, Result<Known, End>>>,
@@ -282,6 +291,7 @@ impl<S: Socket> Serving<S> {
             queue: VecDeque::with_capacity(2),
             queued_bytes: 0,
             unflushed_bytes: 0,
+            blocked: false,
             told_full: false,
             frames_first: false,
             refresh: None,
@@ -366,11 +376,16 @@ impl<S: Socket> Serving<S> {
             match self.socket.poll_flush_unpin(cx) {
                 Poll::Ready(Ok(())) => {
                     self.unflushed_bytes = 0;
-                    // What the socket takes, somebody reads: a sign of life.
-                    self.unanswered = 0;
+                    if std::mem::take(&mut self.blocked) {
+                        // A socket that was full has room again: somebody reads, which is a sign of life.
+                        self.unanswered = 0;
+                    }
                 }
                 Poll::Ready(Err(fault)) => return Poll::Ready(Event::Fault(fault)),
-                Poll::Pending => break,
+                Poll::Pending => {
+                    self.blocked = true;
+                    break;
+                }
             }
         }
         if self.queue.is_empty() && self.queue.capacity() > QUEUE_KEPT {

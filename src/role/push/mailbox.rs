@@ -15,9 +15,9 @@ use crate::session::{Item, Page};
 use crate::wire::close::CloseCode;
 
 /// Live messages waiting for one session's task to wake: a burst, no more.
-pub const MAILBOX_MESSAGES: usize = 256;
+pub(super) const MAILBOX_MESSAGES: usize = 256;
 /// And their bytes: the outbound limit of a session.
-pub const MAILBOX_BYTES: usize = 256 * 1024;
+pub(super) const MAILBOX_BYTES: usize = 256 * 1024;
 
 /// Everything that came since the last look.
 #[derive(Debug, Default)]

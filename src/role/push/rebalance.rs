@@ -50,7 +50,7 @@ struct DisplacedState {
 
 impl Displaced {
     /// Something changed for this user: compare what is entered with what should be.
-    pub(super) fn doubt(&self, users: impl IntoIterator<Item = UserId>) {
+    pub(super) fn doubt(&self, users: Vec<UserId>) {
         self.state.lock().doubtful.extend(users);
         self.changed.notify_one();
     }
@@ -85,7 +85,7 @@ pub(super) async fn enter(node: &Node, user: &UserId) {
         node.displaced.state.lock().entered.insert(user.clone());
     }
     // Looked at again in any case: a removal may have crossed with this.
-    node.displaced.doubt([user.clone()]);
+    node.displaced.doubt(vec![user.clone()]);
 }
 
 /// Keeps the fallback set as the registry and the view want it.
@@ -110,11 +110,11 @@ async fn reconcile(node: &Node, users: Vec<UserId>) -> bool {
     let view = Arc::clone(&node.views.borrow());
     let own = &node.config.node;
     let wanted = |user: &UserId| node.registry.has(user) && !node.owns(&view, user);
-    let (mut add, mut remove) = (Vec::new(), Vec::new());
+    let (mut add, mut remove) = (Vec::new(), HashSet::new());
     for user in &users {
         match (wanted(user), node.displaced.is_entered(user)) {
             (true, false) => add.push(user.clone()),
-            (false, true) => remove.push(user.clone()),
+            (false, true) => drop(remove.insert(user.clone())),
             _ => {}
         }
     }
@@ -123,7 +123,7 @@ async fn reconcile(node: &Node, users: Vec<UserId>) -> bool {
         written = node.fallback.add(own, add.clone()).await;
     }
     if !remove.is_empty() && written.is_ok() {
-        written = node.fallback.remove(own, remove.clone()).await;
+        written = node.fallback.remove(own, remove.iter().cloned().collect()).await;
     }
     if let Err(error) = written {
         tracing::debug!(%error, "the fallback entries could not be written");
@@ -131,9 +131,11 @@ async fn reconcile(node: &Node, users: Vec<UserId>) -> bool {
         return false;
     }
     {
-        let mut state = node.displaced.state.lock();
-        state.entered.extend(add.iter().cloned());
-        remove.iter().for_each(|user| drop(state.entered.remove(user)));
+        let entered = &mut node.displaced.state.lock().entered;
+        entered.extend(add.iter().cloned());
+        if !remove.is_empty() {
+            entered.retain(|user| !remove.contains(user));
+        }
     }
     // What was sent before the entry stood went by: read those inboxes at once.
     for user in &add {
@@ -220,8 +222,11 @@ pub(super) async fn pace_moves(node: Arc<Node>) {
 /// All sessions whose user another node owns by this view; their users' fallback entries are looked at first.
 fn walk(node: &Node, view: &View) -> Vec<Weak<Seat>> {
     let seats = node.registry.all();
-    let doubtful = seats.iter().map(|seat| seat.user.clone());
-    node.displaced.doubt(doubtful.filter(|user| !node.owns(view, user) || node.displaced.is_entered(user)));
+    let users = seats.iter().map(|seat| seat.user.clone());
+    // Collected before it is handed over: looking takes the lock that `doubt` holds while it adds.
+    let doubtful: Vec<UserId> =
+        users.filter(|user| !node.owns(view, user) || node.displaced.is_entered(user)).collect();
+    node.displaced.doubt(doubtful);
     seats.iter().filter(|seat| !node.owns(view, &seat.user)).map(Arc::downgrade).collect()
 }
 
@@ -297,7 +302,7 @@ pub(super) async fn drain(node: &Node, how: Drain) {
 
 async fn move_all(node: &Node, seats: &[Arc<Seat>], window: Duration) {
     let began = Instant::now();
-    node.displaced.doubt(seats.iter().map(|seat| seat.user.clone()));
+    node.displaced.doubt(seats.iter().map(|seat| seat.user.clone()).collect());
     // The last one told still has its jitter and its grace, and its close must be over by the end.
     let telling = window.saturating_sub(MOVE_JITTER + DRAIN_GRACE + Duration::from_secs(1)).max(window / 4);
     let mut told = 0;

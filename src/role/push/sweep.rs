@@ -219,7 +219,15 @@ pub(super) struct Cursors {
 impl Cursors {
     /// A device has taken everything up to `acked`.
     pub(super) fn note(&self, seat: &Seat, acked: Seq) {
-        self.moved.lock().insert((seat.user.clone(), seat.device.clone()), acked);
+        let mut moved = self.moved.lock();
+        let cursor = moved.entry((seat.user.clone(), seat.device.clone())).or_default();
+        // Two sessions of one device may ack in turn.
+        *cursor = acked.max(*cursor);
+    }
+
+    /// Where a device's cursor is about to be, if that is not written yet.
+    pub(super) fn pending(&self, user: &UserId, device: &DeviceId) -> Option<Seq> {
+        self.moved.lock().get(&(user.clone(), device.clone())).copied()
     }
 
     /// Writes what has moved. What cannot be written is kept for the next time, unless it moved again meanwhile.

@@ -139,6 +139,17 @@ impl Socket {
         payloads
     }
 
+    /// The next message, or nothing more.
+    pub async fn message_or_end(&mut self) -> Option<Value> {
+        loop {
+            match self.next().await {
+                Ok(frame) if frame["type"] == "message" => return Some(frame),
+                Ok(_) => {}
+                Err(_) => return None,
+            }
+        }
+    }
+
     /// Reads to the end.
     pub async fn closed(&mut self) -> Closed {
         let (mut error, mut reconnect) = (None, false);
