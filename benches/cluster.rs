@@ -31,6 +31,8 @@ struct Options {
     rate: Option<u64>,
 }
 
+type Publish = Box<dyn Fn(usize, &str) -> String>;
+
 /// A server under load.
 struct Server {
     name: &'static str,
@@ -40,7 +42,7 @@ struct Server {
     /// The request that opens the socket of user `n`.
     open: Box<dyn Fn(usize) -> String>,
     /// The request that publishes `payload` to user `n`.
-    publish: Box<dyn Fn(usize, &str) -> String>,
+    publish: Publish,
     _directory: tempfile::TempDir,
 }
 
@@ -56,7 +58,15 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     println!(
         "{:<10} {:>12} {:>11} {:>12} {:>9} {:>12} {:>12} {:>9} {:>9}",
-        "server", "KiB/socket", "sockets/s", "messages/s", "lost", "us CPU/msg", "client us", "p50 ms", "p99 ms"
+        "server",
+        "KiB/socket",
+        "sockets/s",
+        "messages/s",
+        "lost",
+        "us CPU/msg",
+        "client us",
+        "p50 ms",
+        "p99 ms"
     );
     for peer in ["ringpush", "nchan"] {
         if options.peer.as_deref().is_some_and(|only| only != peer) {
@@ -133,14 +143,17 @@ fn tokens(key: &str, count: usize) -> Vec<String> {
     use ringpush::role::auth::{Auth, AuthConfig};
     let config = AuthConfig { token_key: key.to_owned(), ..AuthConfig::default() };
     let auth = Auth::new(config, Clock::system()).unwrap();
-    (0..count).map(|n| auth.issue(&UserId::parse(&format!("user-{n:08}")).unwrap(), 7200).unwrap().0).collect()
+    (0..count)
+        .map(|n| auth.issue(&UserId::parse(&format!("user-{n:08}")).unwrap(), 7200).unwrap().0)
+        .collect()
 }
 
 /// One worker, no store, and the channel's buffer as small as it will go: nothing that it need not do.
 fn start_nchan() -> Option<Server> {
-    let module = ["/usr/lib/nginx/modules/ngx_nchan_module.so", "/usr/share/nginx/modules/ngx_nchan_module.so"]
-        .into_iter()
-        .find(|path| Path::new(path).exists())?;
+    let module =
+        ["/usr/lib/nginx/modules/ngx_nchan_module.so", "/usr/share/nginx/modules/ngx_nchan_module.so"]
+            .into_iter()
+            .find(|path| Path::new(path).exists())?;
     let nginx = ["/usr/sbin/nginx", "/usr/bin/nginx"].into_iter().find(|path| Path::new(path).exists())?;
     let directory = tempfile::tempdir().unwrap();
     let port = free_port();
@@ -230,7 +243,9 @@ async fn measure(server: &Server, options: &Options) {
     let (sent, received) = (counts.sent.get(), counts.received.get() - already);
     let mut delays = counts.delays_us.borrow_mut();
     delays.sort_unstable();
-    let at = |part: f64| delays.get((delays.len() as f64 * part) as usize).map_or(0.0, |us| f64::from(*us) / 1000.0);
+    let at = |part: f64| {
+        delays.get((delays.len() as f64 * part) as usize).map_or(0.0, |us| f64::from(*us) / 1000.0)
+    };
     println!(
         "{:<10} {:>12.2} {:>11.0} {:>12.0} {:>9} {:>12.1} {:>12.1} {:>9.2} {:>9.2}",
         server.name,
@@ -345,12 +360,10 @@ async fn publish(server: &Server, options: &Options, counts: &Rc<Counts>) {
             let (began, mut made) = (now_us(), 0u64);
             while Instant::now() < until {
                 let should = (now_us() - began) * rate / 1_000_000;
-                let mut due = due.borrow_mut();
                 while made < should {
-                    due.push_back(began + made * 1_000_000 / rate);
+                    due.borrow_mut().push_back(began + made * 1_000_000 / rate);
                     made += 1;
                 }
-                drop(due);
                 tokio::time::sleep(Duration::from_micros(500)).await;
             }
         });

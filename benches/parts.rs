@@ -45,7 +45,9 @@ fn message(seq: u64) -> Message {
         id: MessageId::parse("01K0000000000000000000000").unwrap(),
         accepted_at: Millis(1_795_380_000_000),
         expires_at: Millis(1_795_980_000_000),
-        payload: Bytes::from_static(br#"{"text":"a message of usual length, for one user","at":100000000000}"#),
+        payload: Bytes::from_static(
+            br#"{"text":"a message of usual length, for one user","at":100000000000}"#,
+        ),
     }
 }
 

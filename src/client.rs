@@ -336,7 +336,9 @@ impl Actor {
             Heard::Closed(code) => Err(Ending::Refused(code)),
             Heard::Text(text) => match ReceivedFrame::parse(&text) {
                 Ok(frame) => self.take_frame(frame).await,
-                Err(error) => Err(Ending::Lost(format!("the server sent something else than a frame: {error}"))),
+                Err(error) => {
+                    Err(Ending::Lost(format!("the server sent something else than a frame: {error}")))
+                }
             },
         }
     }
@@ -375,7 +377,9 @@ impl Actor {
                 self.hint = reconnect.unwrap_or(self.hint);
                 return Ok(Taken::Nothing);
             }
-            ReceivedFrame::Other(ServerFrame::Refreshed { .. } | ServerFrame::Pong) => return Ok(Taken::Nothing),
+            ReceivedFrame::Other(ServerFrame::Refreshed { .. } | ServerFrame::Pong) => {
+                return Ok(Taken::Nothing);
+            }
         };
         self.tell(event).await?;
         Ok(Taken::Nothing)

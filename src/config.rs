@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::clock::Clock;
 use crate::message::NodeId;
 use crate::role::auth::{Auth, AuthConfig};
-use crate::clock::Clock;
 use crate::role::push::{Origins, PushLimits};
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::{PublishLimits, TTL_S};
@@ -305,9 +305,10 @@ impl Reader {
     }
 
     fn unknown(&mut self, name: &str, from: &str) {
-        let nearest = KEYS.iter().map(|key| key.name).max_by(|a, b| {
-            strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name))
-        });
+        let nearest = KEYS
+            .iter()
+            .map(|key| key.name)
+            .max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
         let nearest = nearest.map_or(String::new(), |key| format!("; did you mean {key}?"));
         self.faults.push(format!("{name}: no such key (in {from}){nearest}"));
     }
@@ -371,9 +372,15 @@ impl Reader {
 
     fn number(&mut self, name: &'static str, range: std::ops::RangeInclusive<u64>) -> u64 {
         match self.value(name) {
-            Some(toml::Value::Integer(n)) if u64::try_from(n).is_ok_and(|n| range.contains(&n)) => n.unsigned_abs(),
+            Some(toml::Value::Integer(n)) if u64::try_from(n).is_ok_and(|n| range.contains(&n)) => {
+                n.unsigned_abs()
+            }
             _ => {
-                self.faults.push(format!("{name}: must be an integer from {} to {}", range.start(), range.end()));
+                self.faults.push(format!(
+                    "{name}: must be an integer from {} to {}",
+                    range.start(),
+                    range.end()
+                ));
                 *range.start()
             }
         }
@@ -389,7 +396,8 @@ impl Reader {
             text = text.replace("127.0.0.1", "0.0.0.0");
         }
         text.parse().unwrap_or_else(|_| {
-            self.faults.push(format!("{name}: {text:?} must be address:port, such as 127.0.0.1:8080 or [::]:8080"));
+            self.faults
+                .push(format!("{name}: {text:?} must be address:port, such as 127.0.0.1:8080 or [::]:8080"));
             SocketAddr::from(([127, 0, 0, 1], 0))
         })
     }
@@ -449,7 +457,9 @@ impl Reader {
                 .map_err(|rule| self.faults.push(format!("node.name: {configured:?}: {rule}")))
                 .ok();
         }
-        let of = |name: &str| self.environment.iter().find(|(known, _)| known == name).map(|found| found.1.clone());
+        let of = |name: &str| {
+            self.environment.iter().find(|(known, _)| known == name).map(|found| found.1.clone())
+        };
         let host = of("POD_NAME")
             .or_else(|| of("HOSTNAME"))
             .or_else(|| std::fs::read_to_string("/proc/sys/kernel/hostname").ok())
@@ -536,7 +546,11 @@ impl Reader {
             }
         }
         // Outside development nothing is allowed that is not listed.
-        if any && development { Origins::Any } else { Origins::Listed(listed.into_iter().filter(|o| o != "*").collect()) }
+        if any && development {
+            Origins::Any
+        } else {
+            Origins::Listed(listed.into_iter().filter(|o| o != "*").collect())
+        }
     }
 
     fn auth(&mut self) -> AuthConfig {
@@ -641,8 +655,12 @@ impl Reader {
                 let set = self.values.contains_key(key.name);
                 let value = self.value(key.name);
                 let shown = match key.kind {
-                    Kind::Secret if value.as_ref().and_then(toml::Value::as_str) == Some("") => "\"\"".to_owned(),
-                    Kind::SecretList if value.as_ref().and_then(toml::Value::as_array).is_some_and(Vec::is_empty) => {
+                    Kind::Secret if value.as_ref().and_then(toml::Value::as_str) == Some("") => {
+                        "\"\"".to_owned()
+                    }
+                    Kind::SecretList
+                        if value.as_ref().and_then(toml::Value::as_array).is_some_and(Vec::is_empty) =>
+                    {
                         "[]".to_owned()
                     }
                     Kind::Secret | Kind::SecretList => "\"(set)\"".to_owned(),

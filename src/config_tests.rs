@@ -3,7 +3,8 @@
 use super::*;
 
 fn load(file: &str, environment: &[(&str, &str)]) -> Result<Config, Faults> {
-    let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    let environment =
+        environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     Config::load(&Sources { file: Some(("test.toml".into(), file.into())), environment, flags: Vec::new() })
 }
 
@@ -62,7 +63,10 @@ fn an_unknown_key_names_the_nearest_known_one() {
     let said = faults("[push]\nlisten_on = \"x\"\n[redis]\nuri = \"y\"", &[("RINGPUSH_MONGO__URL", "z")]);
     assert!(said.contains("push.listen_on: no such key (in test.toml); did you mean push.listen?"), "{said}");
     assert!(said.contains("redis.uri: no such key") && said.contains("did you mean redis.url?"), "{said}");
-    assert!(said.contains("mongo.url: no such key (in RINGPUSH_MONGO__URL); did you mean mongo.uri?"), "{said}");
+    assert!(
+        said.contains("mongo.url: no such key (in RINGPUSH_MONGO__URL); did you mean mongo.uri?"),
+        "{said}"
+    );
 }
 
 #[test]

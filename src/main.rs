@@ -203,10 +203,12 @@ fn load(common: &Common, flags: &[(&'static str, String)]) -> Result<Config, Fau
 }
 
 async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
-    let flags: Vec<(&'static str, String)> = options.roles.map(|roles| ("node.roles", roles)).into_iter().collect();
+    let flags: Vec<(&'static str, String)> =
+        options.roles.map(|roles| ("node.roles", roles)).into_iter().collect();
     let config = load(common, &flags)?;
     let format = if options.log == "json" { LogFormat::Json } else { LogFormat::Text };
-    let filter = options.log_filter.or_else(|| std::env::var("RUST_LOG").ok()).unwrap_or_else(|| "info,fjall=warn,lsm_tree=warn".to_owned());
+    let filter =
+        options.log_filter.or_else(|| std::env::var("RUST_LOG").ok()).unwrap_or_else(|| "info".to_owned());
     start_logging(format, &filter).map_err(|error| Faults(vec![format!("--log-filter: {error}")]))?;
     // Before anything is bound: a signal that comes early must not be lost.
     let stop = stop_signal()?;
@@ -218,7 +220,9 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
     match app.run(stop).await? {
         Ended::Stopped => Ok(ExitCode::SUCCESS),
         Ended::Poisoned => {
-            anyhow::bail!("the store failed and this process must end; see the log, and whether the disk is full")
+            anyhow::bail!(
+                "the store failed and this process must end; see the log, and whether the disk is full"
+            )
         }
     }
 }

@@ -212,8 +212,9 @@ mod tests {
             let mut ratio = 0.0;
             for set in 0..40 {
                 let names: Vec<String> = (0..6).map(|n| format!("set{set}-{n}")).collect();
-                let ring =
-                    Ring::build(names.iter().enumerate().map(|(i, n)| (n.as_str(), if i == 0 { weight } else { 1.0 })));
+                let ring = Ring::build(
+                    names.iter().enumerate().map(|(i, n)| (n.as_str(), if i == 0 { weight } else { 1.0 })),
+                );
                 let shares = ring.shares();
                 let heavy = shares.iter().find(|s| s.0 == names[0]).unwrap().1;
                 ratio += heavy / ((1.0 - heavy) / 5.0) / 40.0;

@@ -19,13 +19,17 @@ pub enum LogFormat {
     Json,
 }
 
+/// These write whole frames and headers into their most verbose lines, and with them payloads and tokens.
+const NEVER_VERBOSE: &str =
+    "tungstenite=info,tokio_tungstenite=info,hyper=info,hyper_util=info,fjall=warn,lsm_tree=warn";
+
 /// Starts logging to standard error; `filter` is as in `RUST_LOG`, such as `info` or `ringpush=debug`.
 ///
 /// # Errors
 /// The filter's fault, or that logging was started before.
 pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<()> {
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_new(filter)?)
+        .with_env_filter(EnvFilter::try_new(format!("{filter},{NEVER_VERBOSE}"))?)
         .with_writer(std::io::stderr)
         .with_target(false);
     let started = match format {

@@ -18,7 +18,9 @@ use crate::membership::{Counts, Membership};
 use crate::message::{NodeId, Seq, UserId};
 use crate::role::collect::{Collect, HISTORY_PAGE, UserReport};
 use crate::role::connect::PublicUrls;
-use crate::wire::http::{Problem, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish};
+use crate::wire::http::{
+    Problem, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish,
+};
 
 /// Largest body of one publish: 64 KiB of payload and 1000 recipients of 128 bytes, escaped at their worst.
 const PUBLISH_BODY: usize = 1024 * 1024;
@@ -51,7 +53,8 @@ impl CollectEdge {
     }
 
     fn authorize(&self, headers: &HeaderMap) -> Result<(), Refused> {
-        let given = bearer(headers).ok_or_else(|| refuse(401, "an API key is needed: Authorization: Bearer <key>"))?;
+        let given = bearer(headers)
+            .ok_or_else(|| refuse(401, "an API key is needed: Authorization: Bearer <key>"))?;
         if self.api_keys.iter().any(|key| same_secret(key, given)) {
             Ok(())
         } else {
@@ -156,7 +159,8 @@ async fn user(State(edge): Edge, path: RawPathParams, headers: HeaderMap) -> Ans
 fn user_report(user: &UserId, report: &UserReport) -> Value {
     let mut devices: BTreeMap<&str, Value> = BTreeMap::new();
     for (device, acked) in &report.profile.cursors {
-        let shown = value!({"device": device.as_str(), "acked": acked.get(), "connected_at": null, "node": null});
+        let shown =
+            value!({"device": device.as_str(), "acked": acked.get(), "connected_at": null, "node": null});
         devices.insert(device.as_str(), shown);
     }
     let mut sessions: Vec<_> = report.sessions.iter().collect();

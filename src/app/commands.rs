@@ -51,11 +51,15 @@ impl Addressed {
         }
         let path = config.data_dir.join("listen.json");
         let text = std::fs::read_to_string(&path).map_err(|_| {
-            anyhow!("no server runs on {}; start one with `ringpush`, or name one with --target URL", config.data_dir.display())
+            anyhow!(
+                "no server runs on {}; start one with `ringpush`, or name one with --target URL",
+                config.data_dir.display()
+            )
         })?;
         let listening: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
         let at = listening[role].as_str().or_else(|| listening[role][0].as_str());
-        let at = at.ok_or_else(|| anyhow!("the server on {} does not run {role}", config.data_dir.display()))?;
+        let at =
+            at.ok_or_else(|| anyhow!("the server on {} does not run {role}", config.data_dir.display()))?;
         Ok(format!("http://{at}"))
     }
 }
@@ -85,7 +89,8 @@ pub fn own_command(data: Option<&Path>) -> String {
 /// A bad user or life; a key that cannot sign.
 pub fn token(mut config: Config, user: &str, ttl: &str) -> Result<ExitCode> {
     let user = user_id(user)?;
-    let rule = || Faults(vec![format!("--ttl: {ttl:?} must be a time from 1s to 90d, such as 90s, 15m, 1h or 7d")]);
+    let rule =
+        || Faults(vec![format!("--ttl: {ttl:?} must be a time from 1s to 90d, such as 90s, 15m, 1h or 7d")]);
     let ttl_s = seconds(ttl).filter(|s| TOKEN_TTL_S.contains(s)).ok_or_else(rule)?;
     println!("{}", signer(&mut config)?.issue(&user, ttl_s)?.0);
     Ok(ExitCode::SUCCESS)
@@ -123,7 +128,9 @@ impl Collector {
         let base = at.url(config, "collect")?;
         let key = Keys::of(config)?.api_key;
         if key.is_empty() {
-            return Err(Faults(vec!["collect.api_keys: a key is needed to speak to collect".to_owned()]).into());
+            return Err(
+                Faults(vec!["collect.api_keys: a key is needed to speak to collect".to_owned()]).into()
+            );
         }
         Ok(Self { http: HttpClient::default(), base, key })
     }
@@ -150,8 +157,11 @@ fn problem_of(status: u16, body: &[u8]) -> String {
     match serde_json::from_slice::<Problem>(body) {
         Ok(problem) if problem.errors.is_empty() => format!("{status} {}: {}", problem.title, problem.detail),
         Ok(problem) => {
-            let fields: Vec<String> =
-                problem.errors.iter().map(|e| format!("{}: {}", e.pointer.trim_start_matches('/'), e.detail)).collect();
+            let fields: Vec<String> = problem
+                .errors
+                .iter()
+                .map(|e| format!("{}: {}", e.pointer.trim_start_matches('/'), e.detail))
+                .collect();
             format!("{status} {}: {}", problem.title, fields.join("; "))
         }
         Err(_) => format!("answered {status}"),
@@ -246,7 +256,10 @@ async fn send_batch(collector: &Collector, batch: &[(u64, String)], progress: &P
                 Some(503) if tried < TRIES => again.push(*item),
                 Some(status) => {
                     refused += 1;
-                    eprintln!("ringpush: line {} was refused: {status} {}", item.0, result["error"]["detail"]);
+                    eprintln!(
+                        "ringpush: line {} was refused: {status} {}",
+                        item.0, result["error"]["detail"]
+                    );
                 }
             }
         }
@@ -365,8 +378,16 @@ pub async fn ring(mut config: Config, at: Addressed, user: Option<&str>) -> Resu
         println!("{}", ring.owner_of(user.as_str()).ok_or_else(|| anyhow!("there is no push node"))?);
         return Ok(ExitCode::SUCCESS);
     }
-    println!("generation {}  epoch {}  held {}", text(&cluster["generation"]), cluster["epoch"], cluster["held"]);
-    println!("{:<20} {:<9} {:>6} {:>7} {:>9} {:>9}", "node", "state", "weight", "share", "sessions", "displaced");
+    println!(
+        "generation {}  epoch {}  held {}",
+        text(&cluster["generation"]),
+        cluster["epoch"],
+        cluster["held"]
+    );
+    println!(
+        "{:<20} {:<9} {:>6} {:>7} {:>9} {:>9}",
+        "node", "state", "weight", "share", "sessions", "displaced"
+    );
     for node in &nodes {
         println!(
             "{:<20} {:<9} {:>6} {:>6.1}% {:>9} {:>9}",

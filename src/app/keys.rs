@@ -43,7 +43,9 @@ impl Keys {
 
     fn complete(&mut self, data: &Path) -> Result<()> {
         let missing = |keys: &Self| {
-            [&keys.token_key, &keys.api_key, &keys.admin_key, &keys.peer_secret].iter().any(|key| key.is_empty())
+            [&keys.token_key, &keys.api_key, &keys.admin_key, &keys.peer_secret]
+                .iter()
+                .any(|key| key.is_empty())
         };
         if !missing(self) {
             return Ok(());
@@ -79,22 +81,31 @@ fn make(prefix: &str) -> String {
 fn read(path: &PathBuf) -> Result<Keys> {
     match std::fs::read_to_string(path) {
         Ok(text) => toml::from_str(&text).with_context(|| {
-            format!("{} is damaged; delete it to have new keys made (tokens made before stop working)", path.display())
+            format!(
+                "{} is damaged; delete it to have new keys made (tokens made before stop working)",
+                path.display()
+            )
         }),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Keys::default()),
-        Err(error) => Err(error)
-            .with_context(|| format!("{} cannot be read; choose another directory with --data DIR", path.display())),
+        Err(error) => Err(error).with_context(|| {
+            format!("{} cannot be read; choose another directory with --data DIR", path.display())
+        }),
     }
 }
 
 /// Written aside and renamed, so that no reader sees half of it.
 fn write(path: &Path, keys: &Keys) -> Result<()> {
-    let problem = || format!("{} cannot be written; choose another directory with --data DIR", path.display());
+    let problem =
+        || format!("{} cannot be written; choose another directory with --data DIR", path.display());
     std::fs::create_dir_all(path.parent().unwrap_or(Path::new("."))).with_context(problem)?;
     let aside = path.with_extension(format!("toml.{}", std::process::id()));
-    let text = format!("# Made by ringpush for development on this machine. Not for anything else.\n{}", toml::to_string(keys)?);
+    let text = format!(
+        "# Made by ringpush for development on this machine. Not for anything else.\n{}",
+        toml::to_string(keys)?
+    );
     let mut options = std::fs::OpenOptions::new();
-    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&aside).with_context(problem)?;
+    let mut file =
+        options.write(true).create(true).truncate(true).mode(0o600).open(&aside).with_context(problem)?;
     file.write_all(text.as_bytes()).with_context(problem)?;
     std::fs::rename(&aside, path).with_context(problem)
 }

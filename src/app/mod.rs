@@ -67,7 +67,8 @@ pub struct Bound {
 impl Bound {
     fn to_json(&self) -> serde_json::Value {
         let mut all = serde_json::Map::new();
-        let mut push: Vec<serde_json::Value> = self.push.iter().map(|(_, at)| at.to_string().into()).collect();
+        let mut push: Vec<serde_json::Value> =
+            self.push.iter().map(|(_, at)| at.to_string().into()).collect();
         if self.many {
             all.insert("push".to_owned(), push.into());
         } else if let Some(one) = push.pop() {
@@ -151,7 +152,8 @@ impl App {
         }
         let keys = Keys::of(&mut config)?;
         let clock = Clock::system();
-        let auth = Auth::new(config.auth.clone(), clock.clone()).map_err(|f| anyhow!("auth.token_key: {f}"))?;
+        let auth =
+            Auth::new(config.auth.clone(), clock.clone()).map_err(|f| anyhow!("auth.token_key: {f}"))?;
         let inbox = open_inbox(&config.data_dir, clock.clone())?;
         let listeners = Listeners::bind(&config, push_nodes)?;
         let bound = listeners.bound(push_nodes.is_some());
@@ -200,7 +202,8 @@ impl App {
         let push_metrics = PushMetrics::register(&shared.metrics);
         let nodes: Vec<NodeId> = self.bound.push.iter().map(|(node, _)| node.clone()).collect();
         for node in nodes {
-            let push = start_push(config, shared, node.clone(), push_metrics.clone(), &mut self.tasks).await?;
+            let push =
+                start_push(config, shared, node.clone(), push_metrics.clone(), &mut self.tasks).await?;
             directory.nodes.write().insert(node, BoxCloneSyncService::new(push.clone()));
             self.pushes.push(push);
         }
@@ -412,7 +415,11 @@ fn own_urls(bound: &Bound) -> PublicUrls {
     let url = |node: &NodeId, at: &SocketAddr| {
         let mut at = *at;
         if at.ip().is_unspecified() {
-            at.set_ip(if at.is_ipv4() { [127, 0, 0, 1].into() } else { std::net::Ipv6Addr::LOCALHOST.into() });
+            at.set_ip(if at.is_ipv4() {
+                [127, 0, 0, 1].into()
+            } else {
+                std::net::Ipv6Addr::LOCALHOST.into()
+            });
         }
         format!("ws://{at}/n/{node}/v1/ws")
     };

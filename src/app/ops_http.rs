@@ -31,12 +31,18 @@ pub(super) fn routes(edge: Arc<OpsEdge>) -> Routes {
             .route("/readyz", get(ready))
             .route("/metrics", get(metrics))
             .route("/cluster", get(cluster))
-            .route("/", get(async || asset("text/html; charset=utf-8", include_str!("../../web/dashboard.html"))))
+            .route(
+                "/",
+                get(async || asset("text/html; charset=utf-8", include_str!("../../web/dashboard.html"))),
+            )
             .route(
                 "/dashboard.js",
                 get(async || asset("text/javascript; charset=utf-8", include_str!("../../web/dashboard.js"))),
             )
-            .route("/page.css", get(async || asset("text/css; charset=utf-8", include_str!("../../web/page.css"))))
+            .route(
+                "/page.css",
+                get(async || asset("text/css; charset=utf-8", include_str!("../../web/page.css"))),
+            )
             .with_state(edge),
     )
 }

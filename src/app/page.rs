@@ -29,8 +29,14 @@ type Answer = Result<Response<Body>, Refused>;
 pub(super) fn routes(development: Option<Arc<Development>>) -> Routes {
     axum::Router::new()
         .route("/", get(async || asset("text/html; charset=utf-8", include_str!("../../web/index.html"))))
-        .route("/page.js", get(async || asset("text/javascript; charset=utf-8", include_str!("../../web/page.js"))))
-        .route("/page.css", get(async || asset("text/css; charset=utf-8", include_str!("../../web/page.css"))))
+        .route(
+            "/page.js",
+            get(async || asset("text/javascript; charset=utf-8", include_str!("../../web/page.js"))),
+        )
+        .route(
+            "/page.css",
+            get(async || asset("text/css; charset=utf-8", include_str!("../../web/page.css"))),
+        )
         .route("/dev", get(is_development))
         .route("/dev/token", post(token))
         .route("/dev/publish", post(publish))

@@ -25,7 +25,10 @@ struct Inner {
 }
 
 impl LocalFallback {
-    fn change(&self, act: impl FnOnce(&mut HashMap<UserId, Vec<NodeId>>)) -> BoxFuture<'_, Result<(), FallbackError>> {
+    fn change(
+        &self,
+        act: impl FnOnce(&mut HashMap<UserId, Vec<NodeId>>),
+    ) -> BoxFuture<'_, Result<(), FallbackError>> {
         let mut entries = self.inner.entries.write();
         act(&mut entries);
         self.inner.count.store(entries.len(), Ordering::Release);

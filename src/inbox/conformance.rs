@@ -6,8 +6,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::{
-    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxPage, PageLimit,
-    Upkeep,
+    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxPage,
+    PageLimit, Upkeep,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Seq, UserId};
@@ -65,7 +65,12 @@ impl Bench {
     }
 
     async fn append(&self, batch: Vec<Append>) -> Vec<Appended> {
-        self.inbox.append(batch).await.into_iter().map(|outcome| outcome.expect("the store takes it")).collect()
+        self.inbox
+            .append(batch)
+            .await
+            .into_iter()
+            .map(|outcome| outcome.expect("the store takes it"))
+            .collect()
     }
 
     async fn put(&self, name: &str, payload: &str, ttl_s: u64) -> Seq {
@@ -300,7 +305,11 @@ async fn revocations_only_rise(bench: &Bench) {
     bench.put("revoked", "1", 1).await;
     bench.clock.advance(3_600_000);
     bench.inbox.clean().await.unwrap();
-    assert_eq!(bench.ask("revoked", From::Latest).await.not_before_s, 100, "kept when the head record is raised");
+    assert_eq!(
+        bench.ask("revoked", From::Latest).await.not_before_s,
+        100,
+        "kept when the head record is raised"
+    );
     let unknown = Change::NotBefore { user: user("revoked-unknown"), seconds: 7 };
     bench.inbox.update(vec![unknown]).await.unwrap();
     assert_eq!(bench.ask("revoked-unknown", From::Latest).await.not_before_s, 7);

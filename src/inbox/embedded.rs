@@ -20,14 +20,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode, OwnedWriteBatch, Readable, Snapshot};
+use fjall::{Database, Keyspace, KeyspaceCreateOptions, OwnedWriteBatch, PersistMode, Readable, Snapshot};
 use futures_util::future::{BoxFuture, FutureExt};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{
-    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError, InboxPage,
-    PageLimit, Profile, Upkeep, payload_digest,
+    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError,
+    InboxPage, PageLimit, Profile, Upkeep, payload_digest,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
@@ -161,7 +161,12 @@ impl Inbox for EmbeddedInbox {
         self.run(move |store| store.standing(&lot))
     }
 
-    fn page(&self, user: UserId, after: Seq, limit: PageLimit) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
+    fn page(
+        &self,
+        user: UserId,
+        after: Seq,
+        limit: PageLimit,
+    ) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
         self.run(move |store| store.page(&user, after, limit))
     }
 
@@ -249,7 +254,11 @@ impl Store {
     }
 
     fn head(&self, snapshot: &Snapshot, user: &UserId) -> Result<Option<Head>, InboxError> {
-        snapshot.get(&self.heads, user.as_str()).map_err(unreadable)?.map(|raw| Head::decode(&raw)).transpose()
+        snapshot
+            .get(&self.heads, user.as_str())
+            .map_err(unreadable)?
+            .map(|raw| Head::decode(&raw))
+            .transpose()
     }
 
     fn highest(&self, snapshot: &Snapshot, user: &UserId, head: Head) -> Result<u64, InboxError> {
@@ -290,7 +299,9 @@ impl Store {
         let head = Seq::at(highest);
         let start = match &ask.from {
             From::After(seq) => *seq,
-            From::Cursor(device) => self.cursor(snapshot, &ask.user, device)?.map_or(Seq::BEGINNING, |c| c.acked),
+            From::Cursor(device) => {
+                self.cursor(snapshot, &ask.user, device)?.map_or(Seq::BEGINNING, |c| c.acked)
+            }
             From::Latest => head,
         };
         let more = highest > start.get().max(record.first);
@@ -422,7 +433,11 @@ impl Store {
             }
         }
         let acked = known.map_or(acked, |cursor| cursor.acked.max(acked));
-        pending.insert(&self.cursors, cursor_key(user, device.as_str()), Cursor { acked, moved_at: now }.encode());
+        pending.insert(
+            &self.cursors,
+            cursor_key(user, device.as_str()),
+            Cursor { acked, moved_at: now }.encode(),
+        );
         Ok(())
     }
 
@@ -456,7 +471,8 @@ impl Store {
             .take(JANITOR_LOT)
             .map(|entry| {
                 let key = entry.key().map_err(unreadable)?;
-                UserId::parse(&String::from_utf8_lossy(&key)).map_err(|fault| InboxError::Corrupt(fault.to_string()))
+                UserId::parse(&String::from_utf8_lossy(&key))
+                    .map_err(|fault| InboxError::Corrupt(fault.to_string()))
             })
             .collect()
     }
@@ -517,7 +533,8 @@ impl Store {
             for key in lot {
                 // It may have been moved since it was looked at.
                 let raw = self.cursors.get(key).map_err(unreadable)?;
-                if raw.map(|raw| Cursor::decode(&raw)).transpose()?.is_some_and(|cursor| cursor.is_stale(now)) {
+                if raw.map(|raw| Cursor::decode(&raw)).transpose()?.is_some_and(|cursor| cursor.is_stale(now))
+                {
                     pending.remove(&self.cursors, key.clone());
                 }
             }

@@ -7,8 +7,8 @@ use futures_util::future::{BoxFuture, FutureExt, ready};
 use parking_lot::Mutex;
 
 use super::{
-    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError, InboxPage,
-    PageLimit, Profile, Upkeep, payload_digest,
+    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError,
+    InboxPage, PageLimit, Profile, Upkeep, payload_digest,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
@@ -54,7 +54,11 @@ impl MemoryInbox {
             if let Some((seq, expires_at, original)) = log.fences.get(&item.id).filter(|_| item.fenced)
                 && *expires_at > now
             {
-                return if *original == digest { Appended::Duplicate(Seq::at(*seq)) } else { Appended::Conflict };
+                return if *original == digest {
+                    Appended::Duplicate(Seq::at(*seq))
+                } else {
+                    Appended::Conflict
+                };
             }
             log.highest += 1;
             let message = Message {
@@ -80,16 +84,23 @@ impl MemoryInbox {
                 From::Cursor(device) => log.cursors.get(device).map_or(Seq::BEGINNING, |cursor| cursor.0),
                 From::Latest => head,
             };
-            Answer { start, head, more: log.highest > start.get().max(log.first), not_before_s: log.not_before_s }
+            Answer {
+                start,
+                head,
+                more: log.highest > start.get().max(log.first),
+                not_before_s: log.not_before_s,
+            }
         })
     }
 
     fn read(&self, user: &UserId, after: Seq, limit: PageLimit) -> InboxPage {
         self.with(user, |log, now| {
-            let mut page = InboxPage { messages: Vec::new(), upto: after.max(Seq::at(log.highest)), more: false };
+            let mut page =
+                InboxPage { messages: Vec::new(), upto: after.max(Seq::at(log.highest)), more: false };
             let mut bytes = 0;
             for message in log.messages.range(after.get() + 1..).map(|entry| entry.1) {
-                let full = page.messages.len() >= limit.messages || bytes + message.payload.len() > limit.bytes;
+                let full =
+                    page.messages.len() >= limit.messages || bytes + message.payload.len() > limit.bytes;
                 if full && !page.messages.is_empty() {
                     page.upto = Seq::at(message.seq.get() - 1);
                     page.more = true;
@@ -110,7 +121,8 @@ impl MemoryInbox {
                 let cursor = log.cursors.entry(device).or_default();
                 *cursor = (cursor.0.max(acked), now);
                 if log.cursors.len() > DEVICES_PER_USER {
-                    let oldest = log.cursors.iter().min_by_key(|entry| entry.1.1).map(|entry| entry.0.clone());
+                    let oldest =
+                        log.cursors.iter().min_by_key(|entry| entry.1.1).map(|entry| entry.0.clone());
                     oldest.and_then(|device| log.cursors.remove(&device));
                 }
             }),
@@ -130,7 +142,12 @@ impl Inbox for MemoryInbox {
         ready(Ok(lot.iter().map(|ask| self.answer(ask)).collect())).boxed()
     }
 
-    fn page(&self, user: UserId, after: Seq, limit: PageLimit) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
+    fn page(
+        &self,
+        user: UserId,
+        after: Seq,
+        limit: PageLimit,
+    ) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
         ready(Ok(self.read(&user, after, limit))).boxed()
     }
 

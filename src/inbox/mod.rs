@@ -42,7 +42,12 @@ pub trait Inbox: Send + Sync + 'static {
     fn standing(&self, lot: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>>;
 
     /// The unexpired messages after a position.
-    fn page(&self, user: UserId, after: Seq, limit: PageLimit) -> BoxFuture<'_, Result<InboxPage, InboxError>>;
+    fn page(
+        &self,
+        user: UserId,
+        after: Seq,
+        limit: PageLimit,
+    ) -> BoxFuture<'_, Result<InboxPage, InboxError>>;
 
     /// What is known of a user; an unknown one has nothing.
     fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>>;

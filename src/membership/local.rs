@@ -33,7 +33,9 @@ impl LocalMembership {
         let generation: Arc<str> = ulid::Ulid::generate().to_string().into();
         let empty = View::new(generation, clock.now().0, Vec::new(), false);
         let published = watch::Sender::new(Arc::new(empty));
-        Self { inner: Arc::new(Inner { clock, members: Mutex::default(), counts: Mutex::default(), published }) }
+        Self {
+            inner: Arc::new(Inner { clock, members: Mutex::default(), counts: Mutex::default(), published }),
+        }
     }
 
     /// Changes the members and, if anything came of it, publishes the next view.

@@ -35,7 +35,9 @@ pub struct AuthConfig {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KeyFault {
     /// Too easily guessed.
-    #[error("is {0} bytes long; an HS256 secret needs at least {SECRET_MIN_BYTES} (try: openssl rand -base64 32)")]
+    #[error(
+        "is {0} bytes long; an HS256 secret needs at least {SECRET_MIN_BYTES} (try: openssl rand -base64 32)"
+    )]
     Short(usize),
     /// It looks like PEM and is no key that we verify with.
     #[error("is PEM, but not a public key for RS256, ES256 or EdDSA; give the public half, BEGIN PUBLIC KEY")]
@@ -145,7 +147,8 @@ impl Auth {
             return Err("the token is not valid yet");
         }
         let config = &self.inner.config;
-        if config.issuer.as_deref().is_some_and(|iss| claims.get("iss").and_then(Value::as_str) != Some(iss)) {
+        if config.issuer.as_deref().is_some_and(|iss| claims.get("iss").and_then(Value::as_str) != Some(iss))
+        {
             return Err("the token is of another issuer");
         }
         if config.audience.as_deref().is_some_and(|aud| !is_for(claims.get("aud"), aud)) {
@@ -169,7 +172,8 @@ impl Auth {
                 claims[name] = value.as_str().into();
             }
         }
-        let token = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, signing).map_err(|_| CannotSign)?;
+        let token =
+            jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, signing).map_err(|_| CannotSign)?;
         Ok((token, Millis(exp * 1000)))
     }
 

@@ -7,7 +7,8 @@ const NOW: Millis = Millis(1_795_380_000_000);
 const SECRET: &str = "0123456789abcdef0123456789abcdef";
 
 fn auth(token_key: &str) -> Auth {
-    Auth::new(AuthConfig { token_key: token_key.to_owned(), ..AuthConfig::default() }, Clock::standing(NOW)).unwrap()
+    Auth::new(AuthConfig { token_key: token_key.to_owned(), ..AuthConfig::default() }, Clock::standing(NOW))
+        .unwrap()
 }
 
 fn signed(claims: &Value, algorithm: Algorithm, key: &EncodingKey) -> String {
@@ -78,7 +79,8 @@ fn tokens_that_are_not_good_are_refused() {
     for bad in ["", "a.b.c", "....", none.as_str(), &none.replace("none", "None")] {
         assert!(auth.verify(bad).is_err(), "{bad}");
     }
-    let other = signed(&good(), Algorithm::HS256, &EncodingKey::from_secret(b"another secret of 32 bytes, this"));
+    let other =
+        signed(&good(), Algorithm::HS256, &EncodingKey::from_secret(b"another secret of 32 bytes, this"));
     assert_eq!(auth.verify(&other), Err("the token's signature is wrong"));
     let wrong_size = signed(&good(), Algorithm::HS512, &EncodingKey::from_secret(SECRET.as_bytes()));
     assert!(auth.verify(&wrong_size).is_err());
@@ -121,11 +123,15 @@ fn issuer_and_audience_count_where_they_are_configured() {
 #[test]
 fn keys_that_cannot_serve_are_named() {
     let make = |key: &str| {
-        Auth::new(AuthConfig { token_key: key.to_owned(), ..AuthConfig::default() }, Clock::standing(NOW)).err()
+        Auth::new(AuthConfig { token_key: key.to_owned(), ..AuthConfig::default() }, Clock::standing(NOW))
+            .err()
     };
     assert_eq!(make("too short"), Some(KeyFault::Short(9)));
     assert_eq!(make(include_str!("../../tests/keys/rsa-private.pem")), Some(KeyFault::NotAPublicKey));
-    assert_eq!(make("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----"), Some(KeyFault::NotAPublicKey));
+    assert_eq!(
+        make("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----"),
+        Some(KeyFault::NotAPublicKey)
+    );
     let public = auth(include_str!("../../tests/keys/ed-public.pem"));
     assert_eq!(public.issue(&UserId::parse("alice").unwrap(), 60), Err(CannotSign));
 }

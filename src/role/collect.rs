@@ -215,9 +215,13 @@ impl Collect {
     pub async fn disconnect(&self, user: UserId) -> Result<(), InboxError> {
         let now = self.inner.clock.now();
         let not_before_s = now.seconds() + 1;
-        self.inner.inbox.update(vec![Change::NotBefore { user: user.clone(), seconds: not_before_s }]).await?;
+        self.inner
+            .inbox
+            .update(vec![Change::NotBefore { user: user.clone(), seconds: not_before_s }])
+            .await?;
         let revocation = Revocation { user, not_before_s };
-        if let Err(fault) = self.inner.dispatch.clone().oneshot(DispatchRequest::Disconnect(revocation)).await {
+        if let Err(fault) = self.inner.dispatch.clone().oneshot(DispatchRequest::Disconnect(revocation)).await
+        {
             tracing::warn!(%fault, "a node was not told of a disconnect; its sweep will find it");
         }
         tokio::time::sleep(Duration::from_millis(1000 - now.0 % 1000)).await;
@@ -264,8 +268,11 @@ async fn write(inner: Arc<Inner>) {
             }
         };
         inner.metrics.batch.observe(batch.len() as f64);
-        let (appends, to): (Vec<Append>, Vec<_>) =
-            batch.into_iter().map(|(append, answer)| (append.user.clone(), append, answer)).map(split).unzip();
+        let (appends, to): (Vec<Append>, Vec<_>) = batch
+            .into_iter()
+            .map(|(append, answer)| (append.user.clone(), append, answer))
+            .map(split)
+            .unzip();
         let appending = inner.inbox.append(appends);
         if let Some(done) = written.take() {
             answer(&inner, done).await;

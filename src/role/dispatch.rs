@@ -80,7 +80,11 @@ impl DispatchMetrics {
             r.register("dispatch_routed", "Messages put into a node's lane", own.routed.clone());
             r.register("dispatch_dropped", "Hints dropped: lane full or node silent", own.dropped.clone());
             r.register("dispatch_unowned", "Messages without a node to go to", own.unowned.clone());
-            r.register("dispatch_fallback_lookups", "Batches that asked the fallback", own.fallback_lookups.clone());
+            r.register(
+                "dispatch_fallback_lookups",
+                "Batches that asked the fallback",
+                own.fallback_lookups.clone(),
+            );
         });
         Arc::new(own)
     }
@@ -275,7 +279,8 @@ impl Dispatch {
     /// Ends the lanes of nodes that no recent view has.
     fn close_old_lanes(&self, recent: &Recent) {
         self.inner.lanes.lock().retain(|node, _| {
-            recent.current.member(node).is_some() || recent.earlier.iter().any(|(view, _)| view.member(node).is_some())
+            recent.current.member(node).is_some()
+                || recent.earlier.iter().any(|(view, _)| view.member(node).is_some())
         });
     }
 
@@ -314,7 +319,7 @@ impl Dispatch {
             .members
             .iter()
             .map(|member| self.ask(&member.info.node, PushRequest::Disconnect(revocation.clone())));
-        join_all(asked).await.into_iter().map(|answer| answer.map(drop)).collect()
+        join_all(asked).await.into_iter().try_for_each(|answer| answer.map(drop))
     }
 
     async fn ask(&self, node: &NodeId, request: PushRequest) -> Result<PushResponse, PeerFault> {
@@ -322,7 +327,11 @@ impl Dispatch {
     }
 }
 
-async fn call(service: Option<PushService>, node: &NodeId, request: PushRequest) -> Result<PushResponse, PeerFault> {
+async fn call(
+    service: Option<PushService>,
+    node: &NodeId,
+    request: PushRequest,
+) -> Result<PushResponse, PeerFault> {
     let service = service.ok_or_else(|| PeerFault::Unavailable(format!("{node} is not known here")))?;
     match tokio::time::timeout(CALL_DEADLINE, service.oneshot(request)).await {
         Ok(answer) => answer,

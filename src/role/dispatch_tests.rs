@@ -51,8 +51,12 @@ async fn bench(names: &[&str]) -> Bench {
     let fallback = LocalFallback::default();
     let (sender, calls) = mpsc::channel(64);
     let nodes = Arc::new(Nodes { calls: sender, silent: Mutex::new(false) });
-    let dispatch =
-        Dispatch::new(membership.views(), Arc::new(fallback.clone()), Arc::clone(&nodes) as _, &Metrics::default());
+    let dispatch = Dispatch::new(
+        membership.views(),
+        Arc::new(fallback.clone()),
+        Arc::clone(&nodes) as _,
+        &Metrics::default(),
+    );
     Bench { membership, fallback, nodes, dispatch, calls }
 }
 

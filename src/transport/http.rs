@@ -90,7 +90,8 @@ where
         };
         match accepted {
             Ok((stream, _)) => {
-                let connection = serve_one(Arc::clone(&server), stream, service.clone(), limits, stop.clone());
+                let connection =
+                    serve_one(Arc::clone(&server), stream, service.clone(), limits, stop.clone());
                 connections.spawn(connection);
             }
             Err(error) => {
@@ -240,7 +241,8 @@ impl HttpClient {
         body: Bytes,
         deadline: Duration,
     ) -> Result<(u16, Bytes), String> {
-        let mut request = Request::builder().method(method).uri(url).header("content-type", "application/json");
+        let mut request =
+            Request::builder().method(method).uri(url).header("content-type", "application/json");
         if let Some(bearer) = bearer {
             request = request.header("authorization", format!("Bearer {bearer}"));
         }

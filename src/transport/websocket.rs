@@ -10,8 +10,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use http::header::{
-    CONNECTION, HeaderMap, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION,
-    UPGRADE,
+    CONNECTION, HeaderMap, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
+    SEC_WEBSOCKET_VERSION, UPGRADE,
 };
 use http::{HeaderValue, Response, StatusCode};
 use hyper::upgrade::OnUpgrade;
@@ -53,9 +53,11 @@ fn server_config() -> WebSocketConfig {
 /// What is missing, for a person who opened the URL in a browser.
 pub fn handshake(headers: &HeaderMap) -> Result<Response<()>, &'static str> {
     let has = |name, token: &str| {
-        headers.get_all(name).iter().filter_map(|value| value.to_str().ok()).any(|value| {
-            value.split(',').any(|part| part.trim().eq_ignore_ascii_case(token))
-        })
+        headers
+            .get_all(name)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .any(|value| value.split(',').any(|part| part.trim().eq_ignore_ascii_case(token)))
     };
     if !has(CONNECTION, "upgrade") || !has(UPGRADE, "websocket") {
         return Err("this is a WebSocket: open it with a WebSocket client");
@@ -64,7 +66,8 @@ pub fn handshake(headers: &HeaderMap) -> Result<Response<()>, &'static str> {
         return Err("Sec-WebSocket-Version must be 13");
     }
     let key = headers.get(SEC_WEBSOCKET_KEY).ok_or("Sec-WebSocket-Key is missing")?;
-    let accept = HeaderValue::from_str(&derive_accept_key(key.as_bytes())).map_err(|_| "Sec-WebSocket-Key is bad")?;
+    let accept =
+        HeaderValue::from_str(&derive_accept_key(key.as_bytes())).map_err(|_| "Sec-WebSocket-Key is bad")?;
     let mut response = Response::new(());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let answer = response.headers_mut();
@@ -201,7 +204,8 @@ pub async fn open(url: &str, bearer: Option<&str>, deadline: Duration) -> Result
     let headers = request.headers_mut();
     headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
     if let Some(bearer) = bearer {
-        let value = HeaderValue::from_str(&format!("Bearer {bearer}")).map_err(|error| unreachable(&error))?;
+        let value =
+            HeaderValue::from_str(&format!("Bearer {bearer}")).map_err(|error| unreachable(&error))?;
         headers.insert(http::header::AUTHORIZATION, value);
     }
     let config = WebSocketConfig::default().read_buffer_size(16 * 1024).write_buffer_size(0);
@@ -220,7 +224,9 @@ impl ClientSocket {
         loop {
             match self.inner.next().await {
                 Some(Ok(Message::Text(text))) => return Heard::Text(text.into()),
-                Some(Ok(Message::Close(frame))) => return Heard::Closed(frame.map_or(1005, |f| f.code.into())),
+                Some(Ok(Message::Close(frame))) => {
+                    return Heard::Closed(frame.map_or(1005, |f| f.code.into()));
+                }
                 Some(Ok(_)) => {}
                 Some(Err(_)) | None => return Heard::Lost,
             }

@@ -124,7 +124,9 @@ impl SocketQuery {
             "since" => self.since = Some(Since::parse(&value).map_err(|rule| ("since", rule.to_owned()))?),
             "ticket" => self.ticket = Some(value),
             "access_token" => self.access_token = Some(value),
-            "hops" => self.hops = value.parse().map_err(|_| ("hops", "hops is a small integer".to_owned()))?,
+            "hops" => {
+                self.hops = value.parse().map_err(|_| ("hops", "hops is a small integer".to_owned()))?
+            }
             "epoch" => self.epoch = value.parse().map_err(|_| ("epoch", "epoch is an integer".to_owned()))?,
             "redirect" if value == "http" => self.redirect_http = true,
             "redirect" => return Err(("redirect", "redirect is \"http\" or absent".to_owned())),
@@ -151,9 +153,14 @@ mod tests {
         let template = UrlTemplate::parse("wss://push.example.com/n/{node}/v1/ws").unwrap();
         let node = NodeId::parse("push-2").unwrap();
         assert_eq!(template.url(&node), "wss://push.example.com/n/push-2/v1/ws");
-        for bad in
-            ["", "https://x/{node}", "wss://x/ws", "wss://x/{node}/{node}", "wss://x/{node}?a=b", "wss:// x/{node}"]
-        {
+        for bad in [
+            "",
+            "https://x/{node}",
+            "wss://x/ws",
+            "wss://x/{node}/{node}",
+            "wss://x/{node}?a=b",
+            "wss:// x/{node}",
+        ] {
             assert!(UrlTemplate::parse(bad).is_err(), "{bad}");
         }
     }

@@ -367,7 +367,9 @@ mod tests {
              \"accepted_at\":\"2026-11-22T20:49:26.120Z\",\"expires_at\":\"2026-11-22T20:49:27.120Z\",\
              \"payload\":{ \"b\":1,  \"a\":[1.0e5,\"\\u00e9\"] }}"
         );
-        let ReceivedFrame::Message(read) = ReceivedFrame::parse(&text).unwrap() else { panic!("not a message") };
+        let ReceivedFrame::Message(read) = ReceivedFrame::parse(&text).unwrap() else {
+            panic!("not a message")
+        };
         assert_eq!((read.seq, read.id.as_str()), (43, r#"order "17"\paid"#));
         assert_eq!(read.payload.get(), r#"{ "b":1,  "a":[1.0e5,"\u00e9"] }"#);
     }

@@ -233,7 +233,11 @@ fn put_accepted(out: &mut BytesMut, user: &UserId, outcome: &Result<Stored, Refu
         Ok(stored) => {
             out.put_slice(br#","seq":"#);
             put_number(out, stored.seq.get());
-            out.put_slice(if stored.duplicate { br#","duplicate":true}"# } else { br#","duplicate":false}"# });
+            out.put_slice(if stored.duplicate {
+                br#","duplicate":true}"#
+            } else {
+                br#","duplicate":false}"#
+            });
         }
         Err(refusal) => {
             out.put_slice(br#","error":"#);
@@ -406,7 +410,8 @@ fn parse_id(raw: &RawValue, faults: &mut Vec<FieldFault>) -> Option<MessageId> {
 
 fn parse_to(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldFault>) -> Option<Recipients> {
     const FORM: &str = "must be an object with exactly one of \"user\" and \"users\"";
-    let parsed = raw.get().starts_with('{').then(|| serde_json::from_str::<RawTo<'_>>(raw.get()).ok()).flatten();
+    let parsed =
+        raw.get().starts_with('{').then(|| serde_json::from_str::<RawTo<'_>>(raw.get()).ok()).flatten();
     match parsed {
         Some(RawTo { user: Some(user), users: None }) => {
             parse_user(user, "/to/user", faults).map(Recipients::User)

@@ -17,7 +17,8 @@ fn pointers(body: &str) -> (u16, Vec<String>) {
 
 #[test]
 fn a_publish_keeps_its_payload_byte_for_byte() {
-    let read = publish(r#" {"to":{"user":"alice"}, "payload": { "b" : 1.50 , "a":"\u00e9" } , "id":"x" } "#).unwrap();
+    let read = publish(r#" {"to":{"user":"alice"}, "payload": { "b" : 1.50 , "a":"\u00e9" } , "id":"x" } "#)
+        .unwrap();
     assert_eq!(read.payload, r#"{ "b" : 1.50 , "a":"\u00e9" }"#);
     assert_eq!(read.ttl_s, 604_800);
     assert_eq!(read.id.unwrap().as_str(), "x");

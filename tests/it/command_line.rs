@@ -32,7 +32,8 @@ async fn a_token_is_printed_alone_and_opens_a_socket() {
     let mut socket = Socket::open(&format!("ws://{}/v1/ws", server.at("push")), Some(token.trim())).await;
     assert_eq!(socket.expect("welcome").await["user"], "alice");
     for ttl in ["", "1", "0s", "91d", "1w", "-1h", "h"] {
-        let (code, _, said) = output(&mut ringpush(Some(&server), &["token", "alice", &format!("--ttl={ttl}")]));
+        let (code, _, said) =
+            output(&mut ringpush(Some(&server), &["token", "alice", &format!("--ttl={ttl}")]));
         assert_eq!(code, 64, "{ttl}: {said}");
         assert!(said.contains("--ttl"), "{said}");
     }
@@ -50,7 +51,8 @@ async fn published_lines_come_out_of_listen_in_order() {
         line.clear();
         assert!(said.read_line(&mut line).unwrap() > 0, "listen ended");
     }
-    let (code, answer, _) = output(&mut ringpush(Some(&server), &["publish", "alice", r#"{"text":"hello"}"#]));
+    let (code, answer, _) =
+        output(&mut ringpush(Some(&server), &["publish", "alice", r#"{"text":"hello"}"#]));
     assert_eq!(code, 0);
     let first = serde_json::from_str::<Value>(&answer).unwrap()["accepted"][0]["seq"].as_u64().unwrap();
     let mut many = ringpush(Some(&server), &["publish", "alice", "-"]);
@@ -161,7 +163,10 @@ fn a_configuration_is_checked_and_shown_without_secrets() {
     }
     let (code, shown, said) = output(&mut complete);
     assert_eq!(code, 0, "{said}");
-    assert!(shown.contains("[push]") && !shown.contains("secret-of") && !shown.contains("-secret\""), "{shown}");
+    assert!(
+        shown.contains("[push]") && !shown.contains("secret-of") && !shown.contains("-secret\""),
+        "{shown}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -209,14 +214,15 @@ async fn logs_are_json_where_asked_for_and_hold_no_token_and_no_payload() {
     socket.messages(1).await;
     assert_eq!(server.terminate().await, 0);
     let log = server.log();
-    let ours: Vec<&str> = log.lines().filter(|line| !line.contains("tungstenite")).collect();
     let key = server.key("api_key");
     for secret in [token.as_str(), "a-payload-that-nobody-should-read", &key] {
-        assert!(!ours.iter().any(|line| line.contains(secret)), "a secret is in the log");
+        let leak = log.lines().find(|line| line.contains(secret));
+        assert_eq!(leak, None, "a secret is in the log");
     }
     let data = tempfile::tempdir().unwrap();
     let mut command = ringpush(None, &["serve", "--log", "json", "--data", data.path().to_str().unwrap()]);
-    let mut child = command.env("RINGPUSH_PUSH__LISTEN", "127.0.0.1:0").env("RINGPUSH_OPS__LISTEN", "127.0.0.1:0");
+    let mut child =
+        command.env("RINGPUSH_PUSH__LISTEN", "127.0.0.1:0").env("RINGPUSH_OPS__LISTEN", "127.0.0.1:0");
     for role in ["COLLECT", "AUTH", "DISPATCH"] {
         child = child.env(format!("RINGPUSH_{role}__LISTEN"), "127.0.0.1:0");
     }

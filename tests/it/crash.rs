@@ -87,7 +87,8 @@ async fn check_inbox(server: &Server, user: usize, accepted: &BTreeMap<u64, u64>
     let mut stored: BTreeMap<u64, u64> = BTreeMap::new();
     let mut after = 0;
     loop {
-        let page = server.get(&format!("/v1/users/user-{user}/messages?after={after}&limit=1000")).await.json();
+        let page =
+            server.get(&format!("/v1/users/user-{user}/messages?after={after}&limit=1000")).await.json();
         for message in page["messages"].as_array().unwrap() {
             stored.insert(message["seq"].as_u64().unwrap(), message["payload"].as_u64().unwrap());
         }
@@ -121,13 +122,17 @@ async fn no_202_leaves_before_a_sync_that_began_after_its_append() {
     assert_eq!(terminate_traced(&mut server).await, 0);
     let trace = std::fs::read_to_string(trace).unwrap();
     let events = traced(&trace);
-    for n in 0..40 {
-        let append = events.iter().position(|e| matches!(e, Traced::Append(text) if text.contains(&format!("traced-{n:04}"))));
+    for (n, seq) in seqs.iter().enumerate() {
+        let append = events
+            .iter()
+            .position(|e| matches!(e, Traced::Append(text) if text.contains(&format!("traced-{n:04}"))));
         let append = append.unwrap_or_else(|| panic!("message {n} was never written"));
-        let answer = events.iter().position(|e| matches!(e, Traced::Answer(text) if text.contains(&seqs[n].to_string())));
+        let answer =
+            events.iter().position(|e| matches!(e, Traced::Answer(text) if text.contains(&seq.to_string())));
         let answer = answer.unwrap_or_else(|| panic!("message {n} was never answered"));
         let began = events[append..answer].iter().position(|e| matches!(e, Traced::SyncBegins(_)));
-        let began = append + began.unwrap_or_else(|| panic!("no sync between the append and the 202 of message {n}"));
+        let began =
+            append + began.unwrap_or_else(|| panic!("no sync between the append and the 202 of message {n}"));
         let Traced::SyncBegins(thread) = &events[began] else { unreachable!() };
         let ended = events[began..answer].iter().any(|e| matches!(e, Traced::SyncEnds(by) if by == thread));
         assert!(ended, "the 202 of message {n} left before its sync had ended");
@@ -136,7 +141,8 @@ async fn no_202_leaves_before_a_sync_that_began_after_its_append() {
 
 /// strace stands between us and the program: the signal goes to the program, the exit code comes through strace.
 async fn terminate_traced(server: &mut Server) -> i32 {
-    let children = std::process::Command::new("pgrep").args(["-P", &server.pid().to_string()]).output().unwrap();
+    let children =
+        std::process::Command::new("pgrep").args(["-P", &server.pid().to_string()]).output().unwrap();
     let pid: u32 = String::from_utf8(children.stdout).unwrap().trim().parse().unwrap();
     crate::support::signal(pid, "TERM");
     server.ended().await
@@ -235,7 +241,9 @@ async fn receive_all(mut client: Client, count: u64) -> Vec<u64> {
                     received.push(message.payload.get().parse().unwrap());
                     client.ack(message.seq).await;
                 }
-                Some(Event::Gap { .. } | Event::Refused { .. }) | None => panic!("a gap, a refusal or an end"),
+                Some(Event::Gap { .. } | Event::Refused { .. }) | None => {
+                    panic!("a gap, a refusal or an end")
+                }
                 Some(_) => {}
             }
         }
@@ -245,7 +253,13 @@ async fn receive_all(mut client: Client, count: u64) -> Vec<u64> {
     received
 }
 
-async fn publish_with_repeats(at: String, key: String, count: u64, published: Arc<AtomicU64>, done: Arc<AtomicBool>) {
+async fn publish_with_repeats(
+    at: String,
+    key: String,
+    count: u64,
+    published: Arc<AtomicU64>,
+    done: Arc<AtomicBool>,
+) {
     let client = ringpush::transport::http::HttpClient::default();
     let url = format!("http://{at}/v1/messages");
     for n in 0..count {
@@ -253,7 +267,8 @@ async fn publish_with_repeats(at: String, key: String, count: u64, published: Ar
         let began = Instant::now();
         loop {
             assert!(began.elapsed() < crate::support::DEADLINE * 3, "message {n} cannot be published");
-            let sent = client.send("POST", &url, Some(&key), body.to_string().into(), Duration::from_secs(5)).await;
+            let sent =
+                client.send("POST", &url, Some(&key), body.to_string().into(), Duration::from_secs(5)).await;
             match sent {
                 Ok((202, _)) => break,
                 Ok((503, _)) | Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,

@@ -27,7 +27,10 @@ async fn a_data_directory_has_one_process() {
     let server = Server::start().await;
     let (code, said) = run(&mut command(server.directory.path(), &Options::default()));
     assert_eq!(code, 1, "{said}");
-    assert!(said.contains("data.dir") && said.contains("another process") && said.contains("--data"), "{said}");
+    assert!(
+        said.contains("data.dir") && said.contains("another process") && said.contains("--data"),
+        "{said}"
+    );
     server.publish("alice", json!("still served")).await;
 }
 
@@ -50,8 +53,10 @@ async fn a_full_disk_loses_nothing_that_was_accepted() {
     let inbox = directory.path().join("inbox");
     std::fs::create_dir_all(&inbox).unwrap();
     let script = format!("mount -t tmpfs -o size=96m none {} && exec \"$0\" \"$@\"", inbox.display());
-    let root = String::from_utf8(Command::new("id").arg("-u").output().unwrap().stdout).unwrap().trim() == "0";
-    let mut wrapper = vec!["unshare", if root { "-m" } else { "-rm" }, "--propagation", "private", "sh", "-c"];
+    let root =
+        String::from_utf8(Command::new("id").arg("-u").output().unwrap().stdout).unwrap().trim() == "0";
+    let mut wrapper =
+        vec!["unshare", if root { "-m" } else { "-rm" }, "--propagation", "private", "sh", "-c"];
     wrapper.push(&script);
     let options = Options { wrapper: wrapper.into_iter().map(str::to_owned).collect(), ..Options::default() };
     let mut server = Server::on(directory, options).await;

@@ -36,7 +36,11 @@ async fn connect_answers_the_owner_and_a_ticket_that_opens_one_socket_once() {
             let answer = connect(&server, &at, &token).await.json();
             assert_eq!(answer["node"], format!("push-{owner}"), "{user}");
             assert_eq!(answer["expires_in_ms"], 30_000);
-            assert!(answer["generation"].is_string() && answer["epoch"].is_u64() && answer["reconnect"].is_object());
+            assert!(
+                answer["generation"].is_string()
+                    && answer["epoch"].is_u64()
+                    && answer["reconnect"].is_object()
+            );
             let url = answer["url"].as_str().unwrap();
             assert!(url.contains(&server.push(owner)), "{url}");
             let mut socket = Socket::open(&format!("{url}&since=0"), None).await;
@@ -74,7 +78,10 @@ async fn a_socket_on_another_node_is_told_to_move_and_between_the_two_nothing_is
     assert_eq!(old.expect("message").await["seq"], first);
     let (between, order) = old.until("move").await;
     assert!(between.iter().all(|frame| frame["type"] == "caught_up"), "{between:?}");
-    assert_eq!((&order["node"], &order["reason"]), (&json!(format!("push-{}", owner_of("alice"))), &json!("owner")));
+    assert_eq!(
+        (&order["node"], &order["reason"]),
+        (&json!(format!("push-{}", owner_of("alice"))), &json!("owner"))
+    );
     assert!(order["after_ms"].as_u64().unwrap() <= 1_000);
     let url = order["url"].as_str().unwrap();
     assert!(url.contains("hops=1") && url.contains(&format!("epoch={}", order["epoch"])), "{url}");
@@ -208,7 +215,8 @@ async fn leaving_closes_every_socket_with_a_reason_and_exits_cleanly() {
     let mut sockets = Vec::new();
     for n in 0..30 {
         let token = server.token(&format!("user-{n}")).await;
-        let mut socket = Socket::open(&format!("ws://{}/v1/ws?hops=2", server.push(n % 3)), Some(&token)).await;
+        let mut socket =
+            Socket::open(&format!("ws://{}/v1/ws?hops=2", server.push(n % 3)), Some(&token)).await;
         socket.caught_up().await;
         sockets.push(socket);
     }

@@ -11,7 +11,8 @@ async fn numbers_rise_by_one_and_history_shows_every_byte() {
     let headers = [("content-type", "application/json; charset=utf-8")];
     let key = server.key("api_key");
     let sent =
-        http::request(&server.at("collect"), "POST", "/v1/messages", Some(&key), &headers, body.as_bytes()).await;
+        http::request(&server.at("collect"), "POST", "/v1/messages", Some(&key), &headers, body.as_bytes())
+            .await;
     assert_eq!(sent.status, 202, "{sent:?}");
     assert_eq!(sent.json()["id"], "order-17");
     let first = sent.json()["accepted"][0]["seq"].as_u64().unwrap();
@@ -78,7 +79,8 @@ async fn each_item_of_a_batch_stands_alone() {
         {"to": {"user": "alice"}, "payload": "x".repeat(70_000)},
     ]});
     let answer =
-        http::post(&server.at("collect"), "/v1/messages/batch", Some(&server.key("api_key")), &messages).await;
+        http::post(&server.at("collect"), "/v1/messages/batch", Some(&server.key("api_key")), &messages)
+            .await;
     assert_eq!(answer.status, 202, "{answer:?}");
     let results = answer.json()["results"].clone();
     let first = results[0]["accepted"][0]["seq"].as_u64().unwrap();
@@ -120,7 +122,9 @@ async fn bad_publishes_are_refused_by_name_and_leave_nothing() {
     }
     let huge = "x".repeat(2 * 1024 * 1024);
     assert_eq!(send(&huge).await.status, 413);
-    let text = http::request(&at, "POST", "/v1/messages", Some(&key), &[("content-type", "text/plain")], b"{}").await;
+    let text =
+        http::request(&at, "POST", "/v1/messages", Some(&key), &[("content-type", "text/plain")], b"{}")
+            .await;
     assert_eq!((text.status, text.pointers().len()), (415, 0));
     assert_eq!(server.get("/v1/users/a").await.json()["head"], Value::Null, "nothing was stored");
     assert_eq!(server.publish("a", json!(1)).await, server.get("/v1/users/a").await.json()["head"]);
@@ -171,7 +175,10 @@ async fn the_cluster_is_shown_as_it_is() {
     let server = Server::with(crate::support::Options::nodes(3)).await;
     let cluster = server.get("/v1/cluster").await.json();
     let nodes = cluster["nodes"].as_array().unwrap();
-    assert_eq!(nodes.iter().map(|n| n["node"].as_str().unwrap()).collect::<Vec<_>>(), ["push-0", "push-1", "push-2"]);
+    assert_eq!(
+        nodes.iter().map(|n| n["node"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["push-0", "push-1", "push-2"]
+    );
     let shares: f64 = nodes.iter().map(|n| n["share"].as_f64().unwrap()).sum();
     assert!((shares - 1.0).abs() < 1e-9);
     assert!(nodes.iter().all(|n| n["state"] == "active" && n["weight"] == 1.0 && n["incarnation"].is_u64()));

@@ -24,7 +24,16 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     (
         "role",
         &[
-            "message", "ring", "backoff", "wire", "ticket", "session", "clock", "telemetry", "membership", "fallback",
+            "message",
+            "ring",
+            "backoff",
+            "wire",
+            "ticket",
+            "session",
+            "clock",
+            "telemetry",
+            "membership",
+            "fallback",
             "inbox",
         ],
     ),
@@ -112,7 +121,11 @@ fn roles_do_not_know_one_another() {
         for other in ROLES.iter().filter(|role| **role != own && own != "mod") {
             for line in code(&text) {
                 for arrow in [format!("role::{other}"), format!("super::{other}::")] {
-                    assert!(!line.contains(&arrow), "{}: {own} must not know {other}: {line}", path.display());
+                    assert!(
+                        !line.contains(&arrow),
+                        "{}: {own} must not know {other}: {line}",
+                        path.display()
+                    );
                 }
             }
         }
@@ -125,8 +138,9 @@ fn each_foreign_crate_has_its_door() {
         let shown = path.to_str().unwrap();
         for (foreign, doors) in DOORS {
             let named = code(&text).any(|line| {
-                line.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':'))
-                    .any(|word| word.starts_with(&format!("{foreign}::")) || word == *foreign && line.contains("use "))
+                line.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':')).any(|word| {
+                    word.starts_with(&format!("{foreign}::")) || word == *foreign && line.contains("use ")
+                })
             });
             let open = doors.iter().any(|door| shown.starts_with(door));
             assert!(!named || open, "{shown} names {foreign}, whose door is {doors:?}");
@@ -139,7 +153,16 @@ fn pure_rooms_have_no_clock_no_tasks_and_no_io() {
     const TIER_0: [&str; 6] = ["message", "ring", "backoff", "wire", "ticket", "session"];
     for (path, text) in sources().into_iter().filter(|(path, _)| TIER_0.contains(&room(path).as_str())) {
         for line in code(&text) {
-            for word in ["tokio", "async ", ".await", "std::fs", "std::net", "Instant::now", "rand::rng", "rand::random"] {
+            for word in [
+                "tokio",
+                "async ",
+                ".await",
+                "std::fs",
+                "std::net",
+                "Instant::now",
+                "rand::rng",
+                "rand::random",
+            ] {
                 assert!(!line.contains(word), "{}: a pure room has no {word}: {line}", path.display());
             }
         }

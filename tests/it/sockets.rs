@@ -12,7 +12,10 @@ async fn a_message_is_there_a_moment_later() {
     let server = Server::start().await;
     let mut socket = server.connect("alice", "?device=web-1").await;
     let welcome = socket.expect("welcome").await;
-    assert_eq!((&welcome["user"], &welcome["device"], &welcome["since"]), (&json!("alice"), &json!("web-1"), &json!(0)));
+    assert_eq!(
+        (&welcome["user"], &welcome["device"], &welcome["since"]),
+        (&json!("alice"), &json!("web-1"), &json!(0))
+    );
     assert_eq!(welcome["ping_every_ms"], 25_000);
     assert!(welcome["reconnect"]["max_ms"].as_u64().unwrap() >= 5_000 && welcome["epoch"].is_u64());
     assert_eq!(socket.expect("caught_up").await["seq"], 0, "there is nothing");
@@ -45,7 +48,8 @@ async fn the_token_may_come_in_the_first_frame() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_device_resumes_from_its_own_cursor() {
     let server = Server::start().await;
-    let (mut web, mut app) = (server.connect("alice", "?device=web").await, server.connect("alice", "?device=app").await);
+    let (mut web, mut app) =
+        (server.connect("alice", "?device=web").await, server.connect("alice", "?device=app").await);
     web.caught_up().await;
     app.caught_up().await;
     let seqs = server.publish_all("alice", (0..10).map(|n| json!(n))).await;
@@ -149,7 +153,10 @@ async fn an_ack_above_what_was_sent_counts_as_the_last_one() {
     let seq = server.publish("alice", json!(1)).await;
     socket.messages(1).await;
     socket.ack(seq + 1_000).await;
-    eventually("the cursor", async || server.get("/v1/users/alice").await.json()["devices"][0]["acked"] == seq).await;
+    eventually("the cursor", async || {
+        server.get("/v1/users/alice").await.json()["devices"][0]["acked"] == seq
+    })
+    .await;
     let next = server.publish("alice", json!(2)).await;
     socket.close().await;
     let mut again = server.connect("alice", "?device=d").await;
@@ -178,7 +185,9 @@ async fn the_oldest_session_goes_when_a_user_has_too_many() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn frames_that_are_none_are_closed_by_their_code() {
     let server = Server::start().await;
-    for text in ["not json", "[]", "{}", r#"{"type":"shout"}"#, r#"{"type":"ack","seq":"1"}"#, r#"{"type":"ack"}"#] {
+    for text in
+        ["not json", "[]", "{}", r#"{"type":"shout"}"#, r#"{"type":"ack","seq":"1"}"#, r#"{"type":"ack"}"#]
+    {
         let mut socket = server.connect("alice", "").await;
         socket.caught_up().await;
         socket.say_text(text).await;
@@ -233,7 +242,11 @@ async fn a_socket_must_show_who_it_is_in_time() {
     assert_eq!(Socket::try_open(&url, Some("nonsense"), &[]).await.err(), Some(401));
     let in_url = format!("{url}?access_token={}", server.token("alice").await);
     let mut unread = Socket::open(&in_url, None).await;
-    assert_eq!(unread.closed().await.code, 4408, "a token in the URL is not looked at unless that is allowed");
+    assert_eq!(
+        unread.closed().await.code,
+        4408,
+        "a token in the URL is not looked at unless that is allowed"
+    );
     server.nobody_is_left().await;
 }
 
@@ -242,18 +255,25 @@ async fn requests_for_sockets_are_checked_before_the_upgrade() {
     let server = Server::with(Options::default().with("push.origins", r#"["https://shop.example"]"#)).await;
     let (at, token) = (server.at("push"), server.token("alice").await);
     let url = format!("ws://{at}/v1/ws");
-    for (origin, opens) in [("https://shop.example", true), ("https://evil.example", false), ("null", false)] {
+    for (origin, opens) in [("https://shop.example", true), ("https://evil.example", false), ("null", false)]
+    {
         let opened = Socket::try_open(&url, Some(&token), &[("origin", origin)]).await;
         assert_eq!(opened.err(), (!opens).then_some(403), "{origin}");
     }
     for query in ["device=no%20spaces", "since=-1", "since=soon", "hops=x", "redirect=ftp"] {
-        assert_eq!(Socket::try_open(&format!("{url}?{query}"), Some(&token), &[]).await.err(), Some(422), "{query}");
+        assert_eq!(
+            Socket::try_open(&format!("{url}?{query}"), Some(&token), &[]).await.err(),
+            Some(422),
+            "{query}"
+        );
     }
-    let offered = Socket::try_open(&url, Some(&token), &[("sec-websocket-protocol", "x, ringpush.v1.json")]).await;
+    let offered =
+        Socket::try_open(&url, Some(&token), &[("sec-websocket-protocol", "x, ringpush.v1.json")]).await;
     assert!(offered.is_ok());
     let plain = http::get(&at, "/v1/ws", Some(&token)).await;
     assert_eq!((plain.status, plain.pointers().len()), (426, 0));
-    let forbidden = http::request(&at, "POST", "/v1/connect", Some(&token), &[("origin", "https://evil.example")], b"");
+    let forbidden =
+        http::request(&at, "POST", "/v1/connect", Some(&token), &[("origin", "https://evil.example")], b"");
     assert_eq!(forbidden.await.status, 403);
     let headers = [("origin", "https://shop.example"), ("access-control-request-method", "POST")];
     let preflight = http::request(&at, "OPTIONS", "/v1/connect", None, &headers, b"").await;
@@ -315,7 +335,10 @@ async fn a_slow_reader_is_neither_dropped_nor_buffered_and_gets_all_of_it() {
         assert_eq!(seqs.len(), 25);
         quick.messages(25).await;
     }
-    assert!(server.metric("ringpush_demoted_total").await >= 1.0, "30 MB do not fit into a socket that nobody reads");
+    assert!(
+        server.metric("ringpush_demoted_total").await >= 1.0,
+        "30 MB do not fit into a socket that nobody reads"
+    );
     let grown = resident_kib(server.pid()).saturating_sub(before);
     let messages = slow.messages(1500).await;
     assert_eq!(messages[1499][0], 59);

@@ -87,7 +87,8 @@ async fn a_disconnect_closes_every_socket_and_refuses_every_token_until_then() {
     let mut other = Socket::open(&format!("ws://{}/v1/ws?hops=2", server.push(0)), Some(&bob)).await;
     other.caught_up().await;
     let path = "/v1/users/alice/sessions";
-    let gone = http::request(&server.at("collect"), "DELETE", path, Some(&server.key("api_key")), &[], b"").await;
+    let gone =
+        http::request(&server.at("collect"), "DELETE", path, Some(&server.key("api_key")), &[], b"").await;
     assert_eq!(gone.status, 202, "{gone:?}");
     for socket in &mut sockets {
         let closed = socket.closed().await;

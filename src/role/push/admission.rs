@@ -103,7 +103,8 @@ pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Adm
     let mut device = query.device.clone();
     let identity = match &query.ticket {
         Some(ticket) => {
-            let ticket = take_ticket(node, ticket).map_err(|fault| Rejection::Unauthorized(fault.to_string()))?;
+            let ticket =
+                take_ticket(node, ticket).map_err(|fault| Rejection::Unauthorized(fault.to_string()))?;
             if ticket.keep {
                 arrival.keep_at_epoch = Some(node.views.borrow().epoch);
             }
@@ -167,7 +168,8 @@ fn elsewhere(
     if view.held || arrival.keep_at_epoch.is_some() {
         return None;
     }
-    let mut url = format!("{}?hops={}&epoch={}", node.urls.of(&owner.info.node)?, arrival.hops + 1, view.epoch);
+    let mut url =
+        format!("{}?hops={}&epoch={}", node.urls.of(&owner.info.node)?, arrival.hops + 1, view.epoch);
     if let Some(device) = device {
         url.push_str(&format!("&device={}", escape(device.as_str())));
     }
@@ -217,7 +219,8 @@ mod tests {
     fn origins_are_compared_letter_by_letter() {
         let listed = Origins::Listed(vec!["https://shop.example".to_owned()]);
         assert!(listed.allows(Some("https://shop.example")) && listed.allows(None));
-        for other in ["http://shop.example", "https://shop.example.evil", "https://SHOP.example", "null", ""] {
+        for other in ["http://shop.example", "https://shop.example.evil", "https://SHOP.example", "null", ""]
+        {
             assert!(!listed.allows(Some(other)), "{other}");
         }
         assert!(Origins::Any.allows(Some("https://anywhere")));

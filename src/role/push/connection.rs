@@ -115,7 +115,9 @@ async fn live<S: Socket>(node: Arc<Node>, admission: Admission, mut socket: S) {
                 Ok((seat, answer)) => {
                     let _counted = Counted::in_gauge(&node.metrics.sessions);
                     // Boxed: the serving stage is the long one, and must not carry the room of the others.
-                    return Box::new(Serving::begin(Arc::clone(&node), socket, seat, answer, known)).serve().await;
+                    return Box::new(Serving::begin(Arc::clone(&node), socket, seat, answer, known))
+                        .serve()
+                        .await;
                 }
             }
         }
@@ -151,7 +153,9 @@ async fn first_text<S: Socket>(socket: &mut S) -> Result<Bytes, End> {
         match socket.next().await {
             Some(Ok(Incoming::Text(text))) => return Ok(text),
             Some(Ok(Incoming::Alive)) => {}
-            Some(Ok(Incoming::Binary)) => return Err(End::close(CloseCode::BadFrame, "text is due, not binary")),
+            Some(Ok(Incoming::Binary)) => {
+                return Err(End::close(CloseCode::BadFrame, "text is due, not binary"));
+            }
             Some(Ok(Incoming::Closed)) | None => return Err(End::Gone),
             Some(Err(fault)) => return Err(fault.into()),
         }
@@ -190,7 +194,8 @@ async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(R
         End::close(CloseCode::Overloaded, "the inbox cannot be read now")
     })?;
     if since.is_none()
-        && let Some(acked) = node.cursors.pending(&seat.user, &seat.device).filter(|acked| *acked > answer.start)
+        && let Some(acked) =
+            node.cursors.pending(&seat.user, &seat.device).filter(|acked| *acked > answer.start)
     {
         // Acked here a moment ago: a client that comes straight back need not see it again.
         answer.start = acked;
@@ -327,13 +332,17 @@ impl<S: Socket> Serving<S> {
             return Poll::Ready(event);
         }
         self.frames_first = !self.frames_first;
-        if self.frames_first && let Poll::Ready(event) = self.poll_frame(cx) {
+        if self.frames_first
+            && let Poll::Ready(event) = self.poll_frame(cx)
+        {
             return Poll::Ready(event);
         }
         if let Poll::Ready(mail) = self.seat.mailbox.poll_take(cx) {
             return Poll::Ready(Event::Mail(mail));
         }
-        if !self.frames_first && let Poll::Ready(event) = self.poll_frame(cx) {
+        if !self.frames_first
+            && let Poll::Ready(event) = self.poll_frame(cx)
+        {
             return Poll::Ready(event);
         }
         if let Some(refresh) = &mut self.refresh

@@ -204,7 +204,8 @@ impl Node {
 
     fn hint(&self) -> ReconnectHint {
         let (sessions, limits) = (self.registry.len(), &self.config.limits);
-        let max_ms = rebalance::reconnect_window_ms(sessions, self.config.accept_per_s, limits.reconnect_jitter_ms);
+        let max_ms =
+            rebalance::reconnect_window_ms(sessions, self.config.accept_per_s, limits.reconnect_jitter_ms);
         ReconnectHint { min_ms: 0, max_ms }
     }
 
@@ -242,7 +243,8 @@ impl Node {
     }
 
     fn disconnect(&self, revocation: &Revocation) {
-        self.registry.for_user(&revocation.user, |seat| sweep::close_if_revoked(seat, revocation.not_before_s));
+        self.registry
+            .for_user(&revocation.user, |seat| sweep::close_if_revoked(seat, revocation.not_before_s));
     }
 }
 
@@ -370,8 +372,7 @@ const COUNTS_EVERY: Duration = Duration::from_millis(500);
 
 async fn report_counts(node: Arc<Node>) {
     loop {
-        let counts =
-            Counts { sessions: node.registry.len() as u64, displaced: node.displaced.len() as u64 };
+        let counts = Counts { sessions: node.registry.len() as u64, displaced: node.displaced.len() as u64 };
         node.membership.counts(Some((node.config.node.clone(), counts)));
         tokio::time::sleep(COUNTS_EVERY).await;
     }

@@ -230,12 +230,7 @@ fn walk(node: &Node, view: &View) -> Vec<Weak<Seat>> {
     seats.iter().filter(|seat| !node.owns(view, &seat.user)).map(Arc::downgrade).collect()
 }
 
-fn hand_out(
-    node: &Node,
-    view: &View,
-    waiting: &mut Vec<Weak<Seat>>,
-    allowance: &mut HashMap<NodeId, f64>,
-) {
+fn hand_out(node: &Node, view: &View, waiting: &mut Vec<Weak<Seat>>, allowance: &mut HashMap<NodeId, f64>) {
     for member in &view.members {
         let per_tick = moves_per_s(view, member) * MOVE_TICK.as_secs_f64();
         let left = allowance.entry(member.info.node.clone()).or_insert(0.0);
@@ -309,7 +304,8 @@ async fn move_all(node: &Node, seats: &[Arc<Seat>], window: Duration) {
     while told < seats.len() && began.elapsed() < window {
         let view = Arc::clone(&node.views.borrow());
         let paced: f64 = view.members.iter().map(|member| moves_per_s(&view, member)).sum();
-        let needed = (seats.len() - told) as f64 / telling.saturating_sub(began.elapsed()).as_secs_f64().max(0.1);
+        let needed =
+            (seats.len() - told) as f64 / telling.saturating_sub(began.elapsed()).as_secs_f64().max(0.1);
         let lot = (paced.max(needed) * MOVE_TICK.as_secs_f64()).ceil() as usize;
         for seat in &seats[told..(told + lot.max(1)).min(seats.len())] {
             let target = view.owner(&seat.user).filter(|owner| owner.info.node != node.config.node);

@@ -112,11 +112,14 @@ pub(super) struct Registry {
 
 type Shard = Mutex<HashMap<UserId, Vec<Arc<Seat>>>>;
 
+/// What to do when a user's last session here ends.
+type OnLast = Box<dyn FnOnce(&UserId) + Send + Sync>;
+
 /// A seat that is taken until this is dropped.
 pub(super) struct Registered {
     registry: Arc<Registry>,
     seat: Arc<Seat>,
-    on_last: Option<Box<dyn FnOnce(&UserId) + Send + Sync>>,
+    on_last: Option<OnLast>,
 }
 
 impl std::ops::Deref for Registered {

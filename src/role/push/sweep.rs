@@ -261,4 +261,3 @@ pub(super) async fn write_cursors(node: Arc<Node>) {
         node.cursors.flush(&*node.inbox).await;
     }
 }
-

@@ -178,7 +178,8 @@ impl Server {
         let messages: Vec<Value> =
             payloads.into_iter().map(|payload| json!({"to": {"user": user}, "payload": payload})).collect();
         let body = json!({ "messages": messages });
-        let answer = http::post(&self.at("collect"), "/v1/messages/batch", Some(&self.key("api_key")), &body).await;
+        let answer =
+            http::post(&self.at("collect"), "/v1/messages/batch", Some(&self.key("api_key")), &body).await;
         assert_eq!(answer.status, 202, "{answer:?}");
         let results = answer.json()["results"].as_array().unwrap().clone();
         results.iter().map(|result| result["accepted"][0]["seq"].as_u64().unwrap()).collect()
@@ -238,7 +239,8 @@ pub fn command(data: &Path, options: &Options) -> Command {
 
 /// Nothing of the tester's own environment may reach the program.
 pub fn clean(command: &mut Command) {
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RINGPUSH_") || name == "POD_NAME") {
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RINGPUSH_") || name == "POD_NAME")
+    {
         command.env_remove(name);
     }
 }

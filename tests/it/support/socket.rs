@@ -37,7 +37,11 @@ impl Socket {
     }
 
     /// The status, where the upgrade was refused.
-    pub async fn try_open(url: &str, token: Option<&str>, headers: &[(&'static str, &str)]) -> Result<Self, u16> {
+    pub async fn try_open(
+        url: &str,
+        token: Option<&str>,
+        headers: &[(&'static str, &str)],
+    ) -> Result<Self, u16> {
         let mut request = url.into_client_request().unwrap();
         if let Some(token) = token {
             request.headers_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
@@ -88,7 +92,8 @@ impl Socket {
                     return Ok(frame);
                 }
                 Some(Ok(Message::Close(frame))) => {
-                    let (code, reason) = frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
+                    let (code, reason) =
+                        frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
                     return Err(Closed { code, reason, error: None, reconnect: false });
                 }
                 Some(Ok(_)) => {}
@@ -198,7 +203,11 @@ impl Raw {
         }
         let answer = http::parse(&head);
         assert_eq!(answer.status, 101);
-        assert_eq!(answer.header("sec-websocket-accept"), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=", "RFC 6455, section 1.3");
+        assert_eq!(
+            answer.header("sec-websocket-accept"),
+            "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
+            "RFC 6455, section 1.3"
+        );
         Self { stream }
     }
 
