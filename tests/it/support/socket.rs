@@ -170,10 +170,11 @@ impl Socket {
         }
     }
 
-    /// Nothing comes for a while.
+    /// Nothing but pings comes for a while.
     pub async fn is_quiet(&mut self, during: Duration) {
-        if let Ok(next) = tokio::time::timeout(during, self.inner.next()).await {
-            panic!("{next:?} came, and nothing should");
+        let until = tokio::time::Instant::now() + during;
+        while let Ok(next) = tokio::time::timeout_at(until, self.inner.next()).await {
+            assert!(matches!(next, Some(Ok(Message::Ping(_)))), "{next:?} came, and nothing should");
         }
     }
 
