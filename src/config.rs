@@ -139,6 +139,8 @@ pub struct Config {
     pub weight: f64,
     /// How tokens are verified; the key is empty where development has yet to make it.
     pub auth: AuthConfig,
+    /// Tokens are verified by asking another process, or with keys fetched from one.
+    pub auth_elsewhere: bool,
     /// Whether a token may stand in the URL.
     pub token_in_url: bool,
     /// The key that may issue tokens.
@@ -411,6 +413,7 @@ impl Reader {
         let public_url = self.public_url(development, &roles);
         let origins = self.origins(development);
         let auth = self.auth();
+        let auth_elsewhere = self.text("auth.mode") == "remote" || !self.text("auth.jwks_url").is_empty();
         let secrets = self.secrets(development, &roles);
         let publish = self.publish_limits();
         let push = self.push_limits();
@@ -420,10 +423,13 @@ impl Reader {
         let token_in_url = self.switch("auth.token_in_url");
         let janitor_every = self.millis("limits.janitor_ms", 100..=86_400_000);
         let data_dir = PathBuf::from(self.text("data.dir"));
-        for name in ["redis.prefix", "mongo.database", "peer.advertise", "auth.jwks_url"] {
+        for name in ["redis.prefix", "mongo.database", "peer.advertise"] {
             self.text(name);
         }
-        let effective = self.effective(development);
+        let mut effective = self.effective(development);
+        if let Some(node) = &node {
+            effective.insert("node.name", format!("\"{node}\""));
+        }
         Some(Config {
             development,
             node: node?,
@@ -435,6 +441,7 @@ impl Reader {
             accept_per_s,
             weight,
             auth,
+            auth_elsewhere,
             token_in_url,
             admin_key: secrets.admin_key,
             api_keys: secrets.api_keys,

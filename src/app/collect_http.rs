@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::body::Body;
+use axum::extract::rejection::RawPathParamsRejection;
 use axum::extract::{RawPathParams, State};
 use axum::http::{HeaderMap, Request, Response, StatusCode, Uri};
 use axum::response::IntoResponse;
@@ -64,6 +65,8 @@ impl CollectEdge {
 }
 
 type Edge = State<Arc<CollectEdge>>;
+/// Percent-decoded; refused by axum where that is not UTF-8.
+type Path = Result<RawPathParams, RawPathParamsRejection>;
 type Answer = Result<Response<Body>, Refused>;
 
 pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
@@ -121,7 +124,7 @@ async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
     Ok(json(StatusCode::ACCEPTED, batch_body(&results)))
 }
 
-async fn history(State(edge): Edge, path: RawPathParams, headers: HeaderMap, uri: Uri) -> Answer {
+async fn history(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) -> Answer {
     edge.authorize(&headers)?;
     let user = user_of(&path)?;
     let (after, limit) = page_query(uri.query().unwrap_or_default())?;
@@ -148,7 +151,7 @@ fn page_query(query: &str) -> Result<(Seq, usize), Refused> {
     Ok((after, limit))
 }
 
-async fn user(State(edge): Edge, path: RawPathParams, headers: HeaderMap) -> Answer {
+async fn user(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
     edge.authorize(&headers)?;
     let user = user_of(&path)?;
     let report = edge.collect.user(user.clone()).await.map_err(unavailable)?;
@@ -183,7 +186,7 @@ fn user_report(user: &UserId, report: &UserReport) -> Value {
     })
 }
 
-async fn disconnect(State(edge): Edge, path: RawPathParams, headers: HeaderMap) -> Answer {
+async fn disconnect(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
     edge.authorize(&headers)?;
     edge.collect.disconnect(user_of(&path)?).await.map_err(unavailable)?;
     Ok(json(StatusCode::ACCEPTED, "{}"))
@@ -226,7 +229,8 @@ pub(super) fn cluster_report(membership: &dyn Membership, urls: &PublicUrls) -> 
     })
 }
 
-fn user_of(path: &RawPathParams) -> Result<UserId, Refused> {
+fn user_of(path: &Path) -> Result<UserId, Refused> {
+    let path = path.as_ref().map_err(|_| refuse(422, "the user id in the path is not UTF-8"))?;
     let raw = path.iter().find(|(name, _)| *name == "user").map(|(_, raw)| raw).unwrap_or_default();
     UserId::parse(raw).map_err(|rule| refuse(422, rule.to_string()))
 }

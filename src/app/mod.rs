@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use parking_lot::RwLock;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tower::util::BoxCloneSyncService;
 
 use crate::clock::Clock;
-use crate::config::{Config, RoleName};
+use crate::config::{Config, Faults, RoleName};
 use crate::fallback::Fallback;
 use crate::fallback::local::LocalFallback;
 use crate::inbox::embedded::EmbeddedInbox;
@@ -145,10 +145,9 @@ impl App {
     /// # Errors
     /// What could not be opened, bound or started, with the remedy.
     pub async fn start(mut config: Config, push_nodes: Option<usize>) -> Result<Self> {
-        if !config.development {
-            bail!(
-                "redis.url, mongo.uri: this build keeps membership and inbox inside one process; leave both empty"
-            );
+        let faults = unsupported(&config);
+        if !faults.is_empty() {
+            return Err(Faults(faults).into());
         }
         let keys = Keys::of(&mut config)?;
         let clock = Clock::system();
@@ -346,6 +345,28 @@ impl App {
             ops = at("ops"),
         )
     }
+}
+
+/// What the configuration may say and this build cannot do yet: refused, rather than quietly done otherwise.
+fn unsupported(config: &Config) -> Vec<String> {
+    let wanted = [
+        (
+            !config.redis_url.is_empty(),
+            "redis.url: this build keeps membership inside one process; leave it empty",
+        ),
+        (!config.mongo_uri.is_empty(), "mongo.uri: this build has the embedded inbox only; leave it empty"),
+        (
+            config.auth_elsewhere,
+            "auth.mode, auth.jwks_url: this build verifies tokens with auth.token_key only",
+        ),
+        (
+            !(config.runs(RoleName::Push)
+                && config.runs(RoleName::Collect)
+                && config.runs(RoleName::Dispatch)),
+            "node.roles: this build runs push, collect and dispatch in one process; name all of them",
+        ),
+    ];
+    wanted.into_iter().filter(|(wanted, _)| *wanted).map(|(_, fault)| fault.to_owned()).collect()
 }
 
 fn task_ended(ended: Result<(), tokio::task::JoinError>) -> anyhow::Error {

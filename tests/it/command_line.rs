@@ -118,6 +118,7 @@ fn wrong_usage_is_64_with_every_fault() {
         &["serve", "--roles", "push"],
         &["serve", "--roles", "pusher"],
         &["serve", "--config", "/nowhere.toml"],
+        &["serve", "--roles", "auth"],
     ] {
         let place = tempfile::tempdir().unwrap();
         let (code, _, said) = output(ringpush(None, arguments).env("RINGPUSH_DATA", place.path()));
@@ -138,6 +139,14 @@ fn wrong_usage_is_64_with_every_fault() {
     let (code, _, said) = output(ringpush(None, &["listen", "alice"]).env("RINGPUSH_DATA", place.path()));
     assert_eq!(code, 1, "{said}");
     assert!(said.contains("no server runs on") && said.contains("--target"), "{said}");
+    let mut unable = ringpush(None, &["serve"]);
+    unable
+        .env("RINGPUSH_DATA", place.path())
+        .env("RINGPUSH_AUTH__MODE", "remote")
+        .env("RINGPUSH_AUTH__URL", "http://x");
+    let (code, _, said) = output(&mut unable);
+    assert_eq!(code, 64, "{said}");
+    assert!(said.contains("auth.mode"), "what cannot be done is refused: {said}");
     let (code, shown, _) = output(&mut ringpush(None, &["--help"]));
     assert_eq!(code, 0);
     assert!(shown.contains("Examples:"), "{shown}");

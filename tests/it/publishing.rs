@@ -145,6 +145,8 @@ async fn strangers_and_unknown_paths_are_told_so() {
     let method = server.get("/v1/messages").await;
     assert_eq!((method.status, method.header("allow"), method.pointers().len()), (405, "POST", 0));
     assert_eq!(server.get("/v1/users/a%01b").await.status, 422);
+    let not_utf8 = server.get("/v1/users/%ff").await;
+    assert_eq!((not_utf8.status, not_utf8.pointers().len()), (422, 0));
     assert_eq!(server.get("/v1/users/a/messages?after=-1").await.status, 422);
     assert_eq!(server.get("/v1/users/a/messages?limit=0").await.status, 422);
     let odd = server.get("/v1/users/a%2Fb%20%E7%94%A8").await;
