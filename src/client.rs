@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::backoff::between;
@@ -24,8 +24,6 @@ use crate::wire::frame::{
 
 /// Events waiting for the application; then the socket is read no further.
 const EVENTS: usize = 256;
-/// Acks and the like waiting for the task.
-const COMMANDS: usize = 64;
 /// How long opening a socket, or asking where to, may take.
 const OPEN_DEADLINE: Duration = Duration::from_secs(10);
 /// How often a move is tried before its next one is waited for.
@@ -97,14 +95,11 @@ pub enum Event {
     },
 }
 
-enum Command {
-    Ack(u64),
-}
-
 /// See the room's comment. Dropping it ends the connection.
 pub struct Client {
     events: mpsc::Receiver<Event>,
-    commands: mpsc::Sender<Command>,
+    /// Acks are cumulative, so only the newest counts, and saying one never waits.
+    acks: watch::Sender<u64>,
     task: JoinHandle<()>,
 }
 
@@ -113,17 +108,16 @@ impl Client {
     #[must_use]
     pub fn start(config: ClientConfig) -> Self {
         let (to_app, events) = mpsc::channel(EVENTS);
-        let (commands, from_app) = mpsc::channel(COMMANDS);
+        let (acks, from_app) = watch::channel(0);
         let actor = Actor {
             http: HttpClient::default(),
             last: None,
-            newest_ack: 0,
             hint: FIRST_HINT,
             config,
             events: to_app,
-            commands: from_app,
+            acks: from_app,
         };
-        Self { events, commands, task: tokio::spawn(actor.run()) }
+        Self { events, acks, task: tokio::spawn(actor.run()) }
     }
 
     /// The next event; None after the last one.
@@ -132,8 +126,12 @@ impl Client {
     }
 
     /// Says that everything up to `seq` was taken by the application.
-    pub async fn ack(&self, seq: u64) {
-        let _ = self.commands.send(Command::Ack(seq)).await;
+    pub fn ack(&self, seq: u64) {
+        self.acks.send_if_modified(|newest| {
+            let newer = seq > *newest;
+            *newest = seq.max(*newest);
+            newer
+        });
     }
 }
 
@@ -148,10 +146,9 @@ struct Actor {
     http: HttpClient,
     /// The last number handed on, or told to be gone.
     last: Option<u64>,
-    newest_ack: u64,
     hint: ReconnectHint,
     events: mpsc::Sender<Event>,
-    commands: mpsc::Receiver<Command>,
+    acks: watch::Receiver<u64>,
 }
 
 /// How serving one socket, and those it moved to, ended.
@@ -283,24 +280,22 @@ impl Actor {
                     moving = None;
                     next = opened.ok();
                 }
-                command = self.commands.recv() => match command {
-                    None => {
+                changed = self.acks.changed() => {
+                    if changed.is_err() {
                         socket.close().await;
                         return Ending::Dropped;
                     }
-                    Some(Command::Ack(seq)) => {
-                        self.newest_ack = self.newest_ack.max(seq);
-                        self.repeat_ack(&mut socket).await;
-                    }
-                },
+                    self.repeat_ack(&mut socket).await;
+                }
             }
         }
     }
 
     /// Acks are cumulative: the newest says it all, also to a socket that has not heard the earlier ones.
-    async fn repeat_ack(&self, socket: &mut ClientSocket) {
-        if self.newest_ack > 0 {
-            socket.say(ClientFrame::Ack(self.newest_ack).encode()).await;
+    async fn repeat_ack(&mut self, socket: &mut ClientSocket) {
+        let newest = *self.acks.borrow_and_update();
+        if newest > 0 {
+            socket.say(ClientFrame::Ack(newest).encode()).await;
         }
     }
 

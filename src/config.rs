@@ -213,7 +213,11 @@ impl Sources {
                 Some((name, text))
             }
         };
-        Ok(Self { file, environment: std::env::vars().collect(), flags: Vec::new() })
+        // What is not UTF-8 is none of ours.
+        let environment = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect();
+        Ok(Self { file, environment, flags: Vec::new() })
     }
 }
 
@@ -285,7 +289,16 @@ impl Reader {
     fn take_file(&mut self, file: &str, text: &str) {
         let table: toml::Table = match text.parse() {
             Ok(table) => table,
-            Err(error) => return self.faults.push(format!("{file}: is not TOML: {error}")),
+            Err(error) => {
+                // The error's own text quotes the line, which may hold a key.
+                let before =
+                    error.span().map_or(0, |span| text[..span.start.min(text.len())].matches('\n').count());
+                return self.faults.push(format!(
+                    "{file}: is not TOML: line {}: {}",
+                    before + 1,
+                    error.message()
+                ));
+            }
         };
         for (section, value) in table {
             match value {
@@ -339,6 +352,9 @@ impl Reader {
         };
         match value {
             Some(value) => drop(self.values.insert(name, value)),
+            None if matches!(key.kind, Kind::Secret | Kind::SecretList) => {
+                self.faults.push(format!("{name}: (from {from}) {}", rule_of(key.kind)));
+            }
             None => self.faults.push(format!("{name}: {text:?} (from {from}) {}", rule_of(key.kind))),
         }
     }

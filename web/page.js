@@ -47,6 +47,8 @@ class Client {
     this.socket = null;          // the one in use
     this.next = null;            // the one a move is opening
     this.stopped = false;
+    this.order = null;           // the last move, and how often it was tried
+    this.tries = 0;
   }
 
   async start() {
@@ -84,7 +86,11 @@ class Client {
 
   closed(socket, code) {
     if (this.stopped) return;
-    if (socket === this.next) { this.next = null; return; }
+    if (socket === this.next) {
+      this.next = null;
+      if (this.tries < 3) this.tryMove();
+      return;
+    }
     if (socket !== this.socket) return;
     if (this.next) { this.socket = this.next; this.next = null; return; }
     if (code >= 4500 && code < 5000) this.refused(`closed with ${code}`);
@@ -129,7 +135,9 @@ class Client {
         socket.send(JSON.stringify({ type: 'ack', seq: frame.seq }));
         break;
       case 'gap':
-        this.last = frame.before - 1;
+        // During a move both sockets may tell of the same gap; only a reset goes back.
+        if (frame.reason === 'reset') this.last = frame.before - 1;
+        else this.last = Math.max(this.last ?? 0, frame.before - 1);
         break;
       case 'caught_up':
         if (socket === this.next) {
@@ -152,14 +160,25 @@ class Client {
 
   move(frame) {
     state('moving', `moving to ${frame.node}`);
-    this.timer = setTimeout(async () => {
-      if (this.stopped || this.next) return;
-      try {
-        this.next = this.open(frame.url, await this.token());
-      } catch {
-        // The old socket still serves; the next move will come.
-      }
-    }, frame.after_ms);
+    this.order = frame;
+    this.tries = 0;
+    setTimeout(() => this.openNext(), frame.after_ms);
+  }
+
+  // The old socket serves until the new one has caught up; if none can be opened, until the next move.
+  async openNext() {
+    if (this.stopped || this.next) return;
+    this.tries += 1;
+    try {
+      this.next = this.open(this.order.url, await this.token());
+    } catch {
+      if (this.tries < 3) this.tryMove();
+    }
+  }
+
+  tryMove() {
+    const { min_ms: min, max_ms: max } = this.hint;
+    setTimeout(() => this.openNext(), min + Math.random() * (max - min));
   }
 }
 

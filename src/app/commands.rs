@@ -31,6 +31,8 @@ const TRIES: u32 = 5;
 const BATCH: usize = 1_000;
 /// Bytes of payload sent together.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// How long a payload waits for others to be sent with.
+const LINE_REST: Duration = Duration::from_millis(50);
 /// Life of the tokens that `listen` makes for itself, in seconds; each connection has a new one.
 const LISTEN_TOKEN_S: u64 = 24 * 3600;
 
@@ -207,7 +209,18 @@ async fn publish_lines(collector: &Collector, user: &UserId) -> Result<ExitCode>
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     let (mut batch, mut bytes, mut number, mut refused) = (Vec::new(), 0, 0u64, 0u64);
     loop {
-        let line = lines.next_line().await.context("standard input")?;
+        // A line that waits is sent when no other follows at once: `tail -f` is a sender too.
+        let next = match tokio::time::timeout(LINE_REST, lines.next_line()).await {
+            Err(_) if batch.is_empty() => lines.next_line().await,
+            Err(_) => {
+                refused += send_batch(collector, &batch, &progress).await?;
+                batch.clear();
+                bytes = 0;
+                continue;
+            }
+            Ok(next) => next,
+        };
+        let line = next.context("standard input")?;
         let last = line.is_none();
         if let Some(line) = line {
             number += 1;
@@ -343,7 +356,7 @@ async fn show(client: &Client, event: Event) -> Result<bool> {
                 return Ok(false);
             }
             drop(out);
-            client.ack(message.seq).await;
+            client.ack(message.seq);
         }
         Event::Welcome { node, since } => eprintln!("ringpush: connected to {node}, after {since}"),
         Event::CaughtUp(seq) => eprintln!("ringpush: caught up at {seq}; what follows is live"),

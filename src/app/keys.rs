@@ -2,9 +2,9 @@
 
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize};
 
@@ -41,64 +41,81 @@ impl Keys {
         Ok(keys)
     }
 
+    /// As the greeting shows them: those that were configured belong to somebody, and into no log.
+    pub(super) fn to_show(&self) -> Self {
+        let shown = |own: &str, name: &str| {
+            if own.starts_with(name) { own.to_owned() } else { "(configured)".to_owned() }
+        };
+        Self {
+            token_key: shown(&self.token_key, TOKEN),
+            api_key: shown(&self.api_key, API),
+            admin_key: shown(&self.admin_key, ADMIN),
+            peer_secret: shown(&self.peer_secret, PEER),
+        }
+    }
+
     fn complete(&mut self, data: &Path) -> Result<()> {
-        let missing = |keys: &Self| {
-            [&keys.token_key, &keys.api_key, &keys.admin_key, &keys.peer_secret]
-                .iter()
-                .any(|key| key.is_empty())
-        };
-        if !missing(self) {
-            return Ok(());
-        }
         let path = data.join("dev-keys.toml");
-        let mut kept = read(&path)?;
-        let before = kept.clone();
-        let fill = |own: &mut String, kept: &mut String, prefix: &str| {
-            if own.is_empty() {
-                if kept.is_empty() {
-                    *kept = make(prefix);
+        let given = self.clone();
+        loop {
+            let found = read(&path)?;
+            let fresh = found.is_none();
+            let mut kept = found.unwrap_or_default();
+            let before = kept.clone();
+            *self = given.clone();
+            let fill = |own: &mut String, kept: &mut String, prefix: &str| {
+                if own.is_empty() {
+                    if kept.is_empty() {
+                        *kept = make(prefix);
+                    }
+                    own.clone_from(kept);
                 }
-                own.clone_from(kept);
+            };
+            fill(&mut self.token_key, &mut kept.token_key, TOKEN);
+            fill(&mut self.api_key, &mut kept.api_key, API);
+            fill(&mut self.admin_key, &mut kept.admin_key, ADMIN);
+            fill(&mut self.peer_secret, &mut kept.peer_secret, PEER);
+            // Of two processes that start at once, the second one uses what the first one made.
+            if kept == before || write(&path, &kept, fresh)? {
+                return Ok(());
             }
-        };
-        fill(&mut self.token_key, &mut kept.token_key, "dev-token");
-        fill(&mut self.api_key, &mut kept.api_key, "dev-api");
-        fill(&mut self.admin_key, &mut kept.admin_key, "dev-admin");
-        fill(&mut self.peer_secret, &mut kept.peer_secret, "dev-peer");
-        if kept != before {
-            write(&path, &kept)?;
         }
-        Ok(())
     }
 }
+
+const TOKEN: &str = "dev-token-";
+const API: &str = "dev-api-";
+const ADMIN: &str = "dev-admin-";
+const PEER: &str = "dev-peer-";
 
 /// 32 random bytes behind a name, so that a key found in a log says what it is.
 fn make(prefix: &str) -> String {
     let random: [u8; 32] = rand::random();
-    format!("{prefix}-{}", URL_SAFE_NO_PAD.encode(random))
+    format!("{prefix}{}", URL_SAFE_NO_PAD.encode(random))
 }
 
-fn read(path: &PathBuf) -> Result<Keys> {
+fn read(path: &Path) -> Result<Option<Keys>> {
     match std::fs::read_to_string(path) {
-        Ok(text) => toml::from_str(&text).with_context(|| {
-            format!(
+        Ok(text) => toml::from_str(&text).map(Some).map_err(|_| {
+            anyhow!(
                 "{} is damaged; delete it to have new keys made (tokens made before stop working)",
                 path.display()
             )
         }),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Keys::default()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| {
             format!("{} cannot be read; choose another directory with --data DIR", path.display())
         }),
     }
 }
 
-/// Written aside and renamed, so that no reader sees half of it.
-fn write(path: &Path, keys: &Keys) -> Result<()> {
+/// Written aside and put into place whole, so that no reader sees half of it. A `fresh` file is not put over one that
+/// somebody else made meanwhile: false then.
+fn write(path: &Path, keys: &Keys, fresh: bool) -> Result<bool> {
     let problem =
         || format!("{} cannot be written; choose another directory with --data DIR", path.display());
     std::fs::create_dir_all(path.parent().unwrap_or(Path::new("."))).with_context(problem)?;
-    let aside = path.with_extension(format!("toml.{}", std::process::id()));
+    let aside = path.with_extension(format!("toml.{:016x}", rand::random::<u64>()));
     let text = format!(
         "# Made by ringpush for development on this machine. Not for anything else.\n{}",
         toml::to_string(keys)?
@@ -107,7 +124,15 @@ fn write(path: &Path, keys: &Keys) -> Result<()> {
     let mut file =
         options.write(true).create(true).truncate(true).mode(0o600).open(&aside).with_context(problem)?;
     file.write_all(text.as_bytes()).with_context(problem)?;
-    std::fs::rename(&aside, path).with_context(problem)
+    if !fresh {
+        return std::fs::rename(&aside, path).map(|()| true).with_context(problem);
+    }
+    let placed = std::fs::hard_link(&aside, path);
+    let _ = std::fs::remove_file(&aside);
+    match placed {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+        placed => placed.map(|()| true).with_context(problem),
+    }
 }
 
 #[cfg(test)]
@@ -134,11 +159,31 @@ mod tests {
     }
 
     #[test]
+    fn of_many_that_start_at_once_all_have_the_same_keys() {
+        let data = tempfile::tempdir().unwrap();
+        let start = std::sync::Barrier::new(8);
+        let all: Vec<Keys> = std::thread::scope(|scope| {
+            let starting: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(|| {
+                        start.wait();
+                        Keys::of(&mut config(data.path(), "")).unwrap()
+                    })
+                })
+                .collect();
+            starting.into_iter().map(|one| one.join().unwrap()).collect()
+        });
+        assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+
+    #[test]
     fn a_configured_key_is_used_and_not_written() {
         let data = tempfile::tempdir().unwrap();
         let mut configured = config(data.path(), "[collect]\napi_keys = [\"mine\", \"other\"]");
         let keys = Keys::of(&mut configured).unwrap();
         assert_eq!(keys.api_key, "mine");
+        assert_eq!(keys.to_show().api_key, "(configured)");
+        assert_eq!(keys.to_show().admin_key, keys.admin_key);
         assert_eq!(configured.api_keys, ["mine", "other"]);
         let text = std::fs::read_to_string(data.path().join("dev-keys.toml")).unwrap();
         assert!(text.contains("api_key = \"\""), "{text}");

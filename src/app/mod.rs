@@ -154,6 +154,9 @@ impl App {
         let auth =
             Auth::new(config.auth.clone(), clock.clone()).map_err(|f| anyhow!("auth.token_key: {f}"))?;
         let inbox = open_inbox(&config.data_dir, clock.clone())?;
+        // The store's lock is ours now: what stands there is of a process that was killed.
+        let listen_file = config.data_dir.join("listen.json");
+        let _ = std::fs::remove_file(&listen_file);
         let listeners = Listeners::bind(&config, push_nodes)?;
         let bound = listeners.bound(push_nodes.is_some());
         let urls = match &config.public_url {
@@ -179,7 +182,7 @@ impl App {
             pushes: Vec::new(),
             poisoned: inbox.poisoned(),
             drain_window: config.drain_window,
-            listen_file: config.data_dir.join("listen.json"),
+            listen_file,
             bound,
         };
         app.assemble(&config, &shared, &auth, inbox, listeners).await?;
@@ -241,7 +244,9 @@ impl App {
         let development = Arc::new(page::Development { auth: auth.clone(), collect: Arc::clone(collect) });
         for (push, listening) in self.pushes.clone().into_iter().zip(listeners.push) {
             let edge = PushEdge { connect: connect_edge(config, shared, Some(push.clone())), push };
-            let page = page::routes(config.development.then(|| Arc::clone(&development)));
+            // Whoever can reach the port could have anybody's token: only where that is this machine alone.
+            let own = config.development && listening.at.ip().is_loopback();
+            let page = page::routes(own.then(|| Arc::clone(&development)));
             let routes = closed(push_http::push_routes(Arc::new(edge)).merge(page));
             self.serve(listening, routes, push_http_limits());
         }
@@ -327,7 +332,7 @@ impl App {
     pub fn greeting(&self, program: &str) -> String {
         let at = |name: &str| self.bound.of(name).map_or_else(String::new, |at| at.to_string());
         let page = self.bound.push.first().map_or_else(String::new, |(_, at)| at.to_string());
-        let Keys { token_key, api_key, admin_key, peer_secret } = &self.keys;
+        let Keys { token_key, api_key, admin_key, peer_secret } = self.keys.to_show();
         format!(
             "ringpush {version} is ready: development, embedded store, this machine only\n\n\
              \x20 page    http://{page}/\n\

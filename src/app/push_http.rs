@@ -7,7 +7,7 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
-    ACCESS_CONTROL_MAX_AGE, LOCATION, ORIGIN, VARY,
+    ACCESS_CONTROL_MAX_AGE, LOCATION, ORIGIN, SEC_WEBSOCKET_VERSION, UPGRADE, VARY,
 };
 use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use axum::response::IntoResponse;
@@ -18,7 +18,7 @@ use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, 
 use crate::role::connect::{Connect, ConnectFault};
 use crate::role::push::{Origins, Push, Rejection, SocketRequest};
 use crate::ticket::TICKET_LIFE_MS;
-use crate::transport::websocket::{handshake, upgraded};
+use crate::transport::websocket::{NoHandshake, handshake, upgraded};
 use crate::wire::address::node_in_path;
 use crate::wire::frame::ReconnectHint;
 use crate::wire::http::{FieldFault, Problem, parse_connect};
@@ -59,10 +59,11 @@ pub(super) fn dispatch_routes(edge: Arc<ConnectEdge>) -> Routes {
 }
 
 async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -> Answer {
-    let response = handshake(request.headers()).map_err(|why| match request.headers().get("upgrade") {
-        None => refuse(426, why),
-        Some(_) => refuse(400, why),
-    })?;
+    let response = match handshake(request.headers()) {
+        Ok(response) => response,
+        Err(NoHandshake::Bad(why)) => return Err(refuse(400, why)),
+        Err(NoHandshake::Upgrade(why)) => return Ok(upgrade_required(why)),
+    };
     let upgrade = hyper::upgrade::on(&mut request);
     let socket_request = SocketRequest {
         node_in_path: node_in_path(request.uri().path()),
@@ -77,6 +78,14 @@ async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -
     };
     edge.push.serve(admission, upgraded(upgrade, UPGRADE_DEADLINE));
     Ok(response.map(|()| Body::empty()))
+}
+
+/// A 426 names what to upgrade to (RFC 9110, 15.5.22; RFC 6455, 4.4).
+fn upgrade_required(why: &'static str) -> Response<Body> {
+    let mut response = refuse(426, why).into_response();
+    response.headers_mut().insert(UPGRADE, HeaderValue::from_static("websocket"));
+    response.headers_mut().insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+    response
 }
 
 fn redirect(url: &str) -> Answer {

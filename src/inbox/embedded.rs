@@ -302,6 +302,8 @@ impl Store {
             From::Cursor(device) => {
                 self.cursor(snapshot, &ask.user, device)?.map_or(Seq::BEGINNING, |c| c.acked)
             }
+            // Where nothing ever was, the end is the beginning.
+            From::Latest if highest == record.first => Seq::BEGINNING,
             From::Latest => head,
         };
         let more = highest > start.get().max(record.first);

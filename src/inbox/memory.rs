@@ -82,6 +82,7 @@ impl MemoryInbox {
             let start = match &ask.from {
                 From::After(seq) => *seq,
                 From::Cursor(device) => log.cursors.get(device).map_or(Seq::BEGINNING, |cursor| cursor.0),
+                From::Latest if log.highest == log.first => Seq::BEGINNING,
                 From::Latest => head,
             };
             Answer {

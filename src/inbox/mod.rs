@@ -106,7 +106,7 @@ pub enum From {
     After(Seq),
     /// The device's cursor, or the beginning where it has none.
     Cursor(DeviceId),
-    /// The head.
+    /// The head; the beginning where there never was a message.
     Latest,
 }
 

@@ -152,7 +152,7 @@ impl Collect {
             self.count(&outcome);
             accepted.push((user, outcome));
         }
-        Published { id, accepted }
+        Published { id, repeatable: fenced, accepted }
     }
 
     fn enqueue(&self, append: Append) -> Result<oneshot::Receiver<Outcome>, Refusal> {
@@ -241,8 +241,10 @@ fn refusal(status: u16, detail: impl Into<String>) -> Refusal {
 async fn wait_until(deadline: tokio::time::Instant, waiter: oneshot::Receiver<Outcome>) -> Outcome {
     match tokio::time::timeout_at(deadline, waiter).await {
         Ok(Ok(outcome)) => outcome,
-        Ok(Err(_)) => Err(refusal(503, "the server is stopping; repeat under the same id")),
-        Err(_) => Err(refusal(503, "the store did not answer in time; repeat under the same id")),
+        Ok(Err(_)) => Err(refusal(503, "the server is stopping; a repeat is safe under an id of your own")),
+        Err(_) => {
+            Err(refusal(503, "the store did not answer in time; a repeat is safe under an id of your own"))
+        }
     }
 }
 
@@ -267,6 +269,9 @@ async fn write(inner: Arc<Inner>) {
                 continue;
             }
         };
+        if batch.is_empty() {
+            continue;
+        }
         inner.metrics.batch.observe(batch.len() as f64);
         let (appends, to): (Vec<Append>, Vec<_>) = batch
             .into_iter()
@@ -293,8 +298,10 @@ fn take(inner: &Inner) -> Option<Vec<(Append, Answer)>> {
         return None;
     }
     let count = waiting.appends.len().min(BATCH);
-    let batch: Vec<(Append, Answer)> = waiting.appends.drain(..count).collect();
+    let mut batch: Vec<(Append, Answer)> = waiting.appends.drain(..count).collect();
     waiting.bytes -= batch.iter().map(|(append, _)| append.payload.len()).sum::<usize>();
+    // A sender that was told 503, or has gone, was promised nothing: storing it now would only make its repeat a second.
+    batch.retain(|(_, answer)| !answer.is_closed());
     Some(batch)
 }
 
@@ -312,7 +319,7 @@ async fn answer(inner: &Inner, written: Written) {
             Ok(Appended::Conflict) => Err(refusal(409, "this id was used for another payload to this user")),
             Err(error) => {
                 tracing::warn!(%error, "a message could not be stored");
-                Err(refusal(503, "the message could not be stored; repeat under the same id"))
+                Err(refusal(503, "the message could not be stored; a repeat is safe under an id of your own"))
             }
         };
         // A sender that went away wants no answer.

@@ -17,6 +17,7 @@ use http::{HeaderValue, Response, StatusCode};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use hyper_util::server::conn::auto;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
@@ -47,11 +48,20 @@ fn server_config() -> WebSocketConfig {
         .max_frame_size(Some(CLIENT_FRAME_MAX))
 }
 
+/// Why a request is no handshake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoHandshake {
+    /// It asks for no WebSocket, or for another version of it: 426.
+    Upgrade(&'static str),
+    /// It asks for one wrongly: 400.
+    Bad(&'static str),
+}
+
 /// Whether a request asks for a WebSocket; if so, the answer to it.
 ///
 /// # Errors
-/// What is missing, for a person who opened the URL in a browser.
-pub fn handshake(headers: &HeaderMap) -> Result<Response<()>, &'static str> {
+/// [`NoHandshake`], with what is missing, for a person who opened the URL in a browser.
+pub fn handshake(headers: &HeaderMap) -> Result<Response<()>, NoHandshake> {
     let has = |name, token: &str| {
         headers
             .get_all(name)
@@ -60,14 +70,14 @@ pub fn handshake(headers: &HeaderMap) -> Result<Response<()>, &'static str> {
             .any(|value| value.split(',').any(|part| part.trim().eq_ignore_ascii_case(token)))
     };
     if !has(CONNECTION, "upgrade") || !has(UPGRADE, "websocket") {
-        return Err("this is a WebSocket: open it with a WebSocket client");
+        return Err(NoHandshake::Upgrade("this is a WebSocket: open it with a WebSocket client"));
     }
     if !has(SEC_WEBSOCKET_VERSION, "13") {
-        return Err("Sec-WebSocket-Version must be 13");
+        return Err(NoHandshake::Upgrade("Sec-WebSocket-Version must be 13"));
     }
-    let key = headers.get(SEC_WEBSOCKET_KEY).ok_or("Sec-WebSocket-Key is missing")?;
-    let accept =
-        HeaderValue::from_str(&derive_accept_key(key.as_bytes())).map_err(|_| "Sec-WebSocket-Key is bad")?;
+    let key = headers.get(SEC_WEBSOCKET_KEY).ok_or(NoHandshake::Bad("Sec-WebSocket-Key is missing"))?;
+    let accept = HeaderValue::from_str(&derive_accept_key(key.as_bytes()))
+        .map_err(|_| NoHandshake::Bad("Sec-WebSocket-Key is bad"))?;
     let mut response = Response::new(());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let answer = response.headers_mut();
@@ -77,7 +87,7 @@ pub fn handshake(headers: &HeaderMap) -> Result<Response<()>, &'static str> {
     if has(SEC_WEBSOCKET_PROTOCOL, SUBPROTOCOL) {
         answer.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
     } else if headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
-        return Err("the only subprotocol here is ringpush.v1.json");
+        return Err(NoHandshake::Bad("the only subprotocol here is ringpush.v1.json"));
     }
     Ok(response)
 }
@@ -128,8 +138,20 @@ impl Sink<Outgoing> for ServerSocket {
         self.inner.poll_flush_unpin(cx).map_err(|error| fault(&error))
     }
 
+    /// Ends the connection after the last frame: nothing more is written, and what still comes is thrown away until the
+    /// peer ends too. A socket that is dropped with bytes unread is reset, and the peer would lose our close frame.
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
-        self.inner.poll_close_unpin(cx).map_err(|error| fault(&error))
+        ready!(self.inner.poll_flush_unpin(cx)).map_err(|error| fault(&error))?;
+        let mut stream = Pin::new(self.inner.get_mut());
+        ready!(stream.as_mut().poll_shutdown(cx)).map_err(|_| SocketFault::Gone)?;
+        let mut space = [0u8; 1024];
+        loop {
+            let mut buffer = ReadBuf::new(&mut space);
+            match ready!(stream.as_mut().poll_read(cx, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() => {}
+                _ => return Poll::Ready(Ok(())),
+            }
+        }
     }
 }
 

@@ -92,6 +92,7 @@ impl Problem {
             413 => "Content Too Large",
             415 => "Unsupported Media Type",
             422 => "Unprocessable Content",
+            426 => "Upgrade Required",
             429 => "Too Many Requests",
             503 => "Service Unavailable",
             _ => "Internal Server Error",
@@ -167,6 +168,8 @@ pub struct Refusal {
 pub struct Published {
     /// The sender's id, or the one made for it.
     pub id: MessageId,
+    /// A repeat under that id stores nothing twice.
+    pub repeatable: bool,
     /// One entry per recipient, in the order given.
     pub accepted: Vec<(UserId, Result<Stored, Refusal>)>,
 }
@@ -197,7 +200,8 @@ impl Published {
             )
         };
         Some(Problem {
-            id: Some(self.id.as_str().to_owned()),
+            // An id that nobody looks for must not be offered for a repeat.
+            id: self.repeatable.then(|| self.id.as_str().to_owned()),
             accepted: Some(self.accepted.iter().map(as_accepted).collect()),
             ..Problem::new(first.status, detail)
         })
@@ -385,7 +389,9 @@ fn parse_payload(
         faults.push(fault("/payload", detail));
         return None;
     }
-    Some(body.slice_ref(text))
+    // A slice keeps the whole body alive: only worth it where the body is little more than the payload.
+    let mostly_payload = body.len() <= 2 * text.len() + 512;
+    Some(if mostly_payload { body.slice_ref(text) } else { Bytes::copy_from_slice(text) })
 }
 
 fn parse_ttl(raw: Option<&RawValue>, limits: &PublishLimits, faults: &mut Vec<FieldFault>) -> u64 {
@@ -471,7 +477,11 @@ pub fn parse_batch(body: &Bytes, limits: &PublishLimits) -> Result<Vec<Result<Pu
         let detail = format!("must have 1 to {} messages, not {}", limits.batch, items.len());
         return Err(Problem::fields(vec![fault("/messages", detail)]));
     }
-    Ok(items.iter().map(|item| parse_publish(&body.slice_ref(item.get().as_bytes()), limits)).collect())
+    // Each item gets a body of its own: one that waits must not keep the whole batch alive.
+    Ok(items
+        .iter()
+        .map(|item| parse_publish(&Bytes::copy_from_slice(item.get().as_bytes()), limits))
+        .collect())
 }
 
 /// The body of `POST /v1/connect`.

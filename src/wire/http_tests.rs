@@ -95,12 +95,13 @@ fn a_publish_that_was_not_stored_for_all_says_for_whom() {
     let conflict = Err(Refusal { status: 409, detail: "another payload".into() });
     let busy = Err(Refusal { status: 503, detail: "later".into() });
     let id = MessageId::parse("m-1").unwrap();
-    let all = Published { id: id.clone(), accepted: vec![(user("a"), stored.clone())] };
+    let all = Published { id: id.clone(), repeatable: true, accepted: vec![(user("a"), stored.clone())] };
     assert_eq!(all.problem(), None);
     let mut body = BytesMut::new();
     all.put(&mut body);
     assert_eq!(body, r#"{"id":"m-1","accepted":[{"user":"a","seq":43,"duplicate":false}]}"#);
-    let mixed = |rest: Vec<_>| Published { id: id.clone(), accepted: rest }.problem().unwrap();
+    let mixed =
+        |rest: Vec<_>| Published { id: id.clone(), repeatable: true, accepted: rest }.problem().unwrap();
     assert_eq!(mixed(vec![(user("a"), stored.clone()), (user("b"), conflict.clone())]).status, 409);
     let worst = mixed(vec![(user("a"), conflict), (user("b"), busy), (user("c"), stored)]);
     assert_eq!((worst.status, worst.retry_after_s), (503, Some(1)));

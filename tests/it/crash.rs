@@ -239,7 +239,7 @@ async fn receive_all(mut client: Client, count: u64) -> Vec<u64> {
             match client.next().await {
                 Some(Event::Message(message)) => {
                     received.push(message.payload.get().parse().unwrap());
-                    client.ack(message.seq).await;
+                    client.ack(message.seq);
                 }
                 Some(Event::Gap { .. } | Event::Refused { .. }) | None => {
                     panic!("a gap, a refusal or an end")

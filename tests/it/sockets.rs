@@ -271,7 +271,7 @@ async fn requests_for_sockets_are_checked_before_the_upgrade() {
         Socket::try_open(&url, Some(&token), &[("sec-websocket-protocol", "x, ringpush.v1.json")]).await;
     assert!(offered.is_ok());
     let plain = http::get(&at, "/v1/ws", Some(&token)).await;
-    assert_eq!((plain.status, plain.pointers().len()), (426, 0));
+    assert_eq!((plain.status, plain.header("upgrade"), plain.pointers().len()), (426, "websocket", 0));
     let forbidden =
         http::request(&at, "POST", "/v1/connect", Some(&token), &[("origin", "https://evil.example")], b"");
     assert_eq!(forbidden.await.status, 403);
@@ -351,4 +351,70 @@ fn resident_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").trim().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_asks_and_never_reads_cannot_make_the_server_queue_without_end() {
+    let server = Server::start().await;
+    let mut raw = Raw::open(&server.at("push"), &server.token("alice").await).await;
+    let pings = Raw::frame(0x81, br#"{"type":"ping"}"#).repeat(1_000);
+    let before = resident_kib(server.pid());
+    for _ in 0..300 {
+        raw.write(&pings).await;
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        if server.metric("ringpush_demoted_total").await > 0.0 {
+            break;
+        }
+    }
+    assert!(server.metric("ringpush_demoted_total").await > 0.0, "its socket is full");
+    for _ in 0..20 {
+        raw.write(&pings).await;
+        tokio::time::sleep(Duration::from_millis(60)).await;
+    }
+    let grown = resident_kib(server.pid()).saturating_sub(before);
+    assert!(grown < 20_000, "{grown} KiB more");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_is_still_writing_hears_why_it_was_closed() {
+    let server = Server::start().await;
+    let mut socket = server.connect("alice", "").await;
+    socket.caught_up().await;
+    socket.say_text(&format!(r#"{{"type":"ping","x":"{}"}}"#, "x".repeat(1_000_000))).await;
+    assert_eq!(socket.closed().await.code, 4513);
+    server.nobody_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revoked_token_drives_nobody_out() {
+    let server = Server::start().await;
+    let stolen = server.token("alice").await;
+    let path = "/v1/users/alice/sessions";
+    let gone =
+        http::request(&server.at("collect"), "DELETE", path, Some(&server.key("api_key")), &[], b"").await;
+    assert_eq!(gone.status, 202);
+    let mut rightful = server.connect("alice", "").await;
+    rightful.caught_up().await;
+    let url = format!("ws://{}/v1/ws", server.at("push"));
+    for _ in 0..20 {
+        assert_eq!(Socket::open(&url, Some(&stolen)).await.closed().await.code, 4501);
+    }
+    server.publish("alice", json!(1)).await;
+    assert_eq!(rightful.messages(1).await, [json!(1)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_port_that_others_can_reach_hands_out_no_tokens() {
+    let server = Server::with(Options::default().with("push.listen", "0.0.0.0:0")).await;
+    let at = server.at("push").replace("0.0.0.0", "127.0.0.1");
+    let headers = [("host", "localhost"), ("content-type", "application/json")];
+    let token = http::request(&at, "POST", "/dev/token", None, &headers, br#"{"user":"admin"}"#).await;
+    assert_eq!(token.status, 404, "{token:?}");
+    let local = Server::start().await;
+    let own = http::post(&local.at("push"), "/dev/token", None, &json!({"user": "alice"})).await;
+    assert_eq!(own.status, 200, "{own:?}");
+    let evil = [("origin", "http://evil.example"), ("content-type", "application/json")];
+    let stranger =
+        http::request(&local.at("push"), "POST", "/dev/token", None, &evil, br#"{"user":"a"}"#).await;
+    assert_eq!(stranger.status, 403);
 }

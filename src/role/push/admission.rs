@@ -168,8 +168,10 @@ fn elsewhere(
     if view.held || arrival.keep_at_epoch.is_some() {
         return None;
     }
-    let mut url =
-        format!("{}?hops={}&epoch={}", node.urls.of(&owner.info.node)?, arrival.hops + 1, view.epoch);
+    let mut url = {
+        let hops = arrival.hops.saturating_add(1);
+        format!("{}?hops={hops}&epoch={}", node.urls.of(&owner.info.node)?, view.epoch)
+    };
     if let Some(device) = device {
         url.push_str(&format!("&device={}", escape(device.as_str())));
     }

@@ -170,10 +170,7 @@ async fn verify(node: &Node, token: String) -> Result<Known, End> {
 
 /// Registers, enters the fallback set if displaced, and asks the inbox where the session stands: in this order.
 async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(Registered, Answer), End> {
-    let (mut registered, evicted) = node.registry.register(Arc::clone(&seat));
-    if let Some(oldest) = evicted {
-        oldest.mailbox.close(CloseCode::Replaced, "this user opened more sessions than are kept");
-    }
+    let mut registered = node.registry.register(Arc::clone(&seat));
     let displaced = !node.owns(&node.views.borrow(), &seat.user);
     if displaced {
         rebalance::enter(node, &seat.user).await;
@@ -194,11 +191,19 @@ async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(R
             node.cursors.pending(&seat.user, &seat.device).filter(|acked| *acked > answer.start)
     {
         // Acked here a moment ago: a client that comes straight back need not see it again.
-        answer.start = acked;
-        answer.more = answer.head > acked;
+        // Never above the head as it was answered: what was stored since is in the mailbox already.
+        answer.start = acked.min(answer.head);
+        answer.more = answer.head > answer.start;
     }
     if known_iat(&seat) < answer.not_before_s {
         return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));
+    }
+    if node.draining.is_cancelled() {
+        return Err(End::close(CloseCode::Draining, "the node is leaving"));
+    }
+    // Only now, when this session is known to be good: a revoked token must not drive others out.
+    if let Some(oldest) = node.registry.evict_excess(&seat) {
+        oldest.mailbox.close(CloseCode::Replaced, "this user opened more sessions than are kept");
     }
     Ok((registered, answer))
 }
@@ -233,7 +238,7 @@ async fn farewell<S: Socket>(node: &Node, socket: &mut S, end: End) {
                 break;
             }
         }
-        socket.flush().await
+        socket.close().await
     };
     let _: Result<Result<(), SocketFault>, _> = tokio::time::timeout(FAREWELL, parting).await;
 }
@@ -464,7 +469,7 @@ impl<S: Socket> Serving<S> {
         };
         match ClientFrame::parse(&text).map_err(|why| End::close(CloseCode::BadFrame, why))? {
             ClientFrame::Ack(seq) => self.step(Input::Ack(seq)),
-            ClientFrame::Ping => self.push(Outgoing::Text(ServerFrame::Pong.encode())),
+            ClientFrame::Ping => self.reply(&ServerFrame::Pong),
             ClientFrame::Refresh(token) => self.begin_refresh(token)?,
             ClientFrame::Auth { .. } => {
                 return Err(End::close(CloseCode::BadFrame, "auth comes once; refresh brings a new token"));
@@ -515,7 +520,7 @@ impl<S: Socket> Serving<S> {
         self.token_ends = Instant::now() + until(known.expires_at_s, self.node.clock.now());
         self.reset_timer();
         let expires_at = Millis(known.expires_at_s.saturating_mul(1000)).rfc3339();
-        self.push(Outgoing::Text(ServerFrame::Refreshed { expires_at }.encode()));
+        self.reply(&ServerFrame::Refreshed { expires_at });
         Ok(())
     }
 
@@ -550,10 +555,22 @@ impl<S: Socket> Serving<S> {
         let Self { session, queue, queued_bytes, seat, node, .. } = self;
         session.step(input, now, |output| perform(output, queue, queued_bytes, seat, node));
         self.seat.set_position(self.session.position());
+        self.look_whether_full();
+    }
+
+    fn look_whether_full(&mut self) {
         if !self.told_full && self.queued_bytes + self.unflushed_bytes >= HIGH_WATER_BYTES {
             self.told_full = true;
             self.node.metrics.demoted.inc();
             self.step(Input::Full);
+        }
+    }
+
+    /// Answers a frame of the client; not at all where it reads nothing, or it could make us queue without end.
+    fn reply(&mut self, frame: &ServerFrame) {
+        if !self.told_full {
+            self.push(Outgoing::Text(frame.encode()));
+            self.look_whether_full();
         }
     }
 

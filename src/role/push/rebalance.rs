@@ -81,8 +81,11 @@ impl Displaced {
 
 /// Enters a user before its session reads the inbox: what dispatch sends from then on comes here too.
 pub(super) async fn enter(node: &Node, user: &UserId) {
-    if node.fallback.add(&node.config.node, vec![user.clone()]).await.is_ok() {
-        node.displaced.state.lock().entered.insert(user.clone());
+    // Noted first: whatever ends this session from now on knows that there may be an entry.
+    node.displaced.state.lock().entered.insert(user.clone());
+    if let Err(error) = node.fallback.add(&node.config.node, vec![user.clone()]).await {
+        tracing::debug!(%error, "a fallback entry could not be written");
+        node.displaced.state.lock().entered.remove(user);
     }
     // Looked at again in any case: a removal may have crossed with this.
     node.displaced.doubt(vec![user.clone()]);
@@ -114,8 +117,9 @@ async fn reconcile(node: &Node, users: Vec<UserId>) -> bool {
     for user in &users {
         match (wanted(user), node.displaced.is_entered(user)) {
             (true, false) => add.push(user.clone()),
-            (false, true) => drop(remove.insert(user.clone())),
-            _ => {}
+            (true, true) => {}
+            // Also where it is not known to be entered: an entry too many is never right, and a removal too many harmless.
+            (false, _) => drop(remove.insert(user.clone())),
         }
     }
     let mut written = Ok(());
@@ -262,7 +266,7 @@ fn send_move(node: &Node, view: &View, seat: &Seat, target: &Member, reason: Mov
     let Some(base) = node.urls.of(&target.info.node) else { return false };
     let after = between(Duration::ZERO, MOVE_JITTER, &mut rand::rng());
     // Two hops mean "keep it": from a node that leaves, or the second time it was sent on.
-    let hops = if reason == MoveReason::Drain { 2 } else { (seat.arrival.hops + 1).min(2) };
+    let hops = if reason == MoveReason::Drain { 2 } else { seat.arrival.hops.saturating_add(1).min(2) };
     let frame = ServerFrame::Move {
         url: format!("{base}?hops={hops}&epoch={}", view.epoch),
         node: target.info.node.to_string(),
@@ -291,7 +295,11 @@ pub(super) async fn drain(node: &Node, how: Drain) {
     seats.shuffle(&mut rand::rng());
     match how {
         Drain::Move(window) => move_all(node, &seats, window).await,
-        Drain::Close => close_all(&seats).await,
+        Drain::Close => {
+            close_all(&seats).await;
+            // Those that registered meanwhile.
+            close_all(&node.registry.all()).await;
+        }
     }
 }
 

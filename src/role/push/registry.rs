@@ -2,8 +2,8 @@
 //!
 //! # Locks
 //!
-//! One lock per shard. Each operation looks and acts under one lock, so that no one sees a user half registered: a
-//! register answers whom it evicted, an unregister whether that was the user's last. No lock is held across another
+//! One lock per shard. Each operation looks and acts under one lock, so that no one sees a user half registered: an
+//! eviction takes out whom it names, an unregister answers whether that was the user's last. No lock is held across another
 //! or across a wait; a mailbox is put into after the shard is left, save in `for_user`, whose work is to put.
 
 use std::collections::HashMap;
@@ -161,19 +161,22 @@ impl Registry {
         &self.shards[(self.hasher.hash_one(user) % SHARDS as u64) as usize]
     }
 
-    /// Takes a seat; where the user has too many, the oldest is taken out and returned.
-    pub(super) fn register(self: &Arc<Self>, seat: Arc<Seat>) -> (Registered, Option<Arc<Seat>>) {
-        let evicted = {
-            let mut shard = self.shard(&seat.user).lock();
-            let seats = shard.entry(seat.user.clone()).or_insert_with(|| Vec::with_capacity(1));
-            let evicted = (seats.len() >= self.per_user).then(|| seats.remove(0));
-            seats.push(Arc::clone(&seat));
-            evicted
-        };
-        if evicted.is_none() {
-            self.sessions.fetch_add(1, Ordering::Relaxed);
-        }
-        (Registered { registry: Arc::clone(self), seat, on_last: None }, evicted)
+    /// Takes a seat.
+    pub(super) fn register(self: &Arc<Self>, seat: Arc<Seat>) -> Registered {
+        let mut shard = self.shard(&seat.user).lock();
+        shard.entry(seat.user.clone()).or_insert_with(|| Vec::with_capacity(1)).push(Arc::clone(&seat));
+        drop(shard);
+        self.sessions.fetch_add(1, Ordering::Relaxed);
+        Registered { registry: Arc::clone(self), seat, on_last: None }
+    }
+
+    /// Where the user of `newcomer` has too many sessions, takes out the oldest that has begun, and returns it.
+    pub(super) fn evict_excess(&self, newcomer: &Arc<Seat>) -> Option<Arc<Seat>> {
+        let mut shard = self.shard(&newcomer.user).lock();
+        let seats = shard.get_mut(&newcomer.user).filter(|seats| seats.len() > self.per_user)?;
+        let oldest = seats.iter().position(|seat| seat.has_begun() && !Arc::ptr_eq(seat, newcomer))?;
+        self.sessions.fetch_sub(1, Ordering::Relaxed);
+        Some(seats.remove(oldest))
     }
 
     /// Gives a seat back; answers whether the user has none left here. An evicted one is gone already.
@@ -237,19 +240,24 @@ mod tests {
     #[test]
     fn the_oldest_goes_when_there_are_too_many_and_counts_return() {
         let registry = Arc::new(Registry::new(2));
-        let (first, none) = registry.register(seat("alice"));
-        assert!(none.is_none());
-        let (second, _) = registry.register(seat("alice"));
-        let (third, evicted) = registry.register(seat("alice"));
-        assert!(Arc::ptr_eq(&evicted.unwrap(), &first));
+        let take = |user: &str| {
+            let registered = registry.register(seat(user));
+            registered.set_position(Seq::BEGINNING);
+            registered
+        };
+        let first = take("alice");
+        let second = take("alice");
+        assert!(registry.evict_excess(&second).is_none());
+        let attaching = registry.register(seat("alice"));
+        assert!(Arc::ptr_eq(&registry.evict_excess(&attaching).unwrap(), &first));
         assert_eq!(registry.len(), 2);
         drop(first);
         assert_eq!(registry.len(), 2, "an evicted session is not counted out twice");
-        let (_bob, _) = registry.register(seat("bob"));
+        let _bob = take("bob");
         drop(second);
-        assert!(registry.has(&third.user));
-        let user = third.user.clone();
-        drop(third);
+        assert!(registry.has(&attaching.user));
+        let user = attaching.user.clone();
+        drop(attaching);
         assert!(!registry.has(&user));
         assert_eq!((registry.len(), registry.all().len()), (1, 1));
     }
@@ -259,7 +267,7 @@ mod tests {
         let registry = Arc::new(Registry::new(16));
         let gone = Arc::new(AtomicU64::new(0));
         let take = || {
-            let (mut registered, _) = registry.register(seat("alice"));
+            let mut registered = registry.register(seat("alice"));
             let gone = Arc::clone(&gone);
             registered.when_last(move |_| {
                 gone.fetch_add(1, Ordering::Relaxed);

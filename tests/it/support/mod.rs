@@ -70,6 +70,7 @@ impl Server {
     /// On a directory that may have been used before.
     pub async fn on(directory: std::sync::Arc<tempfile::TempDir>, options: Options) -> Self {
         let data = directory.path().to_owned();
+        // What a killed process left would be taken for this one's, until this one has the store's lock.
         let _ = std::fs::remove_file(data.join("listen.json"));
         let mut child = command(&data, &options).spawn().expect("the program starts");
         let began = Instant::now();
