@@ -402,3 +402,6 @@ impl tower::Service<PushRequest> for Push {
         }))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -203,6 +203,9 @@ pub(super) async fn pace_moves(node: Arc<Node>) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     loop {
         tokio::select! {
+            biased;
+            // From then on the drain alone tells sessions where to go: its own departure made all of them displaced.
+            () = node.draining.cancelled() => return std::future::pending().await,
             changed = views.changed() => {
                 if changed.is_err() {
                     return;

@@ -1,0 +1,326 @@
+//! Push nodes in one process, on a stopped clock, with sockets made of channels.
+
+use std::pin::Pin;
+
+use bytes::Bytes;
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tower::ServiceExt;
+use tower::util::BoxCloneSyncService;
+
+use super::*;
+use crate::fallback::local::LocalFallback;
+use crate::inbox::memory::MemoryInbox;
+use crate::inbox::{Append, Appended};
+use crate::membership::local::LocalMembership;
+use crate::message::{Message, MessageId, Millis, UserId};
+use crate::ring::Ring;
+use crate::wire::address::UrlTemplate;
+use crate::wire::peer::{Identity, VerifyRequest};
+
+const NOW: Millis = Millis(1_795_380_000_000);
+
+/// A socket of two channels; what is sent is never refused, as by a client that reads.
+struct Wire {
+    incoming: mpsc::Receiver<Incoming>,
+    outgoing: mpsc::Sender<Outgoing>,
+}
+
+impl Stream for Wire {
+    type Item = Result<Incoming, SocketFault>;
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.incoming.poll_recv(cx).map(|next| next.map(Ok))
+    }
+}
+
+impl Sink<Outgoing> for Wire {
+    type Error = SocketFault;
+    fn poll_ready(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+        Poll::Ready(Ok(()))
+    }
+    fn start_send(self: Pin<&mut Self>, outgoing: Outgoing) -> Result<(), SocketFault> {
+        self.outgoing.try_send(outgoing).map_err(|_| SocketFault::Gone)
+    }
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+        Poll::Ready(Ok(()))
+    }
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+struct Client {
+    user: String,
+    says: mpsc::Sender<Incoming>,
+    hears: mpsc::Receiver<Outgoing>,
+}
+
+impl Client {
+    /// The next frame that is no ping, on a clock that runs as fast as nothing else happens.
+    async fn next(&mut self) -> Outgoing {
+        loop {
+            let next = tokio::time::timeout(Duration::from_secs(120), self.hears.recv()).await;
+            match next.expect("a frame in time").expect("an open socket") {
+                Outgoing::Ping => self.says.send(Incoming::Alive).await.unwrap(),
+                other => return other,
+            }
+        }
+    }
+
+    async fn frame(&mut self) -> Value {
+        match self.next().await {
+            Outgoing::Text(text) => serde_json::from_slice(&text).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn expect(&mut self, kind: &str) -> Value {
+        let frame = self.frame().await;
+        assert_eq!(frame["type"], kind, "{frame}");
+        frame
+    }
+
+    /// What came until now, but for pings.
+    fn heard(&mut self) -> Vec<Outgoing> {
+        std::iter::from_fn(|| self.hears.try_recv().ok()).filter(|frame| *frame != Outgoing::Ping).collect()
+    }
+}
+
+struct Cluster {
+    membership: LocalMembership,
+    fallback: LocalFallback,
+    inbox: Arc<MemoryInbox>,
+    clock: Clock,
+    nodes: Vec<Push>,
+    tasks: JoinSet<()>,
+}
+
+impl Cluster {
+    async fn of(names: &[&str]) -> Self {
+        let clock = Clock::standing(NOW);
+        let mut cluster = Self {
+            membership: LocalMembership::new(clock.clone()),
+            fallback: LocalFallback::default(),
+            inbox: Arc::new(MemoryInbox::new(clock.clone())),
+            clock,
+            nodes: Vec::new(),
+            tasks: JoinSet::new(),
+        };
+        for name in names {
+            cluster.join(name).await;
+        }
+        cluster
+    }
+
+    async fn join(&mut self, name: &str) {
+        let config = PushConfig {
+            node: NodeId::parse(name).unwrap(),
+            weight: 1.0,
+            accept_per_s: 4000,
+            origins: Origins::Any,
+            token_in_url: false,
+            limits: PushLimits::default(),
+        };
+        // Here a token is the user's name: what verifies it is another room's affair.
+        let verify = BoxCloneSyncService::new(tower::service_fn(async |request: VerifyRequest| {
+            Ok(Identity {
+                user: UserId::parse(&request.token).unwrap(),
+                issued_at_s: NOW.seconds(),
+                expires_at_s: NOW.seconds() + 1_000_000,
+                claims: Bytes::new(),
+            })
+        }));
+        let parts = PushParts {
+            inbox: Arc::clone(&self.inbox) as _,
+            verify,
+            membership: Arc::new(self.membership.clone()),
+            fallback: Arc::new(self.fallback.clone()),
+            urls: PublicUrls::Template(UrlTemplate::parse("wss://push.example/n/{node}/v1/ws").unwrap()),
+            ticket_key: TicketKey::derive("secret"),
+            clock: self.clock.clone(),
+            metrics: PushMetrics::default(),
+        };
+        let node = Push::start(config, parts, &mut self.tasks).await.unwrap();
+        self.nodes.push(node);
+    }
+
+    async fn connect(&self, node: usize, user: &str) -> Client {
+        let request = SocketRequest { bearer: Some(user), ..SocketRequest::default() };
+        let admission = self.nodes[node].admit(request).await.unwrap();
+        let ((says, incoming), (outgoing, hears)) = (mpsc::channel(64), mpsc::channel(1024));
+        self.nodes[node].serve(admission, std::future::ready(Some(Wire { incoming, outgoing })));
+        let mut client = Client { user: user.to_owned(), says, hears };
+        client.expect("welcome").await;
+        client.expect("caught_up").await;
+        client
+    }
+
+    /// Stored, and nobody is told.
+    async fn store(&self, user: &str, payload: &'static str) -> Arc<Message> {
+        let item = Append {
+            user: UserId::parse(user).unwrap(),
+            id: MessageId::parse("m").unwrap(),
+            fenced: false,
+            accepted_at: NOW,
+            expires_at: NOW.plus_seconds(3600),
+            payload: Bytes::from_static(payload.as_bytes()),
+        };
+        match self.inbox.append(vec![item]).await.remove(0) {
+            Ok(Appended::Stored(message)) => message,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn deliver(&self, node: usize, user: &str, message: Arc<Message>, sweep: bool) {
+        let batch = vec![Live { user: UserId::parse(user).unwrap(), message }];
+        let request = PushRequest::Deliver { batch, sweep };
+        self.nodes[node].clone().oneshot(request).await.unwrap();
+    }
+}
+
+fn owner(names: &[&str], user: &str) -> String {
+    Ring::build(names.iter().map(|name| (*name, 1.0))).owner_of(user).unwrap().to_owned()
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_sweep_finds_what_no_hint_told_of() {
+    let cluster = Cluster::of(&["push-0"]).await;
+    let mut client = cluster.connect(0, "alice").await;
+    let message = cluster.store("alice", "1").await;
+    let began = tokio::time::Instant::now();
+    assert_eq!(client.expect("message").await["seq"], message.seq.get());
+    let period = sweep::SWEEP_EVERY.mul_f64(1.0 + sweep::SWEEP_JITTER);
+    assert!(began.elapsed() <= period + Duration::from_secs(1), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hint_that_leaves_a_gap_brings_all_that_is_missing() {
+    let cluster = Cluster::of(&["push-0"]).await;
+    let mut client = cluster.connect(0, "alice").await;
+    let mut last = cluster.store("alice", "0").await;
+    for _ in 0..9 {
+        last = cluster.store("alice", "0").await;
+    }
+    cluster.deliver(0, "alice", Arc::clone(&last), false).await;
+    for n in 0..10 {
+        assert_eq!(client.expect("message").await["seq"], last.seq.get() - 9 + n);
+    }
+    cluster.deliver(0, "alice", last, false).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(client.heard(), [], "what comes again is not sent again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_that_dropped_something_has_the_node_look_for_itself_at_once() {
+    let cluster = Cluster::of(&["push-0"]).await;
+    let (mut alice, mut bob) = (cluster.connect(0, "alice").await, cluster.connect(0, "bob").await);
+    cluster.store("alice", "\"dropped\"").await;
+    let told = cluster.store("bob", "\"told\"").await;
+    let began = tokio::time::Instant::now();
+    cluster.deliver(0, "bob", told, true).await;
+    bob.expect("message").await;
+    assert_eq!(alice.expect("message").await["payload"], "dropped");
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn when_a_node_joins_exactly_those_whose_owner_changed_are_told_to_move() {
+    let mut cluster = Cluster::of(&["push-0"]).await;
+    let mut clients = Vec::new();
+    for n in 0..60 {
+        clients.push(cluster.connect(0, &format!("user-{n}")).await);
+    }
+    cluster.join("push-1").await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let mut moved = 0;
+    for client in &mut clients {
+        let frames = client.heard();
+        if owner(&["push-0", "push-1"], &client.user) == "push-0" {
+            assert_eq!(frames, [], "{} stays", client.user);
+            continue;
+        }
+        moved += 1;
+        let [Outgoing::Text(frame)] = frames.as_slice() else { panic!("{}: {frames:?}", client.user) };
+        let frame: Value = serde_json::from_slice(frame).unwrap();
+        assert_eq!(
+            (&frame["type"], &frame["node"], &frame["reason"]),
+            (&"move".into(), &"push-1".into(), &"owner".into())
+        );
+        assert!(
+            frame["url"].as_str().unwrap().starts_with("wss://push.example/n/push-1/v1/ws?hops=1&epoch=")
+        );
+    }
+    assert!((10..50).contains(&moved), "{moved} of 60 moved");
+    assert_eq!(cluster.nodes[0].counts().displaced, moved, "until they have moved, they are displaced");
+    // A client that ignores it is served where it is, and not told again.
+    let kept = clients.iter().position(|c| owner(&["push-0", "push-1"], &c.user) == "push-1").unwrap();
+    let user = clients[kept].user.clone();
+    let message = cluster.store(&user, "1").await;
+    cluster.deliver(0, &user, message, false).await;
+    clients[kept].expect("message").await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(clients[kept].heard(), []);
+    // When all have gone, nothing of them is left.
+    drop(clients);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(cluster.nodes[0].counts(), Counts::default());
+    assert!(cluster.fallback.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_drains_sends_everybody_away_and_leaves_nothing() {
+    let cluster = Cluster::of(&["push-0", "push-1"]).await;
+    let mut clients = Vec::new();
+    let own =
+        (0..).map(|n| format!("user-{n}")).filter(|user| owner(&["push-0", "push-1"], user) == "push-0");
+    for user in own.take(40) {
+        clients.push(cluster.connect(0, &user).await);
+    }
+    let node = cluster.nodes[0].clone();
+    let draining = tokio::spawn(async move { node.drain(Drain::Move(Duration::from_secs(60))).await });
+    let began = tokio::time::Instant::now();
+    for client in &mut clients {
+        let frame = client.expect("move").await;
+        assert_eq!((&frame["node"], &frame["reason"]), (&"push-1".into(), &"drain".into()));
+        assert!(frame["url"].as_str().unwrap().contains("hops=2"), "the target keeps them");
+    }
+    let refused =
+        cluster.nodes[0].admit(SocketRequest { bearer: Some("late"), ..SocketRequest::default() }).await;
+    assert!(matches!(refused, Err(Rejection::Unavailable(_))));
+    // They stay, and are served, until their grace is over.
+    let user = clients[0].user.clone();
+    let message = cluster.store(&user, "1").await;
+    cluster.deliver(0, &user, message, false).await;
+    clients[0].expect("message").await;
+    for client in &mut clients {
+        assert_eq!(client.expect("error").await["code"], "draining");
+        assert_eq!(client.next().await, Outgoing::Close(crate::wire::close::CloseCode::Draining));
+        client.says.send(Incoming::Closed).await.unwrap();
+    }
+    draining.await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    assert!(cluster.membership.views().borrow().member(&NodeId::parse("push-0").unwrap()).is_none());
+    assert!(cluster.fallback.is_empty());
+    assert_eq!(cluster.nodes[0].counts(), Counts::default());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_went_by_before_the_fallback_entry_stood_is_read_at_once() {
+    let mut cluster = Cluster::of(&["push-0"]).await;
+    let mut clients = Vec::new();
+    let moving =
+        (0..).map(|n| format!("user-{n}")).filter(|user| owner(&["push-0", "push-1"], user) == "push-1");
+    for user in moving.take(20) {
+        clients.push(cluster.connect(0, &user).await);
+    }
+    for client in &clients {
+        cluster.store(&client.user, "1").await;
+    }
+    cluster.join("push-1").await;
+    // Long before a sweep would have come by all of them.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for client in &mut clients {
+        let texts: Vec<String> = client.heard().iter().map(|frame| format!("{frame:?}")).collect();
+        assert!(texts.iter().any(|text| text.contains("message")), "{}: {texts:?}", client.user);
+    }
+}
