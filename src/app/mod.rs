@@ -50,6 +50,8 @@ use push_http::{ConnectEdge, PushEdge};
 
 /// The kernel's send buffer of a socket, in bytes (DESIGN.md section 12).
 const SOCKET_SEND_BUFFER: u32 = 64 * 1024;
+/// How long the last answers may take when the store has failed.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
 /// Most push nodes in one process.
 pub const PUSH_NODES_MAX: usize = 64;
 
@@ -295,7 +297,7 @@ impl App {
             Some(outcome) => {
                 self.health.set("inbox", outcome.is_err(), "the store failed");
                 // Senders that wait hear a 503 rather than a broken connection.
-                self.stop_serving(Duration::from_secs(2)).await;
+                self.stop_serving(LAST_ANSWERS).await;
                 let _ = std::fs::remove_file(&self.listen_file);
                 outcome
             }

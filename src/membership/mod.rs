@@ -156,10 +156,4 @@ impl View {
         let at = self.members.binary_search_by(|m| m.info.node.cmp(node)).ok()?;
         self.members.get(at)
     }
-
-    /// How many other nodes take users.
-    #[must_use]
-    pub fn others_active(&self, than: &NodeId) -> usize {
-        self.members.iter().filter(|m| m.state == NodeState::Active && m.info.node != *than).count()
-    }
 }

@@ -81,11 +81,12 @@ struct Inner {
 
 #[derive(Default)]
 struct Waiting {
-    appends: VecDeque<(Append, oneshot::Sender<Outcome>)>,
+    appends: VecDeque<(Append, Answer)>,
     bytes: usize,
 }
 
 type Outcome = Result<Stored, Refusal>;
+type Answer = oneshot::Sender<Outcome>;
 
 /// What is known of a user, from the inbox and from the nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -250,7 +251,7 @@ async fn wait_until(deadline: tokio::time::Instant, waiter: oneshot::Receiver<Ou
 
 /// What one write needs to be answered.
 struct Written {
-    to: Vec<(UserId, oneshot::Sender<Outcome>)>,
+    to: Vec<(UserId, Answer)>,
     outcomes: Vec<Result<Appended, InboxError>>,
 }
 
@@ -273,23 +274,17 @@ async fn write(inner: Arc<Inner>) {
             continue;
         }
         inner.metrics.batch.observe(batch.len() as f64);
-        let (appends, to): (Vec<Append>, Vec<_>) = batch
-            .into_iter()
-            .map(|(append, answer)| (append.user.clone(), append, answer))
-            .map(split)
-            .unzip();
+        let with_user = |(append, answer): (Append, Answer)| {
+            let user = append.user.clone();
+            (append, (user, answer))
+        };
+        let (appends, to): (Vec<Append>, Vec<_>) = batch.into_iter().map(with_user).unzip();
         let appending = inner.inbox.append(appends);
         if let Some(done) = written.take() {
             answer(&inner, done).await;
         }
         written = Some(Written { to, outcomes: appending.await });
     }
-}
-
-type Answer = oneshot::Sender<Outcome>;
-
-fn split((user, append, answer): (UserId, Append, Answer)) -> (Append, (UserId, Answer)) {
-    (append, (user, answer))
 }
 
 fn take(inner: &Inner) -> Option<Vec<(Append, Answer)>> {

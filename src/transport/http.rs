@@ -30,6 +30,10 @@ const BACKLOG: u32 = 4_096;
 const ACCEPT_REST: Duration = Duration::from_millis(50);
 /// A connection's read buffer, in bytes, at the most: a request head must fit.
 const READ_BUFFER: usize = 64 * 1024;
+/// How long an HTTP/2 peer may take to answer a ping.
+const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the client may take to connect.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Streams of one HTTP/2 connection.
 const H2_STREAMS: u32 = 1_000;
 
@@ -118,7 +122,7 @@ fn server(limits: &HttpLimits) -> auto::Builder<TokioExecutor> {
         .timer(TokioTimer::new())
         .max_concurrent_streams(H2_STREAMS)
         .keep_alive_interval(limits.idle)
-        .keep_alive_timeout(Duration::from_secs(20));
+        .keep_alive_timeout(H2_PING_TIMEOUT);
     server
 }
 
@@ -209,7 +213,7 @@ impl Default for HttpClient {
         let mut plain = HttpConnector::new();
         plain.enforce_http(false);
         plain.set_nodelay(true);
-        plain.set_connect_timeout(Some(Duration::from_secs(5)));
+        plain.set_connect_timeout(Some(CONNECT_TIMEOUT));
         let builder = hyper_rustls::HttpsConnectorBuilder::new();
         let connector = match builder.with_native_roots() {
             Ok(builder) => builder.https_or_http().enable_http1().wrap_connector(plain),

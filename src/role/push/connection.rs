@@ -16,7 +16,6 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -195,7 +194,7 @@ async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(R
         answer.start = acked.min(answer.head);
         answer.more = answer.head > answer.start;
     }
-    if known_iat(&seat) < answer.not_before_s {
+    if seat.token_iat_s() < answer.not_before_s {
         return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));
     }
     if node.draining.is_cancelled() {
@@ -212,10 +211,6 @@ async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(R
 fn on_last(node: &Node) -> impl FnOnce(&crate::message::UserId) + Send + Sync + 'static {
     let displaced = Arc::clone(&node.displaced);
     move |user| displaced.doubt_if_entered(user)
-}
-
-fn known_iat(seat: &Seat) -> u64 {
-    seat.token_iat_s.load(Ordering::Relaxed)
 }
 
 /// Says why, closes, and waits a little for the client to close too, so that it hears the reason.
@@ -516,7 +511,7 @@ impl<S: Socket> Serving<S> {
     }
 
     fn refreshed(&mut self, known: Known) -> Result<(), End> {
-        self.seat.token_iat_s.store(known.issued_at_s, Ordering::Relaxed);
+        self.seat.set_token_iat_s(known.issued_at_s);
         self.token_ends = Instant::now() + until(known.expires_at_s, self.node.clock.now());
         self.reset_timer();
         let expires_at = Millis(known.expires_at_s.saturating_mul(1000)).rfc3339();

@@ -356,14 +356,20 @@ impl Push {
     pub async fn drain(&self, how: Drain) {
         let node = &self.node;
         node.draining.cancel();
-        let _ = node.membership.drain(&node.config.node, node.incarnation).await;
+        if let Err(error) = node.membership.drain(&node.config.node, node.incarnation).await {
+            tracing::warn!(%error, "the others were not told that this node leaves");
+        }
         rebalance::drain(node, how).await;
         node.connections.close();
         // A client that does not answer the close is given up by its own task; this is the bound on that.
         let _ = tokio::time::timeout(connection::FAREWELL * 2, node.connections.wait()).await;
         node.cursors.flush(&*node.inbox).await;
-        let _ = node.fallback.forget(&node.config.node).await;
-        let _ = node.membership.leave(&node.config.node, node.incarnation).await;
+        if let Err(error) = node.fallback.forget(&node.config.node).await {
+            tracing::warn!(%error, "the fallback entries stay until their lease ends");
+        }
+        if let Err(error) = node.membership.leave(&node.config.node, node.incarnation).await {
+            tracing::warn!(%error, "the node stays a member until its lease ends");
+        }
     }
 }
 

@@ -32,6 +32,9 @@ pub const CLOSE_SPREAD: Duration = Duration::from_secs(5);
 /// Sessions closed per second where they have nowhere to go: a small node need not take the whole spread.
 const CLOSES_PER_S: u32 = 2_000;
 
+/// Between two tries to write the fallback entries, at first and at the most.
+const FALLBACK_RETRY_FIRST: Duration = Duration::from_millis(100);
+const FALLBACK_RETRY_MAX: Duration = Duration::from_secs(3);
 /// The longest window that clients are given to come back in.
 const RECONNECT_MAX_MS: u64 = 60_000;
 
@@ -93,7 +96,7 @@ pub(super) async fn enter(node: &Node, user: &UserId) {
 
 /// Keeps the fallback set as the registry and the view want it.
 pub(super) async fn keep_fallback(node: Arc<Node>) {
-    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(3));
+    let mut backoff = Backoff::new(FALLBACK_RETRY_FIRST, FALLBACK_RETRY_MAX);
     loop {
         node.displaced.changed.notified().await;
         loop {

@@ -39,7 +39,7 @@ pub(super) struct Seat {
     pub(super) arrival: Arrival,
     pub(super) mailbox: Mailbox,
     /// Whole seconds; a refresh changes it.
-    pub(super) token_iat_s: AtomicU64,
+    token_iat_s: AtomicU64,
     /// Everything up to here was sent, as the session last said.
     position: AtomicU64,
     acked: AtomicU64,
@@ -68,6 +68,16 @@ impl Seat {
             acked: AtomicU64::new(0),
             told: Mutex::new(None),
         })
+    }
+
+    /// When the token in use was issued, in whole seconds.
+    pub(super) fn token_iat_s(&self) -> u64 {
+        self.token_iat_s.load(Ordering::Relaxed)
+    }
+
+    /// A refresh brought another token.
+    pub(super) fn set_token_iat_s(&self, seconds: u64) {
+        self.token_iat_s.store(seconds, Ordering::Relaxed);
     }
 
     pub(super) fn position(&self) -> Seq {

@@ -29,6 +29,9 @@ pub const READS_IN_FLIGHT: usize = 64;
 /// A page: at most 256 frames of 150 bytes over their payload, 38 KiB, and 64 KiB of payload or one message. With the
 /// high-water mark of a session's queue that stays within its outbound limit.
 pub const PAGE: PageLimit = PageLimit { messages: 256, bytes: 64 * 1024 };
+/// Between two tries of a read that the inbox did not answer, at first and at the most.
+const READ_RETRY_FIRST: Duration = Duration::from_millis(100);
+const READ_RETRY_MAX: Duration = Duration::from_secs(5);
 /// Every session is swept once in this time, give or take [`SWEEP_JITTER`].
 pub const SWEEP_EVERY: Duration = Duration::from_secs(30);
 /// Part of the period that a sweep may be early or late.
@@ -124,7 +127,7 @@ pub(super) async fn perform_reads(node: Arc<Node>) {
 
 /// Reads one page for a session that is still there; while the inbox cannot answer, again, ever more slowly.
 async fn read(node: Arc<Node>, seat: Weak<Seat>, after: Seq) {
-    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+    let mut backoff = Backoff::new(READ_RETRY_FIRST, READ_RETRY_MAX);
     while let Some(user) = seat.upgrade().map(|seat| seat.user.clone()) {
         match node.inbox.page(user, after, PAGE).await {
             Ok(page) => {
@@ -205,7 +208,7 @@ pub(super) async fn sweep_seats(node: &Node, seats: &[Arc<Seat>]) {
 
 /// Ends a session whose token was issued before the moment from which tokens count.
 pub(super) fn close_if_revoked(seat: &Seat, not_before_s: u64) {
-    if seat.token_iat_s.load(std::sync::atomic::Ordering::Relaxed) < not_before_s {
+    if seat.token_iat_s() < not_before_s {
         seat.mailbox.close(CloseCode::Unauthorized, "the token was revoked");
     }
 }
