@@ -88,19 +88,37 @@ impl Drop for Counted {
 /// What `/readyz` answers from: named conditions, each with whether it holds and a word for a person.
 #[derive(Clone, Default)]
 pub struct Health {
-    conditions: Arc<Mutex<BTreeMap<&'static str, (bool, String)>>>,
+    conditions: Arc<Mutex<BTreeMap<&'static str, Condition>>>,
+}
+
+/// One of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Condition {
+    /// Whether it holds.
+    pub holds: bool,
+    /// Whether the process is not ready while it does not.
+    pub decides: bool,
+    /// For a person.
+    pub word: String,
 }
 
 impl Health {
-    /// States a condition.
+    /// States a condition without which the process is not ready.
     pub fn set(&self, name: &'static str, holds: bool, word: impl Into<String>) {
-        self.conditions.lock().insert(name, (holds, word.into()));
+        let condition = Condition { holds, decides: true, word: word.into() };
+        self.conditions.lock().insert(name, condition);
     }
 
-    /// Whether every condition stated so far holds, and all of them.
+    /// States a condition that is worth knowing, and decides nothing.
+    pub fn note(&self, name: &'static str, holds: bool, word: impl Into<String>) {
+        let condition = Condition { holds, decides: false, word: word.into() };
+        self.conditions.lock().insert(name, condition);
+    }
+
+    /// Whether every condition that decides holds, and all of them.
     #[must_use]
-    pub fn report(&self) -> (bool, BTreeMap<&'static str, (bool, String)>) {
+    pub fn report(&self) -> (bool, BTreeMap<&'static str, Condition>) {
         let conditions = self.conditions.lock().clone();
-        (conditions.values().all(|condition| condition.0), conditions)
+        (conditions.values().all(|condition| condition.holds || !condition.decides), conditions)
     }
 }

@@ -29,15 +29,16 @@ use crate::fallback::Fallback;
 use crate::fallback::local::LocalFallback;
 use crate::inbox::embedded::EmbeddedInbox;
 use crate::inbox::{Inbox, Upkeep};
-use crate::membership::Membership;
 use crate::membership::local::LocalMembership;
+use crate::membership::{Membership, NodeInfo};
 use crate::message::NodeId;
 use crate::role::auth::Auth;
 use crate::role::collect::{Collect, run_upkeep};
 use crate::role::connect::{Connect, PublicUrls};
-use crate::role::dispatch::{Directory, Dispatch};
+use crate::role::dispatch::Dispatch;
 use crate::role::push::{Drain, Push, PushConfig, PushMetrics, PushParts};
-use crate::role::{PushService, VerifyService};
+use crate::role::reach::Reach;
+use crate::role::{Directory, PushService, VerifyService};
 use crate::telemetry::{Health, Metrics};
 use crate::ticket::TicketKey;
 use crate::transport::http::{HttpLimits, bind, serve};
@@ -139,6 +140,9 @@ struct Shared {
     urls: PublicUrls,
     verify: VerifyService,
     ticket_key: TicketKey,
+    directory: Arc<InProcess>,
+    reach: Reach,
+    health: Health,
 }
 
 impl App {
@@ -165,7 +169,12 @@ impl App {
             Some(template) => PublicUrls::Template(template.clone()),
             None => own_urls(&bound),
         };
+        let directory = Arc::new(InProcess::default());
+        let health = Health::default();
         let shared = Shared {
+            reach: Reach::new(Arc::clone(&directory) as _),
+            directory,
+            health: health.clone(),
             membership: Arc::new(LocalMembership::new(clock.clone())),
             fallback: Arc::new(LocalFallback::default()),
             inbox: Arc::new(inbox.clone()),
@@ -180,7 +189,7 @@ impl App {
             tasks: JoinSet::new(),
             servers: JoinSet::new(),
             stop: CancellationToken::new(),
-            health: Health::default(),
+            health,
             pushes: Vec::new(),
             poisoned: inbox.poisoned(),
             drain_window: config.drain_window,
@@ -202,7 +211,7 @@ impl App {
         upkeep: EmbeddedInbox,
         listeners: Listeners,
     ) -> Result<()> {
-        let directory = Arc::new(InProcess::default());
+        let directory = Arc::clone(&shared.directory);
         let push_metrics = PushMetrics::register(&shared.metrics);
         let nodes: Vec<NodeId> = self.bound.push.iter().map(|(node, _)| node.clone()).collect();
         for node in nodes {
@@ -211,11 +220,17 @@ impl App {
             directory.nodes.write().insert(node, BoxCloneSyncService::new(push.clone()));
             self.pushes.push(push);
         }
-        let views = shared.membership.views();
-        let dispatch = Dispatch::new(views, Arc::clone(&shared.fallback), directory, &shared.metrics);
+        let dispatch = Dispatch::start(
+            Arc::clone(&shared.membership),
+            Arc::clone(&shared.fallback),
+            directory,
+            &shared.metrics,
+            &mut self.tasks,
+        );
         let collect = Collect::start(
             Arc::clone(&shared.inbox),
             BoxCloneSyncService::new(dispatch),
+            shared.membership.views(),
             shared.clock.clone(),
             &shared.metrics,
             &mut self.tasks,
@@ -398,6 +413,7 @@ fn connect_edge(config: &Config, shared: &Shared, push: Option<Push>) -> Connect
             shared.membership.views(),
             shared.urls.clone(),
             shared.ticket_key.clone(),
+            shared.reach.clone(),
             shared.clock.clone(),
         ),
         origins: config.origins.clone(),
@@ -413,10 +429,17 @@ async fn start_push(
     metrics: PushMetrics,
     tasks: &mut JoinSet<()>,
 ) -> Result<Push> {
-    let push = PushConfig {
+    let info = NodeInfo {
         node,
         weight: config.weight,
         accept_per_s: config.accept_per_s,
+        peer: "".into(),
+        push: true,
+        dispatch: false,
+    };
+    let push = PushConfig {
+        info,
+        drain_window: config.drain_window,
         origins: config.origins.clone(),
         token_in_url: config.token_in_url,
         limits: config.push,
@@ -426,6 +449,8 @@ async fn start_push(
         verify: shared.verify.clone(),
         membership: Arc::clone(&shared.membership),
         fallback: Arc::clone(&shared.fallback),
+        reach: shared.reach.clone(),
+        health: shared.health.clone(),
         urls: shared.urls.clone(),
         ticket_key: shared.ticket_key.clone(),
         clock: shared.clock.clone(),

@@ -51,7 +51,7 @@ async fn ready(State(edge): Edge) -> Response<Body> {
     let (ready, conditions) = edge.health.report();
     let shown: Map<String, Value> = conditions
         .into_iter()
-        .map(|(name, (ok, word))| (name.to_owned(), value!({"ok": ok, "detail": word})))
+        .map(|(name, it)| (name.to_owned(), value!({"ok": it.holds, "detail": it.word})))
         .collect();
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     json(status, value!({"ready": ready, "conditions": shown}).to_string())

@@ -169,7 +169,7 @@ async fn place(edge: &ConnectEdge, request: Request<Body>) -> Answer {
     if !edge.origins.allows(origin_of(request.headers())) {
         return Err(refuse(403, "pages of this origin may not connect (push.origins)"));
     }
-    if edge.push.as_ref().is_some_and(Push::is_draining) {
+    if edge.push.as_ref().is_some_and(|push| !push.takes_sockets()) {
         return Err(refuse(503, "this node is leaving; another one answers"));
     }
     let token = bearer(request.headers()).map(str::to_owned);

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt, ready};
 use parking_lot::RwLock;
 
-use super::{Fallback, FallbackError};
+use super::{Fallback, FallbackError, Hints, Holder, Which};
 use crate::message::{NodeId, UserId};
 
 /// See the room's comment. Cloned, it is the same set of entries.
@@ -18,8 +19,8 @@ pub struct LocalFallback {
 
 #[derive(Default)]
 struct Inner {
-    /// The nodes of each displaced user: one or two, so a list serves better than a set.
-    entries: RwLock<HashMap<UserId, Vec<NodeId>>>,
+    /// The holders of each displaced user: one or two, so a list serves better than a set.
+    entries: RwLock<HashMap<UserId, Vec<Holder>>>,
     /// The size of `entries`, to be asked for each batch without the lock.
     count: AtomicUsize,
 }
@@ -27,7 +28,7 @@ struct Inner {
 impl LocalFallback {
     fn change(
         &self,
-        act: impl FnOnce(&mut HashMap<UserId, Vec<NodeId>>),
+        act: impl FnOnce(&mut HashMap<UserId, Vec<Holder>>),
     ) -> BoxFuture<'_, Result<(), FallbackError>> {
         let mut entries = self.inner.entries.write();
         act(&mut entries);
@@ -37,23 +38,29 @@ impl LocalFallback {
 }
 
 impl Fallback for LocalFallback {
-    fn add(&self, node: &NodeId, users: Vec<UserId>) -> BoxFuture<'_, Result<(), FallbackError>> {
+    fn add(&self, holder: &Holder, users: Vec<UserId>) -> BoxFuture<'_, Result<(), FallbackError>> {
         self.change(|entries| {
             for user in users {
-                let nodes = entries.entry(user).or_default();
-                if !nodes.contains(node) {
-                    nodes.push(node.clone());
+                let holders = entries.entry(user).or_default();
+                if !holders.contains(holder) {
+                    holders.push(holder.clone());
                 }
             }
         })
     }
 
-    fn remove(&self, node: &NodeId, users: Vec<UserId>) -> BoxFuture<'_, Result<(), FallbackError>> {
-        self.change(|entries| {
-            for user in users {
-                if let Some(nodes) = entries.get_mut(&user) {
-                    nodes.retain(|known| known != node);
-                    if nodes.is_empty() {
+    fn remove(&self, holder: &Holder, which: Which) -> BoxFuture<'_, Result<(), FallbackError>> {
+        let without = |holders: &mut Vec<Holder>| {
+            holders.retain(|known| known != holder);
+            !holders.is_empty()
+        };
+        self.change(|entries| match which {
+            Which::All => entries.retain(|_, holders| without(holders)),
+            Which::Users(users) => {
+                for user in users {
+                    if let Some(holders) = entries.get_mut(&user)
+                        && !without(holders)
+                    {
                         entries.remove(&user);
                     }
                 }
@@ -61,44 +68,33 @@ impl Fallback for LocalFallback {
         })
     }
 
-    fn forget(&self, node: &NodeId) -> BoxFuture<'_, Result<(), FallbackError>> {
-        self.change(|entries| {
-            entries.retain(|_, nodes| {
-                nodes.retain(|known| known != node);
-                !nodes.is_empty()
-            });
-        })
+    /// Nothing ends by itself here.
+    fn keep(&self, holder: &Holder) -> BoxFuture<'_, Result<usize, FallbackError>> {
+        let entries = self.inner.entries.read();
+        let size = entries.values().filter(|holders| holders.contains(holder)).count();
+        ready(Ok(size)).boxed()
     }
 
     fn nodes_of(&self, users: Vec<UserId>) -> BoxFuture<'_, Result<Vec<Vec<NodeId>>, FallbackError>> {
         let entries = self.inner.entries.read();
-        let found = users.iter().map(|user| entries.get(user).cloned().unwrap_or_default()).collect();
+        let nodes = |user| entries.get(user).into_iter().flatten().map(|holder: &Holder| holder.node.clone());
+        let found = users.iter().map(|user| nodes(user).collect()).collect();
         ready(Ok(found)).boxed()
     }
 
-    fn is_empty(&self) -> bool {
-        self.inner.count.load(Ordering::Acquire) == 0
+    fn hints(&self) -> Hints {
+        Hints { empty: self.inner.count.load(Ordering::Acquire) == 0, seen_after: Duration::ZERO }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::conformance::{self, Bench};
     use super::*;
 
     #[tokio::test]
-    async fn entries_come_and_go_by_node() {
-        let fallback = LocalFallback::default();
-        let user = |name: &str| UserId::parse(name).unwrap();
-        let (zero, one) = (NodeId::parse("push-0").unwrap(), NodeId::parse("push-1").unwrap());
-        assert!(fallback.is_empty());
-        fallback.add(&zero, vec![user("a"), user("b"), user("a")]).await.unwrap();
-        fallback.add(&one, vec![user("a")]).await.unwrap();
-        let found = fallback.nodes_of(vec![user("a"), user("b"), user("c")]).await.unwrap();
-        assert_eq!(found, [vec![zero.clone(), one.clone()], vec![zero.clone()], vec![]]);
-        fallback.remove(&zero, vec![user("a"), user("c")]).await.unwrap();
-        assert_eq!(fallback.nodes_of(vec![user("a")]).await.unwrap(), [vec![one.clone()]]);
-        fallback.forget(&one).await.unwrap();
-        fallback.remove(&zero, vec![user("b")]).await.unwrap();
-        assert!(fallback.is_empty());
+    async fn it_keeps_the_contract() {
+        let fallback = Arc::new(LocalFallback::default());
+        conformance::suite(&Bench { own: Arc::clone(&fallback) as _, others: fallback }).await;
     }
 }

@@ -8,7 +8,9 @@ use futures_util::future::{BoxFuture, FutureExt, ready};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use super::{Counts, Member, Membership, MembershipError, NodeInfo, NodeState, View};
+use super::{
+    Counts, Departure, Member, Membership, MembershipError, NodeInfo, NodeState, Registration, Standing, View,
+};
 use crate::clock::Clock;
 use crate::message::NodeId;
 
@@ -22,6 +24,8 @@ struct Inner {
     clock: Clock,
     /// Locked while a view is built and published, so that views appear in the order of their epochs.
     members: Mutex<BTreeMap<NodeId, Member>>,
+    /// The standing of the process that has a name now.
+    standings: Mutex<HashMap<NodeId, watch::Sender<Standing>>>,
     counts: Mutex<HashMap<NodeId, Counts>>,
     published: watch::Sender<Arc<View>>,
 }
@@ -34,7 +38,13 @@ impl LocalMembership {
         let empty = View::new(generation, clock.now().0, Vec::new(), false);
         let published = watch::Sender::new(Arc::new(empty));
         Self {
-            inner: Arc::new(Inner { clock, members: Mutex::default(), counts: Mutex::default(), published }),
+            inner: Arc::new(Inner {
+                clock,
+                members: Mutex::default(),
+                standings: Mutex::default(),
+                counts: Mutex::default(),
+                published,
+            }),
         }
     }
 
@@ -76,29 +86,38 @@ impl Membership for LocalMembership {
         self.inner.published.subscribe()
     }
 
-    fn join(&self, info: NodeInfo) -> BoxFuture<'_, Result<u64, MembershipError>> {
+    fn join(&self, info: NodeInfo) -> BoxFuture<'_, Result<Registration, MembershipError>> {
         let now = self.inner.clock.now().0;
+        let node = info.node.clone();
         let incarnation = self.change(|members| {
             let incarnation = members.get(&info.node).map_or(now, |known| now.max(known.incarnation + 1));
             let member = Member { info: info.clone(), incarnation, state: NodeState::Active };
             members.insert(info.node.clone(), member);
             incarnation
         });
-        ready(Ok(incarnation)).boxed()
+        let (told, standing) = watch::channel(Standing::Member(1));
+        if let Some(earlier) = self.inner.standings.lock().insert(node, told) {
+            earlier.send_replace(Standing::Fenced);
+        }
+        ready(Ok(Registration { incarnation, standing })).boxed()
     }
 
-    fn drain(&self, node: &NodeId, incarnation: u64) -> BoxFuture<'_, Result<(), MembershipError>> {
-        self.change_own(node, incarnation, |members| {
-            if let Some(member) = members.get_mut(node) {
-                member.state = NodeState::Draining;
+    fn depart(
+        &self,
+        node: &NodeId,
+        incarnation: u64,
+        how: Departure,
+    ) -> BoxFuture<'_, Result<(), MembershipError>> {
+        if how == Departure::Left {
+            self.inner.counts.lock().remove(node);
+        }
+        self.change_own(node, incarnation, |members| match how {
+            Departure::Left => drop(members.remove(node)),
+            Departure::Draining => {
+                if let Some(member) = members.get_mut(node) {
+                    member.state = NodeState::Draining;
+                }
             }
-        })
-    }
-
-    fn leave(&self, node: &NodeId, incarnation: u64) -> BoxFuture<'_, Result<(), MembershipError>> {
-        self.inner.counts.lock().remove(node);
-        self.change_own(node, incarnation, |members| {
-            members.remove(node);
         })
     }
 
@@ -107,54 +126,19 @@ impl Membership for LocalMembership {
         counts.extend(own);
         counts.iter().map(|(node, counts)| (node.clone(), *counts)).collect()
     }
+
+    /// There is nothing newer than what is published.
+    fn refresh(&self) {}
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::conformance::{self, Bench};
     use super::*;
-    use crate::message::{Millis, UserId};
-
-    fn info(name: &str) -> NodeInfo {
-        NodeInfo { node: NodeId::parse(name).unwrap(), weight: 1.0, accept_per_s: 4000 }
-    }
 
     #[tokio::test]
-    async fn views_rise_and_a_draining_node_owns_nothing() {
-        let membership = LocalMembership::new(Clock::standing(Millis(1000)));
-        let views = membership.views();
-        assert!(views.borrow().owner(&UserId::parse("alice").unwrap()).is_none());
-        let zero = membership.join(info("push-0")).await.unwrap();
-        membership.join(info("push-1")).await.unwrap();
-        let both = Arc::clone(&views.borrow());
-        assert_eq!(both.members.len(), 2);
-        membership.drain(&info("push-0").node, zero).await.unwrap();
-        let draining = Arc::clone(&views.borrow());
-        assert!(draining.epoch > both.epoch && draining.digest != both.digest);
-        assert_eq!(draining.owner(&UserId::parse("alice").unwrap()).unwrap().info.node.as_str(), "push-1");
-        assert_eq!(draining.members.len(), 2);
-        membership.leave(&info("push-0").node, zero).await.unwrap();
-        assert_eq!(views.borrow().members.len(), 1);
-    }
-
-    #[tokio::test]
-    async fn the_last_to_register_has_the_name() {
-        let membership = LocalMembership::new(Clock::standing(Millis(1000)));
-        let first = membership.join(info("push-0")).await.unwrap();
-        let second = membership.join(info("push-0")).await.unwrap();
-        assert!(second > first);
-        let node = info("push-0").node;
-        assert_eq!(membership.leave(&node, first).await, Err(MembershipError::Fenced(node.clone())));
-        assert_eq!(membership.views().borrow().member(&node).unwrap().incarnation, second);
-    }
-
-    #[tokio::test]
-    async fn counts_never_raise_the_epoch() {
-        let membership = LocalMembership::new(Clock::standing(Millis(1000)));
-        membership.join(info("push-0")).await.unwrap();
-        let epoch = membership.views().borrow().epoch;
-        let counts = Counts { sessions: 7, displaced: 1 };
-        let all = membership.counts(Some((info("push-0").node, counts)));
-        assert_eq!(all, [(info("push-0").node, counts)]);
-        assert_eq!(membership.views().borrow().epoch, epoch);
+    async fn it_keeps_the_contract() {
+        let membership = Arc::new(LocalMembership::new(Clock::system()));
+        conformance::suite(&Bench { own: Arc::clone(&membership) as _, others: membership }).await;
     }
 }

@@ -7,8 +7,15 @@
 //!   generation. Counts travel beside the view and never raise it.
 //! - A node that registers under a name that is taken wins it: its incarnation is higher, and the older one is told so.
 //! - A draining node is out of the ring at once, and still a member until it leaves.
+//! - A view that is *held* is older than what the registry shows, and is kept on purpose (see [`keeper`]).
+//! - A node is told by its [`Standing`] when it lost its place, when it has it again, and when another took it for good.
+//!
+//! Every adapter passes [`conformance::suite`].
 
+pub mod conformance;
+pub mod keeper;
 pub mod local;
+pub mod redis;
 
 use std::sync::Arc;
 
@@ -18,23 +25,58 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::message::{NodeId, UserId};
 use crate::ring::{self, Ring};
+use crate::wire::peer::Stamp;
 
 /// The port.
 pub trait Membership: Send + Sync + 'static {
     /// The view in use, and every later one.
     fn views(&self) -> watch::Receiver<Arc<View>>;
 
-    /// Registers a node; answers its incarnation.
-    fn join(&self, info: NodeInfo) -> BoxFuture<'_, Result<u64, MembershipError>>;
+    /// Registers a node, and keeps it registered until it departs.
+    fn join(&self, info: NodeInfo) -> BoxFuture<'_, Result<Registration, MembershipError>>;
 
-    /// Says that this incarnation is leaving: out of the ring, still a member.
-    fn drain(&self, node: &NodeId, incarnation: u64) -> BoxFuture<'_, Result<(), MembershipError>>;
-
-    /// Takes this incarnation out of the members.
-    fn leave(&self, node: &NodeId, incarnation: u64) -> BoxFuture<'_, Result<(), MembershipError>>;
+    /// Takes this incarnation out of the ring, or out of the members.
+    fn depart(
+        &self,
+        node: &NodeId,
+        incarnation: u64,
+        how: Departure,
+    ) -> BoxFuture<'_, Result<(), MembershipError>>;
 
     /// Reports what a node holds, and answers what each reported last.
     fn counts(&self, own: Option<(NodeId, Counts)>) -> Vec<(NodeId, Counts)>;
+
+    /// Somebody has seen a newer view: look soon, rather than at the next turn.
+    fn refresh(&self);
+}
+
+/// How a node goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Departure {
+    /// It is leaving: out of the ring, still a member.
+    Draining,
+    /// It has left: no member any more.
+    Left,
+}
+
+/// A node's place among the members.
+#[derive(Debug, Clone)]
+pub struct Registration {
+    /// Which process of that name this is.
+    pub incarnation: u64,
+    /// How it stands with it now, and from now on.
+    pub standing: watch::Receiver<Standing>,
+}
+
+/// How a registered node stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It is a member, for the n-th time: a higher number means that the registry had lost it in between.
+    Member(u64),
+    /// Its lease has run out, as far as it can tell: it could not renew it.
+    Lapsed,
+    /// A later process has its name; this one will not be a member again.
+    Fenced,
 }
 
 /// Why membership did not do what it was asked.
@@ -57,6 +99,23 @@ pub struct NodeInfo {
     pub weight: f64,
     /// New sockets that it takes per second; 0 is no limit.
     pub accept_per_s: u32,
+    /// Where its peer port is, as others reach it; empty where there is no need to.
+    pub peer: Arc<str>,
+    /// Whether it holds sockets: only such nodes stand in the ring.
+    pub push: bool,
+    /// Whether it routes.
+    pub dispatch: bool,
+}
+
+/// A node that routes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Router {
+    /// Its name.
+    pub node: NodeId,
+    /// Which process of that name.
+    pub incarnation: u64,
+    /// Where its peer port is.
+    pub peer: Arc<str>,
 }
 
 /// Whether a member takes users.
@@ -106,24 +165,39 @@ pub struct View {
     pub generation: Arc<str>,
     /// Rises with every change.
     pub epoch: u64,
-    /// In the order of their names.
+    /// The push nodes, in the order of their names.
     pub members: Vec<Member>,
+    /// The nodes that route, in the order of their names.
+    pub routers: Vec<Router>,
     /// Over the active members.
     pub ring: Ring,
     /// Over ids, weights and states: two views that differ in any of them differ here.
     pub digest: u64,
     /// The registry shows something else, and this older view is kept on purpose.
     pub held: bool,
+    /// Members of a held view that the registry does not show: users are not sent there.
+    pub absent: Vec<NodeId>,
 }
 
 /// The version of the arithmetic: part of the digest, so that two that count differently are seen.
 const SCHEME: &[u8] = b"xxh3_64/512/1";
 
 impl View {
-    /// Builds the view of these members.
+    /// Builds the view of these nodes: the push nodes among them are its members.
     #[must_use]
-    pub fn new(generation: Arc<str>, epoch: u64, mut members: Vec<Member>, held: bool) -> Self {
-        members.sort_by(|a, b| a.info.node.cmp(&b.info.node));
+    pub fn new(generation: Arc<str>, epoch: u64, mut nodes: Vec<Member>, held: bool) -> Self {
+        nodes.sort_by(|a, b| a.info.node.cmp(&b.info.node));
+        let routers = nodes
+            .iter()
+            .filter(|m| m.info.dispatch && m.state == NodeState::Active)
+            .map(|m| Router {
+                node: m.info.node.clone(),
+                incarnation: m.incarnation,
+                peer: Arc::clone(&m.info.peer),
+            })
+            .collect();
+        let mut members = nodes;
+        members.retain(|member| member.info.push);
         let active = members.iter().filter(|m| m.state == NodeState::Active);
         let ring = Ring::build(active.map(|m| (m.info.node.as_str(), m.info.weight)));
         let mut digest = Xxh3::new();
@@ -133,7 +207,13 @@ impl View {
             digest.update(&[0, u8::from(member.state == NodeState::Active)]);
             digest.update(&member.info.weight.to_le_bytes());
         }
-        Self { generation, epoch, members, ring, digest: digest.digest(), held }
+        Self { generation, epoch, members, routers, ring, digest: digest.digest(), held, absent: Vec::new() }
+    }
+
+    /// Who sees what, in three words.
+    #[must_use]
+    pub fn stamp(&self) -> Stamp {
+        Stamp { generation: Arc::clone(&self.generation), epoch: self.epoch, digest: self.digest }
     }
 
     /// The node that owns `user`; None while there is no active push node.
@@ -148,6 +228,14 @@ impl View {
         let name = self.ring.owner(key)?;
         let at = self.members.binary_search_by(|m| m.info.node.as_str().cmp(name)).ok()?;
         self.members.get(at)
+    }
+
+    /// This view without some of its members: what is left owns their users.
+    #[must_use]
+    pub fn without(&self, nodes: &[NodeId]) -> Self {
+        let left = self.members.iter().filter(|member| !nodes.contains(&member.info.node)).cloned().collect();
+        let routers = self.routers.clone();
+        Self { routers, ..Self::new(Arc::clone(&self.generation), self.epoch, left, self.held) }
     }
 
     /// The member of this name.

@@ -10,14 +10,16 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 
 use super::DispatchService;
+use super::backlog::Backlog;
 use crate::backoff::around;
 use crate::clock::Clock;
 use crate::inbox::{Append, Appended, Change, Inbox, InboxError, PageLimit, Profile, Upkeep};
+use crate::membership::View;
 use crate::message::{Message, MessageId, NodeId, Recipients, Seq, UserId};
 use crate::telemetry::Metrics;
 use crate::wire::http::{Publish, Published, Refusal, Stored};
@@ -31,6 +33,8 @@ pub const WAITING_BYTES: usize = 32 * 1024 * 1024;
 const BATCH: usize = 1_000;
 /// How long a publish may take before it is answered 503: it may be stored all the same, and is safe to repeat.
 pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(10);
+/// Rest after no dispatch could be reached.
+const HAND_ON_REST: Duration = Duration::from_millis(200);
 /// Largest page of history, in messages and bytes.
 pub const HISTORY_PAGE: PageLimit = PageLimit { messages: 1_000, bytes: 8 * 1024 * 1024 };
 
@@ -42,6 +46,8 @@ struct CollectMetrics {
     duplicates: Counter,
     /// A recipient was refused, for any reason.
     refused: Counter,
+    /// A stored message was not handed to dispatch: its user's node finds it by its sweep.
+    hints_dropped: Counter,
     /// Appends per write.
     batch: Histogram,
 }
@@ -52,12 +58,14 @@ impl CollectMetrics {
             stored: Counter::default(),
             duplicates: Counter::default(),
             refused: Counter::default(),
+            hints_dropped: Counter::default(),
             batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
         };
         metrics.register(|r| {
             r.register("stored", "Messages stored, one per recipient", own.stored.clone());
             r.register("duplicates", "Repeats answered from what was stored", own.duplicates.clone());
             r.register("publish_refused", "Recipients refused", own.refused.clone());
+            r.register("hints_dropped", "Stored messages that no dispatch took", own.hints_dropped.clone());
             r.register("append_batch", "Appends per write", own.batch.clone());
         });
         own
@@ -73,6 +81,9 @@ pub struct Collect {
 struct Inner {
     inbox: Arc<dyn Inbox>,
     dispatch: DispatchService,
+    views: watch::Receiver<Arc<View>>,
+    /// Stored, and on the way to dispatch.
+    handing_on: Backlog,
     clock: Clock,
     waiting: Mutex<Waiting>,
     filled: Notify,
@@ -104,6 +115,7 @@ impl Collect {
     pub fn start(
         inbox: Arc<dyn Inbox>,
         dispatch: DispatchService,
+        views: watch::Receiver<Arc<View>>,
         clock: Clock,
         metrics: &Metrics,
         tasks: &mut JoinSet<()>,
@@ -111,12 +123,15 @@ impl Collect {
         let inner = Arc::new(Inner {
             inbox,
             dispatch,
+            views,
+            handing_on: Backlog::default(),
             clock,
             waiting: Mutex::default(),
             filled: Notify::new(),
             metrics: CollectMetrics::register(metrics),
         });
         tasks.spawn(write(Arc::clone(&inner)));
+        tasks.spawn(hand_on(Arc::clone(&inner)));
         Self { inner }
     }
 
@@ -263,7 +278,7 @@ async fn write(inner: Arc<Inner>) {
             Some(batch) => batch,
             None => {
                 if let Some(done) = written.take() {
-                    answer(&inner, done).await;
+                    answer(&inner, done);
                     continue;
                 }
                 inner.filled.notified().await;
@@ -281,7 +296,7 @@ async fn write(inner: Arc<Inner>) {
         let (appends, to): (Vec<Append>, Vec<_>) = batch.into_iter().map(with_user).unzip();
         let appending = inner.inbox.append(appends);
         if let Some(done) = written.take() {
-            answer(&inner, done).await;
+            answer(&inner, done);
         }
         written = Some(Written { to, outcomes: appending.await });
     }
@@ -301,7 +316,7 @@ fn take(inner: &Inner) -> Option<Vec<(Append, Answer)>> {
 }
 
 /// Tells the senders, and hands what was stored to dispatch.
-async fn answer(inner: &Inner, written: Written) {
+fn answer(inner: &Inner, written: Written) {
     let mut live = Vec::with_capacity(written.to.len());
     for ((user, to), outcome) in written.to.into_iter().zip(written.outcomes) {
         let outcome = match outcome {
@@ -320,10 +335,25 @@ async fn answer(inner: &Inner, written: Written) {
         // A sender that went away wants no answer.
         let _ = to.send(outcome);
     }
-    if !live.is_empty()
-        && let Err(fault) = inner.dispatch.clone().oneshot(DispatchRequest::Deliver(live)).await
-    {
-        tracing::debug!(%fault, "dispatch did not take a batch; the sweeps will find it");
+    if !live.is_empty() {
+        inner.metrics.hints_dropped.inc_by(inner.handing_on.put(live) as u64);
+    }
+}
+
+/// Hands stored messages to dispatch, batch after batch; one that no dispatch takes is found by the sweeps, which are asked
+/// for as soon as there is a dispatch again.
+async fn hand_on(inner: Arc<Inner>) {
+    loop {
+        let (batch, missed) = inner.handing_on.take().await;
+        let count = batch.len();
+        let stamp = inner.views.borrow().stamp();
+        let request = DispatchRequest::Deliver { batch, missed, stamp };
+        if let Err(fault) = inner.dispatch.clone().oneshot(request).await {
+            tracing::debug!(%fault, "no dispatch took a batch; the sweeps will find it");
+            inner.metrics.hints_dropped.inc_by(count as u64);
+            tokio::time::sleep(HAND_ON_REST).await;
+            inner.handing_on.mark_missed();
+        }
     }
 }
 

@@ -3,13 +3,15 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tower::ServiceExt;
 
 use super::VerifyService;
+use super::reach::Reach;
 use crate::clock::Clock;
-use crate::membership::{Member, NodeState, View};
-use crate::message::{DeviceId, NodeId};
+use crate::membership::{Member, View};
+use crate::message::{DeviceId, NodeId, UserId};
 use crate::ticket::{TICKET_LIFE_MS, Ticket, TicketKey};
 use crate::wire::address::UrlTemplate;
 use crate::wire::peer::{Identity, PeerFault, VerifyRequest};
@@ -78,8 +80,21 @@ struct Inner {
     views: watch::Receiver<Arc<View>>,
     urls: PublicUrls,
     key: TicketKey,
+    reach: Reach,
     clock: Clock,
+    /// The last view from which nodes had to be left out: a crowd that comes from a dead node needs the same.
+    reduced: Mutex<Option<Reduced>>,
 }
+
+/// A view without some nodes.
+struct Reduced {
+    of: Arc<View>,
+    without: Vec<NodeId>,
+    view: Arc<View>,
+}
+
+/// Nodes that are tried for one client: whoever finds three silent ones comes back a moment later.
+const TRIES: usize = 3;
 
 impl Connect {
     /// Places by `views`, with the public names of `urls`.
@@ -89,9 +104,10 @@ impl Connect {
         views: watch::Receiver<Arc<View>>,
         urls: PublicUrls,
         key: TicketKey,
+        reach: Reach,
         clock: Clock,
     ) -> Self {
-        Self { inner: Arc::new(Inner { verify, views, urls, key, clock }) }
+        Self { inner: Arc::new(Inner { verify, views, urls, key, reach, clock, reduced: Mutex::new(None) }) }
     }
 
     /// Names the node for the token's user, with a ticket that opens one socket there for `device`.
@@ -102,20 +118,54 @@ impl Connect {
         let request = VerifyRequest { token: token.into() };
         let identity = self.inner.verify.clone().oneshot(request).await?;
         let view = Arc::clone(&self.inner.views.borrow());
-        let owner = view.owner(&identity.user).filter(|member| member.state == NodeState::Active);
         let nobody = || ConnectFault::Unavailable("no push node takes sockets now".to_owned());
-        let owner = owner.ok_or_else(nobody)?;
-        let base = self.inner.urls.of(&owner.info.node).ok_or_else(nobody)?;
-        let ticket = self.inner.key.sign(&self.ticket(identity, device, owner));
+        let named = self.first_that_answers(&view, &identity.user).await.ok_or_else(nobody)?;
+        let base = self.inner.urls.of(&named.info.node).ok_or_else(nobody)?;
+        // One that is not the owner must keep the client, or it would send it to the owner at once.
+        let keep = view.owner(&identity.user).is_none_or(|owner| owner.info.node != named.info.node);
+        let ticket = self.inner.key.sign(&self.ticket(identity, device, &named, keep));
         Ok(Place {
             url: format!("{base}?ticket={ticket}"),
-            node: owner.info.node.clone(),
+            node: named.info.node.clone(),
             generation: Arc::clone(&view.generation),
             epoch: view.epoch,
         })
     }
 
-    fn ticket(&self, identity: Identity, device: DeviceId, owner: &Member) -> Ticket {
+    /// The first node from the user's place on the ring that the registry shows and that answers.
+    async fn first_that_answers(&self, view: &Arc<View>, user: &UserId) -> Option<Member> {
+        // A registry that shows nobody says nothing about anybody.
+        let mut without =
+            if view.absent.len() < view.members.len() { view.absent.clone() } else { Vec::new() };
+        for _ in 0..TRIES {
+            let reduced = self.reduced(view, &without);
+            let next = reduced.owner(user)?;
+            if self.inner.reach.answers(&next.info.node).await {
+                return Some(next.clone());
+            }
+            without.push(next.info.node.clone());
+            without.sort();
+        }
+        None
+    }
+
+    fn reduced(&self, of: &Arc<View>, without: &[NodeId]) -> Arc<View> {
+        if without.is_empty() {
+            return Arc::clone(of);
+        }
+        let mut kept = self.inner.reduced.lock();
+        match &*kept {
+            Some(last) if Arc::ptr_eq(&last.of, of) && last.without == without => Arc::clone(&last.view),
+            _ => {
+                let view = Arc::new(of.without(without));
+                *kept =
+                    Some(Reduced { of: Arc::clone(of), without: without.to_vec(), view: Arc::clone(&view) });
+                view
+            }
+        }
+    }
+
+    fn ticket(&self, identity: Identity, device: DeviceId, owner: &Member, keep: bool) -> Ticket {
         let now = self.inner.clock.now();
         Ticket {
             user: identity.user,
@@ -124,7 +174,7 @@ impl Connect {
             incarnation: owner.incarnation,
             token_iat_s: identity.issued_at_s,
             token_exp_s: identity.expires_at_s,
-            keep: false,
+            keep,
             nonce: rand::random(),
             expires_at: crate::message::Millis(now.0 + TICKET_LIFE_MS),
         }

@@ -5,48 +5,44 @@
 //! flight. A full lane drops the hint and marks the lane, so that the node looks into the inboxes itself.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt, join_all};
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
-use tokio::sync::{Notify, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 use tower::{Service, ServiceExt};
 
-use super::PushService;
+use super::backlog::Backlog;
+use super::{Directory, PushService};
 use crate::fallback::Fallback;
-use crate::membership::View;
+use crate::membership::{Membership, View};
 use crate::message::{NodeId, UserId};
 use crate::ring;
 use crate::telemetry::Metrics;
 use crate::wire::peer::{
     DispatchRequest, DispatchResponse, Live, PeerFault, Presence, PushRequest, PushResponse, Revocation,
+    Stamp,
 };
 
 /// How long the owners of an earlier view are still sent to: three leases (DESIGN.md section 8).
 pub const RECENT_VIEW_LIFE: Duration = Duration::from_secs(30);
 /// Most views remembered, the one in use included.
 pub const RECENT_VIEWS: usize = 8;
-/// Messages waiting for one node: ten full batches, a fifth of a second at 50,000/s.
-pub const LANE_MESSAGES: usize = 10_000;
-/// Messages in one call to a node.
-pub const LANE_BATCH: usize = 1_000;
 /// How long one call to a node may take.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(5);
 /// Rest after a call that failed, so that a dead node costs nothing.
 const FAILURE_REST: Duration = Duration::from_millis(100);
+/// How long a batch waits for the newer view that somebody has: two polls, and then it is routed by what there is.
+const NEWER_VIEW_WAIT: Duration = Duration::from_secs(2);
+/// Between two tries to tell a node that it is gone.
+const GONE_RETRY: Duration = Duration::from_secs(2);
 
-/// Finds the service of a push node. In one process that is the role itself.
-pub trait Directory: Send + Sync + 'static {
-    /// The service of `node`, if it is known.
-    fn find(&self, node: &NodeId) -> Option<PushService>;
-}
-
-/// The role. Cheap to clone; its lanes end with the last clone.
+/// The role. Cheap to clone; its lanes end with the last clone and its tasks.
 #[derive(Clone)]
 pub struct Dispatch {
     inner: Arc<Inner>,
@@ -54,9 +50,14 @@ pub struct Dispatch {
 
 struct Inner {
     recent: Mutex<Recent>,
+    membership: Arc<dyn Membership>,
     fallback: Arc<dyn Fallback>,
     directory: Arc<dyn Directory>,
     lanes: Mutex<HashMap<NodeId, Lane>>,
+    /// Whose users may be displaced: looked up beside the way of the messages, which never waits for it.
+    lookups: Backlog,
+    /// What a node took that has a newer view than this router.
+    again: Backlog,
     metrics: Arc<DispatchMetrics>,
 }
 
@@ -71,6 +72,8 @@ struct DispatchMetrics {
     unowned: Counter,
     /// The fallback entries were asked for a batch.
     fallback_lookups: Counter,
+    /// A batch was routed again since its node has a newer view.
+    rerouted: Counter,
 }
 
 impl DispatchMetrics {
@@ -85,6 +88,7 @@ impl DispatchMetrics {
                 "Batches that asked the fallback",
                 own.fallback_lookups.clone(),
             );
+            r.register("dispatch_rerouted", "Messages routed again by a newer view", own.rerouted.clone());
         });
         Arc::new(own)
     }
@@ -106,7 +110,8 @@ impl Recent {
         if self.source.has_changed().unwrap_or(false) {
             let next = Arc::clone(&self.source.borrow_and_update());
             let superseded = std::mem::replace(&mut self.current, next);
-            if !superseded.ring.is_empty() {
+            // A view that differs in its routers alone has the same owners.
+            if !superseded.ring.is_empty() && superseded.digest != self.current.digest {
                 self.earlier.push_front((superseded, Instant::now()));
                 self.earlier.truncate(RECENT_VIEWS - 1);
             }
@@ -139,7 +144,7 @@ impl Recent {
 
 /// One node's queue and the task that empties it.
 struct Lane {
-    shared: Arc<LaneShared>,
+    backlog: Arc<Backlog>,
     task: JoinHandle<()>,
 }
 
@@ -149,103 +154,78 @@ impl Drop for Lane {
     }
 }
 
-#[derive(Default)]
-struct LaneShared {
-    queue: Mutex<LaneQueue>,
-    filled: Notify,
-}
-
-#[derive(Default)]
-struct LaneQueue {
-    waiting: VecDeque<Live>,
-    /// Something was dropped: the next call must say so.
-    missed: bool,
-}
-
-impl LaneShared {
-    /// Puts `batch` into the queue; what has no room is dropped and marked. Answers how many were dropped.
-    fn put(&self, batch: Vec<Live>) -> usize {
-        let mut queue = self.queue.lock();
-        let room = LANE_MESSAGES.saturating_sub(queue.waiting.len());
-        let dropped = batch.len().saturating_sub(room);
-        queue.waiting.extend(batch.into_iter().take(room));
-        queue.missed |= dropped > 0;
-        drop(queue);
-        self.filled.notify_one();
-        dropped
-    }
-
-    fn take(&self) -> Option<(Vec<Live>, bool)> {
-        let mut queue = self.queue.lock();
-        if queue.waiting.is_empty() && !queue.missed {
-            return None;
-        }
-        let count = queue.waiting.len().min(LANE_BATCH);
-        let batch = queue.waiting.drain(..count).collect();
-        if queue.waiting.is_empty() {
-            queue.waiting.shrink_to(LANE_BATCH);
-        }
-        Some((batch, std::mem::take(&mut queue.missed)))
-    }
-
-    /// A call failed: its messages are gone, and the node must be told when it is back.
-    fn mark_missed(&self) {
-        self.queue.lock().missed = true;
-    }
-}
-
 impl Dispatch {
-    /// Routes by `views` to what `directory` finds.
+    /// Routes by the views of `membership` to what `directory` finds; its tasks run in `tasks`.
     #[must_use]
-    pub fn new(
-        mut views: watch::Receiver<Arc<View>>,
+    pub fn start(
+        membership: Arc<dyn Membership>,
         fallback: Arc<dyn Fallback>,
         directory: Arc<dyn Directory>,
         metrics: &Metrics,
+        tasks: &mut JoinSet<()>,
     ) -> Self {
+        let mut views = membership.views();
         let current = Arc::clone(&views.borrow_and_update());
+        let (watched, before) = (views.clone(), Arc::clone(&current));
         let recent = Recent { source: views, current, earlier: VecDeque::new() };
-        let inner = Inner {
+        let inner = Arc::new(Inner {
             recent: Mutex::new(recent),
+            membership,
             fallback,
             directory,
             lanes: Mutex::default(),
+            lookups: Backlog::default(),
+            again: Backlog::default(),
             metrics: DispatchMetrics::register(metrics),
-        };
-        Self { inner: Arc::new(inner) }
+        });
+        let this = Self { inner };
+        tasks.spawn(this.clone().look_up_displaced());
+        tasks.spawn(this.clone().route_again());
+        tasks.spawn(this.clone().watch_members(watched, before));
+        this
     }
 
-    async fn deliver(&self, batch: Vec<Live>) {
-        let displaced = self.displaced(&batch).await;
+    /// Takes up a new view, if there is one.
+    fn refresh(&self, recent: &mut Recent) {
+        if recent.refresh() {
+            self.close_old_lanes(recent);
+        }
+    }
+
+    fn deliver(&self, batch: Vec<Live>, missed: bool, stamp: &Stamp) {
         let mut by_node: HashMap<NodeId, Vec<Live>> = HashMap::new();
-        {
+        let view = {
             let mut recent = self.inner.recent.lock();
-            if recent.refresh() {
-                self.close_old_lanes(&recent);
-            }
-            for (n, live) in batch.into_iter().enumerate() {
+            self.refresh(&mut recent);
+            for live in &batch {
                 let mut targets = 0;
-                let mut send = |node: &NodeId| {
+                recent.owners(ring::key(live.user.as_str()), |node| {
                     targets += 1;
                     match by_node.get_mut(node) {
                         Some(lot) => lot.push(live.clone()),
                         None => drop(by_node.insert(node.clone(), vec![live.clone()])),
                     }
-                };
-                let mut owners: Vec<NodeId> = Vec::new();
-                recent.owners(ring::key(live.user.as_str()), |node| {
-                    send(node);
-                    if !displaced.is_empty() {
-                        owners.push(node.clone());
-                    }
                 });
-                let elsewhere = displaced.get(n).map(Vec::as_slice).unwrap_or_default();
-                elsewhere.iter().filter(|node| !owners.contains(node)).for_each(&mut send);
                 if targets == 0 {
                     self.inner.metrics.unowned.inc();
                 }
             }
+            Arc::clone(&recent.current)
+        };
+        self.put_all(by_node);
+        if missed {
+            view.members.iter().for_each(|member| self.lane(&member.info.node).mark_missed());
         }
+        if !self.inner.fallback.hints().empty {
+            self.inner.lookups.put(batch.clone());
+        }
+        if stamp.is_news_to(&view.stamp()) {
+            self.inner.membership.refresh();
+            self.inner.again.put(batch);
+        }
+    }
+
+    fn put_all(&self, by_node: HashMap<NodeId, Vec<Live>>) {
         for (node, lot) in by_node {
             self.inner.metrics.routed.inc_by(lot.len() as u64);
             let dropped = self.lane(&node).put(lot);
@@ -253,27 +233,112 @@ impl Dispatch {
         }
     }
 
-    /// For each message the nodes beside the owner; empty where nobody is displaced at all.
-    async fn displaced(&self, batch: &[Live]) -> Vec<Vec<NodeId>> {
-        if self.inner.fallback.is_empty() {
-            return Vec::new();
+    /// Sends the messages of displaced users to where these are, beside the nodes that own them.
+    async fn look_up_displaced(self) {
+        loop {
+            let (batch, dropped) = self.inner.lookups.take().await;
+            let users = batch.iter().map(|live| live.user.clone()).collect();
+            self.inner.metrics.fallback_lookups.inc();
+            let found = self.inner.fallback.nodes_of(users).await;
+            if dropped || found.is_err() {
+                // Nobody knows who has missed something: all look into their inboxes.
+                self.tell_all_of_a_miss();
+            }
+            let Ok(found) = found else { continue };
+            let mut by_node: HashMap<NodeId, Vec<Live>> = HashMap::new();
+            for (live, mut nodes) in batch.into_iter().zip(found) {
+                if nodes.is_empty() {
+                    continue;
+                }
+                let key = ring::key(live.user.as_str());
+                // Those have it already.
+                self.inner.recent.lock().owners(key, |owner| nodes.retain(|node| node != owner));
+                for node in nodes {
+                    by_node.entry(node).or_default().push(live.clone());
+                }
+            }
+            self.put_all(by_node);
         }
-        self.inner.metrics.fallback_lookups.inc();
-        let users = batch.iter().map(|live| live.user.clone()).collect();
-        // A miss here is found by the sweep of the node that has the user.
-        self.inner.fallback.nodes_of(users).await.unwrap_or_default()
     }
 
-    fn lane(&self, node: &NodeId) -> Arc<LaneShared> {
+    fn tell_all_of_a_miss(&self) {
+        let view = Arc::clone(&self.inner.recent.lock().current);
+        view.members.iter().for_each(|member| self.lane(&member.info.node).mark_missed());
+    }
+
+    /// Routes once more what was routed by an older view than somebody else has.
+    async fn route_again(self) {
+        loop {
+            let (batch, dropped) = self.inner.again.take().await;
+            let mut views = self.inner.membership.views();
+            let known = self.inner.recent.lock().current.stamp();
+            let newer = views.wait_for(|view| view.stamp() != known);
+            let _ = tokio::time::timeout(NEWER_VIEW_WAIT, newer).await;
+            self.inner.metrics.rerouted.inc_by(batch.len() as u64);
+            if dropped {
+                self.tell_all_of_a_miss();
+            }
+            let view = {
+                let mut recent = self.inner.recent.lock();
+                self.refresh(&mut recent);
+                Arc::clone(&recent.current)
+            };
+            let mut by_node: HashMap<NodeId, Vec<Live>> = HashMap::new();
+            for live in batch {
+                if let Some(owner) = view.owner(&live.user) {
+                    by_node.entry(owner.info.node.clone()).or_default().push(live);
+                }
+            }
+            self.put_all(by_node);
+        }
+    }
+
+    /// Takes up each view as it comes, also while there is nothing to route, and tells nodes that have left it so: one
+    /// that is cut off from the registry alone has no other way to know.
+    async fn watch_members(self, mut views: watch::Receiver<Arc<View>>, mut before: Arc<View>) {
+        let mut telling = JoinSet::new();
+        loop {
+            tokio::select! {
+                changed = views.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let view = Arc::clone(&views.borrow_and_update());
+                    self.refresh(&mut self.inner.recent.lock());
+                    for member in &before.members {
+                        if view.member(&member.info.node).is_none() {
+                            telling.spawn(self.clone().tell_gone(member.info.node.clone(), view.stamp()));
+                        }
+                    }
+                    before = view;
+                }
+                // Earlier views are forgotten, and lanes closed, also when nothing is routed.
+                () = tokio::time::sleep(RECENT_VIEW_LIFE / 10) => self.refresh(&mut self.inner.recent.lock()),
+                Some(_) = telling.join_next() => {}
+            }
+        }
+    }
+
+    async fn tell_gone(self, node: NodeId, stamp: Stamp) {
+        let until = Instant::now() + RECENT_VIEW_LIFE;
+        while Instant::now() < until && self.inner.recent.lock().current.member(&node).is_none() {
+            if self.ask(&node, PushRequest::Gone(stamp.clone())).await.is_ok() {
+                return;
+            }
+            tokio::time::sleep(GONE_RETRY).await;
+        }
+    }
+
+    fn lane(&self, node: &NodeId) -> Arc<Backlog> {
         let mut lanes = self.inner.lanes.lock();
         let lane = lanes.entry(node.clone()).or_insert_with(|| {
-            let shared = Arc::new(LaneShared::default());
-            let directory = Arc::clone(&self.inner.directory);
-            let metrics = Arc::clone(&self.inner.metrics);
-            let task = tokio::spawn(run_lane(node.clone(), Arc::clone(&shared), directory, metrics));
-            Lane { shared, task }
+            let backlog = Arc::new(Backlog::default());
+            // The lane must not keep alive what keeps the lane.
+            let inner = Arc::downgrade(&self.inner);
+            let task = tokio::spawn(run_lane(node.clone(), Arc::clone(&backlog), inner));
+            Lane { backlog, task }
         });
-        Arc::clone(&lane.shared)
+        Arc::clone(&lane.backlog)
     }
 
     /// Ends the lanes of nodes that no recent view has.
@@ -288,7 +353,7 @@ impl Dispatch {
         let mut targets = Vec::new();
         let owner = {
             let mut recent = self.inner.recent.lock();
-            recent.refresh();
+            self.refresh(&mut recent);
             recent.owners(ring::key(user.as_str()), |node| targets.push(node.clone()));
             recent.current.owner(&user).map(|member| member.info.node.clone())
         };
@@ -312,7 +377,7 @@ impl Dispatch {
     async fn disconnect(&self, revocation: Revocation) -> Result<(), PeerFault> {
         let view = {
             let mut recent = self.inner.recent.lock();
-            recent.refresh();
+            self.refresh(&mut recent);
             Arc::clone(&recent.current)
         };
         let asked = view
@@ -339,23 +404,28 @@ async fn call(
     }
 }
 
-async fn run_lane(
-    node: NodeId,
-    shared: Arc<LaneShared>,
-    directory: Arc<dyn Directory>,
-    metrics: Arc<DispatchMetrics>,
-) {
+async fn run_lane(node: NodeId, backlog: Arc<Backlog>, dispatch: Weak<Inner>) {
     loop {
-        let Some((batch, sweep)) = shared.take() else {
-            shared.filled.notified().await;
-            continue;
-        };
-        let count = batch.len() as u64;
-        if let Err(fault) = call(directory.find(&node), &node, PushRequest::Deliver { batch, sweep }).await {
-            tracing::debug!(%node, %fault, "a batch was not taken; the node will look into the inboxes");
-            metrics.dropped.inc_by(count);
-            shared.mark_missed();
-            tokio::time::sleep(FAILURE_REST).await;
+        let (batch, sweep) = backlog.take().await;
+        let Some(inner) = dispatch.upgrade() else { return };
+        let stamp = inner.recent.lock().current.stamp();
+        let (service, metrics) = (inner.directory.find(&node), Arc::clone(&inner.metrics));
+        drop(inner);
+        let kept = batch.clone();
+        let request = PushRequest::Deliver { batch, sweep, stamp: stamp.clone() };
+        match call(service, &node, request).await {
+            Ok(PushResponse::Done(theirs)) if theirs.is_news_to(&stamp) => {
+                let Some(inner) = dispatch.upgrade() else { return };
+                inner.membership.refresh();
+                inner.again.put(kept);
+            }
+            Ok(_) => {}
+            Err(fault) => {
+                tracing::debug!(%node, %fault, "a batch was not taken; the node will look into the inboxes");
+                metrics.dropped.inc_by(kept.len() as u64);
+                tokio::time::sleep(FAILURE_REST).await;
+                backlog.mark_missed();
+            }
         }
     }
 }
@@ -373,8 +443,8 @@ impl Service<DispatchRequest> for Dispatch {
         let this = self.clone();
         async move {
             match request {
-                DispatchRequest::Deliver(batch) => {
-                    this.deliver(batch).await;
+                DispatchRequest::Deliver { batch, missed, stamp } => {
+                    this.deliver(batch, missed, &stamp);
                     Ok(DispatchResponse::Done)
                 }
                 DispatchRequest::Lookup(user) => Ok(this.lookup(user).await),

@@ -1,10 +1,12 @@
 //! Dispatch against nodes that write down what they are told.
 
+use super::super::backlog::{BACKLOG_MESSAGES, BATCH};
 use super::*;
 use crate::clock::Clock;
 use crate::fallback::local::LocalFallback;
+use crate::fallback::{Holder, Which};
 use crate::membership::local::LocalMembership;
-use crate::membership::{Membership, NodeInfo};
+use crate::membership::{Departure, NodeInfo};
 use crate::message::{Message, MessageId, Millis, Seq};
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -13,6 +15,7 @@ use tower::util::BoxCloneSyncService;
 /// Every node of the test, each call with the node's name.
 struct Nodes {
     calls: mpsc::Sender<(NodeId, Vec<u64>, bool)>,
+    gone: mpsc::Sender<NodeId>,
     silent: Mutex<bool>,
 }
 
@@ -21,15 +24,19 @@ impl Directory for Nodes {
         if *self.silent.lock() {
             return None;
         }
-        let (calls, node) = (self.calls.clone(), node.clone());
+        let (calls, gone, node) = (self.calls.clone(), self.gone.clone(), node.clone());
         Some(BoxCloneSyncService::new(tower::service_fn(move |request| {
-            let (calls, node) = (calls.clone(), node.clone());
+            let (calls, gone, node) = (calls.clone(), gone.clone(), node.clone());
             async move {
-                if let PushRequest::Deliver { batch, sweep } = request {
-                    let seqs = batch.iter().map(|live| live.message.seq.get()).collect();
-                    let _ = calls.send((node, seqs, sweep)).await;
+                match request {
+                    PushRequest::Deliver { batch, sweep, .. } => {
+                        let seqs = batch.iter().map(|live| live.message.seq.get()).collect();
+                        let _ = calls.send((node, seqs, sweep)).await;
+                    }
+                    PushRequest::Gone(_) => drop(gone.send(node).await),
+                    _ => {}
                 }
-                Ok(PushResponse::Done)
+                Ok(PushResponse::Done(Stamp::default()))
             }
         })))
     }
@@ -41,6 +48,8 @@ struct Bench {
     nodes: Arc<Nodes>,
     dispatch: Dispatch,
     calls: mpsc::Receiver<(NodeId, Vec<u64>, bool)>,
+    gone: mpsc::Receiver<NodeId>,
+    _tasks: JoinSet<()>,
 }
 
 async fn bench(names: &[&str]) -> Bench {
@@ -50,18 +59,28 @@ async fn bench(names: &[&str]) -> Bench {
     }
     let fallback = LocalFallback::default();
     let (sender, calls) = mpsc::channel(64);
-    let nodes = Arc::new(Nodes { calls: sender, silent: Mutex::new(false) });
-    let dispatch = Dispatch::new(
-        membership.views(),
+    let (told, gone) = mpsc::channel(8);
+    let nodes = Arc::new(Nodes { calls: sender, gone: told, silent: Mutex::new(false) });
+    let mut tasks = JoinSet::new();
+    let dispatch = Dispatch::start(
+        Arc::new(membership.clone()),
         Arc::new(fallback.clone()),
         Arc::clone(&nodes) as _,
         &Metrics::default(),
+        &mut tasks,
     );
-    Bench { membership, fallback, nodes, dispatch, calls }
+    Bench { membership, fallback, nodes, dispatch, calls, gone, _tasks: tasks }
 }
 
 fn info(name: &str) -> NodeInfo {
-    NodeInfo { node: NodeId::parse(name).unwrap(), weight: 1.0, accept_per_s: 4000 }
+    NodeInfo {
+        node: NodeId::parse(name).unwrap(),
+        weight: 1.0,
+        accept_per_s: 4000,
+        peer: "".into(),
+        push: true,
+        dispatch: false,
+    }
 }
 
 fn live(user: &str, seq: u64) -> Live {
@@ -77,7 +96,8 @@ fn live(user: &str, seq: u64) -> Live {
 
 impl Bench {
     async fn deliver(&mut self, batch: Vec<Live>) {
-        self.dispatch.call(DispatchRequest::Deliver(batch)).await.unwrap();
+        let stamp = self.membership.views().borrow().stamp();
+        self.dispatch.call(DispatchRequest::Deliver { batch, missed: false, stamp }).await.unwrap();
     }
 
     async fn next(&mut self) -> (String, Vec<u64>, bool) {
@@ -126,12 +146,12 @@ async fn the_owner_of_a_moment_ago_is_sent_to_for_thirty_seconds() {
 #[tokio::test(start_paused = true)]
 async fn a_displaced_user_is_sent_to_where_it_is_too() {
     let mut bench = bench(&["push-0", "push-1", "push-2", "push-3", "push-4"]).await;
-    let elsewhere = NodeId::parse("push-0").unwrap();
+    let elsewhere = Holder { node: NodeId::parse("push-0").unwrap(), incarnation: 1 };
     bench.fallback.add(&elsewhere, vec![UserId::parse("alice").unwrap()]).await.unwrap();
     bench.deliver(vec![live("alice", 7)]).await;
     assert_eq!(bench.targets(2).await, ["push-0", "push-3"]);
     assert_eq!(bench.dispatch.inner.metrics.fallback_lookups.get(), 1);
-    bench.fallback.forget(&elsewhere).await.unwrap();
+    bench.fallback.remove(&elsewhere, Which::All).await.unwrap();
     bench.deliver(vec![live("alice", 8)]).await;
     assert_eq!(bench.targets(1).await, ["push-3"]);
     assert_eq!(bench.dispatch.inner.metrics.fallback_lookups.get(), 1, "nobody displaced, nobody asked");
@@ -151,12 +171,44 @@ async fn a_node_that_missed_something_is_told_to_look_for_itself() {
 
 #[tokio::test(start_paused = true)]
 async fn a_full_lane_drops_the_hint_and_says_so() {
-    let shared = LaneShared::default();
-    let many: Vec<Live> = (0..LANE_MESSAGES as u64 + 5).map(|n| live("alice", n)).collect();
-    assert_eq!(shared.put(many), 5);
-    let (first, sweep) = shared.take().unwrap();
-    assert_eq!((first.len(), sweep), (LANE_BATCH, true));
-    assert!(!shared.take().unwrap().1, "it is said once");
+    let backlog = Backlog::default();
+    let many: Vec<Live> = (0..BACKLOG_MESSAGES as u64 + 5).map(|n| live("alice", n)).collect();
+    assert_eq!(backlog.put(many), 5);
+    let (first, sweep) = backlog.take().await;
+    assert_eq!((first.len(), sweep), (BATCH, true));
+    assert!(!backlog.take().await.1, "it is said once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sender_that_missed_something_makes_every_node_look() {
+    let mut bench = bench(&["push-0", "push-1"]).await;
+    let stamp = Stamp::default();
+    bench.dispatch.call(DispatchRequest::Deliver { batch: Vec::new(), missed: true, stamp }).await.unwrap();
+    let mut calls = [bench.next().await, bench.next().await];
+    calls.sort();
+    assert_eq!(calls, [("push-0".to_owned(), vec![], true), ("push-1".to_owned(), vec![], true)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_is_routed_again_when_somebody_has_a_newer_view() {
+    let mut bench = bench(&["push-0", "push-1", "push-2", "push-4"]).await;
+    let older = bench.membership.views().borrow().stamp();
+    let newer = Stamp { epoch: older.epoch + 100, digest: older.digest + 1, ..older };
+    let batch = vec![live("alice", 7)];
+    bench.dispatch.call(DispatchRequest::Deliver { batch, missed: false, stamp: newer }).await.unwrap();
+    let before = bench.next().await.0;
+    bench.membership.join(info("push-3")).await.unwrap();
+    assert_eq!(bench.next().await, ("push-3".to_owned(), vec![7], false));
+    assert_ne!(before, "push-3");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_left_the_view_is_told_so() {
+    let mut bench = bench(&["push-0", "push-1"]).await;
+    let one = bench.membership.views().borrow().members[1].clone();
+    bench.membership.depart(&one.info.node, one.incarnation, Departure::Left).await.unwrap();
+    let gone = tokio::time::timeout(Duration::from_secs(5), bench.gone.recv()).await.unwrap().unwrap();
+    assert_eq!(gone.as_str(), "push-1");
 }
 
 #[tokio::test(start_paused = true)]

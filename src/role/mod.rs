@@ -3,13 +3,16 @@
 //! another is in the same process.
 
 pub mod auth;
+mod backlog;
 pub mod collect;
 pub mod connect;
 pub mod dispatch;
 pub mod push;
+pub mod reach;
 
 use tower::util::BoxCloneSyncService;
 
+use crate::message::NodeId;
 use crate::wire::peer::{
     DispatchRequest, DispatchResponse, Identity, PeerFault, PushRequest, PushResponse, VerifyRequest,
 };
@@ -20,3 +23,9 @@ pub type VerifyService = BoxCloneSyncService<VerifyRequest, Identity, PeerFault>
 pub type DispatchService = BoxCloneSyncService<DispatchRequest, DispatchResponse, PeerFault>;
 /// One push node, as dispatch sees it.
 pub type PushService = BoxCloneSyncService<PushRequest, PushResponse, PeerFault>;
+
+/// Finds the service of a push node: the role itself in this process, its peer port elsewhere.
+pub trait Directory: Send + Sync + 'static {
+    /// The service of `node`, if it is known.
+    fn find(&self, node: &NodeId) -> Option<PushService>;
+}

@@ -1,4 +1,5 @@
-//! The doors to the network: hyper and tungstenite. This room knows frames and requests, not users.
+//! The doors to the network: hyper, tungstenite, Redis. This room knows frames and requests, not users.
 
 pub mod http;
+pub mod redis;
 pub mod websocket;

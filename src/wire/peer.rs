@@ -7,6 +7,29 @@ use bytes::Bytes;
 
 use crate::message::{DeviceId, Message, Millis, NodeId, Seq, UserId};
 
+/// Which view somebody has: two that differ in it see different nodes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Stamp {
+    /// Changes when the registry forgot everything.
+    pub generation: Arc<str>,
+    /// Rises with every change.
+    pub epoch: u64,
+    /// Over what decides about owners.
+    pub digest: u64,
+}
+
+impl Stamp {
+    /// Whether whoever has this knows something that `other` does not: a later view, or one of another generation.
+    #[must_use]
+    pub fn is_news_to(&self, other: &Self) -> bool {
+        // Who has no view yet knows nothing.
+        let has_one = !self.generation.is_empty();
+        has_one
+            && self.digest != other.digest
+            && (self.generation != other.generation || self.epoch > other.epoch)
+    }
+}
+
 /// One stored message on its way to its user's sockets. A hint: it may be lost, repeated or late without harm.
 #[derive(Debug, Clone)]
 pub struct Live {
@@ -20,7 +43,14 @@ pub struct Live {
 #[derive(Debug, Clone)]
 pub enum DispatchRequest {
     /// Hand these on to wherever their users are.
-    Deliver(Vec<Live>),
+    Deliver {
+        /// In the order they were stored.
+        batch: Vec<Live>,
+        /// Something before this was dropped: every node must look into the inboxes.
+        missed: bool,
+        /// The sender's view.
+        stamp: Stamp,
+    },
     /// Where is this user connected?
     Lookup(UserId),
     /// Close the sockets of this user whose token was issued before this moment.
@@ -50,7 +80,14 @@ pub enum PushRequest {
         batch: Vec<Live>,
         /// Something before this was dropped: look into the inboxes.
         sweep: bool,
+        /// The sender's view.
+        stamp: Stamp,
     },
+    /// The sender's view has this node no more.
+    Gone(Stamp),
+    /// Are you there?
+    Ping,
+
     /// Is this user here?
     Lookup(UserId),
     /// Close the sockets of this user whose token was issued before this moment.
@@ -60,8 +97,8 @@ pub enum PushRequest {
 /// The answer of a push node.
 #[derive(Debug, Clone)]
 pub enum PushResponse {
-    /// Taken.
-    Done,
+    /// Taken, by a node that has this view.
+    Done(Stamp),
     /// The sessions of the user that was asked for.
     Sessions(Vec<Presence>),
 }

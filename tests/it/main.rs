@@ -9,6 +9,7 @@ mod crash;
 mod limits;
 mod placement;
 mod publishing;
+mod registry;
 mod rooms;
 mod sockets;
 mod tokens;

@@ -15,8 +15,8 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     // Tier 1: one door per foreign system.
     ("clock", &["message"]),
     ("telemetry", &[]),
-    ("membership", &["message", "ring", "clock", "backoff"]),
-    ("fallback", &["message", "clock", "backoff"]),
+    ("membership", &["message", "ring", "clock", "backoff", "wire", "transport"]),
+    ("fallback", &["message", "clock", "backoff", "transport"]),
     ("inbox", &["message", "clock", "backoff"]),
     ("transport", &["wire"]),
     ("client", &["message", "wire", "backoff", "transport"]),
@@ -45,6 +45,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
 const DOORS: &[(&str, &[&str])] = &[
     ("hashring", &["ring.rs"]),
     ("fjall", &["inbox/embedded.rs"]),
+    ("redis", &["transport/redis.rs"]),
     ("tokio_tungstenite", &["transport/websocket.rs"]),
     ("hyper_util", &["transport/"]),
     ("hyper_rustls", &["transport/http.rs"]),

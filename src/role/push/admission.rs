@@ -89,7 +89,7 @@ pub enum Rejection {
 }
 
 pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Admission, Rejection> {
-    if node.draining.is_cancelled() {
+    if !node.takes_sockets() {
         return Err(Rejection::Unavailable("this node is leaving; another one takes sockets"));
     }
     if !node.config.origins.allows(request.origin) {
@@ -106,7 +106,7 @@ pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Adm
             let ticket =
                 take_ticket(node, ticket).map_err(|fault| Rejection::Unauthorized(fault.to_string()))?;
             if ticket.keep {
-                arrival.keep_at_epoch = Some(node.views.borrow().epoch);
+                arrival.keep_at = Some(node.views.borrow().digest);
             }
             device = Some(ticket.device);
             let (issued_at_s, expires_at_s) = (ticket.token_iat_s, ticket.token_exp_s);
@@ -125,18 +125,14 @@ pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Adm
 
 /// A client that was sent on twice, or whose path names another node, is kept until the view has changed.
 fn arrival(node: &Node, node_in_path: Option<&str>, query: &SocketQuery) -> Arrival {
-    let by_anothers_path = node_in_path.is_some_and(|name| name != node.config.node.as_str());
+    let by_anothers_path = node_in_path.is_some_and(|name| name != node.name().as_str());
     let keep = query.hops >= 2 || by_anothers_path;
-    Arrival {
-        hops: query.hops,
-        client_epoch: query.epoch,
-        keep_at_epoch: keep.then(|| node.views.borrow().epoch),
-    }
+    Arrival { hops: query.hops, client_epoch: query.epoch, keep_at: keep.then(|| node.views.borrow().digest) }
 }
 
 fn take_ticket(node: &Node, text: &str) -> Result<Ticket, TicketFault> {
     let now = node.clock.now();
-    let ticket = node.ticket_key.verify(text, &node.config.node, node.incarnation, now)?;
+    let ticket = node.ticket_key.verify(text, node.name(), node.holder.incarnation, now)?;
     node.used_tickets.lock().take(&ticket, now)?;
     Ok(ticket)
 }
@@ -164,8 +160,8 @@ fn elsewhere(
     arrival: Arrival,
 ) -> Option<String> {
     let view = node.views.borrow();
-    let owner = view.owner(&known.user).filter(|owner| owner.info.node != node.config.node)?;
-    if view.held || arrival.keep_at_epoch.is_some() {
+    let owner = view.owner(&known.user).filter(|owner| owner.info.node != *node.name())?;
+    if view.held || arrival.keep_at.is_some() {
         return None;
     }
     let mut url = {

@@ -89,7 +89,7 @@ impl std::convert::From<SocketFault> for End {
 /// one's future has room for every stage before it (3.3 KB measured), and must not be carried along by an idle socket.
 pub(super) async fn run<S: Socket + 'static>(node: Arc<Node>, admission: Admission, mut socket: S) {
     let counted = Counted::in_gauge(&node.metrics.connections);
-    let span = tracing::debug_span!("connection", node = %node.config.node, session = tracing::field::Empty);
+    let span = tracing::debug_span!("connection", node = %node.name(), session = tracing::field::Empty);
     match attached(&node, admission, &mut socket).instrument(span.clone()).await {
         Err(end) => farewell(&node, &mut socket, end).instrument(span).await,
         Ok(attached) => {
@@ -197,7 +197,7 @@ async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(R
     if seat.token_iat_s() < answer.not_before_s {
         return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));
     }
-    if node.draining.is_cancelled() {
+    if !node.takes_sockets() {
         return Err(End::close(CloseCode::Draining, "the node is leaving"));
     }
     // Only now, when this session is known to be good: a revoked token must not drive others out.
@@ -622,7 +622,7 @@ fn welcome(node: &Node, seat: &Seat, start: Seq) -> Bytes {
     ServerFrame::Welcome {
         user: seat.user.to_string(),
         device: seat.device.to_string(),
-        node: node.config.node.to_string(),
+        node: node.name().to_string(),
         session: seat.id.to_string(),
         generation: view.generation.to_string(),
         epoch: view.epoch,

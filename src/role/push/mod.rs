@@ -5,6 +5,7 @@
 //! - [`connection`]: that task, from the upgrade to the last frame.
 //! - [`sweep`]: how sessions read the inbox, and the sweep that finds what every hint has missed.
 //! - [`rebalance`]: fallback entries, moves, and the drain.
+//! - [`standing`]: what to do when this node lost its place among the members.
 //!
 //! # Attach order
 //!
@@ -16,6 +17,7 @@ mod connection;
 mod mailbox;
 pub mod rebalance;
 mod registry;
+mod standing;
 pub mod sweep;
 
 use std::sync::Arc;
@@ -37,15 +39,16 @@ pub use rebalance::Drain;
 
 use super::VerifyService;
 use super::connect::PublicUrls;
+use super::reach::Reach;
 use crate::clock::Clock;
-use crate::fallback::Fallback;
+use crate::fallback::{Fallback, Holder, Which};
 use crate::inbox::Inbox;
-use crate::membership::{Counts, Membership, MembershipError, NodeInfo, View};
+use crate::membership::{Counts, Departure, Membership, MembershipError, NodeInfo, View};
 use crate::message::{NodeId, UserId};
-use crate::telemetry::Metrics;
+use crate::telemetry::{Health, Metrics};
 use crate::ticket::{TicketKey, UsedNonces};
 use crate::wire::frame::ReconnectHint;
-use crate::wire::peer::{Live, PeerFault, Presence, PushRequest, PushResponse, Revocation};
+use crate::wire::peer::{Live, PeerFault, Presence, PushRequest, PushResponse, Revocation, Stamp};
 use crate::wire::socket::{Incoming, Outgoing, SocketFault};
 
 use admission::AcceptBudget;
@@ -54,12 +57,10 @@ use registry::Registry;
 /// How one push node is to behave.
 #[derive(Debug, Clone)]
 pub struct PushConfig {
-    /// Its name.
-    pub node: NodeId,
-    /// Its share of the users.
-    pub weight: f64,
-    /// New sockets per second; 0 is no limit.
-    pub accept_per_s: u32,
+    /// What it says of itself to the others.
+    pub info: NodeInfo,
+    /// Over how long it empties itself when it has lost its place.
+    pub drain_window: Duration,
     /// Which pages may open sockets.
     pub origins: Origins,
     /// Whether a token may stand in the URL.
@@ -108,6 +109,10 @@ pub struct PushParts {
     pub membership: Arc<dyn Membership>,
     /// Where displaced users are.
     pub fallback: Arc<dyn Fallback>,
+    /// Whether other nodes answer.
+    pub reach: Reach,
+    /// Told when this node has lost its place.
+    pub health: Health,
     /// The public names of the nodes.
     pub urls: PublicUrls,
     /// Signs and verifies tickets.
@@ -173,13 +178,16 @@ pub struct Push {
 /// What all parts of one push node share.
 pub(crate) struct Node {
     config: PushConfig,
-    incarnation: u64,
+    /// This process of this node.
+    holder: Holder,
     registry: Arc<Registry>,
     inbox: Arc<dyn Inbox>,
     verify: VerifyService,
     membership: Arc<dyn Membership>,
     views: watch::Receiver<Arc<View>>,
     fallback: Arc<dyn Fallback>,
+    reach: Reach,
+    health: Health,
     urls: PublicUrls,
     ticket_key: TicketKey,
     used_tickets: Mutex<UsedNonces>,
@@ -194,18 +202,37 @@ pub(crate) struct Node {
     metrics: PushMetrics,
     /// Set once, when the node begins to leave.
     draining: CancellationToken,
+    /// Why the node takes no sockets though it does not leave.
+    barred: watch::Sender<Option<standing::Bar>>,
+    /// When a router said last that its view has this node no more.
+    told_gone: Mutex<Option<tokio::time::Instant>>,
+    gone: tokio::sync::Notify,
+    /// What the registry says of this node.
+    standing: watch::Receiver<crate::membership::Standing>,
     connections: TaskTracker,
 }
 
 impl Node {
+    fn name(&self) -> &NodeId {
+        &self.holder.node
+    }
+
+    /// Neither leaving nor barred.
+    fn takes_sockets(&self) -> bool {
+        !self.draining.is_cancelled() && self.barred.borrow().is_none()
+    }
+
     fn owns(&self, view: &View, user: &UserId) -> bool {
-        view.owner(user).is_none_or(|owner| owner.info.node == self.config.node)
+        view.owner(user).is_none_or(|owner| owner.info.node == *self.name())
     }
 
     fn hint(&self) -> ReconnectHint {
         let (sessions, limits) = (self.registry.len(), &self.config.limits);
-        let max_ms =
-            rebalance::reconnect_window_ms(sessions, self.config.accept_per_s, limits.reconnect_jitter_ms);
+        let max_ms = rebalance::reconnect_window_ms(
+            sessions,
+            self.config.info.accept_per_s,
+            limits.reconnect_jitter_ms,
+        );
         ReconnectHint { min_ms: 0, max_ms }
     }
 
@@ -229,12 +256,21 @@ impl Node {
         }
     }
 
+    /// Answers with this node's view, and looks for a newer one where the sender has it.
+    fn compare(&self, theirs: &Stamp) -> PushResponse {
+        let ours = self.views.borrow().stamp();
+        if theirs.is_news_to(&ours) {
+            self.membership.refresh();
+        }
+        PushResponse::Done(ours)
+    }
+
     fn presence(&self, user: &UserId) -> Vec<Presence> {
         let mut found = Vec::new();
         self.registry.for_user(user, |seat| {
             found.push(Presence {
                 device: seat.device.clone(),
-                node: self.config.node.clone(),
+                node: self.name().clone(),
                 connected_at: seat.connected_at,
                 acked: seat.acked(),
             });
@@ -258,22 +294,23 @@ impl Push {
         parts: PushParts,
         tasks: &mut JoinSet<()>,
     ) -> Result<Self, MembershipError> {
-        let info =
-            NodeInfo { node: config.node.clone(), weight: config.weight, accept_per_s: config.accept_per_s };
-        let incarnation = parts.membership.join(info).await?;
+        let registration = parts.membership.join(config.info.clone()).await?;
+        let holder = Holder { node: config.info.node.clone(), incarnation: registration.incarnation };
         let (asks, requests) = sweep::Asks::new();
         let node = Arc::new(Node {
-            incarnation,
+            holder,
             registry: Arc::new(Registry::new(config.limits.sessions_per_user)),
             inbox: parts.inbox,
             verify: parts.verify,
             views: parts.membership.views(),
             membership: parts.membership,
             fallback: parts.fallback,
+            reach: parts.reach,
+            health: parts.health,
             urls: parts.urls,
             ticket_key: parts.ticket_key,
             used_tickets: Mutex::default(),
-            accepts: Mutex::new(AcceptBudget::new(config.accept_per_s)),
+            accepts: Mutex::new(AcceptBudget::new(config.info.accept_per_s)),
             clock: parts.clock,
             asks,
             reads: sweep::Reads::default(),
@@ -283,6 +320,10 @@ impl Push {
             moves: rebalance::Moves::default(),
             metrics: parts.metrics,
             draining: CancellationToken::new(),
+            barred: watch::Sender::new(None),
+            told_gone: Mutex::new(None),
+            gone: tokio::sync::Notify::new(),
+            standing: registration.standing,
             connections: TaskTracker::new(),
             config,
         });
@@ -291,6 +332,8 @@ impl Push {
         tasks.spawn(sweep::sweep(Arc::clone(&node)));
         tasks.spawn(sweep::write_cursors(Arc::clone(&node)));
         tasks.spawn(rebalance::keep_fallback(Arc::clone(&node)));
+        tasks.spawn(rebalance::renew_fallback(Arc::clone(&node)));
+        tasks.spawn(standing::watch(Arc::clone(&node)));
         tasks.spawn(rebalance::pace_moves(Arc::clone(&node)));
         tasks.spawn(report_counts(Arc::clone(&node)));
         Ok(Self { node })
@@ -299,13 +342,13 @@ impl Push {
     /// This node's name.
     #[must_use]
     pub fn name(&self) -> &NodeId {
-        &self.node.config.node
+        self.node.name()
     }
 
-    /// Whether the node has begun to leave: it takes no sockets any more.
+    /// Whether the node takes sockets: it neither leaves nor has lost its place.
     #[must_use]
-    pub fn is_draining(&self) -> bool {
-        self.node.draining.is_cancelled()
+    pub fn takes_sockets(&self) -> bool {
+        self.node.takes_sockets()
     }
 
     /// What the node holds now.
@@ -356,7 +399,8 @@ impl Push {
     pub async fn drain(&self, how: Drain) {
         let node = &self.node;
         node.draining.cancel();
-        if let Err(error) = node.membership.drain(&node.config.node, node.incarnation).await {
+        let own = &node.holder;
+        if let Err(error) = node.membership.depart(&own.node, own.incarnation, Departure::Draining).await {
             tracing::warn!(%error, "the others were not told that this node leaves");
         }
         rebalance::drain(node, how).await;
@@ -364,10 +408,10 @@ impl Push {
         // A client that does not answer the close is given up by its own task; this is the bound on that.
         let _ = tokio::time::timeout(connection::FAREWELL * 2, node.connections.wait()).await;
         node.cursors.flush(&*node.inbox).await;
-        if let Err(error) = node.fallback.forget(&node.config.node).await {
+        if let Err(error) = node.fallback.remove(own, Which::All).await {
             tracing::warn!(%error, "the fallback entries stay until their lease ends");
         }
-        if let Err(error) = node.membership.leave(&node.config.node, node.incarnation).await {
+        if let Err(error) = node.membership.depart(&own.node, own.incarnation, Departure::Left).await {
             tracing::warn!(%error, "the node stays a member until its lease ends");
         }
     }
@@ -379,7 +423,7 @@ const COUNTS_EVERY: Duration = Duration::from_millis(500);
 async fn report_counts(node: Arc<Node>) {
     loop {
         let counts = Counts { sessions: node.registry.len() as u64, displaced: node.displaced.len() as u64 };
-        node.membership.counts(Some((node.config.node.clone(), counts)));
+        node.membership.counts(Some((node.name().clone(), counts)));
         tokio::time::sleep(COUNTS_EVERY).await;
     }
 }
@@ -396,14 +440,19 @@ impl tower::Service<PushRequest> for Push {
     /// Puts into mailboxes, which never waits.
     fn call(&mut self, request: PushRequest) -> Self::Future {
         ready(Ok(match request {
-            PushRequest::Deliver { batch, sweep } => {
+            PushRequest::Deliver { batch, sweep, stamp } => {
                 self.node.deliver(&batch, sweep);
-                PushResponse::Done
+                self.node.compare(&stamp)
             }
+            PushRequest::Gone(stamp) => {
+                standing::gone(&self.node);
+                self.node.compare(&stamp)
+            }
+            PushRequest::Ping => PushResponse::Done(self.node.views.borrow().stamp()),
             PushRequest::Lookup(user) => PushResponse::Sessions(self.node.presence(&user)),
             PushRequest::Disconnect(revocation) => {
                 self.node.disconnect(&revocation);
-                PushResponse::Done
+                PushResponse::Done(self.node.views.borrow().stamp())
             }
         }))
     }

@@ -1,20 +1,22 @@
 //! Where this node's users belong: the fallback entries of those that another node owns, the moves that send them there,
 //! and the drain that sends all of them away.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use rand::seq::SliceRandom;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::Node;
 use super::mailbox::MoveOrder;
 use super::registry::Seat;
-use crate::backoff::{Backoff, between};
-use crate::membership::{Member, View};
+use crate::backoff::{Backoff, around, between};
+use crate::fallback::Which;
+use crate::membership::{Member, NodeState, View};
 use crate::message::{NodeId, UserId};
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{MoveReason, ServerFrame};
@@ -35,6 +37,8 @@ const CLOSES_PER_S: u32 = 2_000;
 /// Between two tries to write the fallback entries, at first and at the most.
 const FALLBACK_RETRY_FIRST: Duration = Duration::from_millis(100);
 const FALLBACK_RETRY_MAX: Duration = Duration::from_secs(3);
+/// Between two renewals of the set's lease, give or take a fifth: the beat of membership.
+const FALLBACK_RENEW: Duration = Duration::from_secs(2);
 /// The longest window that clients are given to come back in.
 const RECONNECT_MAX_MS: u64 = 60_000;
 
@@ -49,6 +53,8 @@ pub(super) struct Displaced {
 struct DisplacedState {
     entered: HashSet<UserId>,
     doubtful: HashSet<UserId>,
+    /// Users that were entered then: their inboxes are looked into again when every router has seen it.
+    look_again: VecDeque<(Instant, Vec<UserId>)>,
 }
 
 impl Displaced {
@@ -73,6 +79,31 @@ impl Displaced {
         self.state.lock().entered.len()
     }
 
+    /// The set was lost: all that stood in it is entered again.
+    pub(super) fn write_again(&self) {
+        let mut state = self.state.lock();
+        let lost: Vec<UserId> = state.entered.drain().collect();
+        state.doubtful.extend(lost);
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    fn note_entered(&self, users: Vec<UserId>) {
+        let mut state = self.state.lock();
+        state.entered.extend(users.iter().cloned());
+        state.look_again.push_back((Instant::now(), users));
+    }
+
+    /// Those that were entered at least `since` ago and have not been looked at since.
+    fn due(&self, since: Duration) -> Vec<UserId> {
+        let mut due = Vec::new();
+        let queue = &mut self.state.lock().look_again;
+        while queue.front().is_some_and(|(at, _)| at.elapsed() >= since) {
+            due.extend(queue.pop_front().into_iter().flat_map(|(_, users)| users));
+        }
+        due
+    }
+
     fn is_entered(&self, user: &UserId) -> bool {
         self.state.lock().entered.contains(user)
     }
@@ -86,9 +117,12 @@ impl Displaced {
 pub(super) async fn enter(node: &Node, user: &UserId) {
     // Noted first: whatever ends this session from now on knows that there may be an entry.
     node.displaced.state.lock().entered.insert(user.clone());
-    if let Err(error) = node.fallback.add(&node.config.node, vec![user.clone()]).await {
-        tracing::debug!(%error, "a fallback entry could not be written");
-        node.displaced.state.lock().entered.remove(user);
+    match node.fallback.add(&node.holder, vec![user.clone()]).await {
+        Ok(()) => node.displaced.note_entered(vec![user.clone()]),
+        Err(error) => {
+            tracing::debug!(%error, "a fallback entry could not be written");
+            node.displaced.state.lock().entered.remove(user);
+        }
     }
     // Looked at again in any case: a removal may have crossed with this.
     node.displaced.doubt(vec![user.clone()]);
@@ -101,23 +135,67 @@ pub(super) async fn keep_fallback(node: Arc<Node>) {
         node.displaced.changed.notified().await;
         loop {
             let doubtful = node.displaced.take_doubtful();
-            if doubtful.is_empty() || reconcile(&node, doubtful).await {
+            if doubtful.is_empty() || reconcile(&node, &doubtful).await {
                 backoff.reset();
                 break;
             }
+            // Nobody knows that they are here, so what is sent to them passes by: this node looks for itself.
+            sweep_users(&node, &doubtful).await;
+            node.displaced.doubt(doubtful);
             let rest = backoff.next(&mut rand::rng());
             tokio::time::sleep(rest).await;
         }
     }
 }
 
-/// Enters and removes what differs; false if the set could not be written, and then all of it is doubtful again.
-async fn reconcile(node: &Node, users: Vec<UserId>) -> bool {
+async fn sweep_users(node: &Node, users: &[UserId]) {
+    let mut seats = Vec::new();
+    users.iter().for_each(|user| node.registry.for_user(user, |seat| seats.push(Arc::clone(seat))));
+    super::sweep::sweep_seats(node, &seats).await;
+}
+
+/// Renews the lease of the fallback set, and enters everybody again where its size was wrong twice running: it was lost.
+/// Looks once more into the inboxes of those that were entered a moment ago: a router may have seen it only now.
+pub(super) async fn renew_fallback(node: Arc<Node>) {
+    let mut wrong = 0;
+    loop {
+        let rest = around(FALLBACK_RENEW, 0.2, &mut rand::rng());
+        tokio::time::sleep(rest).await;
+        let due = node.displaced.due(node.fallback.hints().seen_after);
+        if !due.is_empty() {
+            sweep_users(&node, &due).await;
+        }
+        let expected = node.displaced.len();
+        if expected == 0 {
+            wrong = 0;
+            continue;
+        }
+        match node.fallback.keep(&node.holder).await {
+            Ok(size) if size == expected => wrong = 0,
+            Ok(size) => {
+                wrong += 1;
+                if wrong >= 2 {
+                    tracing::info!(size, expected, "the fallback set was lost; it is written again");
+                    node.displaced.write_again();
+                    wrong = 0;
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the fallback set could not be renewed");
+                let entered: Vec<UserId> = node.displaced.state.lock().entered.iter().cloned().collect();
+                sweep_users(&node, &entered).await;
+            }
+        }
+    }
+}
+
+/// Enters and removes what differs; false if the set could not be written: then all of it is doubtful still.
+async fn reconcile(node: &Node, users: &[UserId]) -> bool {
     let view = Arc::clone(&node.views.borrow());
-    let own = &node.config.node;
+    let own = &node.holder;
     let wanted = |user: &UserId| node.registry.has(user) && !node.owns(&view, user);
     let (mut add, mut remove) = (Vec::new(), HashSet::new());
-    for user in &users {
+    for user in users {
         match (wanted(user), node.displaced.is_entered(user)) {
             (true, false) => add.push(user.clone()),
             (true, true) => {}
@@ -130,19 +208,17 @@ async fn reconcile(node: &Node, users: Vec<UserId>) -> bool {
         written = node.fallback.add(own, add.clone()).await;
     }
     if !remove.is_empty() && written.is_ok() {
-        written = node.fallback.remove(own, remove.iter().cloned().collect()).await;
+        written = node.fallback.remove(own, Which::Users(remove.iter().cloned().collect())).await;
     }
     if let Err(error) = written {
         tracing::debug!(%error, "the fallback entries could not be written");
-        node.displaced.doubt(users);
         return false;
     }
-    {
-        let entered = &mut node.displaced.state.lock().entered;
-        entered.extend(add.iter().cloned());
-        if !remove.is_empty() {
-            entered.retain(|user| !remove.contains(user));
-        }
+    if !remove.is_empty() {
+        node.displaced.state.lock().entered.retain(|user| !remove.contains(user));
+    }
+    if !add.is_empty() {
+        node.displaced.note_entered(add.clone());
     }
     // What was sent before the entry stood went by: read those inboxes at once.
     for user in &add {
@@ -181,7 +257,7 @@ fn verdict<'a>(view: &'a View, own: &NodeId, seat: &Seat) -> Verdict<'a> {
     match view.owner(&seat.user) {
         None => Verdict::Stay,
         Some(owner) if owner.info.node == *own => Verdict::Stay,
-        Some(_) if seat.arrival.keep_at_epoch == Some(view.epoch) => Verdict::Stay,
+        Some(_) if seat.arrival.keep_at == Some(view.digest) => Verdict::Stay,
         Some(_) if view.held || view.epoch < seat.arrival.client_epoch => Verdict::Wait,
         Some(owner) => Verdict::Move(owner),
     }
@@ -189,10 +265,7 @@ fn verdict<'a>(view: &'a View, own: &NodeId, seat: &Seat) -> Verdict<'a> {
 
 /// Moves to one target per second: half of what it accepts, shared with the other nodes that may send to it.
 fn moves_per_s(view: &View, target: &Member) -> f64 {
-    let accepts = match target.info.accept_per_s {
-        0 => UNLIMITED_ACCEPT_PER_S,
-        limit => limit,
-    };
+    let accepts = accepts(target.info.accept_per_s);
     let senders = view.members.len().saturating_sub(1).max(1);
     f64::from(accepts) / 2.0 / senders as f64
 }
@@ -202,6 +275,7 @@ pub(super) async fn pace_moves(node: Arc<Node>) {
     let mut views = node.views.clone();
     let mut waiting: Vec<Weak<Seat>> = Vec::new();
     let mut allowance: HashMap<NodeId, f64> = HashMap::new();
+    let mut dialling = JoinSet::new();
     let mut ticks = tokio::time::interval(MOVE_TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     loop {
@@ -216,11 +290,15 @@ pub(super) async fn pace_moves(node: Arc<Node>) {
                 let view = Arc::clone(&views.borrow_and_update());
                 waiting = walk(&node, &view);
             }
+            Some(_) = dialling.join_next() => {}
             _ = ticks.tick() => {
                 waiting.append(&mut node.moves.fresh.lock());
                 if !waiting.is_empty() {
                     let view = Arc::clone(&views.borrow());
-                    hand_out(&node, &view, &mut waiting, &mut allowance);
+                    for target in hand_out(&node, &view, &mut waiting, &mut allowance) {
+                        let reach = node.reach.clone();
+                        dialling.spawn(async move { reach.answers(&target).await });
+                    }
                 } else if !allowance.is_empty() {
                     allowance.clear();
                 }
@@ -240,7 +318,14 @@ fn walk(node: &Node, view: &View) -> Vec<Weak<Seat>> {
     seats.iter().filter(|seat| !node.owns(view, &seat.user)).map(Arc::downgrade).collect()
 }
 
-fn hand_out(node: &Node, view: &View, waiting: &mut Vec<Weak<Seat>>, allowance: &mut HashMap<NodeId, f64>) {
+/// Tells as many as may move now; answers the owners that must be dialled first.
+fn hand_out(
+    node: &Node,
+    view: &View,
+    waiting: &mut Vec<Weak<Seat>>,
+    allowance: &mut HashMap<NodeId, f64>,
+) -> HashSet<NodeId> {
+    let mut dial = HashSet::new();
     for member in &view.members {
         let per_tick = moves_per_s(view, member) * MOVE_TICK.as_secs_f64();
         let left = allowance.entry(member.info.node.clone()).or_insert(0.0);
@@ -249,10 +334,18 @@ fn hand_out(node: &Node, view: &View, waiting: &mut Vec<Weak<Seat>>, allowance: 
     }
     waiting.retain(|weak| {
         let Some(seat) = weak.upgrade() else { return false };
-        match verdict(view, &node.config.node, &seat) {
+        match verdict(view, node.name(), &seat) {
             Verdict::Stay => false,
             Verdict::Wait => true,
             Verdict::Move(owner) => {
+                match node.reach.known(&owner.info.node) {
+                    Some(true) => {}
+                    Some(false) => return true,
+                    None => {
+                        dial.insert(owner.info.node.clone());
+                        return true;
+                    }
+                }
                 let left = allowance.entry(owner.info.node.clone()).or_insert(0.0);
                 if *left < 1.0 {
                     return true;
@@ -265,6 +358,7 @@ fn hand_out(node: &Node, view: &View, waiting: &mut Vec<Weak<Seat>>, allowance: 
             }
         }
     });
+    dial
 }
 
 /// Puts the `move` frame into the session's mailbox; answers whether a URL of the target is known.
@@ -309,20 +403,49 @@ pub(super) async fn drain(node: &Node, how: Drain) {
     }
 }
 
+/// Sends every session to whoever owns its user but for this node, which has lost its place.
+pub(super) async fn evacuate(node: Arc<Node>) {
+    let mut seats = node.registry.all();
+    seats.shuffle(&mut rand::rng());
+    move_all(&node, &seats, node.config.drain_window).await;
+}
+
+/// Closes every session of a node whose name another process has.
+pub(super) async fn close_over_window(node: Arc<Node>) {
+    close_spread(&node.registry.all(), node.config.drain_window).await;
+    close_spread(&node.registry.all(), Duration::ZERO).await;
+}
+
+/// The view as the others will see it: without this node, if it stands in its own view still.
+fn without(view: Arc<View>, own: &NodeId) -> Arc<View> {
+    match view.member(own) {
+        Some(member) if member.state == NodeState::Active => {
+            Arc::new(view.without(std::slice::from_ref(own)))
+        }
+        _ => view,
+    }
+}
+
 async fn move_all(node: &Node, seats: &[Arc<Seat>], window: Duration) {
     let began = Instant::now();
     node.displaced.doubt(seats.iter().map(|seat| seat.user.clone()).collect());
     // The last one told still has its jitter and its grace, and its close must be over by the end.
     let telling = window.saturating_sub(MOVE_JITTER + DRAIN_GRACE + Duration::from_secs(1)).max(window / 4);
     let mut told = 0;
+    let mut source = Arc::clone(&node.views.borrow());
+    let mut view = without(Arc::clone(&source), node.name());
     while told < seats.len() && began.elapsed() < window {
-        let view = Arc::clone(&node.views.borrow());
+        let newest = Arc::clone(&node.views.borrow());
+        if !Arc::ptr_eq(&newest, &source) {
+            source = newest;
+            view = without(Arc::clone(&source), node.name());
+        }
         let paced: f64 = view.members.iter().map(|member| moves_per_s(&view, member)).sum();
         let needed =
             (seats.len() - told) as f64 / telling.saturating_sub(began.elapsed()).as_secs_f64().max(0.1);
         let lot = (paced.max(needed) * MOVE_TICK.as_secs_f64()).ceil() as usize;
         for seat in &seats[told..(told + lot.max(1)).min(seats.len())] {
-            let target = view.owner(&seat.user).filter(|owner| owner.info.node != node.config.node);
+            let target = view.owner(&seat.user).filter(|owner| owner.info.node != *node.name());
             let sent = target.is_some_and(|owner| send_move(node, &view, seat, owner, MoveReason::Drain));
             if !sent {
                 seat.mailbox.close(CloseCode::Draining, "the node is leaving");
@@ -339,7 +462,10 @@ async fn move_all(node: &Node, seats: &[Arc<Seat>], window: Duration) {
 }
 
 async fn close_all(seats: &[Arc<Seat>]) {
-    let spread = CLOSE_SPREAD.min(Duration::from_secs(1) * seats.len() as u32 / CLOSES_PER_S);
+    close_spread(seats, CLOSE_SPREAD.min(Duration::from_secs(1) * seats.len() as u32 / CLOSES_PER_S)).await;
+}
+
+async fn close_spread(seats: &[Arc<Seat>], spread: Duration) {
     let began = Instant::now();
     for (n, seat) in seats.iter().enumerate() {
         let due = began + spread.mul_f64(n as f64 / seats.len() as f64);
@@ -352,22 +478,33 @@ async fn close_all(seats: &[Arc<Seat>]) {
 
 /// The window in which clients should come back: long enough that this node's sessions fit into what one node accepts.
 pub(super) fn reconnect_window_ms(sessions: usize, accept_per_s: u32, jitter_ms: u64) -> u64 {
-    let accepts = if accept_per_s == 0 { UNLIMITED_ACCEPT_PER_S } else { accept_per_s };
-    jitter_ms.max((sessions as u64 * 1000 / u64::from(accepts)).min(RECONNECT_MAX_MS))
+    jitter_ms.max((sessions as u64 * 1000 / u64::from(accepts(accept_per_s))).min(RECONNECT_MAX_MS))
+}
+
+/// Sockets per second that a node with this limit takes.
+fn accepts(limit: u32) -> u32 {
+    if limit == 0 { UNLIMITED_ACCEPT_PER_S } else { limit }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::registry::Arrival;
     use super::*;
-    use crate::membership::{NodeInfo, NodeState};
+    use crate::membership::NodeInfo;
     use crate::message::{DeviceId, Millis};
 
     fn view(names: &[&str], epoch: u64, held: bool) -> View {
         let members = names
             .iter()
             .map(|name| Member {
-                info: NodeInfo { node: NodeId::parse(name).unwrap(), weight: 1.0, accept_per_s: 4000 },
+                info: NodeInfo {
+                    node: NodeId::parse(name).unwrap(),
+                    weight: 1.0,
+                    accept_per_s: 4000,
+                    peer: "".into(),
+                    push: true,
+                    dispatch: false,
+                },
                 incarnation: 1,
                 state: NodeState::Active,
             })
@@ -401,8 +538,8 @@ mod tests {
         assert_eq!(judged(&now, "push-3", plain), "stay");
         assert_eq!(judged(&view(&FIVE, 8, true), "push-0", plain), "wait");
         assert_eq!(judged(&now, "push-0", Arrival { client_epoch: 9, ..plain }), "wait");
-        assert_eq!(judged(&now, "push-0", Arrival { keep_at_epoch: Some(8), ..plain }), "stay");
-        assert_eq!(judged(&now, "push-0", Arrival { keep_at_epoch: Some(7), ..plain }), "move");
+        assert_eq!(judged(&now, "push-0", Arrival { keep_at: Some(now.digest), ..plain }), "stay");
+        assert_eq!(judged(&now, "push-0", Arrival { keep_at: Some(7), ..plain }), "move");
         assert_eq!(judged(&view(&[], 8, false), "push-0", plain), "stay");
     }
 

@@ -26,8 +26,8 @@ pub(super) struct Arrival {
     pub(super) hops: u32,
     /// The epoch of the view that sent it: ours must not be older.
     pub(super) client_epoch: u64,
-    /// Not to be moved while the view has this epoch: it was sent here on purpose, or cannot be sent rightly.
-    pub(super) keep_at_epoch: Option<u64>,
+    /// Not to be moved while the view has this digest: it was sent here on purpose, or cannot be sent rightly.
+    pub(super) keep_at: Option<u64>,
 }
 
 /// One session as the rest of the node sees it.

@@ -34,6 +34,8 @@ const READ_RETRY_FIRST: Duration = Duration::from_millis(100);
 const READ_RETRY_MAX: Duration = Duration::from_secs(5);
 /// Every session is swept once in this time, give or take [`SWEEP_JITTER`].
 pub const SWEEP_EVERY: Duration = Duration::from_secs(30);
+/// The same on a node that was cut off.
+pub const SWEEP_CUT_OFF: Duration = Duration::from_secs(3);
 /// Part of the period that a sweep may be early or late.
 pub const SWEEP_JITTER: f64 = 0.2;
 /// A forced sweep runs at most this often.
@@ -158,7 +160,12 @@ pub(super) async fn sweep(node: Arc<Node>) {
     let mut shard = 0;
     let mut last_forced: Option<Instant> = None;
     loop {
-        let pause = around(node.config.limits.sweep_every, SWEEP_JITTER, &mut rand::rng()) / shards as u32;
+        let every = match *node.barred.borrow() {
+            None => node.config.limits.sweep_every,
+            // Others own these users now, and what they are sent may pass this node by.
+            Some(_) => SWEEP_CUT_OFF.min(node.config.limits.sweep_every),
+        };
+        let pause = around(every, SWEEP_JITTER, &mut rand::rng()) / shards as u32;
         let not_before = last_forced.map_or_else(Instant::now, |at| at + FORCED_SWEEP_REST);
         tokio::select! {
             () = tokio::time::sleep(pause) => {

@@ -86,7 +86,18 @@ impl Client {
     }
 }
 
+/// Every node of the test, each answering as itself.
+#[derive(Default)]
+struct Known(Mutex<std::collections::HashMap<NodeId, crate::role::PushService>>);
+
+impl crate::role::Directory for Known {
+    fn find(&self, node: &NodeId) -> Option<crate::role::PushService> {
+        self.0.lock().get(node).cloned()
+    }
+}
+
 struct Cluster {
+    known: Arc<Known>,
     membership: LocalMembership,
     fallback: LocalFallback,
     inbox: Arc<MemoryInbox>,
@@ -99,6 +110,7 @@ impl Cluster {
     async fn of(names: &[&str]) -> Self {
         let clock = Clock::standing(NOW);
         let mut cluster = Self {
+            known: Arc::default(),
             membership: LocalMembership::new(clock.clone()),
             fallback: LocalFallback::default(),
             inbox: Arc::new(MemoryInbox::new(clock.clone())),
@@ -114,9 +126,15 @@ impl Cluster {
 
     async fn join(&mut self, name: &str) {
         let config = PushConfig {
-            node: NodeId::parse(name).unwrap(),
-            weight: 1.0,
-            accept_per_s: 4000,
+            info: NodeInfo {
+                node: NodeId::parse(name).unwrap(),
+                weight: 1.0,
+                accept_per_s: 4000,
+                peer: "".into(),
+                push: true,
+                dispatch: false,
+            },
+            drain_window: Duration::from_secs(60),
             origins: Origins::Any,
             token_in_url: false,
             limits: PushLimits::default(),
@@ -135,12 +153,16 @@ impl Cluster {
             verify,
             membership: Arc::new(self.membership.clone()),
             fallback: Arc::new(self.fallback.clone()),
+            reach: Reach::new(Arc::clone(&self.known) as _),
+            health: Health::default(),
             urls: PublicUrls::Template(UrlTemplate::parse("wss://push.example/n/{node}/v1/ws").unwrap()),
             ticket_key: TicketKey::derive("secret"),
             clock: self.clock.clone(),
             metrics: PushMetrics::default(),
         };
         let node = Push::start(config, parts, &mut self.tasks).await.unwrap();
+        let service = BoxCloneSyncService::new(node.clone());
+        self.known.0.lock().insert(node.name().clone(), service);
         self.nodes.push(node);
     }
 
@@ -173,7 +195,7 @@ impl Cluster {
 
     async fn deliver(&self, node: usize, user: &str, message: Arc<Message>, sweep: bool) {
         let batch = vec![Live { user: UserId::parse(user).unwrap(), message }];
-        let request = PushRequest::Deliver { batch, sweep };
+        let request = PushRequest::Deliver { batch, sweep, stamp: Stamp::default() };
         self.nodes[node].clone().oneshot(request).await.unwrap();
     }
 }
@@ -264,7 +286,7 @@ async fn when_a_node_joins_exactly_those_whose_owner_changed_are_told_to_move() 
     drop(clients);
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert_eq!(cluster.nodes[0].counts(), Counts::default());
-    assert!(cluster.fallback.is_empty());
+    assert!(cluster.fallback.hints().empty);
 }
 
 #[tokio::test(start_paused = true)]
@@ -300,7 +322,7 @@ async fn a_node_that_drains_sends_everybody_away_and_leaves_nothing() {
     draining.await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
     assert!(cluster.membership.views().borrow().member(&NodeId::parse("push-0").unwrap()).is_none());
-    assert!(cluster.fallback.is_empty());
+    assert!(cluster.fallback.hints().empty);
     assert_eq!(cluster.nodes[0].counts(), Counts::default());
 }
 

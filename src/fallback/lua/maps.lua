@@ -1,0 +1,28 @@
+-- The bitmaps of all holders. KEYS: holders, maps, versions. ARGV: lease in ms, then pairs of a holder and the version that
+-- is known. Takes out whose lease is over.
+local holders, maps, versions = KEYS[1], KEYS[2], KEYS[3]
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local lease = tonumber(ARGV[1])
+for _, holder in ipairs(redis.call('ZRANGEBYSCORE', holders, '(' .. string.format('%.0f', now + lease), '+inf')) do
+  redis.call('ZADD', holders, string.format('%.0f', now + lease), holder)
+end
+for _, holder in ipairs(redis.call('ZRANGEBYSCORE', holders, '-inf', string.format('%.0f', now))) do
+  redis.call('ZREM', holders, holder)
+  redis.call('HDEL', maps, holder)
+  redis.call('HDEL', versions, holder)
+end
+local known = {}
+for n = 2, #ARGV, 2 do
+  known[ARGV[n]] = ARGV[n + 1]
+end
+local all = {}
+for _, holder in ipairs(redis.call('ZRANGE', holders, 0, -1)) do
+  local version = redis.call('HGET', versions, holder) or ''
+  local map = ''
+  if known[holder] ~= version then
+    map = redis.call('HGET', maps, holder) or ''
+  end
+  all[#all + 1] = {holder, version, map}
+end
+return all

@@ -1,0 +1,318 @@
+//! When a snapshot of the registry becomes the view in use, and when the old view is *held* instead: pure rules.
+//!
+//! A registry that fails fails for all nodes at once, and what it shows then is not what there is: an empty set after a
+//! restart, a few nodes while the others have yet to register. Acting on that would move nearly every user, twice. So the
+//! old view is kept
+//!
+//! - when the registry begins a new generation, or its epoch has gone back,
+//! - when it was silent for [`Times::silence`],
+//! - when more than one push node and more than [`VANISHED_PART`] of them vanish that had not said they would,
+//! - when it shows no push node at all,
+//!
+//! until it shows the old nodes again, or has shown the same others for [`Times::settle`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Member, NodeState, View};
+
+/// Part of the push nodes that may vanish at once without a word.
+pub const VANISHED_PART: f64 = 0.3;
+
+/// The times of membership (DESIGN.md section 5). Tests have shorter ones, in the same proportion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Times {
+    /// Between two renewals of a lease, give or take a fifth.
+    pub beat: Duration,
+    /// How long a node counts as there without a renewal.
+    pub lease: Duration,
+    /// Between two looks at the registry, give or take a fifth.
+    pub poll: Duration,
+    /// Without a snapshot for this long, the view is held.
+    pub silence: Duration,
+    /// Between two views, so that a storm of changes costs a few rebuilds.
+    pub rebuild: Duration,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        Self {
+            beat: Duration::from_secs(2),
+            lease: Duration::from_secs(10),
+            poll: Duration::from_secs(1),
+            silence: Duration::from_secs(3),
+            rebuild: Duration::from_millis(250),
+        }
+    }
+}
+
+impl Times {
+    /// All of them divided by `part`.
+    #[must_use]
+    pub fn shortened(self, part: u32) -> Self {
+        Self {
+            beat: self.beat / part,
+            lease: self.lease / part,
+            poll: self.poll / part,
+            silence: self.silence / part,
+            rebuild: self.rebuild / part,
+        }
+    }
+
+    /// How long a registry must show the same before a held view gives way: whoever is alive has beaten by then.
+    #[must_use]
+    pub fn settle(&self) -> Duration {
+        self.lease + self.beat * 2
+    }
+}
+
+/// The registry, as it was seen at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Snapshot {
+    /// Changes when the registry forgot everything.
+    pub generation: Arc<str>,
+    /// Rises with every change.
+    pub epoch: u64,
+    /// Every node, push or not.
+    pub nodes: Vec<Member>,
+}
+
+/// Holds the view in use. Moments are durations since any fixed one.
+#[derive(Debug)]
+pub struct Keeper {
+    times: Times,
+    current: Arc<View>,
+    heard: Option<Duration>,
+    hold: Option<Hold>,
+}
+
+/// What the registry shows while another view is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Hold {
+    shown: Option<u64>,
+    since: Duration,
+}
+
+impl Keeper {
+    /// Nothing is known yet.
+    #[must_use]
+    pub fn new(times: Times) -> Self {
+        let current = Arc::new(View::new("".into(), 0, Vec::new(), false));
+        Self { times, current, heard: None, hold: None }
+    }
+
+    /// The view in use.
+    #[must_use]
+    pub fn view(&self) -> &Arc<View> {
+        &self.current
+    }
+
+    /// The registry showed this; answers whether the view in use has changed.
+    pub fn shown(&mut self, now: Duration, snapshot: Snapshot) -> bool {
+        let silent = self.heard.is_some_and(|heard| now.saturating_sub(heard) > self.times.silence);
+        self.heard = Some(now);
+        let next = View::new(snapshot.generation, snapshot.epoch, snapshot.nodes, false);
+        let same_nodes = next.digest == self.current.digest;
+        let first = self.current.generation.is_empty() || self.current.members.is_empty();
+        if first || same_nodes {
+            return self.take(next);
+        }
+        match self.hold {
+            None if silent || self.is_suspicious(&next) => self.begin(now, Some(next.digest), next),
+            None => self.take(next),
+            Some(hold) if hold.shown != Some(next.digest) => self.begin(now, Some(next.digest), next),
+            Some(hold) if next.members.is_empty() || now - hold.since < self.times.settle() => {
+                self.keep_with_routers_of(next)
+            }
+            Some(_) => self.take(next),
+        }
+    }
+
+    /// No snapshot could be had; answers whether the view in use has changed.
+    pub fn silent(&mut self, now: Duration) -> bool {
+        let silent = self.heard.is_some_and(|heard| now.saturating_sub(heard) > self.times.silence);
+        if !silent || self.hold.is_some() || self.current.members.is_empty() {
+            return false;
+        }
+        self.hold = Some(Hold { shown: None, since: now });
+        self.current = Arc::new(View { held: true, ..(*self.current).clone() });
+        true
+    }
+
+    fn is_suspicious(&self, next: &View) -> bool {
+        let current = &self.current;
+        let vanished = current
+            .members
+            .iter()
+            .filter(|m| m.state == NodeState::Active && next.member(&m.info.node).is_none())
+            .count();
+        let active = current.members.iter().filter(|m| m.state == NodeState::Active).count();
+        next.members.is_empty()
+            || next.generation != current.generation
+            || next.epoch < current.epoch
+            || vanished as f64 > (active as f64 * VANISHED_PART).max(1.0)
+    }
+
+    fn take(&mut self, next: View) -> bool {
+        let held = self.hold.take().is_some();
+        let same = next.generation == self.current.generation && next.epoch == self.current.epoch;
+        if same && !held {
+            return false;
+        }
+        self.current = Arc::new(next);
+        true
+    }
+
+    fn begin(&mut self, now: Duration, shown: Option<u64>, next: View) -> bool {
+        self.hold = Some(Hold { shown, since: now });
+        self.keep_with_routers_of(next)
+    }
+
+    /// The ring stays; who routes is no promise to any user, and is taken from what there is.
+    fn keep_with_routers_of(&mut self, next: View) -> bool {
+        let nodes = self.current.members.iter().map(|member| &member.info.node);
+        let absent: Vec<_> = nodes.filter(|node| next.member(node).is_none()).cloned().collect();
+        let routers = if next.routers.is_empty() { self.current.routers.clone() } else { next.routers };
+        let current = &self.current;
+        let changed = !current.held || routers != current.routers || absent != current.absent;
+        if changed {
+            self.current = Arc::new(View { held: true, routers, absent, ..(**current).clone() });
+        }
+        changed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::membership::NodeInfo;
+    use crate::message::NodeId;
+    use proptest::prelude::*;
+
+    fn node(name: &str, state: NodeState) -> Member {
+        let info = NodeInfo {
+            node: NodeId::parse(name).unwrap(),
+            weight: 1.0,
+            accept_per_s: 4000,
+            peer: "".into(),
+            push: name.starts_with("push"),
+            dispatch: name.starts_with("dispatch"),
+        };
+        Member { info, incarnation: 1, state }
+    }
+
+    fn snapshot(generation: &str, epoch: u64, names: &[&str]) -> Snapshot {
+        let nodes = names.iter().map(|name| node(name, NodeState::Active)).collect();
+        Snapshot { generation: generation.into(), epoch, nodes }
+    }
+
+    fn at(seconds: f64) -> Duration {
+        Duration::from_secs_f64(seconds)
+    }
+
+    fn names(keeper: &Keeper) -> Vec<String> {
+        keeper.view().members.iter().map(|m| m.info.node.to_string()).collect()
+    }
+
+    fn keeper(names: &[&str]) -> Keeper {
+        let mut keeper = Keeper::new(Times::default());
+        assert!(keeper.shown(at(0.0), snapshot("g", 10, names)));
+        keeper
+    }
+
+    const FIVE: [&str; 5] = ["push-0", "push-1", "push-2", "push-3", "push-4"];
+
+    #[test]
+    fn ordinary_changes_are_taken_at_once() {
+        let mut keeper = keeper(&FIVE[..3]);
+        assert!(!keeper.shown(at(1.0), snapshot("g", 10, &FIVE[..3])), "nothing new");
+        assert!(keeper.shown(at(2.0), snapshot("g", 11, &FIVE[..4])));
+        assert!(keeper.shown(at(3.0), snapshot("g", 12, &FIVE[1..4])), "one of four may die");
+        assert_eq!((names(&keeper).len(), keeper.view().held), (3, false));
+    }
+
+    #[test]
+    fn a_mass_death_is_not_believed_until_it_has_lasted() {
+        let mut keeper = keeper(&FIVE);
+        assert!(keeper.shown(at(1.0), snapshot("g", 11, &FIVE[..3])));
+        assert!(keeper.view().held && names(&keeper).len() == 5);
+        assert_eq!(keeper.view().absent.len(), 2);
+        assert_eq!(keeper.view().epoch, 10, "it is the old view");
+        assert!(!keeper.shown(at(14.0), snapshot("g", 11, &FIVE[..3])), "13 s are not enough");
+        assert!(keeper.shown(at(15.1), snapshot("g", 11, &FIVE[..3])));
+        assert!(!keeper.view().held && names(&keeper).len() == 3);
+    }
+
+    #[test]
+    fn a_hold_begins_anew_when_something_else_is_shown_and_ends_when_the_old_nodes_are_back() {
+        let mut keeper = keeper(&FIVE);
+        keeper.shown(at(1.0), snapshot("g", 11, &FIVE[..2]));
+        keeper.shown(at(10.0), snapshot("g", 12, &FIVE[..3]));
+        assert!(!keeper.shown(at(20.0), snapshot("g", 12, &FIVE[..3])), "ten seconds of this");
+        assert!(keeper.shown(at(21.0), snapshot("g", 13, &FIVE)));
+        assert!(!keeper.view().held && keeper.view().epoch == 13);
+    }
+
+    #[test]
+    fn nodes_that_said_they_leave_are_no_mass_death() {
+        let mut keeper = keeper(&FIVE);
+        let mut draining = snapshot("g", 11, &FIVE);
+        draining.nodes.iter_mut().take(4).for_each(|node| node.state = NodeState::Draining);
+        assert!(keeper.shown(at(1.0), draining));
+        assert!(keeper.shown(at(2.0), snapshot("g", 12, &FIVE[4..])));
+        assert!(!keeper.view().held);
+    }
+
+    #[test]
+    fn an_emptied_registry_changes_nothing_for_ever() {
+        let mut keeper = keeper(&FIVE);
+        for second in 1..1000 {
+            keeper.shown(at(f64::from(second)), snapshot("h", 20, &[]));
+            assert!(keeper.view().held && names(&keeper).len() == 5);
+        }
+        assert!(keeper.shown(at(1001.0), snapshot("h", 21, &FIVE)));
+        assert_eq!((&*keeper.view().generation, keeper.view().held), ("h", false));
+    }
+
+    #[test]
+    fn silence_holds_the_view_and_the_first_word_after_it_is_not_believed() {
+        let mut keeper = keeper(&FIVE[..3]);
+        assert!(!keeper.silent(at(2.0)));
+        assert!(keeper.silent(at(3.5)) && keeper.view().held);
+        assert!(!keeper.silent(at(9.0)), "once is enough");
+        keeper.shown(at(30.0), snapshot("g", 11, &FIVE[..2]));
+        assert!(keeper.view().held && names(&keeper).len() == 3);
+        assert!(keeper.shown(at(31.0), snapshot("g", 12, &FIVE[..3])));
+        assert!(!keeper.view().held);
+    }
+
+    #[test]
+    fn routers_come_and_go_while_the_ring_is_held() {
+        let mut keeper = keeper(&["push-0", "push-1", "push-2", "dispatch-0"]);
+        assert!(keeper.shown(at(1.0), snapshot("h", 1, &["push-0", "dispatch-1"])));
+        assert_eq!(names(&keeper).len(), 3);
+        assert_eq!(keeper.view().routers[0].node.as_str(), "dispatch-1");
+    }
+
+    proptest! {
+        /// Whatever is shown: no view loses its push nodes, and an unheld one is what was shown last.
+        #[test]
+        fn the_rules_hold_whatever_is_shown(steps in proptest::collection::vec((0u8..32, 0u8..3, 0.1f64..20.0), 1..60)) {
+            let mut keeper = keeper(&FIVE);
+            let (mut now, mut epoch) = (0.0, 10);
+            for (set, generation, pause) in steps {
+                now += pause;
+                epoch += 1;
+                let shown: Vec<&str> =
+                    FIVE.iter().enumerate().filter(|(n, _)| set & (1 << n) != 0).map(|(_, name)| *name).collect();
+                let generation = format!("g{generation}");
+                keeper.shown(at(now), snapshot(&generation, epoch, &shown));
+                prop_assert!(!keeper.view().members.is_empty());
+                if !keeper.view().held {
+                    prop_assert_eq!(names(&keeper), shown);
+                    prop_assert_eq!(&*keeper.view().generation, generation.as_str());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! What this node does when it lost its place among the members, and when it has it again.
+//!
+//! - Another process took its name (*fenced*): its sessions are closed over the drain window, and it stays, not ready; were
+//!   it to exit, its supervisor would start it again to fence the other.
+//! - It cannot reach the registry and a router says that it is gone (*cut off*): others own its users now. It sends its
+//!   sessions there, looks into their inboxes every 3 s meanwhile, and takes no new ones until it is registered again.
+//! - It is registered again, or the registry forgot everything: what it had written there is written again, and every
+//!   session looks into its inbox.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::time::Instant;
+
+use super::{Node, rebalance};
+use crate::membership::Standing;
+
+/// How long the word of a router is remembered by a node that does not know yet that its lease has run out.
+const GONE_REMEMBERED: Duration = Duration::from_secs(20);
+
+/// Why a node takes no sockets though it does not leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Bar {
+    /// From the registry, alone.
+    CutOff,
+    /// By another process of its name.
+    Fenced,
+}
+
+/// A router's view has this node no more.
+pub(super) fn gone(node: &Node) {
+    *node.told_gone.lock() = Some(Instant::now());
+    node.gone.notify_one();
+}
+
+/// Watches the node's standing for as long as it runs.
+pub(super) async fn watch(node: Arc<Node>) {
+    let (mut standing, mut views) = (node.standing.clone(), node.views.clone());
+    let mut times = 1;
+    let mut generation = Arc::clone(&views.borrow_and_update().generation);
+    let mut leaving: BoxFuture<'static, ()> = std::future::pending().boxed();
+    loop {
+        tokio::select! {
+            () = node.draining.cancelled() => return std::future::pending().await,
+            () = &mut leaving => leaving = std::future::pending().boxed(),
+            () = node.gone.notified() => {}
+            changed = views.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let now = Arc::clone(&views.borrow_and_update().generation);
+                if !generation.is_empty() && now != generation {
+                    regained(&node);
+                }
+                generation = now;
+            }
+            changed = standing.changed() => if changed.is_err() {
+                return std::future::pending().await;
+            }
+        }
+        let bar = *node.barred.borrow();
+        match *standing.borrow_and_update() {
+            Standing::Member(n) if n > times => {
+                times = n;
+                *node.told_gone.lock() = None;
+                if node.barred.send_replace(None).is_some() {
+                    tracing::info!(node = %node.name(), "registered again: this node takes sockets");
+                    node.health.set("membership", true, "registered again");
+                    leaving = std::future::pending().boxed();
+                }
+                regained(&node);
+            }
+            Standing::Lapsed if bar.is_none() && is_told_gone(&node) => {
+                tracing::warn!(node = %node.name(), "cut off from Redis (redis.url) alone: its sessions move away");
+                node.health.set("membership", false, "cut off from Redis (redis.url) alone");
+                node.barred.send_replace(Some(Bar::CutOff));
+                node.sweep_now.notify_one();
+                leaving = rebalance::evacuate(Arc::clone(&node)).boxed();
+            }
+            Standing::Fenced if bar != Some(Bar::Fenced) => {
+                node.health.set("membership", false, "another process has this node's name (node.name)");
+                node.barred.send_replace(Some(Bar::Fenced));
+                leaving = rebalance::close_over_window(Arc::clone(&node)).boxed();
+            }
+            _ => {}
+        }
+    }
+}
+
+fn is_told_gone(node: &Node) -> bool {
+    node.told_gone.lock().is_some_and(|told| told.elapsed() < GONE_REMEMBERED)
+}
+
+/// What was written in the registry may be lost, and what was sent meanwhile may have gone elsewhere.
+fn regained(node: &Node) {
+    node.displaced.write_again();
+    node.sweep_now.notify_one();
+}

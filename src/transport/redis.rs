@@ -1,0 +1,332 @@
+//! Redis: one connection, made when it is needed and made anew after it failed. It knows scripts and values, not nodes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use redis::aio::{ConnectionLike, MultiplexedConnection};
+use redis::cluster::ClusterClient;
+use redis::cluster_async::ClusterConnection;
+use redis::sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType};
+use redis::{
+    AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, TlsMode, Value,
+};
+use tokio::sync::{Mutex, Notify};
+
+use crate::wire::address::{RedisServers, RedisUrl};
+
+/// How long one call may take, connecting included: well below a lease, so that several tries fit into one.
+pub const CALL_DEADLINE: Duration = Duration::from_millis(1_500);
+/// Rest after a subscription was lost; the poll goes on meanwhile.
+const SUBSCRIBE_REST: Duration = Duration::from_secs(2);
+
+/// Why Redis did not do what it was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RedisFault {
+    /// It cannot be reached, or did not answer in time.
+    #[error("Redis cannot be reached: {0}")]
+    Unreachable(String),
+    /// It answered with an error, such as a wrong password.
+    #[error("Redis refused: {0}")]
+    Refused(String),
+}
+
+/// A script that is sent once and then called by its digest.
+pub struct Script(redis::Script);
+
+impl Script {
+    /// Of this Lua text.
+    #[must_use]
+    pub fn new(text: &str) -> Self {
+        Self(redis::Script::new(text))
+    }
+}
+
+/// What Redis answered.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Reply {
+    /// Nothing.
+    Nil,
+    /// A number.
+    Int(i64),
+    /// A string, of any bytes.
+    Bytes(Vec<u8>),
+    /// Several.
+    List(Vec<Reply>),
+}
+
+impl Reply {
+    fn of(value: Value) -> Self {
+        match value {
+            Value::Int(n) => Self::Int(n),
+            Value::Boolean(is) => Self::Int(i64::from(is)),
+            Value::BulkString(bytes) => Self::Bytes(bytes),
+            Value::SimpleString(text) => Self::Bytes(text.into_bytes()),
+            Value::Okay => Self::Bytes(b"OK".to_vec()),
+            Value::Array(all) | Value::Set(all) => Self::List(all.into_iter().map(Self::of).collect()),
+            Value::Map(pairs) => Self::List(
+                pairs.into_iter().flat_map(|(key, value)| [Self::of(key), Self::of(value)]).collect(),
+            ),
+            _ => Self::Nil,
+        }
+    }
+
+    /// A number, also where it came as text; zero where it is none.
+    #[must_use]
+    pub fn int(&self) -> u64 {
+        match self {
+            Self::Int(n) => u64::try_from(*n).unwrap_or(0),
+            Self::Bytes(_) => self.text().parse().unwrap_or(0),
+            _ => 0,
+        }
+    }
+
+    /// Text; empty where it is none.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(self.bytes()).unwrap_or("")
+    }
+
+    /// Bytes; empty where there are none.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        if let Self::Bytes(bytes) = self { bytes } else { &[] }
+    }
+
+    /// The items of a list; empty where it is none.
+    #[must_use]
+    pub fn items(&self) -> &[Reply] {
+        if let Self::List(items) = self { items } else { &[] }
+    }
+}
+
+/// A connection that is made when needed. Cloned, it is the same one.
+#[derive(Clone)]
+pub struct RedisLink {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    source: Source,
+    connection: Mutex<Option<Connection>>,
+}
+
+enum Source {
+    One(Client),
+    Sentinel(Mutex<SentinelClient>),
+    Cluster(ClusterClient),
+}
+
+#[derive(Clone)]
+enum Connection {
+    Single(MultiplexedConnection),
+    Cluster(ClusterConnection),
+}
+
+impl RedisLink {
+    /// Nothing is connected yet.
+    ///
+    /// # Errors
+    /// What cannot be made of the URL, in words.
+    pub fn new(url: &RedisUrl) -> Result<Self, RedisFault> {
+        let source = source(url).map_err(|error| RedisFault::Refused(error.to_string()))?;
+        Ok(Self { inner: Arc::new(Inner { source, connection: Mutex::new(None) }) })
+    }
+
+    /// Runs a script.
+    ///
+    /// # Errors
+    /// [`RedisFault`]; whether the script ran is then not known.
+    pub async fn run(&self, script: &Script, keys: &[&str], args: &[&[u8]]) -> Result<Reply, RedisFault> {
+        let mut call = script.0.prepare_invoke();
+        for key in keys {
+            call.key(*key);
+        }
+        for arg in args {
+            call.arg(*arg);
+        }
+        self.exchange(async |mut connection| match &mut connection {
+            Connection::Single(single) => call.invoke_async(single).await,
+            Connection::Cluster(cluster) => call.invoke_async(cluster).await,
+        })
+        .await
+    }
+
+    /// Sends commands together, of one hash slot; each with its words. Answers theirs in order.
+    ///
+    /// # Errors
+    /// [`RedisFault`].
+    pub async fn send(&self, commands: Vec<Vec<Vec<u8>>>) -> Result<Vec<Reply>, RedisFault> {
+        let mut pipeline = redis::pipe();
+        for words in &commands {
+            let mut words = words.iter();
+            pipeline.cmd(std::str::from_utf8(words.next().map_or(b"PING", Vec::as_slice)).unwrap_or("PING"));
+            for word in words {
+                pipeline.arg(word.as_slice());
+            }
+        }
+        let answer = self
+            .exchange(async |mut connection| {
+                let link: &mut dyn ConnectionLike = match &mut connection {
+                    Connection::Single(single) => single,
+                    Connection::Cluster(cluster) => cluster,
+                };
+                let answers = link.req_packed_commands(&pipeline, 0, commands.len()).await?;
+                // One that failed must not be taken for an empty answer.
+                Value::Array(answers).extract_error()
+            })
+            .await?;
+        Ok(if let Reply::List(all) = answer { all } else { Vec::new() })
+    }
+
+    async fn exchange(
+        &self,
+        act: impl AsyncFnOnce(Connection) -> redis::RedisResult<Value>,
+    ) -> Result<Reply, RedisFault> {
+        let whole = async {
+            let connection = self.connection().await?;
+            act(connection).await.map(Reply::of).map_err(|error| self.fault(&error))
+        };
+        match tokio::time::timeout(CALL_DEADLINE, whole).await {
+            Ok(Ok(reply)) => Ok(reply),
+            Ok(Err(fault)) => {
+                if matches!(fault, RedisFault::Unreachable(_)) {
+                    self.drop_connection();
+                }
+                Err(fault)
+            }
+            Err(_) => {
+                self.drop_connection();
+                Err(RedisFault::Unreachable("no answer in time".to_owned()))
+            }
+        }
+    }
+
+    fn fault(&self, error: &redis::RedisError) -> RedisFault {
+        let broken = error.is_io_error()
+            || error.is_timeout()
+            || error.is_connection_dropped()
+            || error.is_unrecoverable_error();
+        // After a failover the old master says READONLY: another connection finds the new one.
+        let elsewhere =
+            error.code().is_some_and(|code| matches!(code, "READONLY" | "LOADING" | "MASTERDOWN"));
+        match error.code() {
+            Some("NOAUTH" | "WRONGPASS" | "NOPERM") => RedisFault::Refused(error.to_string()),
+            _ if broken || elsewhere => RedisFault::Unreachable(error.to_string()),
+            _ => RedisFault::Refused(error.to_string()),
+        }
+    }
+
+    /// The next call makes a new one. Whoever holds the lock is about to replace it anyway.
+    fn drop_connection(&self) {
+        if let Ok(mut connection) = self.inner.connection.try_lock() {
+            *connection = None;
+        }
+    }
+
+    async fn connection(&self) -> Result<Connection, RedisFault> {
+        let mut kept = self.inner.connection.lock().await;
+        if let Some(connection) = &*kept {
+            return Ok(connection.clone());
+        }
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(CALL_DEADLINE))
+            .set_response_timeout(Some(CALL_DEADLINE));
+        let made = match &self.inner.source {
+            Source::One(client) => {
+                client.get_multiplexed_async_connection_with_config(&config).await.map(Connection::Single)
+            }
+            Source::Sentinel(client) => {
+                let mut client = client.lock().await;
+                client.get_async_connection_with_config(&config).await.map(Connection::Single)
+            }
+            Source::Cluster(client) => client.get_async_connection().await.map(Connection::Cluster),
+        };
+        let made = made.map_err(|error| match error.code() {
+            Some("NOAUTH" | "WRONGPASS" | "NOPERM") => RedisFault::Refused(error.to_string()),
+            // The server's reason stands behind the library's for a failed AUTH.
+            _ if error.to_string().contains("assword") => RedisFault::Refused(error.to_string()),
+            _ => RedisFault::Unreachable(error.to_string()),
+        })?;
+        *kept = Some(made.clone());
+        Ok(made)
+    }
+
+    /// Wakes `heard` whenever something is published on `channel`, for ever. A hint: what is missed is missed, and a
+    /// Redis Cluster is not listened to at all.
+    pub async fn listen(self, channel: String, heard: Arc<Notify>) {
+        loop {
+            let client = match &self.inner.source {
+                Source::One(client) => Ok(client.clone()),
+                Source::Sentinel(client) => client.lock().await.async_get_client().await,
+                Source::Cluster(_) => return std::future::pending().await,
+            };
+            if let Ok(client) = client
+                && let Ok(mut listening) = client.get_async_pubsub().await
+                && listening.subscribe(&channel).await.is_ok()
+            {
+                let mut messages = listening.on_message();
+                while messages.next().await.is_some() {
+                    heard.notify_one();
+                }
+            }
+            tokio::time::sleep(SUBSCRIBE_REST).await;
+        }
+    }
+}
+
+fn source(url: &RedisUrl) -> redis::RedisResult<Source> {
+    let address = |(host, port): &(String, u16)| {
+        if url.tls {
+            ConnectionAddr::TcpTls { host: host.clone(), port: *port, insecure: false, tls_params: None }
+        } else {
+            ConnectionAddr::Tcp(host.clone(), *port)
+        }
+    };
+    let mut account = RedisConnectionInfo::default();
+    if !url.username.is_empty() {
+        account = account.set_username(&url.username);
+    }
+    if !url.password.is_empty() {
+        account = account.set_password(&url.password);
+    }
+    match &url.servers {
+        RedisServers::One(host, database) => {
+            let info = address(host).into_connection_info()?.set_redis_settings(account.set_db(*database));
+            Ok(Source::One(Client::open(info)?))
+        }
+        RedisServers::Sentinel(hosts, master) => {
+            let mut builder =
+                SentinelClientBuilder::new(hosts.iter().map(address), master, SentinelServerType::Master)?;
+            if url.tls {
+                builder = builder
+                    .set_client_to_redis_tls_mode(TlsMode::Secure)
+                    .set_client_to_sentinel_tls_mode(TlsMode::Secure);
+            }
+            if !url.username.is_empty() {
+                builder = builder.set_client_to_redis_username(&url.username);
+            }
+            if !url.password.is_empty() {
+                builder = builder.set_client_to_redis_password(&url.password);
+            }
+            Ok(Source::Sentinel(Mutex::new(builder.build()?)))
+        }
+        RedisServers::Cluster(hosts) => {
+            let nodes: redis::RedisResult<Vec<_>> = hosts
+                .iter()
+                .map(|host| Ok(address(host).into_connection_info()?.set_redis_settings(account.clone())))
+                .collect();
+            let mut builder = ClusterClient::builder(nodes?)
+                .connection_timeout(CALL_DEADLINE)
+                .response_timeout(CALL_DEADLINE)
+                .retries(2);
+            if !url.username.is_empty() {
+                builder = builder.username(&url.username);
+            }
+            if !url.password.is_empty() {
+                builder = builder.password(&url.password);
+            }
+            Ok(Source::Cluster(builder.build()?))
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Membership and fallback entries in a real Redis: the contracts, and what a lost, frozen or emptied Redis does to them.
+
+use std::sync::Arc;
+
+use ringpush::clock::Clock;
+use ringpush::fallback::conformance as fallback_contract;
+use ringpush::fallback::redis::RedisFallback;
+use ringpush::fallback::{Fallback, Holder};
+use ringpush::membership::keeper::Times;
+use ringpush::membership::redis::RedisMembership;
+use ringpush::membership::{Membership, NodeInfo, Standing, View, conformance};
+use ringpush::message::{NodeId, UserId};
+use ringpush::transport::redis::RedisLink;
+use ringpush::wire::address::RedisUrl;
+
+use crate::support::foreign::{Foreign, free_port, redis, redis_cli};
+use crate::support::{DEADLINE, eventually};
+
+/// A tenth of the real times: a lease of one second.
+fn times() -> Times {
+    Times::default().shortened(10)
+}
+
+fn link(url: &str) -> RedisLink {
+    RedisLink::new(&RedisUrl::parse(url).unwrap()).unwrap()
+}
+
+fn membership(redis: &Foreign) -> RedisMembership {
+    let link = link(&format!("redis://127.0.0.1:{}", redis.port));
+    RedisMembership::start(link, "test", times(), Clock::system())
+}
+
+fn info(name: &str) -> NodeInfo {
+    NodeInfo {
+        node: NodeId::parse(name).unwrap(),
+        weight: 1.0,
+        accept_per_s: 4000,
+        peer: "127.0.0.1:1".into(),
+        push: true,
+        dispatch: false,
+    }
+}
+
+async fn until(membership: &RedisMembership, what: &str, holds: impl Fn(&View) -> bool) -> Arc<View> {
+    let mut views = membership.views();
+    let seen = tokio::time::timeout(DEADLINE, views.wait_for(|view| holds(view))).await;
+    let seen = seen.unwrap_or_else(|_| panic!("never seen: {what}: {:?}", membership.views().borrow()));
+    Arc::clone(&seen.unwrap())
+}
+
+/// Three nodes, each a process of its own, and one that looks.
+async fn three(redis: &Foreign) -> (Vec<RedisMembership>, RedisMembership) {
+    let nodes: Vec<RedisMembership> = (0..3).map(|_| membership(redis)).collect();
+    for (n, node) in nodes.iter().enumerate() {
+        node.join(info(&format!("push-{n}"))).await.unwrap();
+    }
+    let looker = membership(redis);
+    until(&looker, "three nodes", |view| view.members.len() == 3).await;
+    (nodes, looker)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn both_contracts_hold() {
+    let redis = redis(&[]).await;
+    let bench =
+        conformance::Bench { own: Arc::new(membership(&redis)), others: Arc::new(membership(&redis)) };
+    conformance::suite(&bench).await;
+    let fallback = || {
+        let link = link(&format!("redis://127.0.0.1:{}", redis.port));
+        Arc::new(RedisFallback::start(link, "test", times().lease, times().poll))
+    };
+    fallback_contract::suite(&fallback_contract::Bench { own: fallback(), others: fallback() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn both_contracts_hold_in_a_redis_cluster_with_a_password() {
+    let redis = redis(&["--cluster-enabled", "yes", "--requirepass", "secret"]).await;
+    let cli =
+        |words: &[&str]| redis_cli(redis.port, &[&["--no-auth-warning", "-a", "secret"], words].concat());
+    cli(&["cluster", "addslotsrange", "0", "16383"]);
+    eventually("the cluster", async || cli(&["cluster", "info"]).contains("cluster_state:ok")).await;
+    let url = format!("redis+cluster://:secret@127.0.0.1:{}", redis.port);
+    let membership = || Arc::new(RedisMembership::start(link(&url), "test", times(), Clock::system()));
+    conformance::suite(&conformance::Bench { own: membership(), others: membership() }).await;
+    let fallback = || Arc::new(RedisFallback::start(link(&url), "test", times().lease, times().poll));
+    fallback_contract::suite(&fallback_contract::Bench { own: fallback(), others: fallback() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_master_is_found_through_a_sentinel() {
+    let redis = redis(&[]).await;
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("sentinel.conf");
+    std::fs::write(&config, format!("sentinel monitor main 127.0.0.1 {} 1\n", redis.port)).unwrap();
+    let port = "{port}";
+    let sentinel =
+        Foreign::start(&["redis-server", config.to_str().unwrap(), "--sentinel", "--port", port]).await;
+    let url = format!("redis+sentinel://127.0.0.1:{}/main", sentinel.port);
+    let membership = || Arc::new(RedisMembership::start(link(&url), "test", times(), Clock::system()));
+    conformance::suite(&conformance::Bench { own: membership(), others: membership() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_node_is_gone_when_its_lease_is_over() {
+    let redis = redis(&[]).await;
+    let (mut nodes, looker) = three(&redis).await;
+    let epoch = looker.views().borrow().epoch;
+    drop(nodes.remove(1));
+    let view = until(&looker, "two nodes", |view| view.members.len() == 2).await;
+    assert!(!view.held && view.epoch > epoch);
+    assert!(redis_cli(redis.port, &["hkeys", "{test}:info"]).lines().count() == 2, "nothing is left of it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_emptied_redis_moves_nobody() {
+    let redis = redis(&[]).await;
+    let (nodes, looker) = three(&redis).await;
+    let before = Arc::clone(&looker.views().borrow());
+    redis_cli(redis.port, &["flushall"]);
+    let after = until(&looker, "a new generation", |view| view.generation != before.generation).await;
+    assert_eq!((after.digest, after.held), (before.digest, false));
+    assert!(after.epoch > before.epoch, "the epoch never goes back");
+    for (member, earlier) in after.members.iter().zip(&before.members) {
+        assert_eq!(member.incarnation, earlier.incarnation, "each is who it was");
+    }
+    drop(nodes);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_redis_holds_the_view_and_a_thawed_one_lets_it_go() {
+    let redis = redis(&[]).await;
+    let (nodes, looker) = three(&redis).await;
+    let before = Arc::clone(&looker.views().borrow());
+    redis.signal("STOP");
+    let held = until(&looker, "a held view", |view| view.held).await;
+    assert_eq!(held.digest, before.digest);
+    // Longer than a lease: in Redis all of them have expired.
+    tokio::time::sleep(times().lease * 2).await;
+    redis.signal("CONT");
+    let after = until(&looker, "a view that is not held", |view| !view.held).await;
+    assert_eq!(after.digest, before.digest);
+    drop(nodes);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_learns_that_its_lease_ran_out_and_that_it_has_it_again() {
+    let mut redis = redis(&[]).await;
+    let node = membership(&redis);
+    let mut joined = node.join(info("push-0")).await.unwrap();
+    assert_eq!(*joined.standing.borrow_and_update(), Standing::Member(1));
+    redis.kill();
+    let lapsed = joined.standing.wait_for(|standing| *standing == Standing::Lapsed);
+    tokio::time::timeout(DEADLINE, lapsed).await.unwrap().unwrap();
+    redis.start_again().await;
+    let again = joined.standing.wait_for(|standing| *standing == Standing::Member(2));
+    tokio::time::timeout(DEADLINE, again).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_password_is_told_at_once_and_a_dead_redis_is_waited_for() {
+    let redis = redis(&["--requirepass", "secret"]).await;
+    for account in ["", ":wrong@"] {
+        let link = link(&format!("redis://{account}127.0.0.1:{}", redis.port));
+        let refused = RedisMembership::start(link, "test", times(), Clock::system()).check().await;
+        assert!(refused.unwrap_err().to_string().contains("refused"));
+    }
+    let nobody = link(&format!("redis://127.0.0.1:{}", free_port()));
+    let membership = RedisMembership::start(nobody, "test", times(), Clock::system());
+    assert_eq!(membership.check().await, Ok(()));
+    assert!(membership.views().borrow().generation.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn entries_of_a_dead_holder_end_with_its_lease() {
+    let redis = redis(&[]).await;
+    let fallback = || {
+        let link = link(&format!("redis://127.0.0.1:{}", redis.port));
+        RedisFallback::start(link, "test", times().lease, times().poll)
+    };
+    let (own, router) = (fallback(), fallback());
+    let holder = Holder { node: NodeId::parse("push-0").unwrap(), incarnation: 7 };
+    own.add(&holder, vec![UserId::parse("alice").unwrap()]).await.unwrap();
+    eventually("the entry is seen", async || !router.hints().empty).await;
+    for _ in 0..3 {
+        tokio::time::sleep(times().lease / 2).await;
+        assert_eq!(own.keep(&holder).await.unwrap(), 1, "kept, it lives on");
+    }
+    eventually("the entry ends", async || router.hints().empty).await;
+    assert_eq!(redis_cli(redis.port, &["keys", "*users*"]), "");
+    assert_eq!(own.keep(&holder).await.unwrap(), 0, "what was lost shows in the size");
+    eventually("the bitmap is back with the next beat", async || !router.hints().empty).await;
+}
