@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::message::Millis;
 
@@ -32,6 +32,18 @@ impl Clock {
         match &self.by_hand {
             Some(at) => Millis(at.load(Ordering::Relaxed)),
             None => system_now(),
+        }
+    }
+
+    /// Since some moment in the past, counting on while the machine is suspended, and never set by anybody.
+    #[must_use]
+    pub fn uptime(&self) -> Duration {
+        match &self.by_hand {
+            Some(at) => Duration::from_millis(at.load(Ordering::Relaxed)),
+            None => {
+                let boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+                Duration::new(boot.tv_sec.unsigned_abs(), u32::try_from(boot.tv_nsec).unwrap_or(0))
+            }
         }
     }
 

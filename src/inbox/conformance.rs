@@ -93,6 +93,15 @@ impl Bench {
         self.inbox.standing(vec![Ask { user: user(name), from }]).await.unwrap().remove(0)
     }
 
+    /// What is expired is seen, and after an hour it is removed; answers how much.
+    async fn removes_expired(&self) -> u64 {
+        self.clock.advance(10_000);
+        let mut removed = self.inbox.clean().await.unwrap();
+        self.clock.advance(3_600_000);
+        removed += self.inbox.clean().await.unwrap();
+        removed
+    }
+
     async fn ack(&self, name: &str, device: &str, acked: Seq) {
         let device = DeviceId::parse(device).unwrap();
         self.inbox.update(vec![Change::Cursor { user: user(name), device, acked }]).await.unwrap();
@@ -203,8 +212,7 @@ async fn removal_keeps_numbers_dense_for_ever(bench: &Bench) {
     for _ in 0..20 {
         last = bench.put("removed", "1", 5).await;
     }
-    bench.clock.advance(3_600_000);
-    assert!(bench.inbox.clean().await.unwrap() >= 20);
+    assert!(bench.removes_expired().await >= 20);
     let page = bench.page("removed", Seq::at(last.get() - 5), WIDE).await;
     assert_eq!((page.messages.len(), page.upto, page.more), (0, last, false));
     assert!(bench.ask("removed", From::After(Seq::at(last.get() - 5))).await.more);
@@ -220,8 +228,7 @@ async fn removal_stops_at_the_first_that_lives(bench: &Bench) {
     let second = bench.put("mixed", "2", DAY_S).await;
     bench.put("mixed", "3", 5).await;
     let fourth = bench.put("mixed", "4", DAY_S).await;
-    bench.clock.advance(3_600_000);
-    bench.inbox.clean().await.unwrap();
+    bench.removes_expired().await;
     assert_eq!(numbers(&bench.page("mixed", Seq::BEGINNING, WIDE).await), [second, fourth]);
     let cut = bench.page("mixed", Seq::BEGINNING, PageLimit { messages: 1, bytes: 1 << 20 }).await;
     assert!(cut.upto >= second && cut.upto < fourth && cut.more);
@@ -234,7 +241,7 @@ async fn standing_is_exact(bench: &Bench) {
         .map(|from| Ask { user: user("standing"), from });
     let answers = bench.inbox.standing(lot.to_vec()).await.unwrap();
     assert_eq!(answers.iter().map(|a| a.more).collect::<Vec<_>>(), [true, true, false, false]);
-    assert!(answers.iter().all(|a| a.head == second));
+    assert!(answers.iter().all(|a| if a.more { a.head > a.start } else { a.head == second }));
     assert_eq!(answers[3].start, second);
     let above = bench.ask("standing", From::After(Seq::at(second.get() + 50))).await;
     assert_eq!((above.start.get(), above.head, above.more), (second.get() + 50, second, false));
@@ -307,8 +314,7 @@ async fn revocations_only_rise(bench: &Bench) {
     assert_eq!(bench.ask("revoked", From::Latest).await.not_before_s, 100);
     assert_eq!(bench.inbox.profile(user("revoked")).await.unwrap().not_before_s, 100);
     bench.put("revoked", "1", 1).await;
-    bench.clock.advance(3_600_000);
-    bench.inbox.clean().await.unwrap();
+    bench.removes_expired().await;
     assert_eq!(
         bench.ask("revoked", From::Latest).await.not_before_s,
         100,

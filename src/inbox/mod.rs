@@ -20,6 +20,7 @@
 pub mod conformance;
 pub mod embedded;
 pub mod memory;
+pub mod mongo;
 
 use std::sync::Arc;
 
@@ -115,7 +116,7 @@ pub enum From {
 pub struct Answer {
     /// The position itself.
     pub start: Seq,
-    /// The highest number given so far.
+    /// The highest number given so far, where there is nothing after `start`; else some number above `start` that was.
     pub head: Seq,
     /// There is something after `start`: read a page.
     pub more: bool,

@@ -1,5 +1,6 @@
-//! The doors to the network: hyper, tungstenite, Redis. This room knows frames and requests, not users.
+//! The doors to the network: hyper, tungstenite, tonic, Redis. This room knows frames and requests, not users.
 
 pub mod http;
+pub mod peer;
 pub mod redis;
 pub mod websocket;

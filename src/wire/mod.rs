@@ -6,4 +6,5 @@ pub mod close;
 pub mod frame;
 pub mod http;
 pub mod peer;
+pub mod proto;
 pub mod socket;

@@ -10,6 +10,7 @@ mod limits;
 mod placement;
 mod publishing;
 mod registry;
+mod replica_set;
 mod rooms;
 mod sockets;
 mod tokens;

@@ -46,6 +46,8 @@ const DOORS: &[(&str, &[&str])] = &[
     ("hashring", &["ring.rs"]),
     ("fjall", &["inbox/embedded.rs"]),
     ("redis", &["transport/redis.rs"]),
+    ("mongodb", &["inbox/mongo/"]),
+    ("tonic", &["transport/peer.rs", "app/collect_grpc.rs"]),
     ("tokio_tungstenite", &["transport/websocket.rs"]),
     ("hyper_util", &["transport/"]),
     ("hyper_rustls", &["transport/http.rs"]),

@@ -191,8 +191,8 @@ async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(R
     {
         // Acked here a moment ago: a client that comes straight back need not see it again.
         // Never above the head as it was answered: what was stored since is in the mailbox already.
+        // Where there is more, the head is some number above the old start: the page that is read tells the rest.
         answer.start = acked.min(answer.head);
-        answer.more = answer.head > answer.start;
     }
     if seat.token_iat_s() < answer.not_before_s {
         return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));

@@ -98,3 +98,80 @@ pub fn mongod_path() -> PathBuf {
     assert!(path.exists(), "{} is missing: run scripts/test, which installs it", path.display());
     path
 }
+
+/// A MongoDB replica set on loopback.
+pub struct ReplicaSet {
+    pub members: Vec<Foreign>,
+}
+
+impl ReplicaSet {
+    /// With an election as soon as a primary is missed for a second and a half.
+    pub async fn start(count: usize) -> Self {
+        let path = mongod_path();
+        let words = ["--port", "{port}", "--bind_ip", "127.0.0.1", "--dbpath", "{dir}", "--replSet", "rs0"];
+        let small = [
+            "--wiredTigerCacheSizeGB",
+            "0.25",
+            "--oplogSize",
+            "64",
+            "--setParameter",
+            "diagnosticDataCollectionEnabled=false",
+        ];
+        let words: Vec<&str> = [path.to_str().unwrap()].into_iter().chain(words).chain(small).collect();
+        let mut members = Vec::new();
+        for _ in 0..count {
+            members.push(Foreign::start(&words).await);
+        }
+        let this = Self { members };
+        let hosts: Vec<_> = this
+            .members
+            .iter()
+            .enumerate()
+            .map(|(n, member)| mongodb::bson::doc! { "_id": n as i32, "host": format!("127.0.0.1:{}", member.port) })
+            .collect();
+        let config = mongodb::bson::doc! {
+            "_id": "rs0", "members": hosts,
+            "settings": { "electionTimeoutMillis": 1500, "heartbeatIntervalMillis": 300 },
+        };
+        this.command(0, mongodb::bson::doc! { "replSetInitiate": config }).await;
+        this.primary().await;
+        this
+    }
+
+    pub fn uri(&self) -> String {
+        let hosts: Vec<String> =
+            self.members.iter().map(|member| format!("127.0.0.1:{}", member.port)).collect();
+        format!("mongodb://{}/?replicaSet=rs0", hosts.join(","))
+    }
+
+    /// A command to one member, whatever its state.
+    pub async fn command(&self, member: usize, command: mongodb::bson::Document) -> mongodb::bson::Document {
+        let uri = format!("mongodb://127.0.0.1:{}/?directConnection=true", self.members[member].port);
+        let client = mongodb::Client::with_uri_str(uri).await.unwrap();
+        client.database("admin").run_command(command).await.unwrap_or_default()
+    }
+
+    /// Which member is the primary, once there is one.
+    pub async fn primary(&self) -> usize {
+        let began = Instant::now();
+        loop {
+            for (n, member) in self.members.iter().enumerate() {
+                if member.child.is_some() {
+                    let hello = self.command(n, mongodb::bson::doc! { "hello": 1 }).await;
+                    if hello.get_bool("isWritablePrimary").unwrap_or(false) {
+                        return n;
+                    }
+                }
+            }
+            assert!(began.elapsed() < DEADLINE, "no primary was elected");
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    }
+
+    /// The primary steps down; another is elected.
+    pub async fn step_down(&self) {
+        let primary = self.primary().await;
+        self.command(primary, mongodb::bson::doc! { "replSetStepDown": 10, "secondaryCatchUpPeriodSecs": 5 })
+            .await;
+    }
+}

@@ -1,0 +1,351 @@
+//! Appending: the numbers, the fence, and answers that were lost. DESIGN.md section 6 has the rules, `model` explores them:
+//!
+//! 1. n goes in only when n-1 is known to be durable, or after it in the same ordered insert; one insert of a user is in
+//!    flight per process.
+//! 2. After a duplicate key look at (u, n). This append's own: stored, once a majority read shows it. Another's: look the
+//!    sender's id up if there is one, and read the head again.
+//! 3. After an ambiguous error, or where nothing stands: the same n again, until the deadline.
+//! 4. A head in memory is trusted for a while after its read was sent. An append that was answered long after that is
+//!    acknowledged only if a linearizable read of the head record is below its number; else the number is void.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use mongodb::bson::{Document, doc};
+use mongodb::error::ErrorKind;
+use tokio::time::Instant;
+
+use super::stored::{StoredMessage, id};
+use super::{Inner, unavailable, words};
+use crate::backoff::between;
+use crate::inbox::{Append, Appended, InboxError, payload_digest};
+use crate::message::{Message, Seq, UserId};
+
+/// The server's code for a key that is taken.
+pub(super) const DUPLICATE_KEY: i32 = 11_000;
+/// How long an append is tried: within the publish's own deadline, 10 s, so that its sender hears of it.
+const APPEND_DEADLINE: Duration = Duration::from_secs(8);
+/// Between two tries of what is not known.
+const RETRY_MIN: Duration = Duration::from_millis(10);
+const RETRY_MAX: Duration = Duration::from_millis(100);
+/// Heads in memory, 150 bytes each: 30 MB. More, and those that are trusted no longer go; then all.
+const HEADS: usize = 200_000;
+
+/// What is known of the heads of users, by this process.
+#[derive(Default)]
+pub(super) struct Heads {
+    known: HashMap<UserId, Known>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    /// The highest number known to be durable.
+    n: u64,
+    /// When the read that says so, or the insert that was acknowledged, was sent.
+    sent: Duration,
+}
+
+impl Heads {
+    fn make_room(&mut self, now: Duration, trust: Duration) {
+        if self.known.len() > HEADS {
+            self.known.retain(|_, known| now.saturating_sub(known.sent) <= trust);
+            if self.known.len() > HEADS {
+                self.known.clear();
+            }
+        }
+    }
+}
+
+/// One append on its way.
+struct Item {
+    /// Its place among the outcomes.
+    at: usize,
+    append: Append,
+    /// Of this append alone, never the sender's: tells what this process wrote from what another did.
+    append_id: String,
+}
+
+/// What became of one item in one insert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tried {
+    Inserted,
+    Taken,
+    /// Nobody knows, or it was not tried.
+    Unknown,
+}
+
+type Outcomes = Vec<Option<Result<Appended, InboxError>>>;
+
+/// Appends a batch; see the room's comment.
+pub(super) async fn append(inner: &Inner, batch: Vec<Append>) -> Vec<Result<Appended, InboxError>> {
+    let mut heads = inner.appends.lock().await;
+    heads.make_room(inner.clock.uptime(), inner.times.head_trust);
+    let mut outcomes: Outcomes = batch.iter().map(|_| None).collect();
+    let fresh = |(at, append)| Item { at, append, append_id: ulid::Ulid::generate().to_string() };
+    let mut pending: Vec<Item> = batch.into_iter().enumerate().map(fresh).collect();
+    let deadline = Instant::now() + APPEND_DEADLINE;
+    let mut why = InboxError::Unavailable("no answer until the deadline".to_owned());
+    while !pending.is_empty() && Instant::now() < deadline {
+        let before = pending.len();
+        match round(inner, &mut heads, &mut pending, &mut outcomes).await {
+            Ok(()) if pending.len() < before => continue,
+            Ok(()) => {}
+            Err(error) => why = error,
+        }
+        let rest = between(RETRY_MIN, RETRY_MAX, &mut rand::rng());
+        tokio::time::sleep(rest).await;
+    }
+    for item in pending {
+        // Perhaps stored, perhaps not: the next append of this user asks what there is.
+        heads.known.remove(&item.append.user);
+        outcomes[item.at] = Some(Err(why.clone()));
+    }
+    outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| Err(why.clone()))).collect()
+}
+
+/// Tries all that is pending once; what is done leaves `pending`.
+async fn round(
+    inner: &Inner,
+    heads: &mut Heads,
+    pending: &mut Vec<Item>,
+    outcomes: &mut Outcomes,
+) -> Result<(), InboxError> {
+    read_heads(inner, heads, pending).await?;
+    let numbers = number(heads, pending);
+    let sent = inner.clock.uptime();
+    let (tried, fault) = insert(inner, pending, &numbers).await;
+    let mut taken = Vec::new();
+    let mut done = HashSet::new();
+    for (n, tried) in tried.into_iter().enumerate() {
+        let item = &pending[n];
+        match tried {
+            Tried::Inserted => {
+                if acknowledge(inner, heads, item, numbers[n], Some(sent), outcomes).await? {
+                    done.insert(item.at);
+                }
+            }
+            Tried::Taken => taken.push(n),
+            Tried::Unknown => {}
+        }
+    }
+    // In order: what stands before an item of the same user must be settled first.
+    let found = look_at(inner, pending, &numbers, &taken).await?;
+    for n in taken {
+        let item = &pending[n];
+        let settled = match found.get(&(item.append.user.as_str(), numbers[n])) {
+            Some(stored) if stored.a == item.append_id => {
+                acknowledge(inner, heads, item, numbers[n], None, outcomes).await?
+            }
+            Some(_) => {
+                heads.known.remove(&item.append.user);
+                item.append.fenced && answer_repeat(inner, item, outcomes).await?
+            }
+            None => item.append.fenced && answer_repeat(inner, item, outcomes).await?,
+        };
+        if settled {
+            done.insert(item.at);
+        }
+    }
+    pending.retain(|item| !done.contains(&item.at));
+    void_ids(pending, outcomes);
+    fault.map_or(Ok(()), Err)
+}
+
+/// An append whose number is void begins anew, as another append.
+fn void_ids(pending: &mut [Item], outcomes: &mut Outcomes) {
+    for item in pending {
+        if outcomes[item.at].take().is_some() {
+            item.append_id = ulid::Ulid::generate().to_string();
+        }
+    }
+}
+
+/// Reads the heads that are not known, or not trusted any more.
+async fn read_heads(inner: &Inner, heads: &mut Heads, pending: &[Item]) -> Result<(), InboxError> {
+    let now = inner.clock.uptime();
+    let trusted = |user: &UserId| {
+        heads.known.get(user).is_some_and(|known| now.saturating_sub(known.sent) <= inner.times.head_trust)
+    };
+    let mut unknown: Vec<&UserId> =
+        pending.iter().map(|item| &item.append.user).filter(|user| !trusted(user)).collect();
+    unknown.sort_unstable();
+    unknown.dedup();
+    if !unknown.is_empty() {
+        let tops = inner.tops_made(&unknown).await?;
+        heads.known.extend(
+            tops.into_iter()
+                .map(|(user, (record, top))| (user, Known { n: record.head.max(top), sent: now })),
+        );
+    }
+    Ok(())
+}
+
+/// The next numbers of each user, in the order of the items.
+fn number(heads: &Heads, pending: &[Item]) -> Vec<u64> {
+    let mut next: HashMap<&UserId, u64> = HashMap::new();
+    pending
+        .iter()
+        .map(|item| {
+            let user = &item.append.user;
+            let n = next.entry(user).or_insert_with(|| heads.known.get(user).map_or(0, |known| known.n));
+            *n += 1;
+            *n
+        })
+        .collect()
+}
+
+/// One insert for users with one item, where one's fault is nobody else's; one ordered insert for all others, so that no
+/// number goes in before the one below it.
+async fn insert(inner: &Inner, pending: &[Item], numbers: &[u64]) -> (Vec<Tried>, Option<InboxError>) {
+    let mut count: HashMap<&UserId, usize> = HashMap::new();
+    pending.iter().for_each(|item| *count.entry(&item.append.user).or_default() += 1);
+    let (single, several): (Vec<usize>, Vec<usize>) =
+        (0..pending.len()).partition(|n| count.get(&pending[*n].append.user) == Some(&1));
+    let (one, other) = tokio::join!(
+        insert_these(inner, pending, numbers, &single, false),
+        insert_these(inner, pending, numbers, &several, true)
+    );
+    let mut tried = vec![Tried::Unknown; pending.len()];
+    for (lot, result) in [(&single, &one.0), (&several, &other.0)] {
+        lot.iter().zip(result).for_each(|(n, result)| tried[*n] = *result);
+    }
+    (tried, one.1.or(other.1))
+}
+
+async fn insert_these(
+    inner: &Inner,
+    pending: &[Item],
+    numbers: &[u64],
+    lot: &[usize],
+    ordered: bool,
+) -> (Vec<Tried>, Option<InboxError>) {
+    if lot.is_empty() {
+        return (Vec::new(), None);
+    }
+    let documents: Vec<StoredMessage> = lot
+        .iter()
+        .map(|n| StoredMessage::new(&pending[*n].append, &pending[*n].append_id, numbers[*n]))
+        .collect();
+    let inserting = inner.messages.insert_many(&documents).ordered(ordered).into_future();
+    let error = match inner.in_time(inserting).await {
+        Ok(_) => return (vec![Tried::Inserted; lot.len()], None),
+        Err(error) => error,
+    };
+    let ErrorKind::InsertMany(many) = &*error.kind else {
+        return (vec![Tried::Unknown; lot.len()], Some(unavailable(error)));
+    };
+    let acknowledged = many.write_concern_error.is_none();
+    let mut tried = vec![if acknowledged { Tried::Inserted } else { Tried::Unknown }; lot.len()];
+    for fault in many.write_errors.iter().flatten() {
+        if let Some(result) = tried.get_mut(fault.index) {
+            *result = if fault.code == DUPLICATE_KEY { Tried::Taken } else { Tried::Unknown };
+        }
+        if ordered {
+            tried.iter_mut().skip(fault.index + 1).for_each(|result| *result = Tried::Unknown);
+        }
+    }
+    // Taken keys are an answer, not a fault.
+    let fault = (!acknowledged).then(|| InboxError::Unavailable(words(&error)));
+    (tried, fault)
+}
+
+/// Takes an item as stored under its number, unless that number turns out to be void.
+async fn acknowledge(
+    inner: &Inner,
+    heads: &mut Heads,
+    item: &Item,
+    n: u64,
+    sent: Option<Duration>,
+    outcomes: &mut Outcomes,
+) -> Result<bool, InboxError> {
+    let user = &item.append.user;
+    let read = heads.known.get(user).map_or(Duration::ZERO, |known| known.sent);
+    if inner.clock.uptime().saturating_sub(read) > inner.times.verify_after() {
+        let record = inner.linearizable(user, 0).await?;
+        let head = record.map_or(u64::MAX, |record| super::HeadRecord::read(&record).head);
+        if head >= n {
+            tracing::warn!("an append took so long that its number is void; it is appended anew");
+            heads.known.remove(user);
+            give_up_id(inner, &id(user, n), &item.append).await?;
+            // Marked, so that it goes on as another append.
+            outcomes[item.at] = Some(Err(InboxError::Unavailable("void".to_owned())));
+            return Ok(false);
+        }
+    }
+    let known = heads.known.entry(user.clone()).or_insert(Known { n, sent: read });
+    *known = Known { n: known.n.max(n), sent: sent.unwrap_or(read) };
+    outcomes[item.at] = Some(Ok(Appended::Stored(Arc::new(Message {
+        seq: Seq::at(n),
+        id: item.append.id.clone(),
+        accepted_at: item.append.accepted_at,
+        expires_at: item.append.expires_at,
+        payload: item.append.payload.clone(),
+    }))));
+    Ok(true)
+}
+
+/// What a majority has at the places that were taken.
+async fn look_at<'a>(
+    inner: &Inner,
+    pending: &'a [Item],
+    numbers: &[u64],
+    taken: &[usize],
+) -> Result<HashMap<(&'a str, u64), StoredMessage>, InboxError> {
+    let ids: Vec<Document> = taken.iter().map(|n| id(&pending[*n].append.user, numbers[*n])).collect();
+    if ids.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let reading = async {
+        let mut found = inner.messages.find(doc! { "_id": { "$in": ids } }).await?;
+        let mut all = Vec::new();
+        while let Some(message) = found.next().await {
+            all.push(message?);
+        }
+        Ok(all)
+    };
+    let mut found: HashMap<(String, u64), StoredMessage> = inner
+        .in_time(reading)
+        .await
+        .map_err(unavailable)?
+        .into_iter()
+        .map(|message| ((message.place.u.clone(), message.n()), message))
+        .collect();
+    let shown = taken.iter().filter_map(|n| {
+        let user = pending[*n].append.user.as_str();
+        let message = found.remove(&(user.to_owned(), numbers[*n]))?;
+        Some(((user, numbers[*n]), message))
+    });
+    Ok(shown.collect())
+}
+
+/// Answers a repeat from what a majority shows under the sender's id; false where nothing stands there (any more), and then
+/// the append is tried again.
+async fn answer_repeat(inner: &Inner, item: &Item, outcomes: &mut Outcomes) -> Result<bool, InboxError> {
+    let append = &item.append;
+    let filter = doc! { "_id.u": append.user.as_str(), "f": append.id.as_str() };
+    let found = inner.in_time(inner.messages.find_one(filter).into_future()).await.map_err(unavailable)?;
+    let Some(found) = found else { return Ok(false) };
+    let record = inner.by_ids(vec![id(&append.user, 0)], doc! {}).await?;
+    let head = record.first().map(super::HeadRecord::read).unwrap_or_default().head;
+    if found.n() <= head || found.is_expired(inner.clock.now()) {
+        give_up_id(inner, &id(&append.user, found.n()), append).await?;
+        return Ok(false);
+    }
+    let same = found.d.is_some_and(|digest| digest.bytes == payload_digest(&append.payload));
+    let seq = Seq::at(found.place.n.unsigned_abs());
+    outcomes[item.at] = Some(Ok(if same { Appended::Duplicate(seq) } else { Appended::Conflict }));
+    Ok(true)
+}
+
+/// A message that has expired, or whose number is void, stands in nobody's way: its id is free.
+async fn give_up_id(inner: &Inner, place: &Document, append: &Append) -> Result<(), InboxError> {
+    if !append.fenced {
+        return Ok(());
+    }
+    let filter = doc! { "_id": place.clone(), "f": append.id.as_str() };
+    let update = doc! { "$unset": { "f": "" } };
+    let updated = inner.documents.update_one(filter, update).into_future();
+    inner.in_time(updated).await.map(drop).map_err(unavailable)
+}

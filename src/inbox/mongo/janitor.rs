@@ -1,0 +1,116 @@
+//! Removal. It lifts the fence of what it removes, so it is no TTL index but this: only an unbroken run of expired messages
+//! from the head record upwards, only an hour after this janitor first saw them expired, and only once the head record
+//! was raised over them. Idempotent; any number of them may run.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use futures_util::TryStreamExt;
+use mongodb::bson::{Document, doc};
+
+use super::stored::{HeadRecord, id, ids_above, int};
+use super::{CURSOR_LIFE_MS, Inner, unavailable};
+use crate::inbox::InboxError;
+use crate::message::UserId;
+
+/// Users in one lot of a pass.
+const LOT: usize = 1_000;
+/// Messages of a user looked at in one pass; the rest is for the next.
+const RUN: i64 = 10_000;
+/// Runs remembered, 150 bytes each: 30 MB.
+const SEEN: usize = 200_000;
+
+/// The runs that were seen expired, by user: up to which number, and when first.
+#[derive(Default)]
+pub(super) struct Seen {
+    runs: HashMap<UserId, (u64, Duration)>,
+}
+
+/// One pass over all users that have something expired; answers how many messages it removed.
+pub(super) async fn clean(inner: &Inner) -> Result<u64, InboxError> {
+    let mut seen = inner.removals.lock().await;
+    let now = int(inner.clock.now().0);
+    let pipeline = [doc! { "$match": { "x": { "$lte": now } } }, doc! { "$group": { "_id": "$_id.u" } }];
+    let mut users = inner.documents.aggregate(pipeline).batch_size(LOT as u32).await.map_err(unavailable)?;
+    let mut removed = 0;
+    let mut still = HashMap::new();
+    while let Some(row) = inner.in_time(users.try_next()).await.map_err(unavailable)? {
+        let Some(user) = row.get_str("_id").ok().and_then(|user| UserId::parse(user).ok()) else { continue };
+        let earlier = seen.runs.get(&user).copied();
+        let (kept, count) = clean_user(inner, &user, earlier).await?;
+        removed += count;
+        if let Some(kept) = kept
+            && still.len() < SEEN
+        {
+            still.insert(user, kept);
+        }
+    }
+    seen.runs = still;
+    let unused = inner.clock.now().0.saturating_sub(CURSOR_LIFE_MS);
+    let unused = inner.cursors.delete_many(doc! { "at": { "$lte": int(unused) } }).into_future();
+    inner.in_time(unused).await.map_err(unavailable)?;
+    Ok(removed)
+}
+
+/// Removes the run that was seen long enough ago; answers the run to remember, and how many went.
+async fn clean_user(
+    inner: &Inner,
+    user: &UserId,
+    earlier: Option<(u64, Duration)>,
+) -> Result<(Option<(u64, Duration)>, u64), InboxError> {
+    let uptime = inner.clock.uptime();
+    let record = inner.by_ids(vec![id(user, 0)], doc! {}).await?;
+    let head = record.first().map(HeadRecord::read).unwrap_or_default().head;
+    let mut count = 0;
+    let mut from = head;
+    if let Some((upto, since)) = earlier
+        && uptime.saturating_sub(since) >= inner.times.removal_delay()
+        && upto >= head
+    {
+        count = remove(inner, user, upto).await?;
+        from = upto;
+    }
+    let run = expired_run(inner, user, from).await?;
+    let kept = match (run, earlier) {
+        (0, _) => None,
+        // Seen before, and not yet long enough ago: the moment of the first sight counts for what was seen then.
+        (_, Some(earlier)) if count == 0 && earlier.0 > from => Some(earlier),
+        (length, _) => Some((from + length, uptime)),
+    };
+    Ok((kept, count))
+}
+
+/// How many messages without a hole between them are expired, from the one after `from` on.
+async fn expired_run(inner: &Inner, user: &UserId, from: u64) -> Result<u64, InboxError> {
+    let now = int(inner.clock.now().0);
+    let reading = async {
+        let mut found = inner
+            .documents
+            .find(doc! { "_id": ids_above(user, from) })
+            .sort(doc! { "_id": 1 })
+            .limit(RUN)
+            .projection(doc! { "_id": 1, "x": 1 })
+            .await?;
+        let mut length = 0;
+        while let Some(message) = found.try_next().await? {
+            let expired = message.get_i64("x").is_ok_and(|x| x <= now);
+            let follows = super::place_of(&message).is_some_and(|place| place.1 == from + length + 1);
+            if !expired || !follows {
+                break;
+            }
+            length += 1;
+        }
+        Ok(length)
+    };
+    inner.in_time(reading).await.map_err(unavailable)
+}
+
+/// Raises the head record over the run (majority), and only then removes it.
+async fn remove(inner: &Inner, user: &UserId, upto: u64) -> Result<u64, InboxError> {
+    let raise = doc! { "$max": { "head": int(upto) } };
+    let raised = inner.documents.update_one(doc! { "_id": id(user, 0) }, raise).into_future();
+    inner.in_time(raised).await.map_err(unavailable)?;
+    let range: Document = doc! { "_id": { "$gt": id(user, 0), "$lte": id(user, upto) } };
+    let removed = inner.in_time(inner.documents.delete_many(range).into_future()).await;
+    Ok(removed.map_err(unavailable)?.deleted_count)
+}

@@ -1,0 +1,647 @@
+//! The inbox in MongoDB: a replica set, or a sharded cluster ranged on the user.
+//!
+//! One document per message, `_id: {u, n}`, and the head record of each user at n = 0. Every writer computes the same next
+//! number, so the unique `_id` is the fence; no clock and no ack has a say after that. Whatever decides something is read
+//! from the primary with read concern majority, whatever the URI says. The rules of appending are in [`append`], those
+//! of removal in [`janitor`]; they belong together, and `model` explores them.
+//!
+//! A head record's `head` rises only when everything up to it is expired for good, and is raised before anything is removed: a
+//! document at or below it counts nowhere.
+
+mod append;
+mod janitor;
+mod stored;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::{BoxFuture, FutureExt};
+use futures_util::{StreamExt, TryStreamExt};
+use mongodb::bson::{Bson, Document, doc};
+use mongodb::error::{Error, ErrorKind};
+use mongodb::options::{
+    Acknowledgment, ClientOptions, IndexOptions, ReadConcern, ReadPreference, SelectionCriteria, WriteConcern,
+};
+use mongodb::{Client, Collection, Database, IndexModel};
+
+use super::{
+    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError,
+    InboxPage, PageLimit, Profile, Upkeep,
+};
+use crate::clock::Clock;
+use crate::message::{DeviceId, Seq, UserId};
+use stored::{CURSORS, HeadRecord, INBOX, StoredMessage, id, ids_above, int, place_of};
+
+/// How long one command may take: a primary that fell over is replaced in about ten seconds, and a command that hangs on
+/// the old one must not wait for it.
+const COMMAND_DEADLINE: Duration = Duration::from_secs(4);
+/// How long the driver looks for a primary before it says that there is none.
+const SELECTION_TIMEOUT: Duration = Duration::from_secs(3);
+/// A majority that takes longer than this counts as no answer.
+const MAJORITY_TIMEOUT: Duration = Duration::from_secs(3);
+/// Documents fetched at once while a page is read.
+const PAGE_FETCH: u32 = 64;
+
+/// The times of the rules; see DESIGN.md section 6.
+#[derive(Debug, Clone, Copy)]
+pub struct MongoTimes {
+    /// How long a head in memory is trusted after its read, or acknowledged insert, was sent.
+    pub head_trust: Duration,
+}
+
+impl Default for MongoTimes {
+    fn default() -> Self {
+        Self { head_trust: Duration::from_secs(600) }
+    }
+}
+
+impl MongoTimes {
+    /// An append that is answered later than this after its head was read is verified before it is acknowledged.
+    #[must_use]
+    pub fn verify_after(&self) -> Duration {
+        self.head_trust * 3
+    }
+
+    /// How long the janitor waits after it first saw a run expired: twice the above, so that no writer trusts a head of
+    /// before.
+    #[must_use]
+    pub fn removal_delay(&self) -> Duration {
+        self.head_trust * 6
+    }
+}
+
+/// See the room's comment. Cloned, it is the same inbox.
+#[derive(Clone)]
+pub struct MongoInbox {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    database: Database,
+    messages: Collection<StoredMessage>,
+    documents: Collection<Document>,
+    cursors: Collection<Document>,
+    clock: Clock,
+    times: MongoTimes,
+    appends: tokio::sync::Mutex<append::Heads>,
+    removals: tokio::sync::Mutex<janitor::Seen>,
+}
+
+/// Why the inbox cannot be used at all, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OpenFault {
+    /// Waiting may help.
+    #[error("MongoDB cannot be reached: {0}")]
+    Unreachable(String),
+    /// Waiting does not help: the key, and what is wrong with its value.
+    #[error("{0}: {1}")]
+    Refused(&'static str, String),
+}
+
+impl MongoInbox {
+    /// Reads the URI; nothing is connected yet.
+    ///
+    /// # Errors
+    /// [`OpenFault::Refused`].
+    pub async fn new(uri: &str, database: &str, times: MongoTimes, clock: Clock) -> Result<Self, OpenFault> {
+        let refused = |error: Error| OpenFault::Refused("mongo.uri", words(&error));
+        let mut options = ClientOptions::parse(uri).await.map_err(refused)?;
+        options.app_name = Some("ringpush".to_owned());
+        options.retry_writes = Some(true);
+        options.server_selection_timeout = Some(SELECTION_TIMEOUT);
+        options.connect_timeout = Some(SELECTION_TIMEOUT);
+        options.read_concern = Some(ReadConcern::majority());
+        options.selection_criteria = Some(SelectionCriteria::ReadPreference(ReadPreference::Primary));
+        options.write_concern = Some(majority());
+        let client = Client::with_options(options).map_err(refused)?;
+        let database = client.database(database);
+        let inner = Inner {
+            messages: database.collection(INBOX),
+            documents: database.collection(INBOX),
+            cursors: database.collection(CURSORS),
+            database,
+            clock,
+            times,
+            appends: tokio::sync::Mutex::default(),
+            removals: tokio::sync::Mutex::default(),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Connects, and makes or checks what must be there: a replica set, and the indexes.
+    ///
+    /// # Errors
+    /// [`OpenFault`].
+    pub async fn prepare(&self) -> Result<(), OpenFault> {
+        let inner = &self.inner;
+        let admin = inner.database.client().database("admin");
+        let hello = inner.in_time(admin.run_command(doc! { "hello": 1 }).into_future()).await;
+        let hello = hello.map_err(|error| open_fault(&error))?;
+        if !hello.contains_key("setName") && !hello.get_str("msg").is_ok_and(|kind| kind == "isdbgrid") {
+            return Err(OpenFault::Refused(
+                "mongo.uri",
+                "this is a standalone MongoDB, which cannot keep what it acknowledged: start it with --replSet and run \
+                 rs.initiate(), or name a replica set"
+                    .to_owned(),
+            ));
+        }
+        inner.check_indexes().await?;
+        let unique = IndexOptions::builder()
+            .name("sender_id".to_owned())
+            .unique(true)
+            .partial_filter_expression(doc! { "f": { "$exists": true } })
+            .build();
+        let expiry = IndexOptions::builder().name("expiry".to_owned()).build();
+        let indexes = [
+            IndexModel::builder().keys(doc! { "_id.u": 1, "f": 1 }).options(unique).build(),
+            IndexModel::builder().keys(doc! { "x": 1, "_id.u": 1 }).options(expiry).build(),
+        ];
+        inner.documents.create_indexes(indexes).await.map_err(|error| index_fault(INBOX, &error))?;
+        let unused = IndexOptions::builder().name("unused".to_owned()).build();
+        let unused = IndexModel::builder().keys(doc! { "at": 1 }).options(unused).build();
+        let owner = IndexOptions::builder().name("user".to_owned()).build();
+        let owner = IndexModel::builder().keys(doc! { "_id.u": 1, "at": 1 }).options(owner).build();
+        inner.cursors.create_indexes([unused, owner]).await.map_err(|error| index_fault(CURSORS, &error))?;
+        Ok(())
+    }
+}
+
+fn majority() -> WriteConcern {
+    WriteConcern::builder().w(Acknowledgment::Majority).journal(true).w_timeout(MAJORITY_TIMEOUT).build()
+}
+
+/// The driver's words, without the URI in them.
+fn words(error: &Error) -> String {
+    error.kind.to_string()
+}
+
+fn open_fault(error: &Error) -> OpenFault {
+    match &*error.kind {
+        ErrorKind::Authentication { .. } => {
+            OpenFault::Refused("mongo.uri", format!("the user or password is refused: {}", words(error)))
+        }
+        // 13 Unauthorized, 18 AuthenticationFailed.
+        ErrorKind::Command(command) if [13, 18].contains(&command.code) => {
+            OpenFault::Refused("mongo.uri", format!("the user may not do this: {}", words(error)))
+        }
+        // A wrong password shows as a selection that found nobody.
+        ErrorKind::ServerSelection { message, .. } if message.contains("uthentication") => {
+            OpenFault::Refused("mongo.uri", format!("the user or password is refused: {message}"))
+        }
+        _ => OpenFault::Unreachable(words(error)),
+    }
+}
+
+fn index_fault(collection: &str, error: &Error) -> OpenFault {
+    match &*error.kind {
+        // 85 IndexOptionsConflict, 86 IndexKeySpecsConflict, 11000 DuplicateKey.
+        ErrorKind::Command(command) if [85, 86, 11000].contains(&command.code) => OpenFault::Refused(
+            "mongo.database",
+            format!(
+                "an index of {collection} is not what it must be; drop it and start again: {}",
+                command.message
+            ),
+        ),
+        _ => open_fault(error),
+    }
+}
+
+fn unavailable(error: Error) -> InboxError {
+    InboxError::Unavailable(words(&error))
+}
+
+impl Inner {
+    /// One command, given up when it takes too long.
+    async fn in_time<T>(
+        &self,
+        command: impl Future<Output = mongodb::error::Result<T>>,
+    ) -> mongodb::error::Result<T> {
+        match tokio::time::timeout(COMMAND_DEADLINE, command).await {
+            Ok(answer) => answer,
+            Err(_) => Err(Error::custom("no answer in time")),
+        }
+    }
+
+    /// An index that removes documents by itself would lift the fence.
+    async fn check_indexes(&self) -> Result<(), OpenFault> {
+        for collection in [&self.documents, &self.cursors] {
+            let Ok(mut indexes) = collection.list_indexes().await else { continue };
+            while let Some(Ok(index)) = indexes.next().await {
+                if index.options.as_ref().is_some_and(|options| options.expire_after.is_some()) {
+                    return Err(OpenFault::Refused(
+                        "mongo.database",
+                        format!(
+                            "the collection {} has a TTL index, {}, which removes what only ringpush may remove: drop it",
+                            collection.name(),
+                            index.keys
+                        ),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Documents by their `_id`s, the fields named, as a majority has them.
+    async fn by_ids(&self, ids: Vec<Document>, fields: Document) -> Result<Vec<Document>, InboxError> {
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let found = async {
+            let cursor = self
+                .documents
+                .find(doc! { "_id": { "$in": ids } })
+                .projection(fields)
+                .batch_size(10_000)
+                .await?;
+            cursor.try_collect().await
+        };
+        self.in_time(found).await.map_err(unavailable)
+    }
+
+    /// The head record and the highest number of each of these users, at one snapshot; None where there is no head record.
+    async fn tops(
+        &self,
+        users: &[&UserId],
+    ) -> Result<HashMap<UserId, Option<(HeadRecord, u64)>>, InboxError> {
+        let wanted: Vec<Document> = users.iter().map(|user| doc! { "u": user.as_str() }).collect();
+        let above = doc! { "$gt": ["$_id", { "u": "$$u", "n": 0i64 }] };
+        let below = doc! { "$lt": ["$_id", { "u": "$$u", "n": Bson::MaxKey }] };
+        let look_up = |pipeline: Vec<Document>, name: &str| {
+            doc! { "$lookup": { "from": INBOX, "let": { "u": "$u" }, "pipeline": pipeline, "as": name } }
+        };
+        let top = vec![
+            doc! { "$match": { "$expr": { "$and": [above, below] } } },
+            doc! { "$sort": { "_id": -1 } },
+            doc! { "$limit": 1 },
+            doc! { "$project": { "_id": 1 } },
+        ];
+        let head = vec![
+            doc! { "$match": { "$expr": { "$eq": ["$_id", { "u": "$$u", "n": 0i64 }] } } },
+            doc! { "$limit": 1 },
+        ];
+        let command = doc! {
+            "aggregate": 1,
+            "pipeline": [{ "$documents": wanted }, look_up(top, "top"), look_up(head, "head")],
+            "cursor": { "batchSize": 10_000 },
+            "readConcern": { "level": "snapshot" },
+        };
+        let answered = async {
+            let cursor = self.database.run_cursor_command(command).await?;
+            cursor.try_collect::<Vec<Document>>().await
+        };
+        let rows = self.in_time(answered).await.map_err(unavailable)?;
+        let first = |row: &Document, name: &str| -> Option<Document> {
+            row.get_array(name).ok()?.first()?.as_document().cloned()
+        };
+        let mut tops = HashMap::new();
+        for row in rows {
+            let user = row.get_str("u").ok().and_then(|user| UserId::parse(user).ok());
+            let user = user.ok_or_else(|| InboxError::Corrupt("a look-up of heads".to_owned()))?;
+            let top = first(&row, "top").and_then(|top| place_of(&top).map(|place| place.1)).unwrap_or(0);
+            tops.insert(user, first(&row, "head").map(|head| (HeadRecord::read(&head), top)));
+        }
+        Ok(tops)
+    }
+
+    /// The same; who has no head record gets one first.
+    async fn tops_made(&self, users: &[&UserId]) -> Result<HashMap<UserId, (HeadRecord, u64)>, InboxError> {
+        let mut tops = self.tops(users).await?;
+        let without: Vec<&UserId> =
+            users.iter().filter(|user| !matches!(tops.get(**user), Some(Some(_)))).copied().collect();
+        if !without.is_empty() {
+            self.make_heads(&without).await?;
+            tops.extend(self.tops(&without).await?);
+        }
+        let made = tops.into_iter().filter_map(|(user, top)| Some((user, top?))).collect();
+        Ok(made)
+    }
+
+    /// Inserts head records (majority); those that exist meanwhile are left as they are.
+    async fn make_heads(&self, users: &[&UserId]) -> Result<(), InboxError> {
+        let now = int(self.clock.now().0);
+        let record = |user: &&UserId| doc! { "_id": id(user, 0), "head": now, "first": now, "nb": 0i64 };
+        let records: Vec<Document> = users.iter().map(record).collect();
+        match self.in_time(self.documents.insert_many(records).ordered(false).into_future()).await {
+            Ok(_) => Ok(()),
+            Err(error) => match &*error.kind {
+                ErrorKind::InsertMany(many)
+                    if many.write_concern_error.is_none()
+                        && many
+                            .write_errors
+                            .iter()
+                            .flatten()
+                            .all(|one| one.code == append::DUPLICATE_KEY) =>
+                {
+                    Ok(())
+                }
+                _ => Err(unavailable(error)),
+            },
+        }
+    }
+
+    /// The cursors of those that ask for one. One that is not there yet is the beginning: a majority is not waited for, as
+    /// losing a cursor costs repeats and nothing else.
+    async fn cursors_of(&self, lot: &[Ask]) -> Result<HashMap<(UserId, DeviceId), Seq>, InboxError> {
+        let wanted: Vec<Document> = lot
+            .iter()
+            .filter_map(|ask| match &ask.from {
+                From::Cursor(device) => Some(doc! { "u": ask.user.as_str(), "d": device.as_str() }),
+                _ => None,
+            })
+            .collect();
+        if wanted.is_empty() {
+            return Ok(HashMap::new());
+        }
+        self.read_cursors(doc! { "_id": { "$in": wanted } }).await
+    }
+
+    async fn read_cursors(&self, filter: Document) -> Result<HashMap<(UserId, DeviceId), Seq>, InboxError> {
+        let found = async {
+            let cursor =
+                self.cursors.find(filter).read_concern(ReadConcern::local()).batch_size(10_000).await?;
+            cursor.try_collect::<Vec<Document>>().await
+        };
+        let found = self.in_time(found).await.map_err(unavailable)?;
+        let read = |document: &Document| {
+            let id = document.get_document("_id").ok()?;
+            let user = UserId::parse(id.get_str("u").ok()?).ok()?;
+            let device = DeviceId::parse(id.get_str("d").ok()?).ok()?;
+            Some(((user, device), Seq::at(document.get_i64("acked").ok()?.unsigned_abs())))
+        };
+        Ok(found.iter().filter_map(read).collect())
+    }
+
+    async fn standing(&self, lot: Vec<Ask>) -> Result<Vec<Answer>, InboxError> {
+        let cursors = self.cursors_of(&lot).await?;
+        let starts: Vec<Option<Seq>> = lot
+            .iter()
+            .map(|ask| match &ask.from {
+                From::After(seq) => Some(*seq),
+                From::Cursor(device) => {
+                    let key = (ask.user.clone(), device.clone());
+                    Some(cursors.get(&key).copied().unwrap_or(Seq::BEGINNING))
+                }
+                From::Latest => None,
+            })
+            .collect();
+        let near = self.near(&lot, &starts).await?;
+        // From the beginning, from the end, and where nothing shows the position: the whole truth about the head.
+        let far: Vec<&UserId> = lot
+            .iter()
+            .zip(&starts)
+            .zip(&near)
+            .filter(|((_, start), near)| {
+                start.is_none_or(Seq::is_beginning) || near.as_ref().is_none_or(|near| !near.is_settled)
+            })
+            .map(|((ask, _), _)| &ask.user)
+            .collect();
+        let tops = if far.is_empty() { HashMap::new() } else { self.tops_made(&distinct(far)).await? };
+        let mut answers = Vec::with_capacity(lot.len());
+        for ((ask, start), near) in lot.iter().zip(starts).zip(near) {
+            answers.push(match (tops.get(&ask.user), near) {
+                (Some((record, top)), _) => self.by_top(ask, start, *record, *top).await?,
+                (None, Some(near)) => near.answer,
+                (None, None) => return Err(InboxError::Corrupt(format!("no head record of {}", ask.user))),
+            });
+        }
+        Ok(answers)
+    }
+
+    /// "Is there more after p" for all at once: (u, p+1) is there, or the head record is above p.
+    async fn near(&self, lot: &[Ask], starts: &[Option<Seq>]) -> Result<Vec<Option<Near>>, InboxError> {
+        let mut ids = Vec::with_capacity(lot.len() * 3);
+        for (ask, start) in lot.iter().zip(starts) {
+            if let Some(start) = start.filter(|start| !start.is_beginning()) {
+                ids.extend([id(&ask.user, 0), id(&ask.user, start.get()), id(&ask.user, start.get() + 1)]);
+            }
+        }
+        let fields = doc! { "_id": 1, "head": 1, "first": 1, "nb": 1 };
+        let found = self.by_ids(ids, fields).await?;
+        let found: HashMap<(&str, u64), &Document> =
+            found.iter().filter_map(|document| Some((place_of(document)?, document))).collect();
+        let near = |(ask, start): (&Ask, &Option<Seq>)| {
+            let start = start.filter(|start| !start.is_beginning())?;
+            let (user, p) = (ask.user.as_str(), start.get());
+            let record = HeadRecord::read(found.get(&(user, 0))?);
+            let next = found.contains_key(&(user, p + 1)) && p + 1 > record.head;
+            let more = next || record.head > p;
+            let is_there = record.head >= p || found.contains_key(&(user, p));
+            let head = if record.head > p { record.head } else { p + u64::from(next) };
+            let answer = Answer { start, head: Seq::at(head), more, not_before_s: record.not_before_s };
+            Some(Near { answer, is_settled: more || is_there })
+        };
+        Ok(lot.iter().zip(starts).map(near).collect())
+    }
+
+    async fn by_top(
+        &self,
+        ask: &Ask,
+        start: Option<Seq>,
+        record: HeadRecord,
+        top: u64,
+    ) -> Result<Answer, InboxError> {
+        let head = record.head.max(top);
+        let never = head == record.first;
+        let start = match start {
+            Some(start) => start,
+            None if never => Seq::BEGINNING,
+            None => Seq::at(head),
+        };
+        let mut answer = Answer {
+            start,
+            head: Seq::at(head),
+            more: head > start.get() && !(never && start.is_beginning()),
+            not_before_s: record.not_before_s,
+        };
+        if start.get() > head && self.is_there_after_all(&ask.user, start).await? {
+            answer.head = start;
+        }
+        Ok(answer)
+    }
+
+    /// A position above the head is a matter for the whole replica set: a primary that was just elected may not know yet
+    /// what an earlier one acknowledged. First the message, then the head record: the janitor raises the one before it
+    /// removes the other.
+    async fn is_there_after_all(&self, user: &UserId, position: Seq) -> Result<bool, InboxError> {
+        if self.linearizable(user, position.get()).await?.is_some() {
+            return Ok(true);
+        }
+        let record = self.linearizable(user, 0).await?;
+        Ok(record.is_some_and(|record| HeadRecord::read(&record).head >= position.get()))
+    }
+
+    async fn linearizable(&self, user: &UserId, n: u64) -> Result<Option<Document>, InboxError> {
+        let find = self
+            .documents
+            .find_one(doc! { "_id": id(user, n) })
+            .read_concern(ReadConcern::linearizable())
+            .max_time(MAJORITY_TIMEOUT);
+        self.in_time(find.into_future()).await.map_err(unavailable)
+    }
+
+    async fn page(&self, user: UserId, after: Seq, limit: PageLimit) -> Result<InboxPage, InboxError> {
+        let record = self.by_ids(vec![id(&user, 0)], doc! {}).await?;
+        let head = record.first().map(HeadRecord::read).unwrap_or_default().head;
+        let from = head.max(after.get());
+        let now = self.clock.now();
+        let mut page = InboxPage { messages: Vec::new(), upto: after.max(Seq::at(head)), more: false };
+        let reading = async {
+            let mut found = self
+                .messages
+                .find(doc! { "_id": ids_above(&user, from) })
+                .sort(doc! { "_id": 1 })
+                .batch_size(PAGE_FETCH)
+                .await?;
+            let mut bytes = 0;
+            while let Some(message) = found.try_next().await? {
+                let full =
+                    page.messages.len() >= limit.messages || bytes + message.p.bytes.len() > limit.bytes;
+                if full && !page.messages.is_empty() {
+                    page.more = true;
+                    break;
+                }
+                page.upto = Seq::at(message.n());
+                if !message.is_expired(now) {
+                    bytes += message.p.bytes.len();
+                    let message = message.into_message();
+                    page.messages.push(message.map_err(|error| Error::custom(error.to_string()))?);
+                }
+            }
+            Ok(())
+        };
+        self.in_time(reading).await.map_err(unavailable)?;
+        Ok(page)
+    }
+
+    async fn profile(&self, user: UserId) -> Result<Profile, InboxError> {
+        let tops = self.tops(&[&user]).await?;
+        let Some(Some((record, top))) = tops.get(&user) else { return Ok(Profile::default()) };
+        let filter = doc! { "_id.u": user.as_str() };
+        let mut cursors: Vec<(DeviceId, Seq)> = self
+            .read_cursors(filter)
+            .await?
+            .into_iter()
+            .map(|((_, device), acked)| (device, acked))
+            .collect();
+        cursors.sort();
+        let head = record.head.max(*top);
+        Ok(Profile {
+            head: (head > record.first).then(|| Seq::at(head)),
+            not_before_s: record.not_before_s,
+            cursors,
+        })
+    }
+
+    async fn update(&self, changes: Vec<Change>) -> Result<(), InboxError> {
+        let now = int(self.clock.now().0);
+        let mut updates = Vec::new();
+        let mut users = Vec::new();
+        for change in changes {
+            match change {
+                Change::Cursor { user, device, acked } => {
+                    updates.push(doc! {
+                        "q": { "_id": { "u": user.as_str(), "d": device.as_str() } },
+                        "u": { "$max": { "acked": int(acked.get()) }, "$set": { "at": now } },
+                        "upsert": true,
+                    });
+                    users.push(user);
+                }
+                Change::NotBefore { user, seconds } => self.revoke(&user, seconds).await?,
+            }
+        }
+        if updates.is_empty() {
+            return Ok(());
+        }
+        let command = doc! {
+            "update": CURSORS, "updates": updates, "ordered": false, "writeConcern": { "w": 1 },
+        };
+        let answer = self.in_time(self.database.run_command(command).into_future()).await;
+        let answer = answer.map_err(unavailable)?;
+        for made in answer.get_array("upserted").into_iter().flatten() {
+            let index = made.as_document().and_then(|made| made.get_i32("index").ok()).unwrap_or(-1);
+            if let Some(user) = usize::try_from(index).ok().and_then(|index| users.get(index)) {
+                self.trim_devices(user).await?;
+            }
+        }
+        if let Ok(errors) = answer.get_array("writeErrors") {
+            return Err(InboxError::Unavailable(format!("{} cursors were not written", errors.len())));
+        }
+        Ok(())
+    }
+
+    async fn revoke(&self, user: &UserId, seconds: u64) -> Result<(), InboxError> {
+        self.tops_made(&[user]).await?;
+        let update = doc! { "$max": { "nb": int(seconds) } };
+        let updated = self.documents.update_one(doc! { "_id": id(user, 0) }, update).into_future();
+        self.in_time(updated).await.map(drop).map_err(unavailable)
+    }
+
+    /// A user with more devices than are kept loses the longest unused.
+    async fn trim_devices(&self, user: &UserId) -> Result<(), InboxError> {
+        let trimming = async {
+            let filter = doc! { "_id.u": user.as_str() };
+            let found = self
+                .cursors
+                .find(filter)
+                .sort(doc! { "at": -1 })
+                .skip(DEVICES_PER_USER as u64)
+                .projection(doc! { "_id": 1 })
+                .read_concern(ReadConcern::local())
+                .await?;
+            let excess: Vec<Document> = found.try_collect().await?;
+            for device in excess {
+                self.cursors.delete_one(device).await?;
+            }
+            Ok(())
+        };
+        self.in_time(trimming).await.map_err(unavailable)
+    }
+}
+
+/// What the documents around a position say of it.
+struct Near {
+    answer: Answer,
+    /// The position is not above the head.
+    is_settled: bool,
+}
+
+fn distinct(mut users: Vec<&UserId>) -> Vec<&UserId> {
+    users.sort_unstable();
+    users.dedup();
+    users
+}
+
+impl Inbox for MongoInbox {
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>> {
+        append::append(&self.inner, batch).boxed()
+    }
+
+    fn standing(&self, lot: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>> {
+        self.inner.standing(lot).boxed()
+    }
+
+    fn page(
+        &self,
+        user: UserId,
+        after: Seq,
+        limit: PageLimit,
+    ) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
+        self.inner.page(user, after, limit).boxed()
+    }
+
+    fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>> {
+        self.inner.profile(user).boxed()
+    }
+
+    fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {
+        self.inner.update(changes).boxed()
+    }
+}
+
+impl Upkeep for MongoInbox {
+    fn clean(&self) -> BoxFuture<'_, Result<u64, InboxError>> {
+        janitor::clean(&self.inner).boxed()
+    }
+}

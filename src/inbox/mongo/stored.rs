@@ -1,0 +1,120 @@
+//! What stands in MongoDB, and its names.
+
+use bytes::Bytes;
+use mongodb::bson::spec::BinarySubtype;
+use mongodb::bson::{Binary, Bson, Document, doc};
+use serde::{Deserialize, Serialize};
+
+use crate::inbox::{Append, InboxError, payload_digest};
+use crate::message::{Message, MessageId, Millis, Seq, UserId};
+
+/// The collection of head records and messages.
+pub(super) const INBOX: &str = "inbox";
+/// The collection of cursors.
+pub(super) const CURSORS: &str = "cursors";
+
+/// A message. The head record of its user is at n = 0.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct StoredMessage {
+    #[serde(rename = "_id")]
+    pub(super) place: Place,
+    /// Which append wrote it: tells one's own from another's after an answer was lost.
+    pub(super) a: String,
+    /// The message's id.
+    pub(super) i: String,
+    /// Accepted at, ms.
+    pub(super) at: i64,
+    /// Expires at, ms.
+    pub(super) x: i64,
+    /// The payload.
+    pub(super) p: Binary,
+    /// The id again, where it is fenced; unset when it is given up.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(super) f: Option<String>,
+    /// Digest of the payload, where the id is fenced.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(super) d: Option<Binary>,
+}
+
+/// Where it stands.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Place {
+    pub(super) u: String,
+    pub(super) n: i64,
+}
+
+/// A head record, with its user's place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct HeadRecord {
+    /// Every number up to here was removed, or never given.
+    pub(super) head: u64,
+    /// What `head` was at first: no message ever had a number up to it.
+    pub(super) first: u64,
+    pub(super) not_before_s: u64,
+}
+
+/// A number as MongoDB keeps it.
+pub(super) fn int(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn binary(bytes: &[u8]) -> Binary {
+    Binary { subtype: BinarySubtype::Generic, bytes: bytes.to_vec() }
+}
+
+/// The `_id` of a place.
+pub(super) fn id(user: &UserId, n: u64) -> Document {
+    doc! { "u": user.as_str(), "n": int(n) }
+}
+
+/// Every `_id` of a user above `n`.
+pub(super) fn ids_above(user: &UserId, n: u64) -> Document {
+    doc! { "$gt": id(user, n), "$lt": { "u": user.as_str(), "n": Bson::MaxKey } }
+}
+
+impl StoredMessage {
+    pub(super) fn new(append: &Append, append_id: &str, n: u64) -> Self {
+        Self {
+            place: Place { u: append.user.as_str().to_owned(), n: int(n) },
+            a: append_id.to_owned(),
+            i: append.id.as_str().to_owned(),
+            at: int(append.accepted_at.0),
+            x: int(append.expires_at.0),
+            p: binary(&append.payload),
+            f: append.fenced.then(|| append.id.as_str().to_owned()),
+            d: append.fenced.then(|| binary(&payload_digest(&append.payload))),
+        }
+    }
+
+    pub(super) fn n(&self) -> u64 {
+        self.place.n.unsigned_abs()
+    }
+
+    pub(super) fn is_expired(&self, now: Millis) -> bool {
+        self.x <= int(now.0)
+    }
+
+    pub(super) fn into_message(self) -> Result<Message, InboxError> {
+        let corrupt = || InboxError::Corrupt(format!("message {} of {:?}", self.place.n, self.place.u));
+        Ok(Message {
+            seq: Seq::new(self.n()).ok_or_else(corrupt)?,
+            id: MessageId::parse(&self.i).map_err(|_| corrupt())?,
+            accepted_at: Millis(self.at.unsigned_abs()),
+            expires_at: Millis(self.x.unsigned_abs()),
+            payload: Bytes::from(self.p.bytes),
+        })
+    }
+}
+
+impl HeadRecord {
+    pub(super) fn read(document: &Document) -> Self {
+        let number = |name: &str| document.get_i64(name).unwrap_or(0).unsigned_abs();
+        Self { head: number("head"), first: number("first"), not_before_s: number("nb") }
+    }
+}
+
+/// The user and number of a document's `_id`.
+pub(super) fn place_of(document: &Document) -> Option<(&str, u64)> {
+    let place = document.get_document("_id").ok()?;
+    Some((place.get_str("u").ok()?, place.get_i64("n").ok()?.unsigned_abs()))
+}

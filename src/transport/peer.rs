@@ -1,0 +1,399 @@
+//! gRPC between roles: clients and servers for the values of [`crate::wire::peer`]. Each call carries a short-lived proof that
+//! its sender knows the shared secret; how that is made is not this room's affair.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt};
+use tokio::sync::{Mutex, mpsc};
+use tonic::codegen::InterceptedService;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::{Interceptor, Routes};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Response, Status, Streaming};
+use tower::ServiceExt;
+use tower::util::BoxCloneSyncService;
+
+use crate::wire::peer::{
+    DispatchRequest, DispatchResponse, Live, PeerFault, Presence, PushRequest, PushResponse, Revocation,
+    Stamp,
+};
+use crate::wire::proto::{ProtoFault, batch_of, node_of, peer as message, user_of};
+
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
+mod calls {
+    include!(concat!(env!("OUT_DIR"), "/calls/ringpush.peer.v1.rs"));
+}
+
+use calls::dispatch_client::DispatchClient;
+use calls::dispatch_server::{Dispatch, DispatchServer};
+use calls::push_client::PushClient;
+use calls::push_server::{Push, PushServer};
+
+/// How long connecting may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long one call may take, but for the stream.
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// A connection is asked this often whether it lives, and given up when it does not answer as long.
+const KEEP_ALIVE: Duration = Duration::from_secs(3);
+/// Largest message: a batch of 1000 of 64 KiB.
+const MESSAGE_MAX: usize = 80 * 1024 * 1024;
+/// Batches on a stream: the next is sent when the last was answered.
+const IN_FLIGHT: usize = 1;
+/// Where the proof stands.
+const PROOF: &str = "ringpush-peer";
+/// Where the node stands that is meant.
+const NODE: &str = "ringpush-node";
+
+/// Makes the proof for one call.
+pub type Sign = Arc<dyn Fn() -> String + Send + Sync>;
+/// Whether a proof is good.
+pub type Verify = Arc<dyn Fn(&str) -> bool + Send + Sync>;
+/// A role, wherever it is.
+pub type Service<Req, Res> = BoxCloneSyncService<Req, Res, PeerFault>;
+/// Finds the push node that is meant.
+pub type FindPush = Arc<dyn Fn(&str) -> Option<Service<PushRequest, PushResponse>> + Send + Sync>;
+
+/// Puts proof and node into each call.
+#[derive(Clone)]
+struct Signed {
+    sign: Sign,
+    node: Option<MetadataValue<Ascii>>,
+}
+
+impl Interceptor for Signed {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        let proof = (self.sign)().parse().map_err(|_| Status::internal("the proof cannot be sent"))?;
+        request.metadata_mut().insert(PROOF, proof);
+        if let Some(node) = &self.node {
+            request.metadata_mut().insert(NODE, node.clone());
+        }
+        Ok(request)
+    }
+}
+
+type Link = InterceptedService<Channel, Signed>;
+
+fn link(address: &str, node: Option<&str>, sign: Sign) -> Result<Link, PeerFault> {
+    let bad = || PeerFault::Unavailable(format!("{address:?} is no address of a peer (peer.advertise)"));
+    let node = node.map(|node| node.parse().map_err(|_| bad())).transpose()?;
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .map_err(|_| bad())?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true);
+    Ok(InterceptedService::new(endpoint.connect_lazy(), Signed { sign, node }))
+}
+
+fn unavailable(status: Status) -> PeerFault {
+    PeerFault::Unavailable(format!("{}: {}", status.code(), status.message()))
+}
+
+fn in_time<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(CALL_TIMEOUT);
+    request
+}
+
+fn stamp_of(taken: Response<message::Taken>) -> Stamp {
+    taken.into_inner().stamp.into()
+}
+
+fn presences(sessions: Vec<message::Session>) -> Result<Vec<Presence>, PeerFault> {
+    let read: Result<Vec<Presence>, ProtoFault> = sessions.into_iter().map(Presence::try_from).collect();
+    read.map_err(|fault| PeerFault::Unavailable(fault.to_string()))
+}
+
+/// One push node elsewhere. Cloned, it is the same connection and the same stream.
+#[derive(Clone)]
+pub struct RemotePush {
+    client: PushClient<Link>,
+    feed: Arc<Mutex<Option<Feed>>>,
+}
+
+/// A stream that is open.
+struct Feed {
+    batches: mpsc::Sender<message::PushBatch>,
+    answers: Streaming<message::Taken>,
+}
+
+impl RemotePush {
+    /// The node of this name at `address`; nothing is connected yet.
+    ///
+    /// # Errors
+    /// That it is no address.
+    pub fn new(address: &str, node: &str, sign: Sign) -> Result<Self, PeerFault> {
+        let client = PushClient::new(link(address, Some(node), sign)?)
+            .max_decoding_message_size(MESSAGE_MAX)
+            .max_encoding_message_size(MESSAGE_MAX);
+        Ok(Self { client, feed: Arc::default() })
+    }
+
+    /// As the service that dispatch wants.
+    #[must_use]
+    pub fn service(self) -> Service<PushRequest, PushResponse> {
+        BoxCloneSyncService::new(tower::service_fn(move |request| {
+            let this = self.clone();
+            async move { this.call(request).await }
+        }))
+    }
+
+    async fn call(mut self, request: PushRequest) -> Result<PushResponse, PeerFault> {
+        match request {
+            PushRequest::Deliver { batch, sweep, stamp } => {
+                let messages = batch.iter().map(message::Live::from).collect();
+                self.deliver(message::PushBatch { messages, sweep, stamp: Some((&stamp).into()) }).await
+            }
+            PushRequest::Lookup(user) => {
+                let asked = in_time(message::User { user: user.as_str().to_owned() });
+                let found = self.client.lookup(asked).await.map_err(unavailable)?;
+                presences(found.into_inner().sessions).map(PushResponse::Sessions)
+            }
+            PushRequest::Disconnect(revocation) => {
+                let asked = in_time(message::Revocation::from(&revocation));
+                self.client.disconnect(asked).await.map(stamp_of).map(PushResponse::Done).map_err(unavailable)
+            }
+            PushRequest::Gone(stamp) => {
+                let asked = in_time(message::Stamp::from(&stamp));
+                self.client.gone(asked).await.map(stamp_of).map(PushResponse::Done).map_err(unavailable)
+            }
+            PushRequest::Ping => {
+                let asked = in_time(message::Stamp::default());
+                self.client.ping(asked).await.map(stamp_of).map(PushResponse::Done).map_err(unavailable)
+            }
+        }
+    }
+
+    async fn deliver(&mut self, batch: message::PushBatch) -> Result<PushResponse, PeerFault> {
+        let kept = Arc::clone(&self.feed);
+        let mut kept = kept.lock().await;
+        // Taken out until it is answered: a call that is given up must not leave its answer to the next one.
+        let mut feed = match kept.take() {
+            Some(feed) => feed,
+            None => self.open().await?,
+        };
+        let ended = || PeerFault::Unavailable("the stream ended".to_owned());
+        feed.batches.send(batch).await.map_err(|_| ended())?;
+        let taken = feed.answers.message().await.map_err(unavailable)?.ok_or_else(ended)?;
+        *kept = Some(feed);
+        Ok(PushResponse::Done(taken.stamp.into()))
+    }
+
+    async fn open(&mut self) -> Result<Feed, PeerFault> {
+        let (batches, sent) = mpsc::channel(IN_FLIGHT);
+        let answers = self.client.feed(Received(sent)).await.map_err(unavailable)?.into_inner();
+        Ok(Feed { batches, answers })
+    }
+}
+
+/// A channel's receiving end as a stream.
+struct Received<T>(mpsc::Receiver<T>);
+
+impl<T> Stream for Received<T> {
+    type Item = T;
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<Option<T>> {
+        self.0.poll_recv(cx)
+    }
+}
+
+/// One router elsewhere. Cloned, it is the same connection.
+#[derive(Clone)]
+pub struct RemoteDispatch {
+    client: DispatchClient<Link>,
+}
+
+impl RemoteDispatch {
+    /// The router at `address`; nothing is connected yet.
+    ///
+    /// # Errors
+    /// That it is no address.
+    pub fn new(address: &str, sign: Sign) -> Result<Self, PeerFault> {
+        let client = DispatchClient::new(link(address, None, sign)?)
+            .max_decoding_message_size(MESSAGE_MAX)
+            .max_encoding_message_size(MESSAGE_MAX);
+        Ok(Self { client })
+    }
+
+    /// Asks it.
+    ///
+    /// # Errors
+    /// That it cannot be reached, or cannot do it now.
+    pub async fn call(mut self, request: DispatchRequest) -> Result<DispatchResponse, PeerFault> {
+        match request {
+            DispatchRequest::Deliver { batch, missed, stamp } => {
+                let messages = batch.iter().map(message::Live::from).collect();
+                let asked = message::DispatchBatch { messages, missed, stamp: Some((&stamp).into()) };
+                self.client.deliver(in_time(asked)).await.map_err(unavailable)?;
+                Ok(DispatchResponse::Done)
+            }
+            DispatchRequest::Lookup(user) => {
+                let asked = in_time(message::User { user: user.as_str().to_owned() });
+                let found = self.client.lookup(asked).await.map_err(unavailable)?.into_inner();
+                let owner = found.owner.map(|name| node_of(&name)).transpose();
+                let owner = owner.map_err(|fault| PeerFault::Unavailable(fault.to_string()))?;
+                Ok(DispatchResponse::Found { owner, sessions: presences(found.sessions)? })
+            }
+            DispatchRequest::Disconnect(revocation) => {
+                let asked = in_time(message::Revocation::from(&revocation));
+                self.client.disconnect(asked).await.map_err(unavailable)?;
+                Ok(DispatchResponse::Done)
+            }
+        }
+    }
+}
+
+/// What a process offers to its peers: all calls of the roles that run there.
+pub fn routes(
+    dispatch: Option<Service<DispatchRequest, DispatchResponse>>,
+    push: Option<FindPush>,
+    verify: Verify,
+) -> Routes {
+    let check = move |request: Request<()>| {
+        let proof = request.metadata().get(PROOF).and_then(|proof| proof.to_str().ok()).unwrap_or_default();
+        if verify(proof) {
+            Ok(request)
+        } else {
+            Err(Status::unauthenticated(
+                "this peer does not have our peer.secret, or its clock is far from ours",
+            ))
+        }
+    };
+    let mut routes = Routes::default();
+    if let Some(role) = dispatch {
+        let server = DispatchServer::new(DispatchPeer { role }).max_decoding_message_size(MESSAGE_MAX);
+        routes = routes.add_service(InterceptedService::new(server, check.clone()));
+    }
+    if let Some(find) = push {
+        let server = PushServer::new(PushPeer { find }).max_decoding_message_size(MESSAGE_MAX);
+        routes = routes.add_service(InterceptedService::new(server, check));
+    }
+    routes
+}
+
+fn status(fault: PeerFault) -> Status {
+    match fault {
+        PeerFault::Unavailable(why) => Status::unavailable(why),
+        PeerFault::Unauthorized(why) => Status::unauthenticated(why),
+    }
+}
+
+fn invalid(fault: ProtoFault) -> Status {
+    Status::invalid_argument(fault.to_string())
+}
+
+struct DispatchPeer {
+    role: Service<DispatchRequest, DispatchResponse>,
+}
+
+impl DispatchPeer {
+    async fn ask(&self, request: DispatchRequest) -> Result<DispatchResponse, Status> {
+        self.role.clone().oneshot(request).await.map_err(status)
+    }
+}
+
+#[tonic::async_trait]
+impl Dispatch for DispatchPeer {
+    async fn deliver(
+        &self,
+        request: Request<message::DispatchBatch>,
+    ) -> Result<Response<message::Taken>, Status> {
+        let message::DispatchBatch { messages, missed, stamp } = request.into_inner();
+        let batch = batch_of(messages).map_err(invalid)?;
+        self.ask(DispatchRequest::Deliver { batch, missed, stamp: stamp.into() }).await?;
+        Ok(Response::new(message::Taken::default()))
+    }
+
+    async fn lookup(&self, request: Request<message::User>) -> Result<Response<message::Found>, Status> {
+        let user = user_of(&request.into_inner().user).map_err(invalid)?;
+        match self.ask(DispatchRequest::Lookup(user)).await? {
+            DispatchResponse::Found { owner, sessions } => Ok(Response::new(message::Found {
+                owner: owner.map(|node| node.as_str().to_owned()),
+                sessions: sessions.iter().map(message::Session::from).collect(),
+            })),
+            DispatchResponse::Done => Err(Status::internal("no answer to a lookup")),
+        }
+    }
+
+    async fn disconnect(
+        &self,
+        request: Request<message::Revocation>,
+    ) -> Result<Response<message::Taken>, Status> {
+        let revocation = Revocation::try_from(request.into_inner()).map_err(invalid)?;
+        self.ask(DispatchRequest::Disconnect(revocation)).await?;
+        Ok(Response::new(message::Taken::default()))
+    }
+}
+
+struct PushPeer {
+    find: FindPush,
+}
+
+impl PushPeer {
+    fn meant<T>(&self, request: &Request<T>) -> Result<Service<PushRequest, PushResponse>, Status> {
+        let node = request.metadata().get(NODE).and_then(|node| node.to_str().ok()).unwrap_or_default();
+        (self.find)(node).ok_or_else(|| Status::not_found(format!("{node:?} is not here")))
+    }
+}
+
+async fn taken(
+    role: Service<PushRequest, PushResponse>,
+    request: PushRequest,
+) -> Result<message::Taken, Status> {
+    match role.oneshot(request).await.map_err(status)? {
+        PushResponse::Done(stamp) => Ok(message::Taken { stamp: Some((&stamp).into()) }),
+        PushResponse::Sessions(_) => Err(Status::internal("sessions are no answer to this")),
+    }
+}
+
+#[tonic::async_trait]
+impl Push for PushPeer {
+    type FeedStream = Pin<Box<dyn Stream<Item = Result<message::Taken, Status>> + Send>>;
+
+    async fn feed(
+        &self,
+        request: Request<Streaming<message::PushBatch>>,
+    ) -> Result<Response<Self::FeedStream>, Status> {
+        let role = self.meant(&request)?;
+        let answers = request.into_inner().then(move |batch| {
+            let role = role.clone();
+            async move {
+                let message::PushBatch { messages, sweep, stamp } = batch?;
+                let batch: Vec<Live> = batch_of(messages).map_err(invalid)?;
+                taken(role, PushRequest::Deliver { batch, sweep, stamp: stamp.into() }).await
+            }
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn lookup(&self, request: Request<message::User>) -> Result<Response<message::Sessions>, Status> {
+        let role = self.meant(&request)?;
+        let user = user_of(&request.into_inner().user).map_err(invalid)?;
+        match role.oneshot(PushRequest::Lookup(user)).await.map_err(status)? {
+            PushResponse::Sessions(sessions) => Ok(Response::new(message::Sessions {
+                sessions: sessions.iter().map(message::Session::from).collect(),
+            })),
+            PushResponse::Done(_) => Err(Status::internal("no answer to a lookup")),
+        }
+    }
+
+    async fn disconnect(
+        &self,
+        request: Request<message::Revocation>,
+    ) -> Result<Response<message::Taken>, Status> {
+        let role = self.meant(&request)?;
+        let revocation = Revocation::try_from(request.into_inner()).map_err(invalid)?;
+        taken(role, PushRequest::Disconnect(revocation)).await.map(Response::new)
+    }
+
+    async fn gone(&self, request: Request<message::Stamp>) -> Result<Response<message::Taken>, Status> {
+        let role = self.meant(&request)?;
+        taken(role, PushRequest::Gone(Some(request.into_inner()).into())).await.map(Response::new)
+    }
+
+    async fn ping(&self, request: Request<message::Stamp>) -> Result<Response<message::Taken>, Status> {
+        taken(self.meant(&request)?, PushRequest::Ping).await.map(Response::new)
+    }
+}

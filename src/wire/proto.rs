@@ -1,0 +1,159 @@
+//! The messages of gRPC, and what they mean: stored and sent types are not the domain's, and are checked where they enter.
+
+use std::sync::Arc;
+
+use super::peer::{Live, Presence, Revocation, Stamp};
+use crate::message::{DeviceId, Message, MessageId, Millis, NodeId, Seq, UserId};
+
+/// Between roles: `proto/peer.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod peer {
+    include!(concat!(env!("OUT_DIR"), "/messages/ringpush.peer.v1.rs"));
+}
+
+/// For publishers: `proto/collect.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod collect {
+    include!(concat!(env!("OUT_DIR"), "/messages/ringpush.v1.rs"));
+}
+
+/// A message of a peer that says nothing this version understands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{0} is missing or breaks its rule")]
+pub struct ProtoFault(pub &'static str);
+
+impl From<&Stamp> for peer::Stamp {
+    fn from(stamp: &Stamp) -> Self {
+        Self { generation: stamp.generation.to_string(), epoch: stamp.epoch, digest: stamp.digest }
+    }
+}
+
+impl From<Option<peer::Stamp>> for Stamp {
+    /// One that is missing knows nothing.
+    fn from(stamp: Option<peer::Stamp>) -> Self {
+        let stamp = stamp.unwrap_or_default();
+        Self { generation: stamp.generation.into(), epoch: stamp.epoch, digest: stamp.digest }
+    }
+}
+
+impl From<&Live> for peer::Live {
+    fn from(live: &Live) -> Self {
+        let message = &live.message;
+        Self {
+            user: live.user.as_str().to_owned(),
+            seq: message.seq.get(),
+            id: message.id.as_str().to_owned(),
+            accepted_at_ms: message.accepted_at.0,
+            expires_at_ms: message.expires_at.0,
+            payload: message.payload.clone(),
+        }
+    }
+}
+
+impl TryFrom<peer::Live> for Live {
+    type Error = ProtoFault;
+
+    fn try_from(live: peer::Live) -> Result<Self, ProtoFault> {
+        let message = Message {
+            seq: Seq::new(live.seq).ok_or(ProtoFault("seq"))?,
+            id: MessageId::parse(&live.id).map_err(|_| ProtoFault("id"))?,
+            accepted_at: Millis(live.accepted_at_ms),
+            expires_at: Millis(live.expires_at_ms),
+            payload: live.payload,
+        };
+        Ok(Self { user: user_of(&live.user)?, message: Arc::new(message) })
+    }
+}
+
+/// A whole batch, or its first fault.
+///
+/// # Errors
+/// [`ProtoFault`].
+pub fn batch_of(messages: Vec<peer::Live>) -> Result<Vec<Live>, ProtoFault> {
+    messages.into_iter().map(Live::try_from).collect()
+}
+
+/// A user id.
+///
+/// # Errors
+/// [`ProtoFault`].
+pub fn user_of(text: &str) -> Result<UserId, ProtoFault> {
+    UserId::parse(text).map_err(|_| ProtoFault("user"))
+}
+
+/// A node's name.
+///
+/// # Errors
+/// [`ProtoFault`].
+pub fn node_of(text: &str) -> Result<NodeId, ProtoFault> {
+    NodeId::parse(text).map_err(|_| ProtoFault("node"))
+}
+
+impl From<&Presence> for peer::Session {
+    fn from(presence: &Presence) -> Self {
+        Self {
+            device: presence.device.as_str().to_owned(),
+            node: presence.node.as_str().to_owned(),
+            connected_at_ms: presence.connected_at.0,
+            acked: presence.acked.get(),
+        }
+    }
+}
+
+impl TryFrom<peer::Session> for Presence {
+    type Error = ProtoFault;
+
+    fn try_from(session: peer::Session) -> Result<Self, ProtoFault> {
+        Ok(Self {
+            device: DeviceId::parse(&session.device).map_err(|_| ProtoFault("device"))?,
+            node: node_of(&session.node)?,
+            connected_at: Millis(session.connected_at_ms),
+            acked: Seq::new(session.acked).ok_or(ProtoFault("acked"))?,
+        })
+    }
+}
+
+impl From<&Revocation> for peer::Revocation {
+    fn from(revocation: &Revocation) -> Self {
+        Self { user: revocation.user.as_str().to_owned(), not_before_s: revocation.not_before_s }
+    }
+}
+
+impl TryFrom<peer::Revocation> for Revocation {
+    type Error = ProtoFault;
+
+    fn try_from(revocation: peer::Revocation) -> Result<Self, ProtoFault> {
+        Ok(Self { user: user_of(&revocation.user)?, not_before_s: revocation.not_before_s })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_live_message_comes_back_as_it_was(user in "[a-z用户]{1,20}", seq in 1u64..(1 << 53), payload in any::<Vec<u8>>()) {
+            let message = Message {
+                seq: Seq::at(seq),
+                id: MessageId::parse("order-17").unwrap(),
+                accepted_at: Millis(5),
+                expires_at: Millis(u64::MAX),
+                payload: Bytes::from(payload),
+            };
+            let live = Live { user: UserId::parse(&user).unwrap(), message: Arc::new(message) };
+            let back = Live::try_from(peer::Live::from(&live)).unwrap();
+            prop_assert_eq!((back.user, back.message), (live.user, live.message));
+        }
+    }
+
+    #[test]
+    fn what_breaks_a_rule_is_refused() {
+        assert_eq!(Live::try_from(peer::Live::default()).unwrap_err(), ProtoFault("id"));
+        let above = peer::Live { seq: 1 << 53, id: "m".into(), user: "a".into(), ..Default::default() };
+        assert_eq!(Live::try_from(above).unwrap_err(), ProtoFault("seq"));
+        assert_eq!(Stamp::from(None), Stamp::default());
+    }
+}

@@ -1,0 +1,217 @@
+//! The inbox in a real MongoDB: the contract, two writers at once, and primaries that step down or die.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use ringpush::clock::Clock;
+use ringpush::inbox::conformance::{Bench, suite};
+use ringpush::inbox::mongo::{MongoInbox, MongoTimes, OpenFault};
+use ringpush::inbox::{Append, Appended, Inbox, PageLimit, Upkeep};
+use ringpush::message::{MessageId, Millis, Seq, UserId};
+
+use crate::support::foreign::{Foreign, ReplicaSet, mongod_path};
+
+async fn open(uri: &str, database: &str, times: MongoTimes, clock: Clock) -> MongoInbox {
+    let inbox = MongoInbox::new(uri, database, times, clock).await.unwrap();
+    inbox.prepare().await.unwrap();
+    inbox
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_contract_holds() {
+    let set = ReplicaSet::start(1).await;
+    let clock = Clock::standing(Millis(1_795_380_000_000));
+    let inbox = open(&set.uri(), "contract", MongoTimes::default(), clock.clone()).await;
+    suite(&Bench { inbox: Arc::new(inbox), clock }).await;
+}
+
+fn item(user: &UserId, id: &str, ttl_ms: u64) -> Append {
+    let now = Clock::system().now();
+    Append {
+        user: user.clone(),
+        id: MessageId::parse(id).unwrap(),
+        fenced: true,
+        accepted_at: now,
+        expires_at: Millis(now.0 + ttl_ms),
+        payload: Bytes::from(format!("{id:?}")),
+    }
+}
+
+/// What one writer was promised: for each user the numbers with their ids.
+type Promised = HashMap<UserId, Vec<(Seq, String)>>;
+
+/// Appends to all users in turn, in batches of several, and repeats what was not promised.
+async fn write(inbox: MongoInbox, users: Vec<UserId>, writer: usize, rounds: usize, ttl_ms: u64) -> Promised {
+    let mut promised = Promised::new();
+    for round in 0..rounds {
+        let batch: Vec<Append> = users
+            .iter()
+            .enumerate()
+            .flat_map(|(n, user)| {
+                (0..1 + (round + n) % 3).map(move |k| item(user, &format!("w{writer}-{round}-{k}"), ttl_ms))
+            })
+            .collect();
+        let mut pending = batch;
+        while !pending.is_empty() {
+            let outcomes = inbox.append(pending.clone()).await;
+            let mut again = Vec::new();
+            for (item, outcome) in pending.into_iter().zip(outcomes) {
+                let seq = match outcome {
+                    Ok(Appended::Stored(message)) => message.seq,
+                    Ok(Appended::Duplicate(seq)) => seq,
+                    Ok(Appended::Conflict) => panic!("nobody else uses this id"),
+                    Err(_) => {
+                        again.push(item);
+                        continue;
+                    }
+                };
+                promised.entry(item.user).or_default().push((seq, item.id.to_string()));
+            }
+            pending = again;
+        }
+    }
+    promised
+}
+
+/// Everything promised is there under its number, once; no hole; nobody's number was given twice.
+async fn audit(inbox: &MongoInbox, users: &[UserId], promised: &[Promised], complete: bool) {
+    const WIDE: PageLimit = PageLimit { messages: 100_000, bytes: 1 << 30 };
+    for user in users {
+        let page = inbox.page(user.clone(), Seq::BEGINNING, WIDE).await.unwrap();
+        assert!(page.messages.windows(2).all(|pair| pair[1].seq == pair[0].seq.next()), "a hole for {user}");
+        let stored: HashMap<Seq, &str> = page.messages.iter().map(|m| (m.seq, m.id.as_str())).collect();
+        let mut ids: Vec<&str> = stored.values().copied().collect();
+        ids.sort_unstable();
+        ids.dedup();
+        assert_eq!(ids.len(), stored.len(), "an id was stored twice for {user}");
+        let mut given = HashMap::new();
+        for (seq, id) in promised.iter().filter_map(|promised| promised.get(user)).flatten() {
+            assert!(
+                given.insert(*seq, id).is_none_or(|other| other == id),
+                "{seq} of {user} was given twice"
+            );
+            if complete {
+                assert_eq!(stored.get(seq), Some(&id.as_str()), "{seq} of {user} is lost");
+            }
+        }
+    }
+}
+
+fn users(name: &str, count: usize) -> Vec<UserId> {
+    (0..count).map(|n| UserId::parse(&format!("{name}-{n}")).unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_writers_share_users_and_no_number() {
+    let set = ReplicaSet::start(1).await;
+    let users = users("shared", 20);
+    let times = MongoTimes::default();
+    let one = open(&set.uri(), "two", times, Clock::system()).await;
+    let two = open(&set.uri(), "two", times, Clock::system()).await;
+    let both = tokio::join!(
+        tokio::spawn(write(one.clone(), users.clone(), 1, 60, 3_600_000)),
+        tokio::spawn(write(two, users.clone(), 2, 60, 3_600_000))
+    );
+    audit(&one, &users, &[both.0.unwrap(), both.1.unwrap()], true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_writers_and_two_janitors_keep_numbers_dense_when_everything_expires() {
+    let set = ReplicaSet::start(1).await;
+    let users = users("expiring", 10);
+    // A head is trusted for 50 ms, verified after 150 ms, and removal waits for 300 ms.
+    let times = MongoTimes { head_trust: Duration::from_millis(50) };
+    let one = open(&set.uri(), "expiry", times, Clock::system()).await;
+    let two = open(&set.uri(), "expiry", times, Clock::system()).await;
+    let janitor = |inbox: MongoInbox| async move {
+        let mut removed = 0;
+        loop {
+            removed += inbox.clean().await.unwrap_or(0);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            if removed > 200 {
+                return removed;
+            }
+        }
+    };
+    let janitors = (tokio::spawn(janitor(one.clone())), tokio::spawn(janitor(two.clone())));
+    let writing = tokio::join!(
+        tokio::spawn(write(one.clone(), users.clone(), 1, 80, 30)),
+        tokio::spawn(write(two.clone(), users.clone(), 2, 80, 30))
+    );
+    let promised = [writing.0.unwrap(), writing.1.unwrap()];
+    audit(&one, &users, &promised, false).await;
+    for user in &users {
+        let mut given: Vec<u64> =
+            promised.iter().flat_map(|promised| &promised[user]).map(|(seq, _)| seq.get()).collect();
+        given.sort_unstable();
+        assert!(given.windows(2).all(|pair| pair[1] == pair[0] + 1), "numbers of {user} are not dense");
+    }
+    assert!(janitors.0.await.unwrap() > 0 && janitors.1.await.unwrap() > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_promised_survives_primaries_that_step_down_and_die() {
+    let mut set = ReplicaSet::start(3).await;
+    let users = users("failover", 20);
+    let times = MongoTimes::default();
+    let one = open(&set.uri(), "failover", times, Clock::system()).await;
+    let two = open(&set.uri(), "failover", times, Clock::system()).await;
+    let writers = [
+        tokio::spawn(write(one.clone(), users.clone(), 1, 120, 3_600_000)),
+        tokio::spawn(write(two, users.clone(), 2, 120, 3_600_000)),
+    ];
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    set.step_down().await;
+    let primary = set.primary().await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    set.members[primary].kill();
+    set.primary().await;
+    set.members[primary].start_again().await;
+    let mut promised = Vec::new();
+    for writer in writers {
+        promised.push(writer.await.unwrap());
+    }
+    audit(&one, &users, &promised, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_work_is_refused_with_a_remedy() {
+    let standalone = Foreign::start(&[
+        mongod_path().to_str().unwrap(),
+        "--port",
+        "{port}",
+        "--bind_ip",
+        "127.0.0.1",
+        "--dbpath",
+        "{dir}",
+    ])
+    .await;
+    let uri = format!("mongodb://127.0.0.1:{}", standalone.port);
+    let inbox = MongoInbox::new(&uri, "x", MongoTimes::default(), Clock::system()).await.unwrap();
+    let refused = inbox.prepare().await.unwrap_err();
+    assert!(
+        matches!(&refused, OpenFault::Refused("mongo.uri", why) if why.contains("--replSet")),
+        "{refused}"
+    );
+    let refused = MongoInbox::new("mongodb:/x", "x", MongoTimes::default(), Clock::system()).await;
+    assert!(matches!(refused.err(), Some(OpenFault::Refused("mongo.uri", _))));
+    let nobody = MongoInbox::new("mongodb://127.0.0.1:1", "x", MongoTimes::default(), Clock::system()).await;
+    assert!(matches!(nobody.unwrap().prepare().await, Err(OpenFault::Unreachable(_))));
+    let set = ReplicaSet::start(1).await;
+    let client = mongodb::Client::with_uri_str(set.uri()).await.unwrap();
+    let index = mongodb::bson::doc! { "key": { "_id.u": 1, "f": 1 }, "name": "sender_id" };
+    let ttl = mongodb::bson::doc! { "key": { "x": 1 }, "name": "ttl", "expireAfterSeconds": 1 };
+    for (database, index) in [("plain", index), ("ttl", ttl)] {
+        let make = mongodb::bson::doc! { "createIndexes": "inbox", "indexes": [index] };
+        client.database(database).run_command(make).await.unwrap();
+        let inbox =
+            MongoInbox::new(&set.uri(), database, MongoTimes::default(), Clock::system()).await.unwrap();
+        let refused = inbox.prepare().await.unwrap_err();
+        assert!(
+            matches!(&refused, OpenFault::Refused("mongo.database", why) if why.contains("drop it")),
+            "{refused}"
+        );
+    }
+}
