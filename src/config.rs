@@ -10,7 +10,7 @@ use crate::clock::Clock;
 use crate::message::NodeId;
 use crate::role::auth::{Auth, AuthConfig};
 use crate::role::push::{Origins, PushLimits};
-use crate::wire::address::UrlTemplate;
+use crate::wire::address::{RedisUrl, UrlTemplate};
 use crate::wire::http::{PublishLimits, TTL_S};
 
 /// What a key holds.
@@ -78,6 +78,7 @@ const KEYS: &[Key] = &[
     key("limits.reconnect_jitter_ms", Kind::Number, "5000"),
     key("limits.client_frames_per_s", Kind::Number, "20000"),
     key("limits.janitor_ms", Kind::Number, "600000"),
+    key("limits.head_trust_ms", Kind::Number, "600000"),
 ];
 
 /// A role that runs in this process.
@@ -139,8 +140,8 @@ pub struct Config {
     pub weight: f64,
     /// How tokens are verified; the key is empty where development has yet to make it.
     pub auth: AuthConfig,
-    /// Tokens are verified by asking another process, or with keys fetched from one.
-    pub auth_elsewhere: bool,
+    /// By what push and dispatch verify tokens.
+    pub verify_by: VerifyBy,
     /// Whether a token may stand in the URL.
     pub token_in_url: bool,
     /// The key that may issue tokens.
@@ -149,10 +150,18 @@ pub struct Config {
     pub api_keys: Vec<String>,
     /// Shared by all roles.
     pub peer_secret: String,
-    /// Empty: inside the process.
-    pub redis_url: String,
+    /// Where other roles reach this process; None: found out from the listener.
+    pub peer_advertise: Option<String>,
+    /// None: membership and fallback inside the process.
+    pub redis: Option<RedisUrl>,
+    /// Before every key in Redis.
+    pub redis_prefix: String,
     /// Empty: embedded.
     pub mongo_uri: String,
+    /// Which database there.
+    pub mongo_database: String,
+    /// How long a user's head in memory is trusted; the other times of the inbox in MongoDB follow from it.
+    pub head_trust: Duration,
     /// Where the embedded inbox and the development keys are.
     pub data_dir: PathBuf,
     /// Of publishes.
@@ -163,6 +172,17 @@ pub struct Config {
     pub janitor_every: Duration,
     /// Every key with the value in force, secrets left out.
     pub effective: BTreeMap<&'static str, String>,
+}
+
+/// How tokens are verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VerifyBy {
+    /// With `auth.token_key`.
+    Key,
+    /// With keys fetched from here.
+    Jwks(String),
+    /// By asking the auth at this URL.
+    Asking(String),
 }
 
 /// The listening addresses.
@@ -424,12 +444,13 @@ impl Reader {
         let (redis_url, mongo_uri) = (self.text("redis.url"), self.text("mongo.uri"));
         let development = redis_url.is_empty() && mongo_uri.is_empty();
         let node = self.node_name();
-        let roles = self.roles(mongo_uri.is_empty());
+        let roles = self.roles(mongo_uri.is_empty(), redis_url.is_empty());
+        let redis = self.redis(&redis_url);
         let listen = self.listeners(development);
         let public_url = self.public_url(development, &roles);
         let origins = self.origins(development);
         let auth = self.auth();
-        let auth_elsewhere = self.text("auth.mode") == "remote" || !self.text("auth.jwks_url").is_empty();
+        let verify_by = self.verify_by();
         let secrets = self.secrets(development, &roles);
         let publish = self.publish_limits();
         let push = self.push_limits();
@@ -439,9 +460,9 @@ impl Reader {
         let token_in_url = self.switch("auth.token_in_url");
         let janitor_every = self.millis("limits.janitor_ms", 100..=86_400_000);
         let data_dir = PathBuf::from(self.text("data.dir"));
-        for name in ["redis.prefix", "mongo.database", "peer.advertise"] {
-            self.text(name);
-        }
+        let (redis_prefix, mongo_database) = (self.word("redis.prefix"), self.word("mongo.database"));
+        let peer_advertise = self.advertise();
+        let head_trust = self.millis("limits.head_trust_ms", 50..=600_000);
         let mut effective = self.effective(development);
         if let Some(node) = &node {
             effective.insert("node.name", format!("\"{node}\""));
@@ -457,13 +478,17 @@ impl Reader {
             accept_per_s,
             weight,
             auth,
-            auth_elsewhere,
+            verify_by,
             token_in_url,
             admin_key: secrets.admin_key,
             api_keys: secrets.api_keys,
             peer_secret: secrets.peer_secret,
-            redis_url,
+            peer_advertise,
+            redis,
+            redis_prefix,
             mongo_uri,
+            mongo_database,
+            head_trust,
             data_dir,
             publish,
             push,
@@ -497,7 +522,50 @@ impl Reader {
         NodeId::parse(&cleaned).or_else(|_| NodeId::parse("push-0")).ok()
     }
 
-    fn roles(&mut self, embedded: bool) -> Vec<RoleName> {
+    fn redis(&mut self, url: &str) -> Option<RedisUrl> {
+        if url.is_empty() {
+            return None;
+        }
+        RedisUrl::parse(url).map_err(|rule| self.faults.push(format!("redis.url: {rule}"))).ok()
+    }
+
+    /// A name that goes into keys and names of a store.
+    fn word(&mut self, name: &'static str) -> String {
+        let text = self.text(name);
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.:".contains(c);
+        if text.is_empty() || text.len() > 60 || !text.chars().all(plain) {
+            self.faults
+                .push(format!("{name}: {text:?} must be 1 to 60 of A-Z, a-z, 0-9, '-', '_', '.' and ':'"));
+        }
+        text
+    }
+
+    fn advertise(&mut self) -> Option<String> {
+        let text = self.text("peer.advertise");
+        let (host, port) = text.rsplit_once(':').unwrap_or_default();
+        if !text.is_empty() && (host.is_empty() || port.parse::<u16>().is_err()) {
+            self.faults.push(format!("peer.advertise: {text:?} must be host:port, such as 10.0.0.7:7070"));
+        }
+        (!text.is_empty()).then_some(text)
+    }
+
+    fn verify_by(&mut self) -> VerifyBy {
+        let (mode, url, jwks) = (self.text("auth.mode"), self.text("auth.url"), self.text("auth.jwks_url"));
+        let mut checked = |name: &str, url: String| {
+            if !url.starts_with("http://") && !url.starts_with("https://") {
+                self.faults.push(format!("{name}: {url:?} must begin with http:// or https://"));
+            }
+            url.trim_end_matches('/').to_owned()
+        };
+        match mode.as_str() {
+            // An empty one is told of where the mode is read.
+            "remote" if !url.is_empty() => VerifyBy::Asking(checked("auth.url", url)),
+            "local" if !jwks.is_empty() => VerifyBy::Jwks(checked("auth.jwks_url", jwks)),
+            _ => VerifyBy::Key,
+        }
+    }
+
+    fn roles(&mut self, embedded: bool, alone: bool) -> Vec<RoleName> {
         let mut roles = Vec::new();
         for name in self.list("node.roles") {
             match RoleName::parse(&name) {
@@ -511,6 +579,15 @@ impl Reader {
         roles.dedup();
         if roles.is_empty() {
             self.faults.push("node.roles: at least one role must run".to_owned());
+        }
+        let routed = [RoleName::Push, RoleName::Collect, RoleName::Dispatch];
+        let here = routed.iter().filter(|role| roles.contains(role)).count();
+        if alone && !embedded && here != 0 && here != routed.len() {
+            self.faults.push(
+                "redis.url: is empty, and without it push, collect and dispatch find one another in one process only; \
+                 set redis.url, or node.roles with all three"
+                    .to_owned(),
+            );
         }
         if embedded && roles.contains(&RoleName::Collect) != roles.contains(&RoleName::Push) {
             self.faults.push(

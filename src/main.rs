@@ -213,7 +213,12 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
     // Before anything is bound: a signal that comes early must not be lost.
     let stop = stop_signal()?;
     let development = config.development;
-    let app = App::start(config, options.push_nodes.map(usize::from)).await?;
+    let mut stop = std::pin::pin!(stop);
+    let app = tokio::select! {
+        started = App::start(config, options.push_nodes.map(usize::from)) => started?,
+        // Nothing was promised yet.
+        () = &mut stop => return Ok(ExitCode::SUCCESS),
+    };
     if development {
         println!("{}", app.greeting(&commands::own_command(common.data.as_deref())));
     }

@@ -10,7 +10,7 @@ use serde_json::json as value;
 
 use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse, same_secret};
 use crate::message::Millis;
-use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S};
+use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S, TokenFault};
 use crate::wire::http::{parse_token_request, parse_verify_request};
 
 pub(super) struct AuthEdge {
@@ -34,7 +34,10 @@ pub(super) fn routes(edge: Arc<AuthEdge>) -> Routes {
 async fn verify(State(edge): Edge, request: Request<Body>) -> Answer {
     let body = json_body(request, SMALL_BODY).await?;
     let token = parse_verify_request(&body)?;
-    let identity = edge.auth.verify(&token).map_err(|reason| refuse(401, reason))?;
+    let identity = edge
+        .auth
+        .verify(&token)
+        .map_err(|fault| refuse(if fault == TokenFault::NoKeys { 503 } else { 401 }, fault.to_string()))?;
     let claims: serde_json::Value = serde_json::from_slice(&identity.claims).unwrap_or_default();
     let expires_at = Millis(identity.expires_at_s.saturating_mul(1000)).rfc3339();
     let answer = value!({"user": identity.user.as_str(), "expires_at": expires_at, "claims": claims});

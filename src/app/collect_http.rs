@@ -53,14 +53,15 @@ impl CollectEdge {
         Arc::new(Self { collect, membership, urls, api_keys, limits, batches })
     }
 
+    /// Whether this is one of the API keys.
+    pub(super) fn knows_key(&self, given: &str) -> bool {
+        self.api_keys.iter().any(|key| same_secret(key, given))
+    }
+
     fn authorize(&self, headers: &HeaderMap) -> Result<(), Refused> {
         let given = bearer(headers)
             .ok_or_else(|| refuse(401, "an API key is needed: Authorization: Bearer <key>"))?;
-        if self.api_keys.iter().any(|key| same_secret(key, given)) {
-            Ok(())
-        } else {
-            Err(refuse(401, "this API key is not known"))
-        }
+        if self.knows_key(given) { Ok(()) } else { Err(refuse(401, "this API key is not known")) }
     }
 }
 

@@ -1,22 +1,23 @@
 //! Assembly: the only place where adapters meet roles. `main` and the tests start a node the same way.
 
 mod auth_http;
+mod collect_grpc;
 mod collect_http;
 pub mod commands;
 mod edge;
 mod keys;
 mod ops_http;
 mod page;
+mod peers;
 mod push_http;
+mod stores;
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use parking_lot::RwLock;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -24,13 +25,10 @@ use tokio_util::sync::CancellationToken;
 use tower::util::BoxCloneSyncService;
 
 use crate::clock::Clock;
-use crate::config::{Config, Faults, RoleName};
+use crate::config::{Config, RoleName, VerifyBy};
 use crate::fallback::Fallback;
-use crate::fallback::local::LocalFallback;
-use crate::inbox::embedded::EmbeddedInbox;
-use crate::inbox::{Inbox, Upkeep};
-use crate::membership::local::LocalMembership;
-use crate::membership::{Membership, NodeInfo};
+use crate::inbox::Inbox;
+use crate::membership::{Departure, Member, Membership, NodeInfo, NodeState, Standing, View};
 use crate::message::NodeId;
 use crate::role::auth::Auth;
 use crate::role::collect::{Collect, run_upkeep};
@@ -38,21 +36,27 @@ use crate::role::connect::{Connect, PublicUrls};
 use crate::role::dispatch::Dispatch;
 use crate::role::push::{Drain, Push, PushConfig, PushMetrics, PushParts};
 use crate::role::reach::Reach;
-use crate::role::{Directory, PushService, VerifyService};
+use crate::role::{DispatchService, VerifyService};
 use crate::telemetry::{Health, Metrics};
 use crate::ticket::TicketKey;
 use crate::transport::http::{HttpLimits, bind, serve};
+use crate::transport::peer::{self, FindPush, Sign, Verify};
+use crate::wire::address::{RedisServers, RedisUrl};
 use crate::wire::frame::ReconnectHint;
 
 use collect_http::CollectEdge;
 use edge::{Routes, closed};
 use keys::Keys;
+use peers::{PushNodes, proofs, routers};
 use push_http::{ConnectEdge, PushEdge};
+use stores::Opened;
 
 /// The kernel's send buffer of a socket, in bytes (DESIGN.md section 12).
 const SOCKET_SEND_BUFFER: u32 = 64 * 1024;
 /// How long the last answers may take when the store has failed.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
+/// What a drain may take beyond its window: the last farewells, the last cursors.
+const DRAIN_OVERTIME: Duration = Duration::from_secs(8);
 /// Most push nodes in one process.
 pub const PUSH_NODES_MAX: usize = 64;
 
@@ -98,6 +102,10 @@ pub struct App {
     stop: CancellationToken,
     health: Health,
     pushes: Vec<Push>,
+    collect: Option<Collect>,
+    /// A router's name and incarnation, where it is no push node too.
+    registered: Option<(NodeId, u64)>,
+    membership: Arc<dyn Membership>,
     poisoned: watch::Receiver<bool>,
     drain_window: Duration,
     listen_file: PathBuf,
@@ -112,18 +120,6 @@ pub enum Ended {
     Poisoned,
 }
 
-/// The push nodes of this process, as dispatch finds them.
-#[derive(Default)]
-struct InProcess {
-    nodes: RwLock<HashMap<NodeId, PushService>>,
-}
-
-impl Directory for InProcess {
-    fn find(&self, node: &NodeId) -> Option<PushService> {
-        self.nodes.read().get(node).cloned()
-    }
-}
-
 /// One listener, bound but not served yet.
 struct Listening {
     listener: TcpListener,
@@ -136,156 +132,300 @@ struct Shared {
     metrics: Metrics,
     membership: Arc<dyn Membership>,
     fallback: Arc<dyn Fallback>,
-    inbox: Arc<dyn Inbox>,
     urls: PublicUrls,
-    verify: VerifyService,
     ticket_key: TicketKey,
-    directory: Arc<InProcess>,
+    nodes: Arc<PushNodes>,
     reach: Reach,
     health: Health,
+    sign: Sign,
+    /// Where other processes reach this one; empty where none need to.
+    peer: Arc<str>,
+    /// Where this process verifies tokens at all.
+    own_auth: Option<Auth>,
 }
 
 impl App {
     /// Builds everything, binds, and serves: `push_nodes` push nodes, and the other roles that the configuration names.
+    /// Waits for stores that cannot be reached yet, answering `/livez` and `/readyz` meanwhile.
     ///
     /// # Errors
     /// What could not be opened, bound or started, with the remedy.
     pub async fn start(mut config: Config, push_nodes: Option<usize>) -> Result<Self> {
-        let faults = unsupported(&config);
-        if !faults.is_empty() {
-            return Err(Faults(faults).into());
-        }
         let keys = Keys::of(&mut config)?;
         let clock = Clock::system();
-        let auth =
-            Auth::new(config.auth.clone(), clock.clone()).map_err(|f| anyhow!("auth.token_key: {f}"))?;
-        let inbox = open_inbox(&config.data_dir, clock.clone())?;
-        // The store's lock is ours now: what stands there is of a process that was killed.
+        let own_auth = own_auth(&config, &clock)?;
+        // The embedded store's lock is what keeps a second process from this directory: it comes before the ports.
+        let opened = if config.mongo_uri.is_empty() && needs_inbox(&config) {
+            Some(stores::inbox(&config, &clock).await?)
+        } else {
+            None
+        };
         let listen_file = config.data_dir.join("listen.json");
+        // What stands there is of a process that was killed.
         let _ = std::fs::remove_file(&listen_file);
-        let listeners = Listeners::bind(&config, push_nodes)?;
+        let mut listeners = Listeners::bind(&config, push_nodes)?;
         let bound = listeners.bound(push_nodes.is_some());
+        let (metrics, health) = (Metrics::default(), Health::default());
+        for (name, needed) in [("view", needs_view(&config)), ("inbox", needs_inbox(&config))] {
+            health.set(name, !needed, if needed { "not reached yet" } else { "not needed here" });
+        }
+        let mut tasks = JoinSet::new();
+        let (membership, fallback) = stores::registry(&config, &clock, &metrics, &mut tasks).await?;
+        let (sign, verify) = proofs(&config.peer_secret, &clock);
+        let nodes = Arc::new(PushNodes::new(membership.views(), Arc::clone(&sign)));
         let urls = match &config.public_url {
             Some(template) => PublicUrls::Template(template.clone()),
             None => own_urls(&bound),
         };
-        let directory = Arc::new(InProcess::default());
-        let health = Health::default();
+        let peer = listeners.peer.as_ref().map_or_else(String::new, |peer| advertised(&config, peer.at));
         let shared = Shared {
-            reach: Reach::new(Arc::clone(&directory) as _),
-            directory,
-            health: health.clone(),
-            membership: Arc::new(LocalMembership::new(clock.clone())),
-            fallback: Arc::new(LocalFallback::default()),
-            inbox: Arc::new(inbox.clone()),
-            verify: BoxCloneSyncService::new(auth.clone()),
+            membership,
+            fallback,
             ticket_key: TicketKey::derive(&config.peer_secret),
-            metrics: Metrics::default(),
+            reach: Reach::new(Arc::clone(&nodes) as _),
+            nodes,
+            health: health.clone(),
+            metrics,
             clock,
             urls,
+            sign,
+            peer: peer.into(),
+            own_auth,
         };
+        let (_, never) = watch::channel(false);
         let mut app = Self {
             keys,
-            tasks: JoinSet::new(),
+            tasks,
             servers: JoinSet::new(),
             stop: CancellationToken::new(),
             health,
             pushes: Vec::new(),
-            poisoned: inbox.poisoned(),
+            collect: None,
+            registered: None,
+            membership: Arc::clone(&shared.membership),
+            poisoned: opened.as_ref().map_or(never, |opened| opened.poisoned.clone()),
             drain_window: config.drain_window,
             listen_file,
             bound,
         };
-        app.assemble(&config, &shared, &auth, inbox, listeners).await?;
-        app.health.set("inbox", true, "reached");
-        app.health.set("view", true, "reached");
+        app.serve_ops(&shared, &mut listeners);
+        app.assemble(&config, &shared, opened, listeners, verify).await?;
         write_listen(&app.listen_file, &app.bound)?;
         Ok(app)
     }
 
+    /// The roles, in the order in which they need one another.
     async fn assemble(
         &mut self,
         config: &Config,
         shared: &Shared,
-        auth: &Auth,
-        upkeep: EmbeddedInbox,
-        listeners: Listeners,
+        opened: Option<Opened>,
+        mut listeners: Listeners,
+        proof: Verify,
     ) -> Result<()> {
-        let directory = Arc::clone(&shared.directory);
-        let push_metrics = PushMetrics::register(&shared.metrics);
+        let opened = match opened {
+            None if needs_inbox(config) => Some(stores::inbox(config, &shared.clock).await?),
+            opened => opened,
+        };
+        self.health.set("inbox", true, if opened.is_some() { "reached" } else { "not needed here" });
+        let verify = if config.runs(RoleName::Push) || config.runs(RoleName::Dispatch) {
+            let own = shared.own_auth.as_ref();
+            Some(stores::verify(config, own, &shared.clock, &self.health, &mut self.tasks)?)
+        } else {
+            None
+        };
+        if let (Some(opened), Some(verify)) = (&opened, &verify)
+            && config.runs(RoleName::Push)
+        {
+            self.start_pushes(config, shared, &opened.inbox, verify).await?;
+        }
+        let dispatch = config.runs(RoleName::Dispatch).then(|| self.start_dispatch(shared));
+        let collect = match &opened {
+            Some(opened) if config.runs(RoleName::Collect) => {
+                Some(self.start_collect(config, shared, opened, dispatch.clone()))
+            }
+            _ => None,
+        };
+        if let Some(listening) = listeners.peer.take() {
+            let nodes = Arc::clone(&shared.nodes);
+            let find: FindPush = Arc::new(move |name| {
+                NodeId::parse(name).ok().and_then(|node| nodes.here.read().get(&node).cloned())
+            });
+            let push = config.runs(RoleName::Push).then_some(find);
+            self.serve_peers(listening, peer::routes(dispatch, push, proof));
+        }
+        // Only now, when its peer port answers.
+        if config.runs(RoleName::Dispatch) && !config.runs(RoleName::Push) && config.redis.is_some() {
+            let info = node_info(config, shared, config.node.clone(), false);
+            self.registered = Some((info.node.clone(), self.register(info).await?));
+        }
+        self.wait_for_view(config, shared).await;
+        self.serve_all(config, shared, verify, collect, listeners);
+        Ok(())
+    }
+
+    async fn start_pushes(
+        &mut self,
+        config: &Config,
+        shared: &Shared,
+        inbox: &Arc<dyn Inbox>,
+        verify: &VerifyService,
+    ) -> Result<()> {
+        let metrics = PushMetrics::register(&shared.metrics);
         let nodes: Vec<NodeId> = self.bound.push.iter().map(|(node, _)| node.clone()).collect();
         for node in nodes {
-            let push =
-                start_push(config, shared, node.clone(), push_metrics.clone(), &mut self.tasks).await?;
-            directory.nodes.write().insert(node, BoxCloneSyncService::new(push.clone()));
+            let parts = PushParts {
+                inbox: Arc::clone(inbox),
+                verify: verify.clone(),
+                membership: Arc::clone(&shared.membership),
+                fallback: Arc::clone(&shared.fallback),
+                reach: shared.reach.clone(),
+                health: shared.health.clone(),
+                urls: shared.urls.clone(),
+                ticket_key: shared.ticket_key.clone(),
+                clock: shared.clock.clone(),
+                metrics: metrics.clone(),
+            };
+            let push = PushConfig {
+                info: node_info(config, shared, node.clone(), true),
+                drain_window: config.drain_window,
+                origins: config.origins.clone(),
+                token_in_url: config.token_in_url,
+                limits: config.push,
+            };
+            let started = Push::start(push, parts, &mut self.tasks).await;
+            let push = started.map_err(|error| anyhow!("node.name: {error}"))?;
+            shared.nodes.here.write().insert(node, BoxCloneSyncService::new(push.clone()));
             self.pushes.push(push);
         }
-        let dispatch = Dispatch::start(
+        Ok(())
+    }
+
+    fn start_dispatch(&mut self, shared: &Shared) -> DispatchService {
+        BoxCloneSyncService::new(Dispatch::start(
             Arc::clone(&shared.membership),
             Arc::clone(&shared.fallback),
-            directory,
+            Arc::clone(&shared.nodes) as _,
             &shared.metrics,
             &mut self.tasks,
-        );
+        ))
+    }
+
+    fn start_collect(
+        &mut self,
+        config: &Config,
+        shared: &Shared,
+        opened: &Opened,
+        dispatch: Option<DispatchService>,
+    ) -> Arc<CollectEdge> {
+        let views = shared.membership.views();
+        let dispatch = dispatch.unwrap_or_else(|| routers(views.clone(), Arc::clone(&shared.sign)));
         let collect = Collect::start(
-            Arc::clone(&shared.inbox),
-            BoxCloneSyncService::new(dispatch),
-            shared.membership.views(),
+            Arc::clone(&opened.inbox),
+            dispatch,
+            views,
             shared.clock.clone(),
             &shared.metrics,
             &mut self.tasks,
         );
-        if config.runs(RoleName::Collect) {
-            let upkeep: Arc<dyn Upkeep> = Arc::new(upkeep);
-            self.tasks.spawn(run_upkeep(upkeep, config.janitor_every));
-        }
-        let collect_edge = CollectEdge::new(
+        self.collect = Some(collect.clone());
+        self.tasks.spawn(run_upkeep(Arc::clone(&opened.upkeep), config.janitor_every));
+        CollectEdge::new(
             collect,
             Arc::clone(&shared.membership),
             shared.urls.clone(),
             config.api_keys.clone(),
             config.publish,
-        );
-        self.serve_all(config, shared, auth, &collect_edge, listeners);
-        Ok(())
+        )
     }
 
-    fn serve_all(
-        &mut self,
-        config: &Config,
-        shared: &Shared,
-        auth: &Auth,
-        collect: &Arc<CollectEdge>,
-        listeners: Listeners,
-    ) {
-        let development = Arc::new(page::Development { auth: auth.clone(), collect: Arc::clone(collect) });
-        for (push, listening) in self.pushes.clone().into_iter().zip(listeners.push) {
-            let edge = PushEdge { connect: connect_edge(config, shared, Some(push.clone())), push };
-            // Whoever can reach the port could have anybody's token: only where that is this machine alone.
-            let own = config.development && listening.at.ip().is_loopback();
-            let page = page::routes(own.then(|| Arc::clone(&development)));
-            let routes = closed(push_http::push_routes(Arc::new(edge)).merge(page));
-            self.serve(listening, routes, push_http_limits());
+    /// A router is no push node, but it has a name and a place among the members all the same.
+    async fn register(&mut self, info: NodeInfo) -> Result<u64> {
+        let registration = self.membership.join(info).await.map_err(|error| anyhow!("redis.url: {error}"))?;
+        let health = self.health.clone();
+        let mut standing = registration.standing;
+        self.tasks.spawn(async move {
+            while standing.wait_for(|standing| *standing == Standing::Fenced).await.is_ok() {
+                health.set("membership", false, "another process has this node's name (node.name)");
+                std::future::pending::<()>().await;
+            }
+            std::future::pending::<()>().await;
+        });
+        Ok(registration.incarnation)
+    }
+
+    /// Until the registry was seen once; from then on the view is kept, whatever happens.
+    async fn wait_for_view(&mut self, config: &Config, shared: &Shared) {
+        if !needs_view(config) {
+            return;
         }
-        let plain = HttpLimits::default();
-        if let Some(listening) = listeners.collect {
-            self.serve(listening, collect_http::routes(Arc::clone(collect)), plain);
-        }
-        if let Some(listening) = listeners.auth {
-            let edge = auth_http::AuthEdge { auth: auth.clone(), admin_key: config.admin_key.clone() };
-            self.serve(listening, auth_http::routes(Arc::new(edge)), plain);
-        }
-        if let Some(listening) = listeners.dispatch {
-            let edge = connect_edge(config, shared, None);
-            self.serve(listening, push_http::dispatch_routes(Arc::new(edge)), plain);
-        }
+        let mut views = shared.membership.views();
+        let own: Vec<NodeId> = self.bound.push.iter().map(|(node, _)| node.clone()).collect();
+        let seen = |view: &Arc<View>| {
+            !view.generation.is_empty() && own.iter().all(|node| view.member(node).is_some() || view.held)
+        };
+        let _ = views.wait_for(seen).await;
+        self.health.set("view", true, "reached");
+        let health = self.health.clone();
+        self.tasks.spawn(async move {
+            while views.changed().await.is_ok() {
+                let held = views.borrow_and_update().held;
+                let word =
+                    if held { "held: the registry is lost, or shows something else" } else { "in use" };
+                health.note("view", !held, word);
+            }
+            std::future::pending::<()>().await;
+        });
+    }
+
+    fn serve_ops(&mut self, shared: &Shared, listeners: &mut Listeners) {
         let ops = ops_http::OpsEdge {
             health: self.health.clone(),
             metrics: shared.metrics.clone(),
             membership: Arc::clone(&shared.membership),
             urls: shared.urls.clone(),
         };
-        self.serve(listeners.ops, ops_http::routes(Arc::new(ops)), plain);
+        if let Some(listening) = listeners.ops.take() {
+            self.serve(listening, ops_http::routes(Arc::new(ops)), HttpLimits::default());
+        }
+    }
+
+    fn serve_all(
+        &mut self,
+        config: &Config,
+        shared: &Shared,
+        verify: Option<VerifyService>,
+        collect: Option<Arc<CollectEdge>>,
+        listeners: Listeners,
+    ) {
+        let development = shared.own_auth.clone().zip(collect.clone());
+        let development = development.map(|(auth, collect)| Arc::new(page::Development { auth, collect }));
+        for (push, listening) in self.pushes.clone().into_iter().zip(listeners.push) {
+            let Some(verify) = &verify else { break };
+            let edge = PushEdge { connect: connect_edge(config, shared, verify, Some(push.clone())), push };
+            // Whoever can reach the port could have anybody's token: only where that is this machine alone.
+            let own = config.development && listening.at.ip().is_loopback();
+            let page = page::routes(development.clone().filter(|_| own));
+            let routes = closed(push_http::push_routes(Arc::new(edge)).merge(page));
+            self.serve(listening, routes, push_http_limits());
+        }
+        let plain = HttpLimits::default();
+        if let (Some(listening), Some(edge)) = (listeners.collect, collect) {
+            let routes = collect_http::routes(Arc::clone(&edge));
+            self.serve(listening, collect_grpc::with_grpc(routes, edge), plain);
+        }
+        if let (Some(listening), Some(auth)) = (listeners.auth, &shared.own_auth) {
+            let edge = auth_http::AuthEdge { auth: auth.clone(), admin_key: config.admin_key.clone() };
+            self.serve(listening, auth_http::routes(Arc::new(edge)), plain);
+        }
+        if let (Some(listening), Some(verify)) = (listeners.dispatch, &verify) {
+            let edge = connect_edge(config, shared, verify, None);
+            self.serve(listening, push_http::dispatch_routes(Arc::new(edge)), plain);
+        }
+    }
+
+    fn serve_peers(&mut self, listening: Listening, routes: peer::PeerRoutes) {
+        self.servers.spawn(serve(listening.listener, routes, HttpLimits::default(), self.stop.clone()));
     }
 
     fn serve(&mut self, listening: Listening, routes: Routes, limits: HttpLimits) {
@@ -300,7 +440,7 @@ impl App {
     pub async fn run(mut self, stop: impl Future<Output = ()>) -> Result<Ended> {
         let failed = tokio::select! {
             () = stop => None,
-            _ = self.poisoned.wait_for(|poisoned| *poisoned) => Some(Ok(Ended::Poisoned)),
+            Ok(_) = self.poisoned.wait_for(|poisoned| *poisoned) => Some(Ok(Ended::Poisoned)),
             Some(ended) = self.tasks.join_next() => Some(Err(task_ended(ended))),
             Some(ended) = self.servers.join_next() => Some(Err(task_ended(ended))),
         };
@@ -319,17 +459,33 @@ impl App {
         }
     }
 
-    /// Nobody is outside this process to move to: sessions are closed over a few seconds, then requests are finished.
+    /// Out of the members first, then every session sent away, then requests finished.
     async fn leave(&mut self) {
         self.health.set("draining", false, "this process is leaving");
         let _ = std::fs::remove_file(&self.listen_file);
-        let leaving = self.pushes.iter().map(|push| push.drain(Drain::Close));
+        if let Some((node, incarnation)) = &self.registered
+            && let Err(error) = self.membership.depart(node, *incarnation, Departure::Left).await
+        {
+            tracing::warn!(%error, "the others will find out when the lease ends");
+        }
+        let how = if self.has_others() { Drain::Move(self.drain_window) } else { Drain::Close };
+        let leaving = self.pushes.iter().map(|push| push.drain(how));
         let all = futures_util::future::join_all(leaving);
-        if tokio::time::timeout(self.drain_window, all).await.is_err() {
+        if tokio::time::timeout(self.drain_window + DRAIN_OVERTIME, all).await.is_err() {
             tracing::warn!("the drain window is over; some clients were not told");
         }
         self.stop_serving(HttpLimits::default().shutdown).await;
+        if let Some(collect) = &self.collect {
+            let _ = tokio::time::timeout(LAST_ANSWERS, collect.handed_on()).await;
+        }
         self.tasks.shutdown().await;
+    }
+
+    /// Whether a push node outside this process takes users.
+    fn has_others(&self) -> bool {
+        let view = Arc::clone(&self.membership.views().borrow());
+        let own = |member: &&Member| self.pushes.iter().all(|push| *push.name() != member.info.node);
+        view.members.iter().filter(own).any(|member| member.state == NodeState::Active)
     }
 
     async fn stop_serving(&mut self, within: Duration) {
@@ -373,26 +529,58 @@ impl App {
     }
 }
 
-/// What the configuration may say and this build cannot do yet: refused, rather than quietly done otherwise.
-fn unsupported(config: &Config) -> Vec<String> {
-    let wanted = [
-        (
-            !config.redis_url.is_empty(),
-            "redis.url: this build keeps membership inside one process; leave it empty",
-        ),
-        (!config.mongo_uri.is_empty(), "mongo.uri: this build has the embedded inbox only; leave it empty"),
-        (
-            config.auth_elsewhere,
-            "auth.mode, auth.jwks_url: this build verifies tokens with auth.token_key only",
-        ),
-        (
-            !(config.runs(RoleName::Push)
-                && config.runs(RoleName::Collect)
-                && config.runs(RoleName::Dispatch)),
-            "node.roles: this build runs push, collect and dispatch in one process; name all of them",
-        ),
-    ];
-    wanted.into_iter().filter(|(wanted, _)| *wanted).map(|(_, fault)| fault.to_owned()).collect()
+fn needs_inbox(config: &Config) -> bool {
+    config.runs(RoleName::Push) || config.runs(RoleName::Collect)
+}
+
+fn needs_view(config: &Config) -> bool {
+    needs_inbox(config) || config.runs(RoleName::Dispatch)
+}
+
+/// The auth of this process: where it runs, and where push or dispatch verify with the key themselves.
+fn own_auth(config: &Config, clock: &Clock) -> Result<Option<Auth>> {
+    let wanted = config.runs(RoleName::Auth) || config.verify_by == VerifyBy::Key;
+    if config.auth.token_key.is_empty() {
+        // An auth that issues nothing, for the keys of another issuer.
+        return Ok(None);
+    }
+    let auth = Auth::new(config.auth.clone(), clock.clone()).map_err(|f| anyhow!("auth.token_key: {f}"))?;
+    Ok(wanted.then_some(auth))
+}
+
+fn node_info(config: &Config, shared: &Shared, node: NodeId, push: bool) -> NodeInfo {
+    NodeInfo {
+        node,
+        weight: config.weight,
+        accept_per_s: config.accept_per_s,
+        peer: Arc::clone(&shared.peer),
+        push,
+        dispatch: config.runs(RoleName::Dispatch),
+    }
+}
+
+/// The address of the peer port as others reach it: as configured, as the pod has it, or as the machine reaches Redis.
+fn advertised(config: &Config, at: SocketAddr) -> String {
+    if let Some(configured) = &config.peer_advertise {
+        return configured.clone();
+    }
+    if !at.ip().is_unspecified() {
+        return at.to_string();
+    }
+    let pod = std::env::var("POD_IP").ok().and_then(|ip| ip.parse().ok());
+    let ip = pod.or_else(|| ip_towards(config.redis.as_ref()?)).unwrap_or(at.ip());
+    SocketAddr::new(ip, at.port()).to_string()
+}
+
+/// Nothing is sent: connecting a datagram socket only chooses the address that would send.
+fn ip_towards(redis: &RedisUrl) -> Option<std::net::IpAddr> {
+    let (host, port) = match &redis.servers {
+        RedisServers::One(host, _) => host.clone(),
+        RedisServers::Sentinel(hosts, _) | RedisServers::Cluster(hosts) => hosts.first()?.clone(),
+    };
+    let socket = std::net::UdpSocket::bind(("0.0.0.0", 0)).ok()?;
+    socket.connect((host.as_str(), port)).ok()?;
+    Some(socket.local_addr().ok()?.ip())
 }
 
 fn task_ended(ended: Result<(), tokio::task::JoinError>) -> anyhow::Error {
@@ -406,10 +594,10 @@ fn push_http_limits() -> HttpLimits {
     HttpLimits { send_buffer: Some(SOCKET_SEND_BUFFER), ..HttpLimits::default() }
 }
 
-fn connect_edge(config: &Config, shared: &Shared, push: Option<Push>) -> ConnectEdge {
+fn connect_edge(config: &Config, shared: &Shared, verify: &VerifyService, push: Option<Push>) -> ConnectEdge {
     ConnectEdge {
         connect: Connect::new(
-            shared.verify.clone(),
+            verify.clone(),
             shared.membership.views(),
             shared.urls.clone(),
             shared.ticket_key.clone(),
@@ -420,51 +608,6 @@ fn connect_edge(config: &Config, shared: &Shared, push: Option<Push>) -> Connect
         hint: ReconnectHint { min_ms: 0, max_ms: config.push.reconnect_jitter_ms },
         push,
     }
-}
-
-async fn start_push(
-    config: &Config,
-    shared: &Shared,
-    node: NodeId,
-    metrics: PushMetrics,
-    tasks: &mut JoinSet<()>,
-) -> Result<Push> {
-    let info = NodeInfo {
-        node,
-        weight: config.weight,
-        accept_per_s: config.accept_per_s,
-        peer: "".into(),
-        push: true,
-        dispatch: false,
-    };
-    let push = PushConfig {
-        info,
-        drain_window: config.drain_window,
-        origins: config.origins.clone(),
-        token_in_url: config.token_in_url,
-        limits: config.push,
-    };
-    let parts = PushParts {
-        inbox: Arc::clone(&shared.inbox),
-        verify: shared.verify.clone(),
-        membership: Arc::clone(&shared.membership),
-        fallback: Arc::clone(&shared.fallback),
-        reach: shared.reach.clone(),
-        health: shared.health.clone(),
-        urls: shared.urls.clone(),
-        ticket_key: shared.ticket_key.clone(),
-        clock: shared.clock.clone(),
-        metrics,
-    };
-    Push::start(push, parts, tasks).await.map_err(|error| anyhow!("node.name: {error}"))
-}
-
-fn open_inbox(data: &Path, clock: Clock) -> Result<EmbeddedInbox> {
-    let directory = data.join("inbox");
-    std::fs::create_dir_all(&directory).with_context(|| {
-        format!("data.dir: {} cannot be written; choose another with --data DIR", data.display())
-    })?;
-    EmbeddedInbox::open(&directory, clock).map_err(|error| anyhow!("data.dir: {}: {error}", data.display()))
 }
 
 /// In development every node is reached at its own address.
@@ -498,7 +641,9 @@ struct Listeners {
     collect: Option<Listening>,
     auth: Option<Listening>,
     dispatch: Option<Listening>,
-    ops: Listening,
+    /// Where other processes can come from at all.
+    peer: Option<Listening>,
+    ops: Option<Listening>,
 }
 
 impl Listeners {
@@ -519,16 +664,25 @@ impl Listeners {
             collect: one(RoleName::Collect, "collect.listen", listen.collect)?,
             auth: one(RoleName::Auth, "auth.listen", listen.auth)?,
             dispatch: one(RoleName::Dispatch, "dispatch.listen", listen.dispatch)?,
-            ops: bind_one("ops.listen", listen.ops, &plain)?,
+            peer: (config.redis.is_some()
+                && (config.runs(RoleName::Push) || config.runs(RoleName::Dispatch)))
+            .then(|| bind_one("peer.listen", listen.peer, &plain))
+            .transpose()?,
+            ops: Some(bind_one("ops.listen", listen.ops, &plain)?),
         })
     }
 
     fn bound(&self, many: bool) -> Bound {
         let push = self.names.iter().cloned().zip(self.push.iter().map(|listening| listening.at)).collect();
-        let named = [("collect", &self.collect), ("auth", &self.auth), ("dispatch", &self.dispatch)];
-        let mut others: Vec<(&'static str, SocketAddr)> =
+        let named = [
+            ("collect", &self.collect),
+            ("auth", &self.auth),
+            ("dispatch", &self.dispatch),
+            ("peer", &self.peer),
+            ("ops", &self.ops),
+        ];
+        let others =
             named.into_iter().filter_map(|(name, listening)| Some((name, listening.as_ref()?.at))).collect();
-        others.push(("ops", self.ops.at));
         Bound { push, others, many }
     }
 }

@@ -1,13 +1,16 @@
 //! Auth: a token in, a user out. Tokens are JWTs; the key decides the algorithm, never the token's header.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use futures_util::future::{Ready, ready};
-use jsonwebtoken::jwk::Jwk;
+use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use parking_lot::RwLock;
 use serde_json::{Map, Value};
+use tokio::sync::Notify;
 
 use crate::clock::Clock;
 use crate::message::{Millis, UserId};
@@ -44,6 +47,26 @@ pub enum KeyFault {
     NotAPublicKey,
 }
 
+/// Why a token is not good; the text is for the client, and holds no piece of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TokenFault {
+    /// It is not.
+    #[error("{0}")]
+    Bad(&'static str),
+    /// It was signed with a key that this server has not seen.
+    #[error("the token was signed with a key that is not known here")]
+    UnknownKey,
+    /// The keys could not be fetched yet.
+    #[error("the keys of the issuer could not be fetched yet")]
+    NoKeys,
+}
+
+impl From<&'static str> for TokenFault {
+    fn from(reason: &'static str) -> Self {
+        Self::Bad(reason)
+    }
+}
+
 /// Why no token can be issued here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("this server verifies with a public key and cannot sign; issue tokens where the private key is")]
@@ -56,12 +79,21 @@ pub struct Auth {
 }
 
 struct Inner {
-    key: Key,
-    validation: Validation,
+    keys: Keys,
     config: AuthConfig,
     clock: Clock,
+    unknown_key: Notify,
 }
 
+/// What tokens are verified with.
+enum Keys {
+    /// The configured key.
+    One(Box<Key>),
+    /// Public keys of another issuer, by their `kid`; None until they were fetched.
+    Fetched(RwLock<Option<HashMap<String, Key>>>),
+}
+
+#[derive(Clone)]
 struct Key {
     algorithm: Algorithm,
     verifying: DecodingKey,
@@ -70,6 +102,19 @@ struct Key {
 }
 
 impl Key {
+    /// The key decides the algorithm.
+    fn of_jwk(jwk: &Jwk) -> Option<Self> {
+        let algorithm = match &jwk.algorithm {
+            AlgorithmParameters::RSA(_) => Algorithm::RS256,
+            AlgorithmParameters::EllipticCurve(curve) if curve.curve == EllipticCurve::P256 => {
+                Algorithm::ES256
+            }
+            AlgorithmParameters::OctetKeyPair(_) => Algorithm::EdDSA,
+            _ => return None,
+        };
+        Some(Self { algorithm, verifying: DecodingKey::from_jwk(jwk).ok()?, signing: None })
+    }
+
     fn read(text: &str) -> Result<Self, KeyFault> {
         if !text.trim_start().starts_with("-----BEGIN") {
             return if text.len() < SECRET_MIN_BYTES {
@@ -103,30 +148,83 @@ impl Auth {
     /// # Errors
     /// [`KeyFault`], with the remedy.
     pub fn new(config: AuthConfig, clock: Clock) -> Result<Self, KeyFault> {
-        let key = Key::read(&config.token_key)?;
-        let mut validation = Validation::new(key.algorithm);
-        // Times are checked below, by our clock and without leeway; aud and iss there too, where configured.
-        validation.validate_exp = false;
-        validation.validate_aud = false;
-        validation.required_spec_claims.clear();
-        Ok(Self { inner: Arc::new(Inner { key, validation, config, clock }) })
+        let keys = Keys::One(Box::new(Key::read(&config.token_key)?));
+        Ok(Self { inner: Arc::new(Inner { keys, config, clock, unknown_key: Notify::new() }) })
+    }
+
+    /// Verifies with keys that have yet to be fetched: see [`Auth::take_jwks`].
+    #[must_use]
+    pub fn fetched(config: AuthConfig, clock: Clock) -> Self {
+        let keys = Keys::Fetched(RwLock::new(None));
+        Self { inner: Arc::new(Inner { keys, config, clock, unknown_key: Notify::new() }) }
+    }
+
+    /// Resolves when a token came whose key is not known: the issuer may have a new one.
+    pub async fn unknown_key(&self) {
+        self.inner.unknown_key.notified().await;
+    }
+
+    /// Takes the keys of a JWKS (RFC 7517) for those in use; answers how many it can verify with.
+    ///
+    /// # Errors
+    /// That it is no JWKS, or holds no key that we verify with: then those in use stay.
+    pub fn take_jwks(&self, text: &[u8]) -> Result<usize, &'static str> {
+        let set: JwkSet = serde_json::from_slice(text).map_err(|_| "this is no JWKS")?;
+        let read = |jwk: &Jwk| {
+            let key = Key::of_jwk(jwk)?;
+            Some((jwk.common.key_id.clone().unwrap_or_default(), key))
+        };
+        let keys: HashMap<String, Key> = set.keys.iter().filter_map(read).collect();
+        if keys.is_empty() {
+            return Err("the JWKS holds no key for RS256, ES256 or EdDSA");
+        }
+        let count = keys.len();
+        if let Keys::Fetched(known) = &self.inner.keys {
+            *known.write() = Some(keys);
+        }
+        Ok(count)
+    }
+
+    /// The key for a token. One that names no `kid` is verified by the only key there is.
+    fn key_for(&self, token: &str) -> Result<Key, TokenFault> {
+        match &self.inner.keys {
+            Keys::One(key) => Ok((**key).clone()),
+            Keys::Fetched(known) => {
+                let known = known.read();
+                let keys = known.as_ref().ok_or(TokenFault::NoKeys)?;
+                let header = jsonwebtoken::decode_header(token);
+                let kid = header.map_err(|_| TokenFault::Bad("this is not a token"))?.kid;
+                let found = match &kid {
+                    Some(kid) => keys.get(kid),
+                    None if keys.len() == 1 => keys.values().next(),
+                    None => None,
+                };
+                found.cloned().ok_or(TokenFault::UnknownKey)
+            }
+        }
     }
 
     /// Verifies a token.
     ///
     /// # Errors
     /// What is wrong with it, for the client: never a piece of it.
-    pub fn verify(&self, token: &str) -> Result<Identity, &'static str> {
+    pub fn verify(&self, token: &str) -> Result<Identity, TokenFault> {
         use jsonwebtoken::errors::ErrorKind;
-        let inner = &self.inner;
-        let data = jsonwebtoken::decode::<Map<String, Value>>(token, &inner.key.verifying, &inner.validation)
-            .map_err(|error| match error.kind() {
+        let key = self.key_for(token)?;
+        let mut validation = Validation::new(key.algorithm);
+        // Times are checked below, by our clock and without leeway; aud and iss there too, where configured.
+        validation.validate_exp = false;
+        validation.validate_aud = false;
+        validation.required_spec_claims.clear();
+        let data = jsonwebtoken::decode::<Map<String, Value>>(token, &key.verifying, &validation).map_err(
+            |error| match error.kind() {
                 ErrorKind::InvalidSignature => "the token's signature is wrong",
                 ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
                     "the token's algorithm is not the one of the configured key"
                 }
                 _ => "this is not a token",
-            })?;
+            },
+        )?;
         let claims = data.claims;
         self.check(&claims)?;
         let user = claims.get("sub").and_then(Value::as_str).and_then(|sub| UserId::parse(sub).ok());
@@ -162,7 +260,8 @@ impl Auth {
     /// # Errors
     /// [`CannotSign`] where only a public key is configured.
     pub fn issue(&self, user: &UserId, ttl_s: u64) -> Result<(String, Millis), CannotSign> {
-        let signing = self.inner.key.signing.as_ref().ok_or(CannotSign)?;
+        let Keys::One(key) = &self.inner.keys else { return Err(CannotSign) };
+        let signing = key.signing.as_ref().ok_or(CannotSign)?;
         let now = self.inner.clock.now();
         let exp = now.seconds() + ttl_s;
         let mut claims = serde_json::json!({"sub": user.as_str(), "iat": now.seconds(), "exp": exp});
@@ -180,12 +279,17 @@ impl Auth {
     /// The public keys that tokens are verified with (RFC 7517): none where the key is a shared secret.
     #[must_use]
     pub fn jwks(&self) -> Value {
-        let key = &self.inner.key;
-        let public = match key.signing {
+        let public = |key: &Key| match key.signing {
             Some(_) => None,
             None => Jwk::from_decoding_key(&key.verifying, Some(key.algorithm)).ok(),
         };
-        serde_json::json!({ "keys": public.into_iter().collect::<Vec<_>>() })
+        let keys: Vec<Jwk> = match &self.inner.keys {
+            Keys::One(key) => public(key).into_iter().collect(),
+            Keys::Fetched(known) => {
+                known.read().iter().flatten().filter_map(|(_, key)| public(key)).collect()
+            }
+        };
+        serde_json::json!({ "keys": keys })
     }
 }
 
@@ -220,7 +324,14 @@ impl tower::Service<VerifyRequest> for Auth {
 
     /// Some microseconds of arithmetic: done at once.
     fn call(&mut self, request: VerifyRequest) -> Self::Future {
-        ready(self.verify(&request.token).map_err(|reason| PeerFault::Unauthorized(reason.to_owned())))
+        ready(self.verify(&request.token).map_err(|fault| match fault {
+            TokenFault::NoKeys => PeerFault::Unavailable(fault.to_string()),
+            TokenFault::UnknownKey => {
+                self.inner.unknown_key.notify_one();
+                PeerFault::Unauthorized(fault.to_string())
+            }
+            TokenFault::Bad(reason) => PeerFault::Unauthorized(reason.to_owned()),
+        }))
     }
 }
 

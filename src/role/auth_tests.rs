@@ -41,7 +41,7 @@ fn an_issued_token_is_good_until_its_very_end() {
     clock.advance(59_999);
     assert!(auth.verify(&token).is_ok());
     clock.advance(1);
-    assert_eq!(auth.verify(&token), Err("the token has expired"));
+    assert_eq!(auth.verify(&token), Err(TokenFault::Bad("the token has expired")));
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn tokens_that_are_not_good_are_refused() {
     }
     let other =
         signed(&good(), Algorithm::HS256, &EncodingKey::from_secret(b"another secret of 32 bytes, this"));
-    assert_eq!(auth.verify(&other), Err("the token's signature is wrong"));
+    assert_eq!(auth.verify(&other), Err(TokenFault::Bad("the token's signature is wrong")));
     let wrong_size = signed(&good(), Algorithm::HS512, &EncodingKey::from_secret(SECRET.as_bytes()));
     assert!(auth.verify(&wrong_size).is_err());
     for (name, value) in [
@@ -98,7 +98,7 @@ fn tokens_that_are_not_good_are_refused() {
     }
     let mut endless = good();
     endless.as_object_mut().unwrap().remove("exp");
-    assert_eq!(auth.verify(&hs256(&endless)), Err("the token has no exp"));
+    assert_eq!(auth.verify(&hs256(&endless)), Err(TokenFault::Bad("the token has no exp")));
 }
 
 #[test]
@@ -134,4 +134,23 @@ fn keys_that_cannot_serve_are_named() {
     );
     let public = auth(include_str!("../../tests/keys/ed-public.pem"));
     assert_eq!(public.issue(&UserId::parse("alice").unwrap(), 60), Err(CannotSign));
+}
+
+#[test]
+fn fetched_keys_verify_by_kid_and_the_key_decides_the_algorithm() {
+    let fetched = Auth::fetched(AuthConfig::default(), Clock::standing(NOW));
+    let private = EncodingKey::from_ec_pem(include_bytes!("../../tests/keys/ec-private.pem")).unwrap();
+    let token = signed(&good(), Algorithm::ES256, &private);
+    assert_eq!(fetched.verify(&token), Err(TokenFault::NoKeys));
+    assert!(fetched.take_jwks(b"{}").is_err());
+    assert!(fetched.take_jwks(br#"{"keys":[]}"#).is_err());
+    let issuer = auth(include_str!("../../tests/keys/ec-public.pem"));
+    assert_eq!(fetched.take_jwks(issuer.jwks().to_string().as_bytes()), Ok(1));
+    assert!(fetched.verify(&token).is_ok(), "one key, and a token that names none");
+    let header = Header { kid: Some("other".to_owned()), ..Header::new(Algorithm::ES256) };
+    let named = jsonwebtoken::encode(&header, &good(), &private).unwrap();
+    assert_eq!(fetched.verify(&named), Err(TokenFault::UnknownKey));
+    let confused =
+        signed(&good(), Algorithm::HS256, &EncodingKey::from_secret(b"anything at all, but long enough"));
+    assert!(fetched.verify(&confused).is_err());
 }

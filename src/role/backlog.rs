@@ -24,6 +24,8 @@ struct Queue {
     waiting: VecDeque<Live>,
     /// Something was dropped: whoever gets the next batch must be told.
     missed: bool,
+    /// What was taken last is on its way.
+    busy: bool,
 }
 
 impl Backlog {
@@ -55,6 +57,17 @@ impl Backlog {
         }
     }
 
+    /// What was taken last has arrived, or was given up.
+    pub(super) fn rest(&self) {
+        self.queue.lock().busy = false;
+    }
+
+    /// Whether nothing waits and nothing is on its way.
+    pub(super) fn is_idle(&self) -> bool {
+        let queue = self.queue.lock();
+        queue.waiting.is_empty() && !queue.busy
+    }
+
     fn try_take(&self) -> Option<(Vec<Live>, bool)> {
         let mut queue = self.queue.lock();
         if queue.waiting.is_empty() && !queue.missed {
@@ -65,6 +78,7 @@ impl Backlog {
         if queue.waiting.is_empty() {
             queue.waiting.shrink_to(BATCH);
         }
+        queue.busy = true;
         Some((batch, std::mem::take(&mut queue.missed)))
     }
 }

@@ -221,6 +221,13 @@ impl Collect {
         Ok(UserReport { owner, profile, sessions })
     }
 
+    /// Resolves when everything stored so far was handed to dispatch, or given up.
+    pub async fn handed_on(&self) {
+        while !self.inner.handing_on.is_idle() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     /// Closes all sockets of a user, and refuses every token issued until now from now on.
     ///
     /// Tokens count whole seconds, so the moment is the beginning of the next one; this answers only then, and a token
@@ -344,6 +351,7 @@ fn answer(inner: &Inner, written: Written) {
 /// for as soon as there is a dispatch again.
 async fn hand_on(inner: Arc<Inner>) {
     loop {
+        inner.handing_on.rest();
         let (batch, missed) = inner.handing_on.take().await;
         let count = batch.len();
         let stamp = inner.views.borrow().stamp();

@@ -9,6 +9,7 @@ pub mod connect;
 pub mod dispatch;
 pub mod push;
 pub mod reach;
+pub mod verify;
 
 use tower::util::BoxCloneSyncService;
 

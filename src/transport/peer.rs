@@ -245,12 +245,15 @@ impl RemoteDispatch {
     }
 }
 
+/// The routes of a process's peer port.
+pub type PeerRoutes = Routes;
+
 /// What a process offers to its peers: all calls of the roles that run there.
 pub fn routes(
     dispatch: Option<Service<DispatchRequest, DispatchResponse>>,
     push: Option<FindPush>,
     verify: Verify,
-) -> Routes {
+) -> PeerRoutes {
     let check = move |request: Request<()>| {
         let proof = request.metadata().get(PROOF).and_then(|proof| proof.to_str().ok()).unwrap_or_default();
         if verify(proof) {

@@ -1,0 +1,170 @@
+//! The adapters that a configuration names: waited for where waiting helps, refused with the key where it does not.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tower::util::BoxCloneSyncService;
+
+use crate::clock::Clock;
+use crate::config::{Config, Faults, VerifyBy};
+use crate::fallback::Fallback;
+use crate::fallback::local::LocalFallback;
+use crate::fallback::redis::RedisFallback;
+use crate::inbox::embedded::EmbeddedInbox;
+use crate::inbox::mongo::{MongoInbox, MongoTimes, OpenFault};
+use crate::inbox::{Inbox, Upkeep};
+use crate::membership::Membership;
+use crate::membership::keeper::Times;
+use crate::membership::local::LocalMembership;
+use crate::membership::redis::RedisMembership;
+use crate::role::VerifyService;
+use crate::role::auth::Auth;
+use crate::role::verify::RemoteAuth;
+use crate::telemetry::{Gauge, Health, Metrics};
+use crate::transport::http::HttpClient;
+use crate::transport::redis::RedisLink;
+
+/// Between two tries to reach a store at start.
+const RETRY: Duration = Duration::from_secs(1);
+/// How long auth may take to answer.
+const VERIFY_DEADLINE: Duration = Duration::from_secs(2);
+/// Between two looks at what the last beat showed.
+const SKEW_EVERY: Duration = Duration::from_secs(2);
+/// Between two looks at the keys of another issuer, and the least between two that a token asked for.
+const JWKS_EVERY: Duration = Duration::from_secs(300);
+const JWKS_REST: Duration = Duration::from_secs(10);
+
+fn refused(why: impl Into<String>) -> anyhow::Error {
+    Faults(vec![why.into()]).into()
+}
+
+/// Membership and fallback entries: in Redis, or in this process.
+pub(super) async fn registry(
+    config: &Config,
+    clock: &Clock,
+    metrics: &Metrics,
+    tasks: &mut JoinSet<()>,
+) -> Result<(Arc<dyn Membership>, Arc<dyn Fallback>)> {
+    let Some(url) = &config.redis else {
+        return Ok((Arc::new(LocalMembership::new(clock.clone())), Arc::new(LocalFallback::default())));
+    };
+    let times = Times::default();
+    let link = || RedisLink::new(url).map_err(|fault| refused(format!("redis.url: {fault}")));
+    let membership = RedisMembership::start(link()?, &config.redis_prefix, times, clock.clone());
+    membership.check().await.map_err(|fault| {
+        refused(format!("redis.url: {fault}; check the user, the password and their rights"))
+    })?;
+    let skew = Gauge::default();
+    let shown = skew.clone();
+    metrics.register(|r| r.register("clock_skew_ms", "How far this clock is ahead of that of Redis", shown));
+    tasks.spawn(show_skew(membership.clone(), skew));
+    // Connections of their own: a long list of displaced users must not hold up a heartbeat.
+    let fallback = RedisFallback::start(link()?, &config.redis_prefix, times.lease, times.poll);
+    Ok((Arc::new(membership), Arc::new(fallback)))
+}
+
+async fn show_skew(membership: RedisMembership, skew: Gauge) {
+    loop {
+        skew.set(membership.skew_ms());
+        tokio::time::sleep(SKEW_EVERY).await;
+    }
+}
+
+/// The inbox: both its ports, and whether it has failed for good.
+pub(super) struct Opened {
+    pub(super) inbox: Arc<dyn Inbox>,
+    pub(super) upkeep: Arc<dyn Upkeep>,
+    pub(super) poisoned: watch::Receiver<bool>,
+}
+
+pub(super) async fn inbox(config: &Config, clock: &Clock) -> Result<Opened> {
+    if config.mongo_uri.is_empty() {
+        let inbox = embedded(&config.data_dir, clock.clone())?;
+        let poisoned = inbox.poisoned();
+        return Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned });
+    }
+    let times = MongoTimes { head_trust: config.head_trust };
+    let fault = |fault: OpenFault| refused(fault.to_string());
+    let (uri, database) = (&config.mongo_uri, &config.mongo_database);
+    let inbox = MongoInbox::new(uri, database, times, clock.clone()).await.map_err(fault)?;
+    let mut told = false;
+    loop {
+        match inbox.prepare().await {
+            Ok(()) => break,
+            Err(OpenFault::Unreachable(why)) => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(why, "MongoDB cannot be reached yet; check mongo.uri");
+                }
+                tokio::time::sleep(RETRY).await;
+            }
+            Err(other) => return Err(fault(other)),
+        }
+    }
+    let (_, poisoned) = watch::channel(false);
+    Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned })
+}
+
+fn embedded(data: &Path, clock: Clock) -> Result<EmbeddedInbox> {
+    let directory = data.join("inbox");
+    std::fs::create_dir_all(&directory).with_context(|| {
+        format!("data.dir: {} cannot be written; choose another with --data DIR", data.display())
+    })?;
+    EmbeddedInbox::open(&directory, clock).map_err(|error| anyhow!("data.dir: {}: {error}", data.display()))
+}
+
+/// How push and connect verify tokens; `own` is this process's auth, where it has a key.
+pub(super) fn verify(
+    config: &Config,
+    own: Option<&Auth>,
+    clock: &Clock,
+    health: &Health,
+    tasks: &mut JoinSet<()>,
+) -> Result<VerifyService> {
+    match (&config.verify_by, own) {
+        (VerifyBy::Key, Some(auth)) => Ok(BoxCloneSyncService::new(auth.clone())),
+        (VerifyBy::Key, None) => Err(refused("auth.token_key: is required to verify tokens here")),
+        (VerifyBy::Jwks(url), _) => {
+            let auth = Auth::fetched(config.auth.clone(), clock.clone());
+            tasks.spawn(fetch_keys(auth.clone(), url.clone(), health.clone()));
+            Ok(BoxCloneSyncService::new(auth))
+        }
+        (VerifyBy::Asking(url), _) => {
+            let (client, url) = (HttpClient::default(), format!("{url}/v1/verify"));
+            let ask = tower::service_fn(move |body: Bytes| {
+                let (client, url) = (client.clone(), url.clone());
+                async move { client.send("POST", &url, None, body, VERIFY_DEADLINE).await }
+            });
+            Ok(BoxCloneSyncService::new(RemoteAuth::new(BoxCloneSyncService::new(ask), clock.clone())))
+        }
+    }
+}
+
+/// Fetches an issuer's keys again and again, and sooner when a token names one that is not known.
+async fn fetch_keys(auth: Auth, url: String, health: Health) {
+    let client = HttpClient::default();
+    loop {
+        let answer = client.send("GET", &url, None, Bytes::new(), VERIFY_DEADLINE).await;
+        let taken = match answer {
+            Ok((200, body)) => auth.take_jwks(&body).map_err(str::to_owned),
+            Ok((status, _)) => Err(format!("answered {status}")),
+            Err(why) => Err(why),
+        };
+        let failed = taken.is_err();
+        match taken {
+            Ok(count) => health.note("jwks", true, format!("{count} keys")),
+            Err(why) => {
+                tracing::warn!(why, "the keys of the issuer cannot be fetched; check auth.jwks_url");
+                health.note("jwks", false, why);
+            }
+        }
+        tokio::time::sleep(if failed { RETRY } else { JWKS_REST }).await;
+        if !failed {
+            let _ = tokio::time::timeout(JWKS_EVERY, auth.unknown_key()).await;
+        }
+    }
+}
