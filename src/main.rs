@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use ringpush::app::audit::{AuditPlan, audit};
 use ringpush::app::commands::{self, Addressed};
 use ringpush::app::{App, Ended, PUSH_NODES_MAX};
 use ringpush::config::{Config, Faults, Sources};
@@ -97,11 +98,46 @@ enum Command {
         #[arg(long, value_name = "URL")]
         target: Option<String>,
     },
+    /// Publish to many users, hold their sockets, and account for every message: exits 1 if one is lost.
+    #[command(after_help = "Example:
+  ringpush audit --target https://push.example.com --publish http://collect:8081 --users 2000 --rate 500 --for 60s")]
+    Audit(AuditOptions),
     /// Work with configurations.
     Config {
         #[command(subcommand)]
         command: ConfigCommand,
     },
+}
+
+#[derive(Args)]
+struct AuditOptions {
+    /// The load balancer's URL, or a push node's [default: the server of the data directory].
+    #[arg(long, value_name = "URL")]
+    target: Option<String>,
+    /// Collect's URL, once or several times [default: the server of the data directory].
+    #[arg(long, value_name = "URL", value_delimiter = ',')]
+    publish: Vec<String>,
+    /// Users, each with one socket.
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=20_000))]
+    users: u32,
+    /// Messages per second, to users at random.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    rate: u32,
+    /// How long it publishes, such as 60s or 5m.
+    #[arg(long = "for", default_value = "60s", value_name = "TIME")]
+    time: String,
+    /// How long what was accepted may take to arrive after the last publish: longer than a sweep.
+    #[arg(long, default_value = "50s", value_name = "TIME")]
+    settle: String,
+    /// Fail when a message takes longer than this.
+    #[arg(long, value_name = "TIME")]
+    max_delay: Option<String>,
+    /// Of the random choice of users [default: any].
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Print one line of JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args, Default)]
@@ -181,12 +217,37 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Ring { user, target }) => {
             commands::ring(load(&common, &[])?, at(target), user.as_deref()).await
         }
+        Some(Command::Audit(options)) => run_audit(load(&common, &[])?, options).await,
         Some(Command::Config { command: ConfigCommand::Check { file } }) => {
             let config = load(&Common { config: file.or(common.config), data: common.data }, &[])?;
             print!("{}", config.to_toml());
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<ExitCode> {
+    let time = |name: &str, text: &str| {
+        let rule = || Faults(vec![format!("{name}: {text:?} must be a time such as 90s, 15m or 1h")]);
+        commands::seconds(text).filter(|s| *s > 0).map(std::time::Duration::from_secs).ok_or_else(rule)
+    };
+    let plan = AuditPlan {
+        target: Addressed { target: options.target }.url(&config, "push")?,
+        publish: if options.publish.is_empty() {
+            vec![Addressed { target: None }.url(&config, "collect")?]
+        } else {
+            let checked = options.publish.into_iter().map(|url| Addressed { target: Some(url) }.url(&config, "collect"));
+            checked.collect::<anyhow::Result<_>>()?
+        },
+        users: options.users as usize,
+        rate: f64::from(options.rate),
+        time: time("--for", &options.time)?,
+        settle: time("--settle", &options.settle)?,
+        max_delay: options.max_delay.as_deref().map(|text| time("--max-delay", text)).transpose()?,
+        seed: options.seed.unwrap_or_else(rand::random),
+        json: options.json,
+    };
+    audit(config, plan).await
 }
 
 /// The configuration from all its sources.

@@ -43,7 +43,11 @@ pub struct Addressed {
 }
 
 impl Addressed {
-    fn url(&self, config: &Config, role: &str) -> Result<String> {
+    /// The URL of a role's listener there.
+    ///
+    /// # Errors
+    /// That it is no URL, or that no server runs on the data directory.
+    pub fn url(&self, config: &Config, role: &str) -> Result<String> {
         if let Some(target) = &self.target {
             if !target.starts_with("http://") && !target.starts_with("https://") {
                 let rule = format!("--target: {target:?} must begin with http:// or https://");
@@ -98,14 +102,15 @@ pub fn token(mut config: Config, user: &str, ttl: &str) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn signer(config: &mut Config) -> Result<Auth> {
+pub(super) fn signer(config: &mut Config) -> Result<Auth> {
     Keys::of(config)?;
     Auth::new(config.auth.clone(), Clock::system())
         .map_err(|fault| Faults(vec![format!("auth.token_key: {fault}")]).into())
 }
 
 /// A number and one of s, m, h, d.
-fn seconds(text: &str) -> Option<u64> {
+#[must_use]
+pub fn seconds(text: &str) -> Option<u64> {
     let unit = text.chars().last()?;
     let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
     let factor = match unit {

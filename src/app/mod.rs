@@ -1,5 +1,6 @@
 //! Assembly: the only place where adapters meet roles. `main` and the tests start a node the same way.
 
+pub mod audit;
 mod auth_http;
 mod collect_grpc;
 mod collect_http;
