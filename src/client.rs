@@ -362,6 +362,8 @@ impl Actor {
             }
             ReceivedFrame::Other(ServerFrame::Welcome { node, since, reconnect, .. }) => {
                 self.hint = reconnect;
+                // Where this client began holds for all its sockets: `latest` would mean another moment on each.
+                self.last.get_or_insert(since);
                 Event::Welcome { node, since }
             }
             ReceivedFrame::Other(ServerFrame::Move { url, node, after_ms, reason, .. }) => {

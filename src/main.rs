@@ -236,7 +236,10 @@ async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<Exit
         publish: if options.publish.is_empty() {
             vec![Addressed { target: None }.url(&config, "collect")?]
         } else {
-            let checked = options.publish.into_iter().map(|url| Addressed { target: Some(url) }.url(&config, "collect"));
+            let checked = options
+                .publish
+                .into_iter()
+                .map(|url| Addressed { target: Some(url) }.url(&config, "collect"));
             checked.collect::<anyhow::Result<_>>()?
         },
         users: options.users as usize,

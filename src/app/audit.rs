@@ -230,7 +230,11 @@ impl Bench {
                 return Ok(());
             }
             if began.elapsed() > CONNECT_DEADLINE {
-                return Err(anyhow!("only {ready} of {} users could connect to {}", self.users.len(), self.plan.target));
+                return Err(anyhow!(
+                    "only {ready} of {} users could connect to {}",
+                    self.users.len(),
+                    self.plan.target
+                ));
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -239,7 +243,8 @@ impl Bench {
     /// One message under one id, again and again until it is accepted; another collect is asked where one fails.
     async fn publish(&self, k: u64, user: usize, due: Instant) {
         let id = format!("audit-{}-{k}", self.run);
-        let body = json!({"to": {"user": self.users[user].as_str()}, "payload": {"k": k}, "id": id, "ttl_s": 3600});
+        let body =
+            json!({"to": {"user": self.users[user].as_str()}, "payload": {"k": k}, "id": id, "ttl_s": 3600});
         let body = Bytes::from(body.to_string());
         let began = Instant::now();
         let mut tried = k as usize;
@@ -289,7 +294,8 @@ impl Bench {
         let mut verdict = Verdict::default();
         let mut arrivals: HashMap<&str, u64> = HashMap::new();
         for user in &users {
-            verdict.out_of_order += user.received.windows(2).filter(|pair| pair[1].seq <= pair[0].seq).count() as u64;
+            verdict.out_of_order +=
+                user.received.windows(2).filter(|pair| pair[1].seq <= pair[0].seq).count() as u64;
             for one in &user.received {
                 *arrivals.entry(&one.id).or_default() += 1;
                 let Some(accepted) = accepted.get(&one.id) else { continue };
@@ -336,7 +342,8 @@ impl Bench {
         let mut ids = HashSet::new();
         let mut after = 0;
         loop {
-            let path = format!("/v1/users/{}/messages?after={after}&limit=1000", escape(self.users[user].as_str()));
+            let path =
+                format!("/v1/users/{}/messages?after={after}&limit=1000", escape(self.users[user].as_str()));
             let page = self.get(&path).await?;
             for message in page["messages"].as_array().into_iter().flatten() {
                 ids.extend(message["id"].as_str().map(str::to_owned));
@@ -404,7 +411,8 @@ impl Bench {
 /// The users whose owner is another one now, by the arithmetic of the ring.
 fn changed_owners(users: &[UserId], before: &Value, after: &Value) -> HashSet<usize> {
     let (before, after) = (ring_of(before), ring_of(after));
-    let changed = |(_, user): &(usize, &UserId)| before.owner_of(user.as_str()) != after.owner_of(user.as_str());
+    let changed =
+        |(_, user): &(usize, &UserId)| before.owner_of(user.as_str()) != after.owner_of(user.as_str());
     users.iter().enumerate().filter(changed).map(|(n, _)| n).collect()
 }
 

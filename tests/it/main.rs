@@ -12,5 +12,6 @@ mod publishing;
 mod registry;
 mod replica_set;
 mod rooms;
+mod scenarios;
 mod sockets;
 mod tokens;

@@ -1,5 +1,6 @@
 //! Starts servers, and speaks to them as strangers would.
 
+pub mod cluster;
 pub mod foreign;
 pub mod http;
 pub mod socket;
