@@ -28,6 +28,8 @@ const EVENTS: usize = 256;
 const OPEN_DEADLINE: Duration = Duration::from_secs(10);
 /// How often a move is tried before its next one is waited for.
 const MOVE_TRIES: u32 = 3;
+/// How much later than announced a ping may come.
+const PING_GRACE: Duration = Duration::from_secs(5);
 /// Where no server has said otherwise yet.
 const FIRST_HINT: ReconnectHint = ReconnectHint { min_ms: 0, max_ms: 2_000 };
 /// Longest wait between two tries of a server that cannot be reached.
@@ -256,6 +258,7 @@ impl Actor {
             tokio::select! {
                 heard = socket.hear() => match self.take(heard).await {
                     Ok(Taken::Move(order)) if next.is_none() => moving = Some(self.begin_move(&order)),
+                    Ok(Taken::Welcome(ping_every)) => socket.expect_life_within(silence(ping_every)),
                     Ok(_) => {}
                     // The old socket ended while the new one is there: go on with that.
                     Err(Ending::Lost(_)) if next.is_some() => {
@@ -270,6 +273,11 @@ impl Actor {
                         if let Some(new) = next.take() {
                             std::mem::replace(&mut socket, new).close().await;
                             self.repeat_ack(&mut socket).await;
+                        }
+                    }
+                    Ok(Taken::Welcome(ping_every)) => {
+                        if let Some(new) = &mut next {
+                            new.expect_life_within(silence(ping_every));
                         }
                     }
                     Ok(_) => {}
@@ -360,11 +368,12 @@ impl Actor {
                 self.tell(Event::CaughtUp(seq)).await?;
                 return Ok(Taken::CaughtUp);
             }
-            ReceivedFrame::Other(ServerFrame::Welcome { node, since, reconnect, .. }) => {
+            ReceivedFrame::Other(ServerFrame::Welcome { node, since, reconnect, ping_every_ms, .. }) => {
                 self.hint = reconnect;
                 // Where this client began holds for all its sockets: `latest` would mean another moment on each.
                 self.last.get_or_insert(since);
-                Event::Welcome { node, since }
+                self.tell(Event::Welcome { node, since }).await?;
+                return Ok(Taken::Welcome(Duration::from_millis(ping_every_ms)));
             }
             ReceivedFrame::Other(ServerFrame::Move { url, node, after_ms, reason, .. }) => {
                 self.tell(Event::Moving { node, reason }).await?;
@@ -390,8 +399,15 @@ impl Actor {
 /// What a frame asks of the one who serves.
 enum Taken {
     Nothing,
+    /// The server will ping this often.
+    Welcome(Duration),
     CaughtUp,
     Move(MoveOrder),
+}
+
+/// Two pings may be lost on the way; a third that does not come means that the network has gone without a word.
+fn silence(ping_every: Duration) -> Duration {
+    ping_every * 2 + PING_GRACE
 }
 
 struct MoveOrder {

@@ -39,6 +39,9 @@ pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<()> {
     started.map_err(|error| anyhow::anyhow!("logging was started before: {error}"))
 }
 
+/// The target of the log lines that follow one user's messages through all processes: `RUST_LOG=ringpush::way=debug`.
+pub const WAY: &str = "ringpush::way";
+
 /// All metrics of the process, their names beginning `ringpush_`.
 #[derive(Clone)]
 pub struct Metrics {

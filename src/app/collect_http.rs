@@ -217,6 +217,8 @@ pub(super) fn cluster_report(membership: &dyn Membership, urls: &PublicUrls) -> 
                 "share": shares.get(node.as_str()).copied().unwrap_or(0.0),
                 "sessions": held.sessions,
                 "displaced": held.displaced,
+                "delivered": held.delivered,
+                "moves": held.moves,
                 "url": urls.of(node),
             })
         })

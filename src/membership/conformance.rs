@@ -83,7 +83,7 @@ async fn the_last_to_register_has_the_name(bench: &Bench) {
 
 async fn counts_never_raise_the_epoch(bench: &Bench) {
     let epoch = bench.others.views().borrow().epoch;
-    let counts = Counts { sessions: 7, displaced: 1 };
+    let counts = Counts { sessions: 7, displaced: 1, delivered: 12, moves: 3 };
     let node = info("push-1").node;
     bench.own.counts(Some((node.clone(), counts)));
     let seen = async {

@@ -154,8 +154,12 @@ pub struct Member {
 pub struct Counts {
     /// Sessions.
     pub sessions: u64,
-    /// Those of them whose user another node owns.
+    /// Users whose sessions are here though another node owns them: the moves under way.
     pub displaced: u64,
+    /// Messages handed to sockets since the process began.
+    pub delivered: u64,
+    /// Moves told since the process began.
+    pub moves: u64,
 }
 
 /// Everything that is decided by membership, as one immutable value.

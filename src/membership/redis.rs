@@ -244,9 +244,9 @@ impl Inner {
                 tracing::debug!(%node, "what this node says of itself cannot be read");
                 continue;
             };
-            let (sessions, displaced) = held.text().split_once(' ').unwrap_or_default();
-            let held =
-                Counts { sessions: sessions.parse().unwrap_or(0), displaced: displaced.parse().unwrap_or(0) };
+            let mut numbers = held.text().split(' ').map(|number| number.parse().unwrap_or(0));
+            let mut next = || numbers.next().unwrap_or(0);
+            let held = Counts { sessions: next(), displaced: next(), delivered: next(), moves: next() };
             counts.insert(node.clone(), held);
             nodes.push(member(node, incarnation.int(), stored));
         }
@@ -337,11 +337,13 @@ async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
                 return;
             }
             Ok(beaten) => {
+                // The beat that registered it again may have been one whose answer was lost.
+                let was_lost = !beaten.was_member || renewed.elapsed() > inner.times.lease;
                 renewed = sent;
-                times += u64::from(!beaten.was_member);
+                times += u64::from(was_lost);
                 let now = Standing::Member(times);
                 own.standing.send_if_modified(|known| std::mem::replace(known, now) != now);
-                if !beaten.was_member {
+                if was_lost {
                     tracing::info!(node = %own.info.node, "registered again");
                 }
             }

@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 
 use crate::clock::Clock;
 use crate::message::{Millis, UserId};
+use crate::telemetry::WAY;
 use crate::wire::peer::{Identity, PeerFault, VerifyRequest};
 
 /// Shortest HS256 secret, in bytes: as long as the digest (RFC 7518 section 3.2).
@@ -228,8 +229,10 @@ impl Auth {
         let claims = data.claims;
         self.check(&claims)?;
         let user = claims.get("sub").and_then(Value::as_str).and_then(|sub| UserId::parse(sub).ok());
+        let user = user.ok_or("the token's sub is not a user id")?;
+        tracing::debug!(target: WAY, step = 2, %user, "token verified");
         Ok(Identity {
-            user: user.ok_or("the token's sub is not a user id")?,
+            user,
             issued_at_s: seconds(&claims, "iat")?.unwrap_or(0),
             expires_at_s: seconds(&claims, "exp")?.ok_or("the token has no exp")?,
             claims: Bytes::from(serde_json::to_vec(&claims).unwrap_or_default()),

@@ -21,7 +21,7 @@ use crate::clock::Clock;
 use crate::inbox::{Append, Appended, Change, Inbox, InboxError, PageLimit, Profile, Upkeep};
 use crate::membership::View;
 use crate::message::{Message, MessageId, NodeId, Recipients, Seq, UserId};
-use crate::telemetry::Metrics;
+use crate::telemetry::{Metrics, WAY};
 use crate::wire::http::{Publish, Published, Refusal, Stored};
 use crate::wire::peer::{DispatchRequest, DispatchResponse, Live, Presence, Revocation};
 
@@ -329,6 +329,7 @@ fn answer(inner: &Inner, written: Written) {
         let outcome = match outcome {
             Ok(Appended::Stored(message)) => {
                 let seq = message.seq;
+                tracing::debug!(target: WAY, step = 5, %user, id = %message.id, %seq, "stored, and on the way to dispatch");
                 live.push(Live { user, message });
                 Ok(Stored { seq, duplicate: false })
             }

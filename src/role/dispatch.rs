@@ -23,7 +23,7 @@ use crate::fallback::Fallback;
 use crate::membership::{Membership, View};
 use crate::message::{NodeId, UserId};
 use crate::ring;
-use crate::telemetry::Metrics;
+use crate::telemetry::{Metrics, WAY};
 use crate::wire::peer::{
     DispatchRequest, DispatchResponse, Live, PeerFault, Presence, PushRequest, PushResponse, Revocation,
     Stamp,
@@ -37,8 +37,9 @@ pub const RECENT_VIEWS: usize = 8;
 pub const CALL_DEADLINE: Duration = Duration::from_secs(5);
 /// Rest after a call that failed, so that a dead node costs nothing.
 const FAILURE_REST: Duration = Duration::from_millis(100);
-/// How long a batch waits for the newer view that somebody has: two polls, and then it is routed by what there is.
-const NEWER_VIEW_WAIT: Duration = Duration::from_secs(2);
+/// How long a batch waits for the newer view that somebody has: a router that is cut off from the registry for a moment does
+/// not know the new owner before. It was sent to the owners that are known all the same.
+const NEWER_VIEW_WAIT: Duration = Duration::from_secs(15);
 /// Between two tries to tell a node that it is gone.
 const GONE_RETRY: Duration = Duration::from_secs(2);
 
@@ -201,6 +202,7 @@ impl Dispatch {
                 let mut targets = 0;
                 recent.owners(ring::key(live.user.as_str()), |node| {
                     targets += 1;
+                    tracing::debug!(target: WAY, step = 6, user = %live.user, id = %live.message.id, seq = %live.message.seq, %node, "routed");
                     match by_node.get_mut(node) {
                         Some(lot) => lot.push(live.clone()),
                         None => drop(by_node.insert(node.clone(), vec![live.clone()])),

@@ -19,6 +19,7 @@ use hyper_util::rt::TokioIo;
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -192,6 +193,9 @@ fn fault(error: &Error) -> SocketFault {
 /// The client's side of a socket.
 pub struct ClientSocket {
     inner: WebSocketStream<MaybeTlsStream<TcpStream>>,
+    /// When something was heard last, and for how long nothing may be.
+    heard: Instant,
+    silence: Option<Duration>,
 }
 
 /// What a client hears.
@@ -233,7 +237,7 @@ pub async fn open(url: &str, bearer: Option<&str>, deadline: Duration) -> Result
     let config = WebSocketConfig::default().read_buffer_size(16 * 1024).write_buffer_size(0);
     let opening = tokio_tungstenite::connect_async_with_config(request, Some(config), true);
     match tokio::time::timeout(deadline, opening).await {
-        Ok(Ok((inner, _))) => Ok(ClientSocket { inner }),
+        Ok(Ok((inner, _))) => Ok(ClientSocket { inner, heard: Instant::now(), silence: None }),
         Ok(Err(Error::Http(response))) => Err(OpenFault::Answered(response.status().as_u16())),
         Ok(Err(error)) => Err(unreachable(&error)),
         Err(_) => Err(unreachable(&"no answer in time")),
@@ -244,7 +248,16 @@ impl ClientSocket {
     /// The next thing heard; pings are answered below.
     pub async fn hear(&mut self) -> Heard {
         loop {
-            match self.inner.next().await {
+            // From when something was heard last, however often this is asked anew meanwhile.
+            let next = match self.silence {
+                None => self.inner.next().await,
+                Some(silence) => match timeout_at(self.heard + silence, self.inner.next()).await {
+                    Ok(next) => next,
+                    Err(_) => return Heard::Lost,
+                },
+            };
+            self.heard = Instant::now();
+            match next {
                 Some(Ok(Message::Text(text))) => return Heard::Text(text.into()),
                 Some(Ok(Message::Close(frame))) => {
                     return Heard::Closed(frame.map_or(1005, |f| f.code.into()));
@@ -253,6 +266,11 @@ impl ClientSocket {
                 Some(Err(_)) | None => return Heard::Lost,
             }
         }
+    }
+
+    /// From now on a server that says nothing for this long, not even a ping, counts as lost.
+    pub fn expect_life_within(&mut self, silence: Duration) {
+        self.silence = Some(silence);
     }
 
     /// Says something; false if the connection is gone.

@@ -10,6 +10,8 @@
 
 mod append;
 mod janitor;
+#[cfg(test)]
+mod model;
 mod stored;
 
 use std::collections::HashMap;

@@ -8,6 +8,7 @@ use tower::ServiceExt;
 use super::Node;
 use super::registry::Arrival;
 use crate::message::{DeviceId, UserId};
+use crate::telemetry::WAY;
 use crate::ticket::{Ticket, TicketFault};
 use crate::wire::address::{SocketQuery, escape};
 use crate::wire::frame::Since;
@@ -114,6 +115,8 @@ pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Adm
         }
         None => verify_token(node, &request, &query).await?,
     };
+    let user = identity.as_ref().map_or("not known yet", |known| known.user.as_str());
+    tracing::debug!(target: WAY, step = 1, user, node = %node.name(), "asks for a socket");
     if query.redirect_http
         && let Some(known) = &identity
         && let Some(url) = elsewhere(node, known, &device, query.since, arrival)

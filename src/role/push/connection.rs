@@ -34,7 +34,7 @@ use crate::backoff::between;
 use crate::inbox::{Answer, From};
 use crate::message::{DeviceId, Millis, Seq};
 use crate::session::{Input, Output, Session, Standing};
-use crate::telemetry::Counted;
+use crate::telemetry::{Counted, WAY};
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{ClientFrame, ServerFrame, Since};
 use crate::wire::peer::{PeerFault, VerifyRequest};
@@ -117,6 +117,8 @@ async fn attached<S: Socket>(node: &Node, admission: Admission, socket: &mut S) 
     let device = device.unwrap_or_default();
     let seat = Seat::new(known.user.clone(), device, known.issued_at_s, arrival, node.clock.now());
     let (seat, answer) = attach(node, seat, since).await?;
+    let owner = node.views.borrow().owner(&seat.user).map(|owner| owner.info.node.to_string());
+    tracing::debug!(target: WAY, step = 3, user = %seat.user, node = %node.name(), owner, "registered and welcome");
     Ok(Attached { known, seat, answer })
 }
 

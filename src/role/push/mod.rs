@@ -45,7 +45,7 @@ use crate::fallback::{Fallback, Holder, Which};
 use crate::inbox::Inbox;
 use crate::membership::{Counts, Departure, Membership, MembershipError, NodeInfo, View};
 use crate::message::{NodeId, UserId};
-use crate::telemetry::{Health, Metrics};
+use crate::telemetry::{Health, Metrics, WAY};
 use crate::ticket::{TicketKey, UsedNonces};
 use crate::wire::frame::ReconnectHint;
 use crate::wire::peer::{Live, PeerFault, Presence, PushRequest, PushResponse, Revocation, Stamp};
@@ -236,6 +236,16 @@ impl Node {
         ReconnectHint { min_ms: 0, max_ms }
     }
 
+    fn counts(&self) -> Counts {
+        Counts {
+            sessions: self.registry.len() as u64,
+            displaced: self.displaced.len() as u64,
+            // Shared by the push nodes of one process, of which only development has several.
+            delivered: self.metrics.delivered.get(),
+            moves: self.metrics.moves.get(),
+        }
+    }
+
     /// Resolves when no session is left.
     async fn empty(&self) {
         while self.registry.len() > 0 {
@@ -247,6 +257,8 @@ impl Node {
         for live in batch {
             let mut frame = None;
             self.registry.for_user(&live.user, |seat| {
+                let (id, seq) = (&live.message.id, live.message.seq);
+                tracing::debug!(target: WAY, step = 7, user = %live.user, %id, %seq, device = %seat.device, "fed to a session");
                 let item = frame.get_or_insert_with(|| sweep::item(&live.message));
                 seat.mailbox.try_live(item.clone());
             });
@@ -354,7 +366,7 @@ impl Push {
     /// What the node holds now.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        Counts { sessions: self.node.registry.len() as u64, displaced: self.node.displaced.len() as u64 }
+        self.node.counts()
     }
 
     /// The hint for a client that cannot stay.
@@ -422,8 +434,7 @@ const COUNTS_EVERY: Duration = Duration::from_millis(500);
 
 async fn report_counts(node: Arc<Node>) {
     loop {
-        let counts = Counts { sessions: node.registry.len() as u64, displaced: node.displaced.len() as u64 };
-        node.membership.counts(Some((node.name().clone(), counts)));
+        node.membership.counts(Some((node.name().clone(), node.counts())));
         tokio::time::sleep(COUNTS_EVERY).await;
     }
 }

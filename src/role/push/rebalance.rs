@@ -18,6 +18,7 @@ use crate::backoff::{Backoff, around, between};
 use crate::fallback::Which;
 use crate::membership::{Member, NodeState, View};
 use crate::message::{NodeId, UserId};
+use crate::telemetry::WAY;
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{MoveReason, ServerFrame};
 
@@ -118,7 +119,10 @@ pub(super) async fn enter(node: &Node, user: &UserId) {
     // Noted first: whatever ends this session from now on knows that there may be an entry.
     node.displaced.state.lock().entered.insert(user.clone());
     match node.fallback.add(&node.holder, vec![user.clone()]).await {
-        Ok(()) => node.displaced.note_entered(vec![user.clone()]),
+        Ok(()) => {
+            tracing::debug!(target: WAY, step = 4, %user, node = %node.name(), "displaced: entered into the fallback set");
+            node.displaced.note_entered(vec![user.clone()]);
+        }
         Err(error) => {
             tracing::debug!(%error, "a fallback entry could not be written");
             node.displaced.state.lock().entered.remove(user);
@@ -219,6 +223,8 @@ async fn reconcile(node: &Node, users: &[UserId]) -> bool {
     }
     if !add.is_empty() {
         node.displaced.note_entered(add.clone());
+        // A session that ended while the entry was written found no entry to take out.
+        node.displaced.doubt(add.iter().filter(|user| !wanted(user)).cloned().collect());
     }
     // What was sent before the entry stood went by: read those inboxes at once.
     for user in &add {

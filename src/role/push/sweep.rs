@@ -17,6 +17,7 @@ use crate::backoff::{Backoff, around};
 use crate::inbox::{Answer, Ask, Change, From, Inbox, InboxError, PageLimit};
 use crate::message::{DeviceId, Message, Seq, UserId};
 use crate::session::{Item, Page};
+use crate::telemetry::WAY;
 use crate::wire::close::CloseCode;
 use crate::wire::frame::message_frame;
 
@@ -229,6 +230,7 @@ pub(super) struct Cursors {
 impl Cursors {
     /// A device has taken everything up to `acked`.
     pub(super) fn note(&self, seat: &Seat, acked: Seq) {
+        tracing::debug!(target: WAY, step = 8, user = %seat.user, device = %seat.device, seq = %acked, "acked");
         let mut moved = self.moved.lock();
         let cursor = moved.entry((seat.user.clone(), seat.device.clone())).or_default();
         // Two sessions of one device may ack in turn.
