@@ -229,7 +229,8 @@ impl App {
             opened => opened,
         };
         self.health.set("inbox", true, if opened.is_some() { "reached" } else { "not needed here" });
-        let verify = if config.runs(RoleName::Push) || config.runs(RoleName::Dispatch) {
+        let fetches = matches!(config.verify_by, VerifyBy::Jwks(_)) && config.runs(RoleName::Auth);
+        let verify = if fetches || config.runs(RoleName::Push) || config.runs(RoleName::Dispatch) {
             let own = shared.own_auth.as_ref();
             Some(stores::verify(config, own, &shared.clock, &self.health, &mut self.tasks)?)
         } else {
@@ -542,8 +543,9 @@ fn needs_view(config: &Config) -> bool {
 fn own_auth(config: &Config, clock: &Clock) -> Result<Option<Auth>> {
     let wanted = config.runs(RoleName::Auth) || config.verify_by == VerifyBy::Key;
     if config.auth.token_key.is_empty() {
-        // An auth that issues nothing, for the keys of another issuer.
-        return Ok(None);
+        // One that issues nothing: it verifies with the keys of another issuer, once they were fetched.
+        let fetches = matches!(config.verify_by, VerifyBy::Jwks(_));
+        return Ok(fetches.then(|| Auth::fetched(config.auth.clone(), clock.clone())));
     }
     let auth = Auth::new(config.auth.clone(), clock.clone()).map_err(|f| anyhow!("auth.token_key: {f}"))?;
     Ok(wanted.then_some(auth))

@@ -50,7 +50,8 @@ pub(super) async fn registry(
     metrics: &Metrics,
     tasks: &mut JoinSet<()>,
 ) -> Result<(Arc<dyn Membership>, Arc<dyn Fallback>)> {
-    let Some(url) = &config.redis else {
+    let wanted = config.redis.as_ref().filter(|_| super::needs_view(config));
+    let Some(url) = wanted else {
         return Ok((Arc::new(LocalMembership::new(clock.clone())), Arc::new(LocalFallback::default())));
     };
     let times = Times::default();
@@ -128,8 +129,10 @@ pub(super) fn verify(
     match (&config.verify_by, own) {
         (VerifyBy::Key, Some(auth)) => Ok(BoxCloneSyncService::new(auth.clone())),
         (VerifyBy::Key, None) => Err(refused("auth.token_key: is required to verify tokens here")),
-        (VerifyBy::Jwks(url), _) => {
-            let auth = Auth::fetched(config.auth.clone(), clock.clone());
+        (VerifyBy::Jwks(url), own) => {
+            // The auth of this process, where that has no key of its own either.
+            let shared = own.filter(|_| config.auth.token_key.is_empty()).cloned();
+            let auth = shared.unwrap_or_else(|| Auth::fetched(config.auth.clone(), clock.clone()));
             tasks.spawn(fetch_keys(auth.clone(), url.clone(), health.clone()));
             Ok(BoxCloneSyncService::new(auth))
         }

@@ -63,6 +63,13 @@ impl LocalMembership {
         answer
     }
 
+    /// Says to the process that has this name how it stands: for tests of what a node does then.
+    pub fn set_standing(&self, node: &NodeId, standing: Standing) {
+        if let Some(told) = self.inner.standings.lock().get(node) {
+            told.send_replace(standing);
+        }
+    }
+
     fn change_own(
         &self,
         node: &NodeId,

@@ -256,6 +256,8 @@ impl Dispatch {
                 // Those have it already.
                 self.inner.recent.lock().owners(key, |owner| nodes.retain(|node| node != owner));
                 for node in nodes {
+                    let (id, seq) = (&live.message.id, live.message.seq);
+                    tracing::debug!(target: WAY, step = 6, user = %live.user, %id, %seq, %node, "routed to where its user is displaced");
                     by_node.entry(node).or_default().push(live.clone());
                 }
             }

@@ -3,10 +3,17 @@
 
 mod support;
 
+/// Where the generated calls look for their messages.
+mod wire {
+    pub use ringpush::wire::proto;
+}
+
 mod clients;
+mod cluster;
 mod command_line;
 mod crash;
 mod limits;
+mod manifests;
 mod placement;
 mod publishing;
 mod registry;

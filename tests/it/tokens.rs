@@ -5,7 +5,7 @@ use std::time::Duration;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 
-use crate::support::{Options, Server, Socket, http};
+use crate::support::{Options, Server, Socket, eventually, http};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_issued_token_is_verified_and_others_are_not() {
@@ -99,4 +99,22 @@ async fn a_disconnect_closes_every_socket_and_refuses_every_token_until_then() {
     assert_eq!(Socket::open(&url, Some(&old)).await.closed().await.code, 4501);
     let new = server.token("alice").await;
     assert_eq!(Socket::open(&url, Some(&new)).await.expect("welcome").await["user"], "alice");
+}
+
+/// An issuer with a private key of its own: its public half stands in one server's configuration, and another fetches it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_may_be_fetched_from_the_issuer() {
+    let public = include_str!("../keys/ec-public.pem");
+    let issuer = Server::with(Options::default().with("auth.token_key", public)).await;
+    let jwks = format!("http://{}/.well-known/jwks.json", issuer.at("auth"));
+    let server = Server::with(Options::default().with("auth.jwks_url", &jwks)).await;
+    let private = jsonwebtoken::EncodingKey::from_ec_pem(include_bytes!("../keys/ec-private.pem")).unwrap();
+    let header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::ES256);
+    let claims = json!({"sub": "alice", "exp": 4_000_000_000u64});
+    let token = jsonwebtoken::encode(&header, &claims, &private).unwrap();
+    let url = format!("ws://{}/v1/ws", server.at("push"));
+    eventually("the keys are there", async || Socket::try_open(&url, Some(&token), &[]).await.is_ok()).await;
+    let stranger = jsonwebtoken::EncodingKey::from_secret(public.as_bytes());
+    let forged = jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &stranger).unwrap();
+    assert_eq!(Socket::try_open(&url, Some(&forged), &[]).await.err(), Some(401));
 }

@@ -116,7 +116,7 @@ pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Adm
         None => verify_token(node, &request, &query).await?,
     };
     let user = identity.as_ref().map_or("not known yet", |known| known.user.as_str());
-    tracing::debug!(target: WAY, step = 1, user, node = %node.name(), "asks for a socket");
+    tracing::debug!(target: WAY, step = 1, user, node = %node.name(), "asked for a socket");
     if query.redirect_http
         && let Some(known) = &identity
         && let Some(url) = elsewhere(node, known, &device, query.since, arrival)

@@ -246,13 +246,6 @@ impl Node {
         }
     }
 
-    /// Resolves when no session is left.
-    async fn empty(&self) {
-        while self.registry.len() > 0 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-
     fn deliver(&self, batch: &[Live], sweep: bool) {
         for live in batch {
             let mut frame = None;

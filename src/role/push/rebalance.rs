@@ -432,37 +432,47 @@ fn without(view: Arc<View>, own: &NodeId) -> Arc<View> {
     }
 }
 
+/// Tells every session where to go, at the pace that the window needs; whoever was told of a node that turns out to leave
+/// too, as when several are scaled away at once, is told again.
 async fn move_all(node: &Node, seats: &[Arc<Seat>], window: Duration) {
     let began = Instant::now();
     node.displaced.doubt(seats.iter().map(|seat| seat.user.clone()).collect());
     // The last one told still has its jitter and its grace, and its close must be over by the end.
     let telling = window.saturating_sub(MOVE_JITTER + DRAIN_GRACE + Duration::from_secs(1)).max(window / 4);
-    let mut told = 0;
+    let mut waiting: VecDeque<Arc<Seat>> = seats.iter().cloned().collect();
+    let mut told = HashMap::new();
     let mut source = Arc::clone(&node.views.borrow());
     let mut view = without(Arc::clone(&source), node.name());
-    while told < seats.len() && began.elapsed() < window {
+    while began.elapsed() < window && (!waiting.is_empty() || node.registry.len() > 0) {
         let newest = Arc::clone(&node.views.borrow());
         if !Arc::ptr_eq(&newest, &source) {
             source = newest;
             view = without(Arc::clone(&source), node.name());
+            waiting = node.registry.all().into();
         }
         let paced: f64 = view.members.iter().map(|member| moves_per_s(&view, member)).sum();
-        let needed =
-            (seats.len() - told) as f64 / telling.saturating_sub(began.elapsed()).as_secs_f64().max(0.1);
-        let lot = (paced.max(needed) * MOVE_TICK.as_secs_f64()).ceil() as usize;
-        for seat in &seats[told..(told + lot.max(1)).min(seats.len())] {
-            let target = view.owner(&seat.user).filter(|owner| owner.info.node != *node.name());
-            let sent = target.is_some_and(|owner| send_move(node, &view, seat, owner, MoveReason::Drain));
-            if !sent {
-                seat.mailbox.close(CloseCode::Draining, "the node is leaving");
-            }
+        let left = telling.saturating_sub(began.elapsed()).as_secs_f64().max(0.1);
+        let lot = (paced.max(waiting.len() as f64 / left) * MOVE_TICK.as_secs_f64()).ceil().max(1.0) as usize;
+        for seat in waiting.drain(..lot.min(waiting.len())) {
+            tell_to_leave(node, &view, &seat, &mut told);
         }
-        told += lot.max(1);
         tokio::time::sleep(MOVE_TICK).await;
     }
-    let left = window.saturating_sub(began.elapsed());
-    let _ = tokio::time::timeout(left, node.empty()).await;
     for seat in node.registry.all() {
+        seat.mailbox.close(CloseCode::Draining, "the node is leaving");
+    }
+}
+
+/// Once for each owner, whatever the session was told before the drain.
+fn tell_to_leave(node: &Node, view: &View, seat: &Seat, told: &mut HashMap<ulid::Ulid, (NodeId, u64)>) {
+    let Some(owner) = view.owner(&seat.user).filter(|owner| owner.info.node != *node.name()) else {
+        return seat.mailbox.close(CloseCode::Draining, "the node is leaving");
+    };
+    let target = (owner.info.node.clone(), owner.incarnation);
+    if told.insert(seat.id, target.clone()) == Some(target) {
+        return;
+    }
+    if !send_move(node, view, seat, owner, MoveReason::Drain) {
         seat.mailbox.close(CloseCode::Draining, "the node is leaving");
     }
 }

@@ -12,6 +12,7 @@ use super::*;
 use crate::fallback::local::LocalFallback;
 use crate::inbox::memory::MemoryInbox;
 use crate::inbox::{Append, Appended};
+use crate::membership::Standing;
 use crate::membership::local::LocalMembership;
 use crate::message::{Message, MessageId, Millis, UserId};
 use crate::ring::Ring;
@@ -285,7 +286,8 @@ async fn when_a_node_joins_exactly_those_whose_owner_changed_are_told_to_move() 
     // When all have gone, nothing of them is left.
     drop(clients);
     tokio::time::sleep(Duration::from_secs(5)).await;
-    assert_eq!(cluster.nodes[0].counts(), Counts::default());
+    let left = cluster.nodes[0].counts();
+    assert_eq!((left.sessions, left.displaced), (0, 0));
     assert!(cluster.fallback.hints().empty);
 }
 
@@ -323,7 +325,68 @@ async fn a_node_that_drains_sends_everybody_away_and_leaves_nothing() {
     assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
     assert!(cluster.membership.views().borrow().member(&NodeId::parse("push-0").unwrap()).is_none());
     assert!(cluster.fallback.hints().empty);
-    assert_eq!(cluster.nodes[0].counts(), Counts::default());
+    let left = cluster.nodes[0].counts();
+    assert_eq!((left.sessions, left.displaced), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_was_told_of_a_node_that_leaves_too_is_told_again() {
+    let mut cluster = Cluster::of(&["push-0", "push-1", "push-2"]).await;
+    let user = (0..)
+        .map(|n| format!("user-{n}"))
+        .find(|user| {
+            owner(&["push-0", "push-1", "push-2"], user) == "push-0"
+                && owner(&["push-1", "push-2"], user) == "push-1"
+        })
+        .unwrap();
+    let mut client = cluster.connect(0, &user).await;
+    let node = cluster.nodes[0].clone();
+    let draining = tokio::spawn(async move { node.drain(Drain::Move(Duration::from_secs(60))).await });
+    assert_eq!(client.expect("move").await["node"], "push-1");
+    let one = cluster.nodes[1].node.holder.clone();
+    cluster.membership.depart(&one.node, one.incarnation, Departure::Draining).await.unwrap();
+    assert_eq!(client.expect("move").await["node"], "push-2");
+    drop(client);
+    draining.await.unwrap();
+}
+
+/// As a router, cut off from the registry or not, would say.
+async fn told_gone(node: &Push) {
+    node.clone().oneshot(PushRequest::Gone(Stamp::default())).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_is_barred_only_when_it_is_gone_and_cannot_register() {
+    let mut cluster = Cluster::of(&["push-0", "push-1"]).await;
+    let user = (0..)
+        .map(|n| format!("user-{n}"))
+        .find(|user| owner(&["push-0", "push-1"], user) == "push-0")
+        .unwrap();
+    let mut client = cluster.connect(0, &user).await;
+    let node = cluster.nodes[0].clone();
+    told_gone(&node).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(node.takes_sockets(), "it is a member: whoever says so has an old view");
+    cluster.membership.set_standing(node.name(), Standing::Lapsed);
+    told_gone(&node).await;
+    let moved = client.expect("move").await;
+    assert_eq!((&moved["node"], &moved["reason"]), (&"push-1".into(), &"drain".into()));
+    assert!(!node.takes_sockets() && !node.node.health.report().0);
+    let request = SocketRequest { bearer: Some("late"), ..SocketRequest::default() };
+    assert!(matches!(node.admit(request).await, Err(Rejection::Unavailable(_))));
+    cluster.membership.set_standing(node.name(), Standing::Member(2));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(node.takes_sockets() && node.node.health.report().0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fenced_node_closes_its_sessions_and_stays_not_ready() {
+    let mut cluster = Cluster::of(&["push-0"]).await;
+    let mut client = cluster.connect(0, "alice").await;
+    cluster.join("push-0").await;
+    assert_eq!(client.expect("error").await["code"], "draining");
+    let (earlier, later) = (&cluster.nodes[0], &cluster.nodes[1]);
+    assert!(!earlier.takes_sockets() && later.takes_sockets());
 }
 
 #[tokio::test(start_paused = true)]

@@ -81,6 +81,11 @@ impl Cluster {
         self.state["processes"][name][which].as_str().unwrap().trim_start_matches("http://").to_owned()
     }
 
+    /// What a process has logged.
+    pub fn log(&self, name: &str) -> String {
+        std::fs::read_to_string(self.directory.path().join("cluster").join(name).join("log")).unwrap()
+    }
+
     pub fn key(&self, name: &str) -> &str {
         self.state["keys"][name].as_str().unwrap()
     }
