@@ -197,7 +197,8 @@ impl Inner {
         said: &str,
         counts: Counts,
     ) -> Result<Beaten, RedisFault> {
-        let held = format!("{} {}", counts.sessions, counts.displaced);
+        let Counts { sessions, displaced, delivered, moves } = counts;
+        let held = format!("{sessions} {displaced} {delivered} {moves}");
         let sent = self.clock.now().0;
         let own = [node.as_str(), &incarnation.to_string(), said, &held];
         let reply = self.run(&self.keys.beat, &own).await?;

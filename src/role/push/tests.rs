@@ -331,7 +331,7 @@ async fn a_node_that_drains_sends_everybody_away_and_leaves_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn who_was_told_of_a_node_that_leaves_too_is_told_again() {
-    let mut cluster = Cluster::of(&["push-0", "push-1", "push-2"]).await;
+    let cluster = Cluster::of(&["push-0", "push-1", "push-2"]).await;
     let user = (0..)
         .map(|n| format!("user-{n}"))
         .find(|user| {
@@ -357,7 +357,7 @@ async fn told_gone(node: &Push) {
 
 #[tokio::test(start_paused = true)]
 async fn a_node_is_barred_only_when_it_is_gone_and_cannot_register() {
-    let mut cluster = Cluster::of(&["push-0", "push-1"]).await;
+    let cluster = Cluster::of(&["push-0", "push-1"]).await;
     let user = (0..)
         .map(|n| format!("user-{n}"))
         .find(|user| owner(&["push-0", "push-1"], user) == "push-0")
