@@ -29,6 +29,9 @@ use crate::transport::redis::{RedisFault, RedisLink, Reply, Script};
 const JITTER: f64 = 0.2;
 /// Between two tries of the first beat.
 const JOIN_RETRY: Duration = Duration::from_millis(500);
+/// Tries to find out at start what no waiting would mend, and the rest between them.
+const CHECKS: u32 = 3;
+const CHECK_REST: Duration = Duration::from_millis(50);
 /// A clock further from the server's than this is told of: expiry and tokens are judged by it.
 pub const SKEW_MAX_MS: u64 = 2_000;
 
@@ -152,10 +155,15 @@ impl RedisMembership {
     /// # Errors
     /// The server's refusal, such as a wrong password; a server that cannot be reached is no error here.
     pub async fn check(&self) -> Result<(), RedisFault> {
-        match self.inner.snapshot().await {
-            Err(refused @ RedisFault::Refused(_)) => Err(refused),
-            _ => Ok(()),
+        // Another call on the same connection may have been refused first, and taken the connection with it.
+        for _ in 0..CHECKS {
+            match self.inner.snapshot().await {
+                Err(refused @ RedisFault::Refused(_)) => return Err(refused),
+                Err(RedisFault::Unreachable(_)) => tokio::time::sleep(CHECK_REST).await,
+                Ok(_) => break,
+            }
         }
+        Ok(())
     }
 
     async fn first_beat(&self, info: &NodeInfo) -> Result<u64, MembershipError> {
