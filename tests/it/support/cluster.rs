@@ -76,6 +76,13 @@ impl Cluster {
             .collect()
     }
 
+    /// One command of the script, to be run beside something else; the state is not read again.
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(script());
+        command.args(words).env("CLUSTER_DIR", self.directory.path().join("cluster"));
+        command
+    }
+
     /// `host:port` of a process's listener: `at` for its role's, `ops` for health and metrics.
     pub fn address(&self, name: &str, which: &str) -> String {
         self.state["processes"][name][which].as_str().unwrap().trim_start_matches("http://").to_owned()
