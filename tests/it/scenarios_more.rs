@@ -149,7 +149,7 @@ async fn a_client_that_never_follows_a_move_is_served_where_it_is() {
     let audit = cluster.audit(&load("20s", SWEPT)).await;
     // Of enough users, some will belong to the new node.
     let mut sockets = Vec::new();
-    for n in 0..30 {
+    for n in 0..150 {
         let user = format!("stubborn-{n}");
         let token = cluster.token(&user).await;
         let url = format!("ws://{}/v1/ws?since=latest", cluster.balancer());
@@ -157,12 +157,11 @@ async fn a_client_that_never_follows_a_move_is_served_where_it_is() {
         socket.caught_up().await;
         sockets.push((user, socket));
     }
-    // Messages go out all the while: before, during and after the view changes.
+    // One message for each, some before, some while and some after the view changes; none that follows it would show a gap.
     let publishing = async {
-        for round in 0..40 {
-            for n in 0..30 {
-                cluster.publish(&format!("stubborn-{n}"), json!(round)).await;
-            }
+        for (user, _) in &sockets {
+            cluster.publish(user, json!("one")).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
     let mut scaling = cluster.command(&["scale", "4"]);
@@ -170,12 +169,10 @@ async fn a_client_that_never_follows_a_move_is_served_where_it_is() {
     assert!(scaled.unwrap().success());
     let began = std::time::Instant::now();
     for (user, socket) in &mut sockets {
-        for round in 0..40 {
-            assert_eq!(socket.until("message").await.1["payload"], round, "{user}");
-        }
+        assert_eq!(socket.until("message").await.1["payload"], "one", "{user}");
+        assert!(began.elapsed() < Duration::from_secs(8), "only a sweep has found what {user} was sent");
     }
-    assert!(began.elapsed() < Duration::from_secs(10), "only a sweep has found some of them");
-    for round in 40..43 {
+    for round in 0..3 {
         rest(2).await;
         for (user, _) in &sockets {
             cluster.publish(user, json!(round)).await;
