@@ -229,3 +229,61 @@ async fn routers_that_disagree_cost_a_copy_and_no_message() {
     moves_are_exact(&audit.passes().await);
     cluster.nothing_is_left().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_sees_a_join_late_is_still_sent_to() {
+    let mut cluster = Cluster::up(&["--proxy", "push-1"]).await;
+    // Its users are sent to it as their owner of a moment ago.
+    let audit = cluster.audit(&load("25s", "5s")).await;
+    rest(2).await;
+    cluster.run(&["signal", "proxy-push-1", "STOP"]).await;
+    cluster.run(&["scale", "4"]).await;
+    rest(6).await;
+    cluster.run(&["signal", "proxy-push-1", "CONT"]).await;
+    audit.passes().await;
+    cluster.nothing_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_node_missed_before_it_saw_a_join_is_read_when_it_sees_it() {
+    let mut cluster = Cluster::up(&["--proxy", "push-1"]).await;
+    let ring = |count: usize| {
+        ringpush::ring::Ring::build(
+            (0..count).map(|n| ["push-0", "push-1", "push-2", "push-3"][n]).map(|name| (name, 1.0)),
+        )
+    };
+    let (three, four) = (ring(3), ring(4));
+    let leaves =
+        |user: &String| three.owner_of(user) == Some("push-1") && four.owner_of(user) == Some("push-3");
+    let mut sockets = Vec::new();
+    for user in (0..).map(|n| format!("late-{n}")).filter(leaves).take(20) {
+        let token = cluster.token(&user).await;
+        // They ignore every move, so that none of them reads its inbox elsewhere.
+        let mut socket =
+            Socket::open(&format!("ws://{}/n/push-1/v1/ws", cluster.balancer()), Some(&token)).await;
+        socket.caught_up().await;
+        sockets.push((user, socket));
+    }
+    cluster.run(&["signal", "proxy-push-1", "STOP"]).await;
+    cluster.run(&["scale", "4"]).await;
+    // A router that has just begun knows no earlier owners.
+    for router in ["dispatch-0", "dispatch-1"] {
+        cluster.run(&["kill", router]).await;
+    }
+    for router in ["dispatch-0", "dispatch-1"] {
+        cluster.run(&["start", router]).await;
+    }
+    for (user, _) in &sockets {
+        cluster.publish(user, json!("one")).await;
+    }
+    rest(1).await;
+    cluster.run(&["signal", "proxy-push-1", "CONT"]).await;
+    let began = std::time::Instant::now();
+    for (user, socket) in &mut sockets {
+        assert_eq!(socket.until("message").await.1["payload"], "one", "{user}");
+    }
+    // After a silence a view is held until it has settled, 14 s; a sweep would take up to 36.
+    assert!(began.elapsed() < Duration::from_secs(18), "only a sweep has found them: {:?}", began.elapsed());
+    drop(sockets);
+    cluster.nothing_is_left().await;
+}

@@ -39,6 +39,7 @@ pub(super) fn gone(node: &Node) {
 pub(super) async fn watch(node: Arc<Node>) {
     let (mut standing, mut views) = (node.standing.clone(), node.views.clone());
     let mut times = 1;
+    let mut told = true;
     let mut generation = Arc::clone(&views.borrow_and_update().generation);
     let mut leaving: BoxFuture<'static, ()> = std::future::pending().boxed();
     loop {
@@ -56,9 +57,8 @@ pub(super) async fn watch(node: Arc<Node>) {
                 }
                 generation = now;
             }
-            changed = standing.changed() => if changed.is_err() {
-                return std::future::pending().await;
-            }
+            // Nobody says any more how it stands: what was said last holds, and what it began is brought to its end.
+            changed = standing.changed(), if told => told = changed.is_ok(),
         }
         let bar = *node.barred.borrow();
         match *standing.borrow_and_update() {
