@@ -145,7 +145,7 @@ async fn auth_may_be_down_for_those_it_knows() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_never_follows_a_move_is_served_where_it_is() {
-    let mut cluster = Cluster::up(&[]).await;
+    let cluster = Cluster::up(&[]).await;
     let audit = cluster.audit(&load("20s", SWEPT)).await;
     // Of enough users, some will belong to the new node.
     let mut sockets = Vec::new();
