@@ -116,8 +116,27 @@ async fn round(
     let numbers = number(heads, pending);
     let sent = inner.clock.uptime();
     let (tried, fault) = insert(inner, pending, &numbers).await;
-    let mut taken = Vec::new();
     let mut done = HashSet::new();
+    let settled = settle(inner, heads, pending, &numbers, sent, tried, &mut done, outcomes).await;
+    // Also when something failed on the way: what is settled must not be appended again under another number.
+    pending.retain(|item| !done.contains(&item.at));
+    void_ids(pending, outcomes);
+    settled.and(fault.map_or(Ok(()), Err))
+}
+
+/// Finds out what became of each item; those that need no further try go into `done`.
+#[allow(clippy::too_many_arguments)]
+async fn settle(
+    inner: &Inner,
+    heads: &mut Heads,
+    pending: &[Item],
+    numbers: &[u64],
+    sent: Duration,
+    tried: Vec<Tried>,
+    done: &mut HashSet<usize>,
+    outcomes: &mut Outcomes,
+) -> Result<(), InboxError> {
+    let mut taken = Vec::new();
     for (n, tried) in tried.into_iter().enumerate() {
         let item = &pending[n];
         match tried {
@@ -131,7 +150,7 @@ async fn round(
         }
     }
     // In order: what stands before an item of the same user must be settled first.
-    let found = look_at(inner, pending, &numbers, &taken).await?;
+    let found = look_at(inner, pending, numbers, &taken).await?;
     for n in taken {
         let item = &pending[n];
         let settled = match found.get(&(item.append.user.as_str(), numbers[n])) {
@@ -148,9 +167,7 @@ async fn round(
             done.insert(item.at);
         }
     }
-    pending.retain(|item| !done.contains(&item.at));
-    void_ids(pending, outcomes);
-    fault.map_or(Ok(()), Err)
+    Ok(())
 }
 
 /// An append whose number is void begins anew, as another append.
