@@ -216,6 +216,8 @@ pub struct Sources {
     pub environment: Vec<(String, String)>,
     /// Flags: key and value as in the environment.
     pub flags: Vec<(&'static str, String)>,
+    /// For a command that is no server: what only a server needs may be missing.
+    pub for_command: bool,
 }
 
 impl Sources {
@@ -237,7 +239,7 @@ impl Sources {
         let environment = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
-        Ok(Self { file, environment, flags: Vec::new() })
+        Ok(Self { file, environment, ..Self::default() })
     }
 }
 
@@ -288,12 +290,17 @@ struct Reader {
     faults: Vec<String>,
     /// Where the host name and the pod's name come from.
     environment: Vec<(String, String)>,
+    for_command: bool,
 }
 
 impl Reader {
     fn collect(sources: &Sources) -> Self {
-        let mut reader =
-            Self { values: BTreeMap::new(), faults: Vec::new(), environment: sources.environment.clone() };
+        let mut reader = Self {
+            values: BTreeMap::new(),
+            faults: Vec::new(),
+            environment: sources.environment.clone(),
+            for_command: sources.for_command,
+        };
         if let Some((name, text)) = &sources.file {
             reader.take_file(name, text);
         }
@@ -323,6 +330,11 @@ impl Reader {
         for (section, value) in table {
             match value {
                 toml::Value::Table(entries) => {
+                    if entries.is_empty()
+                        && !KEYS.iter().any(|key| key.name.split('.').next() == Some(&section))
+                    {
+                        self.unknown(&section, file);
+                    }
                     for (name, value) in entries {
                         self.take(&format!("{section}.{name}"), value, file);
                     }
@@ -445,6 +457,12 @@ impl Reader {
         let development = redis_url.is_empty() && mongo_uri.is_empty();
         let node = self.node_name();
         let roles = self.roles(mongo_uri.is_empty(), redis_url.is_empty());
+        if !mongo_uri.is_empty()
+            && !mongo_uri.starts_with("mongodb://")
+            && !mongo_uri.starts_with("mongodb+srv://")
+        {
+            self.faults.push("mongo.uri: must begin with mongodb:// or mongodb+srv://".to_owned());
+        }
         let redis = self.redis(&redis_url);
         let listen = self.listeners(development);
         let public_url = self.public_url(development, &roles);
@@ -614,7 +632,7 @@ impl Reader {
         let text = self.text("push.public_url");
         if text.is_empty() {
             let needed = roles.iter().any(|role| matches!(role, RoleName::Push | RoleName::Dispatch));
-            if needed && !development {
+            if needed && !development && !self.for_command {
                 self.faults.push(
                     "push.public_url: is required outside development: the public URL of a node's socket, \
                      such as wss://push.example.com/n/{node}/v1/ws"
@@ -686,13 +704,14 @@ impl Reader {
         if secrets.api_keys.iter().any(|key| key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic())) {
             self.faults.push("collect.api_keys: each key is printable ASCII without spaces".to_owned());
         }
-        if development {
+        if development || self.for_command {
             return secrets;
         }
         let runs = |role| roles.contains(&role);
         let local = self.text("auth.mode") == "local";
         let verifies = runs(RoleName::Auth) || (local && (runs(RoleName::Push) || runs(RoleName::Dispatch)));
-        let no_key = self.text("auth.token_key").is_empty() && self.text("auth.jwks_url").is_empty();
+        let fetched = local && !self.text("auth.jwks_url").is_empty();
+        let no_key = self.text("auth.token_key").is_empty() && !fetched;
         let missing = [
             ("auth.token_key", verifies && no_key),
             ("auth.admin_key", runs(RoleName::Auth) && secrets.admin_key.is_empty()),

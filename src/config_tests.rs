@@ -5,7 +5,11 @@ use super::*;
 fn load(file: &str, environment: &[(&str, &str)]) -> Result<Config, Faults> {
     let environment =
         environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-    Config::load(&Sources { file: Some(("test.toml".into(), file.into())), environment, flags: Vec::new() })
+    Config::load(&Sources {
+        file: Some(("test.toml".into(), file.into())),
+        environment,
+        ..Sources::default()
+    })
 }
 
 fn faults(file: &str, environment: &[(&str, &str)]) -> String {

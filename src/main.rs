@@ -207,19 +207,20 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match command {
         None => serve(&common, Serve { log: "text".to_owned(), ..Serve::default() }).await,
         Some(Command::Serve(options)) => serve(&common, options).await,
-        Some(Command::Token { user, ttl }) => commands::token(load(&common, &[])?, &user, &ttl),
+        Some(Command::Token { user, ttl }) => commands::token(command_config(&common)?, &user, &ttl),
         Some(Command::Publish { user, payload, target }) => {
-            commands::publish(load(&common, &[])?, at(target), &user, &payload).await
+            commands::publish(command_config(&common)?, at(target), &user, &payload).await
         }
         Some(Command::Listen { user, since, device, target }) => {
-            commands::listen(load(&common, &[])?, at(target), &user, since, &device).await
+            commands::listen(command_config(&common)?, at(target), &user, since, &device).await
         }
         Some(Command::Ring { user, target }) => {
-            commands::ring(load(&common, &[])?, at(target), user.as_deref()).await
+            commands::ring(command_config(&common)?, at(target), user.as_deref()).await
         }
-        Some(Command::Audit(options)) => run_audit(load(&common, &[])?, options).await,
+        Some(Command::Audit(options)) => run_audit(command_config(&common)?, options).await,
         Some(Command::Config { command: ConfigCommand::Check { file } }) => {
-            let config = load(&Common { config: file.or(common.config), data: common.data }, &[])?;
+            let common = Common { config: file.or(common.config), data: common.data };
+            let config = Config::load(&sources(&common)?)?;
             print!("{}", config.to_toml());
             Ok(ExitCode::SUCCESS)
         }
@@ -253,8 +254,13 @@ async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<Exit
     audit(config, plan).await
 }
 
-/// The configuration from all its sources.
-fn load(common: &Common, flags: &[(&'static str, String)]) -> Result<Config, Faults> {
+/// For a command that is no server: each says itself which key it lacks.
+fn command_config(common: &Common) -> Result<Config, Faults> {
+    Config::load(&Sources { for_command: true, ..sources(common)? })
+}
+
+/// All sources of the configuration.
+fn sources(common: &Common) -> Result<Sources, Faults> {
     let mut sources = Sources::of_process(common.config.as_deref())?;
     if let Ok(data) = std::env::var("RINGPUSH_DATA") {
         sources.flags.push(("data.dir", data));
@@ -262,14 +268,13 @@ fn load(common: &Common, flags: &[(&'static str, String)]) -> Result<Config, Fau
     if let Some(data) = &common.data {
         sources.flags.push(("data.dir", data.display().to_string()));
     }
-    sources.flags.extend_from_slice(flags);
-    Config::load(&sources)
+    Ok(sources)
 }
 
 async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
-    let flags: Vec<(&'static str, String)> =
-        options.roles.map(|roles| ("node.roles", roles)).into_iter().collect();
-    let config = load(common, &flags)?;
+    let mut sources = sources(common)?;
+    sources.flags.extend(options.roles.map(|roles| ("node.roles", roles)));
+    let config = Config::load(&sources)?;
     let format = if options.log == "json" { LogFormat::Json } else { LogFormat::Text };
     let filter =
         options.log_filter.or_else(|| std::env::var("RUST_LOG").ok()).unwrap_or_else(|| "info".to_owned());

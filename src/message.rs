@@ -165,6 +165,13 @@ impl Millis {
         let moment = i64::try_from(self.0).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
         format!("{:.3}", moment.unwrap_or(jiff::Timestamp::MAX))
     }
+
+    /// The reverse, of any offset and precision; None where it is no such text, or before the epoch.
+    #[must_use]
+    pub fn parse_rfc3339(text: &str) -> Option<Self> {
+        let moment: jiff::Timestamp = text.parse().ok()?;
+        u64::try_from(moment.as_millisecond()).ok().map(Self)
+    }
 }
 
 /// One stored message. The payload is the sender's JSON, byte for byte.

@@ -38,7 +38,11 @@ struct Edge {
 impl Edge {
     fn authorize<T>(&self, request: &Request<T>) -> Result<(), Status> {
         let given = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
-        let key = given.and_then(|given| given.strip_prefix("Bearer "));
+        // As over HTTP the scheme is of any case; a key alone is one too, for metadata knows no schemes.
+        let key = given.map(|given| match given.split_once(' ') {
+            Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => key.trim(),
+            _ => given,
+        });
         if self.edge.knows_key(key.unwrap_or_default()) {
             Ok(())
         } else {

@@ -142,7 +142,9 @@ fn page_query(query: &str) -> Result<(Seq, usize), Refused> {
                 after = seq.ok_or_else(|| refuse(422, "after: must be an integer from 0 to 2^53 - 1"))?;
             }
             "limit" => {
-                let count = text.parse::<u64>().ok().filter(|count| *count > 0);
+                let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+                // More than any number is more than 1000 too.
+                let count = digits.then(|| text.parse().unwrap_or(u64::MAX)).filter(|count: &u64| *count > 0);
                 let count = count.ok_or_else(|| refuse(422, "limit: must be an integer from 1 to 1000"))?;
                 limit = usize::try_from(count).unwrap_or(usize::MAX).min(HISTORY_PAGE.messages);
             }

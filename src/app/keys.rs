@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize};
 
-use crate::config::Config;
+use crate::config::{Config, VerifyBy};
 
 /// The four keys, whether they were configured or made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -31,6 +31,10 @@ impl Keys {
         };
         if config.development {
             keys.complete(&config.data_dir)?;
+        }
+        if matches!(config.verify_by, VerifyBy::Jwks(_)) && config.auth.token_key.is_empty() {
+            // The tokens are another issuer's: one of ours would be refused everywhere.
+            keys.token_key.clear();
         }
         config.auth.token_key.clone_from(&keys.token_key);
         config.admin_key.clone_from(&keys.admin_key);

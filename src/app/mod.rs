@@ -152,6 +152,10 @@ impl App {
     /// # Errors
     /// What could not be opened, bound or started, with the remedy.
     pub async fn start(mut config: Config, push_nodes: Option<usize>) -> Result<Self> {
+        std::fs::create_dir_all(&config.data_dir).with_context(|| {
+            let data = config.data_dir.display();
+            format!("data.dir: {data} cannot be made; choose another with --data DIR")
+        })?;
         let keys = Keys::of(&mut config)?;
         let clock = Clock::system();
         let own_auth = own_auth(&config, &clock)?;
@@ -241,7 +245,10 @@ impl App {
         {
             self.start_pushes(config, shared, &opened.inbox, verify).await?;
         }
-        let dispatch = config.runs(RoleName::Dispatch).then(|| self.start_dispatch(shared));
+        // Alone there is no other router to find: collect then has one of its own, whether that role is offered or not.
+        let routes =
+            config.runs(RoleName::Dispatch) || (config.redis.is_none() && config.runs(RoleName::Collect));
+        let dispatch = routes.then(|| self.start_dispatch(shared));
         let collect = match &opened {
             Some(opened) if config.runs(RoleName::Collect) => {
                 Some(self.start_collect(config, shared, opened, dispatch.clone()))

@@ -68,7 +68,7 @@ async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -
     let socket_request = SocketRequest {
         node_in_path: node_in_path(request.uri().path()),
         query: request.uri().query().unwrap_or_default(),
-        origin: request.headers().get(ORIGIN).and_then(|origin| origin.to_str().ok()),
+        origin: origin_of(request.headers()),
         bearer: bearer(request.headers()),
     };
     let admission = match edge.push.admit(socket_request).await {
@@ -127,8 +127,9 @@ async fn preflight_on_dispatch(State(edge): State<Arc<ConnectEdge>>, headers: He
     preflight(&edge, &headers)
 }
 
+/// One that cannot be read is an origin like any other that is not listed.
 fn origin_of(headers: &HeaderMap) -> Option<&str> {
-    headers.get(ORIGIN).and_then(|origin| origin.to_str().ok())
+    headers.get(ORIGIN).map(|origin| origin.to_str().unwrap_or("(not ASCII)"))
 }
 
 /// What a browser asks before a page of another origin may post to connect.
@@ -179,6 +180,11 @@ async fn place(edge: &ConnectEdge, request: Request<Body>) -> Answer {
         ConnectFault::Unauthorized(why) => refuse(401, why),
         ConnectFault::Unavailable(why) => refuse(503, why),
     })?;
+    if let Some(push) = &edge.push
+        && push.has_revoked(&place.user, place.token_iat_s).await
+    {
+        return Err(refuse(401, "the token was revoked"));
+    }
     let hint = edge.push.as_ref().map_or(edge.hint, Push::reconnect_hint);
     let answer = value!({
         "url": place.url,

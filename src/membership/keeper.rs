@@ -6,15 +6,19 @@
 //!
 //! - when the registry begins a new generation, or its epoch has gone back,
 //! - when it was silent for [`Times::silence`],
-//! - when more than one push node and more than [`VANISHED_PART`] of them vanish that had not said they would,
+//! - when more than one push node and more than [`VANISHED_PART`] of them vanish within a lease that had not said they would
+//!   (leases that were renewed at different moments end one after another),
 //! - when it shows no push node at all,
 //!
-//! until it shows the old nodes again, or has shown the same others for [`Times::settle`].
+//! until it shows the old nodes again, alone or among others, or has shown the same others for [`Times::settle`]: a registry
+//! that has all the nodes of the old view has forgotten nobody, and whoever else it shows has beaten there.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Member, NodeState, View};
+use crate::message::NodeId;
 
 /// Part of the push nodes that may vanish at once without a word.
 pub const VANISHED_PART: f64 = 0.3;
@@ -84,6 +88,8 @@ pub struct Keeper {
     current: Arc<View>,
     heard: Option<Duration>,
     hold: Option<Hold>,
+    /// Nodes that vanished without a word, each with the moment, for as long as one lease.
+    vanished: HashMap<NodeId, Duration>,
 }
 
 /// What the registry shows while another view is held.
@@ -98,7 +104,7 @@ impl Keeper {
     #[must_use]
     pub fn new(times: Times) -> Self {
         let current = Arc::new(View::new("".into(), 0, Vec::new(), false));
-        Self { times, current, heard: None, hold: None }
+        Self { times, current, heard: None, hold: None, vanished: HashMap::new() }
     }
 
     /// The view in use.
@@ -113,8 +119,10 @@ impl Keeper {
         self.heard = Some(now);
         let next = View::new(snapshot.generation, snapshot.epoch, snapshot.nodes, false);
         let same_nodes = next.digest == self.current.digest;
+        self.note_vanished(now, &next);
         let first = self.current.generation.is_empty() || self.current.members.is_empty();
-        if first || same_nodes {
+        let all_there = self.current.members.iter().all(|member| next.member(&member.info.node).is_some());
+        if first || same_nodes || (all_there && next.epoch >= self.current.epoch) {
             return self.take(next);
         }
         match self.hold {
@@ -139,18 +147,25 @@ impl Keeper {
         true
     }
 
+    fn note_vanished(&mut self, now: Duration, next: &View) {
+        let lease = self.times.lease;
+        self.vanished.retain(|node, at| now.saturating_sub(*at) <= lease && next.member(node).is_none());
+        let gone = |m: &&Member| m.state == NodeState::Active && next.member(&m.info.node).is_none();
+        for member in self.current.members.iter().filter(gone) {
+            self.vanished.entry(member.info.node.clone()).or_insert(now);
+        }
+    }
+
     fn is_suspicious(&self, next: &View) -> bool {
         let current = &self.current;
-        let vanished = current
-            .members
-            .iter()
-            .filter(|m| m.state == NodeState::Active && next.member(&m.info.node).is_none())
-            .count();
-        let active = current.members.iter().filter(|m| m.state == NodeState::Active).count();
+        let active = current.members.iter().filter(|m| m.state == NodeState::Active);
+        // Those that this view has lost already belong to what there was.
+        let earlier = self.vanished.keys().filter(|node| current.member(node).is_none());
+        let before = active.count() + earlier.count();
         next.members.is_empty()
             || next.generation != current.generation
             || next.epoch < current.epoch
-            || vanished as f64 > (active as f64 * VANISHED_PART).max(1.0)
+            || self.vanished.len() as f64 > (before as f64 * VANISHED_PART).max(1.0)
     }
 
     fn take(&mut self, next: View) -> bool {
@@ -244,6 +259,22 @@ mod tests {
     }
 
     #[test]
+    fn a_mass_death_is_one_also_when_leases_end_one_after_another() {
+        let mut keeper = keeper(&FIVE);
+        assert!(keeper.shown(at(1.0), snapshot("g", 11, &FIVE[..4])), "one of five may die");
+        assert!(keeper.shown(at(2.0), snapshot("g", 12, &FIVE[..3])));
+        assert!(keeper.view().held && names(&keeper).len() == 4);
+        assert!(keeper.shown(at(3.0), snapshot("g", 13, &FIVE)), "they are back");
+        assert!(!keeper.view().held);
+        // A lease apart they are deaths of their own.
+        assert!(keeper.shown(at(4.0), snapshot("g", 14, &FIVE[..4])) && !keeper.view().held);
+        for second in 5..15 {
+            assert!(!keeper.shown(at(f64::from(second)), snapshot("g", 14, &FIVE[..4])));
+        }
+        assert!(keeper.shown(at(15.0), snapshot("g", 15, &FIVE[..3])) && !keeper.view().held);
+    }
+
+    #[test]
     fn a_hold_begins_anew_when_something_else_is_shown_and_ends_when_the_old_nodes_are_back() {
         let mut keeper = keeper(&FIVE);
         keeper.shown(at(1.0), snapshot("g", 11, &FIVE[..2]));
@@ -284,6 +315,9 @@ mod tests {
         assert!(keeper.view().held && names(&keeper).len() == 3);
         assert!(keeper.shown(at(31.0), snapshot("g", 12, &FIVE[..3])));
         assert!(!keeper.view().held);
+        assert!(keeper.silent(at(35.0)) && keeper.view().held);
+        assert!(keeper.shown(at(36.0), snapshot("g", 13, &FIVE)), "nobody is missing, and two have come");
+        assert!(!keeper.view().held && names(&keeper).len() == 5);
     }
 
     #[test]

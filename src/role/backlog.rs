@@ -9,6 +9,8 @@ use crate::wire::peer::Live;
 
 /// Messages waiting in one queue: ten full batches, a fifth of a second at 50,000/s.
 pub(super) const BACKLOG_MESSAGES: usize = 10_000;
+/// And the bytes of their payloads: 500 of the largest, or 10,000 of 3 KiB.
+pub(super) const BACKLOG_BYTES: usize = 32 * 1024 * 1024;
 /// Messages taken at once.
 pub(super) const BATCH: usize = 1_000;
 
@@ -22,6 +24,7 @@ pub(super) struct Backlog {
 #[derive(Default)]
 struct Queue {
     waiting: VecDeque<Live>,
+    bytes: usize,
     /// Something was dropped: whoever gets the next batch must be told.
     missed: bool,
     /// What was taken last is on its way.
@@ -32,9 +35,16 @@ impl Backlog {
     /// Puts `batch` into the queue; what has no room is dropped and marked. Answers how many were dropped.
     pub(super) fn put(&self, batch: Vec<Live>) -> usize {
         let mut queue = self.queue.lock();
-        let room = BACKLOG_MESSAGES.saturating_sub(queue.waiting.len());
-        let dropped = batch.len().saturating_sub(room);
-        queue.waiting.extend(batch.into_iter().take(room));
+        let mut dropped = 0;
+        for live in batch {
+            let bytes = queue.bytes + live.message.payload.len();
+            if queue.waiting.len() < BACKLOG_MESSAGES && bytes <= BACKLOG_BYTES {
+                queue.bytes = bytes;
+                queue.waiting.push_back(live);
+            } else {
+                dropped += 1;
+            }
+        }
         queue.missed |= dropped > 0;
         drop(queue);
         self.filled.notify_one();
@@ -74,7 +84,8 @@ impl Backlog {
             return None;
         }
         let count = queue.waiting.len().min(BATCH);
-        let batch = queue.waiting.drain(..count).collect();
+        let batch: Vec<Live> = queue.waiting.drain(..count).collect();
+        queue.bytes -= batch.iter().map(|live| live.message.payload.len()).sum::<usize>();
         if queue.waiting.is_empty() {
             queue.waiting.shrink_to(BATCH);
         }

@@ -92,7 +92,14 @@ struct Inner {
 
 #[derive(Default)]
 struct Waiting {
-    appends: VecDeque<(Append, Answer)>,
+    appends: VecDeque<Queued>,
+    bytes: usize,
+}
+
+struct Queued {
+    append: Append,
+    answer: Answer,
+    /// What it counts for: the recipients of a publish share its payload, and the last of them has its bytes.
     bytes: usize,
 }
 
@@ -141,11 +148,13 @@ impl Collect {
         // Only an id that can come again is worth a look: the sender's own, or one under which a rest is repeated.
         let fenced = publish.id.is_some() || matches!(publish.to, Recipients::Users(_));
         let id = publish.id.unwrap_or_else(new_id);
+        let last = publish.to.users().len() - 1;
         let waiting: Vec<(UserId, Result<oneshot::Receiver<Outcome>, Refusal>)> = publish
             .to
             .users()
             .iter()
-            .map(|user| {
+            .enumerate()
+            .map(|(n, user)| {
                 let append = Append {
                     user: user.clone(),
                     id: id.clone(),
@@ -154,7 +163,8 @@ impl Collect {
                     expires_at: now.plus_seconds(publish.ttl_s),
                     payload: publish.payload.clone(),
                 };
-                (user.clone(), self.enqueue(append))
+                let bytes = if n == last { publish.payload.len() } else { 0 };
+                (user.clone(), self.enqueue(append, bytes))
             })
             .collect();
         self.inner.filled.notify_one();
@@ -171,15 +181,14 @@ impl Collect {
         Published { id, repeatable: fenced, accepted }
     }
 
-    fn enqueue(&self, append: Append) -> Result<oneshot::Receiver<Outcome>, Refusal> {
+    fn enqueue(&self, append: Append, bytes: usize) -> Result<oneshot::Receiver<Outcome>, Refusal> {
         let mut waiting = self.inner.waiting.lock();
-        let bytes = waiting.bytes + append.payload.len();
-        if waiting.appends.len() >= WAITING_APPENDS || bytes > WAITING_BYTES {
+        if waiting.appends.len() >= WAITING_APPENDS || waiting.bytes + bytes > WAITING_BYTES {
             return Err(refusal(503, "too many messages wait to be stored; repeat after a moment"));
         }
         let (answer, waiter) = oneshot::channel();
-        waiting.bytes = bytes;
-        waiting.appends.push_back((append, answer));
+        waiting.bytes += bytes;
+        waiting.appends.push_back(Queued { append, answer, bytes });
         Ok(waiter)
     }
 
@@ -296,7 +305,7 @@ async fn write(inner: Arc<Inner>) {
             continue;
         }
         inner.metrics.batch.observe(batch.len() as f64);
-        let with_user = |(append, answer): (Append, Answer)| {
+        let with_user = |Queued { append, answer, .. }| {
             let user = append.user.clone();
             (append, (user, answer))
         };
@@ -309,16 +318,16 @@ async fn write(inner: Arc<Inner>) {
     }
 }
 
-fn take(inner: &Inner) -> Option<Vec<(Append, Answer)>> {
+fn take(inner: &Inner) -> Option<Vec<Queued>> {
     let mut waiting = inner.waiting.lock();
     if waiting.appends.is_empty() {
         return None;
     }
     let count = waiting.appends.len().min(BATCH);
-    let mut batch: Vec<(Append, Answer)> = waiting.appends.drain(..count).collect();
-    waiting.bytes -= batch.iter().map(|(append, _)| append.payload.len()).sum::<usize>();
+    let mut batch: Vec<Queued> = waiting.appends.drain(..count).collect();
+    waiting.bytes -= batch.iter().map(|queued| queued.bytes).sum::<usize>();
     // A sender that was told 503, or has gone, was promised nothing: storing it now would only make its repeat a second.
-    batch.retain(|(_, answer)| !answer.is_closed());
+    batch.retain(|queued| !queued.answer.is_closed());
     Some(batch)
 }
 

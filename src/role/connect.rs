@@ -41,6 +41,10 @@ impl PublicUrls {
 pub struct Place {
     /// With the ticket in it.
     pub url: String,
+    /// Who was placed.
+    pub user: UserId,
+    /// When the token was issued, in whole seconds; zero where it does not say.
+    pub token_iat_s: u64,
     /// Whose URL that is.
     pub node: NodeId,
     /// Of the view that says so.
@@ -123,9 +127,12 @@ impl Connect {
         let base = self.inner.urls.of(&named.info.node).ok_or_else(nobody)?;
         // One that is not the owner must keep the client, or it would send it to the owner at once.
         let keep = view.owner(&identity.user).is_none_or(|owner| owner.info.node != named.info.node);
+        let (user, token_iat_s) = (identity.user.clone(), identity.issued_at_s);
         let ticket = self.inner.key.sign(&self.ticket(identity, device, &named, keep));
         Ok(Place {
             url: format!("{base}?ticket={ticket}"),
+            user,
+            token_iat_s,
             node: named.info.node.clone(),
             generation: Arc::clone(&view.generation),
             epoch: view.epoch,

@@ -59,7 +59,18 @@ struct Inner {
     lookups: Backlog,
     /// What a node took that has a newer view than this router.
     again: Backlog,
+    /// The newest of those views that was heard of.
+    news: Mutex<Stamp>,
     metrics: Arc<DispatchMetrics>,
+}
+
+impl Inner {
+    /// Somebody has a newer view: it is looked for, and this batch is routed again when it is here.
+    fn heard_of(&self, news: Stamp, batch: Vec<Live>) {
+        *self.news.lock() = news;
+        self.membership.refresh();
+        self.again.put(batch);
+    }
 }
 
 /// What dispatch counts.
@@ -177,6 +188,7 @@ impl Dispatch {
             lanes: Mutex::default(),
             lookups: Backlog::default(),
             again: Backlog::default(),
+            news: Mutex::default(),
             metrics: DispatchMetrics::register(metrics),
         });
         let this = Self { inner };
@@ -222,8 +234,7 @@ impl Dispatch {
             self.inner.lookups.put(batch.clone());
         }
         if stamp.is_news_to(&view.stamp()) {
-            self.inner.membership.refresh();
-            self.inner.again.put(batch);
+            self.inner.heard_of(stamp.clone(), batch);
         }
     }
 
@@ -275,8 +286,8 @@ impl Dispatch {
         loop {
             let (batch, dropped) = self.inner.again.take().await;
             let mut views = self.inner.membership.views();
-            let known = self.inner.recent.lock().current.stamp();
-            let newer = views.wait_for(|view| view.stamp() != known);
+            let told = self.inner.news.lock().clone();
+            let newer = views.wait_for(|view| !told.is_news_to(&view.stamp()));
             let _ = tokio::time::timeout(NEWER_VIEW_WAIT, newer).await;
             self.inner.metrics.rerouted.inc_by(batch.len() as u64);
             if dropped {
@@ -317,7 +328,11 @@ impl Dispatch {
                     before = view;
                 }
                 // Earlier views are forgotten, and lanes closed, also when nothing is routed.
-                () = tokio::time::sleep(RECENT_VIEW_LIFE / 10) => self.refresh(&mut self.inner.recent.lock()),
+                () = tokio::time::sleep(RECENT_VIEW_LIFE / 10) => {
+                    self.refresh(&mut self.inner.recent.lock());
+                    // Known also where nothing was ever sent: when it leaves the view, nobody else says where it is.
+                    before.members.iter().for_each(|member| drop(self.inner.directory.find(&member.info.node)));
+                }
                 Some(_) = telling.join_next() => {}
             }
         }
@@ -420,8 +435,7 @@ async fn run_lane(node: NodeId, backlog: Arc<Backlog>, dispatch: Weak<Inner>) {
         match call(service, &node, request).await {
             Ok(PushResponse::Done(theirs)) if theirs.is_news_to(&stamp) => {
                 let Some(inner) = dispatch.upgrade() else { return };
-                inner.membership.refresh();
-                inner.again.put(kept);
+                inner.heard_of(theirs, kept);
             }
             Ok(_) => {}
             Err(fault) => {

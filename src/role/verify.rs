@@ -17,7 +17,7 @@ use tower::ServiceExt;
 use tower::util::BoxCloneSyncService;
 
 use crate::clock::Clock;
-use crate::message::UserId;
+use crate::message::{Millis, UserId};
 use crate::wire::peer::{Identity, PeerFault, VerifyRequest};
 
 /// Tokens remembered, about 600 bytes each: 60 MB.
@@ -131,14 +131,16 @@ fn read(status: u16, body: &[u8]) -> Result<Identity, PeerFault> {
             let claims = &answer["claims"];
             let user = answer["user"].as_str().and_then(|user| UserId::parse(user).ok()).ok_or_else(bad)?;
             let seconds = |name: &str| claims[name].as_f64().map(|seconds| seconds.max(0.0) as u64);
+            let expires_at = answer["expires_at"].as_str().and_then(Millis::parse_rfc3339);
             Ok(Identity {
                 user,
                 issued_at_s: seconds("iat").unwrap_or(0),
-                expires_at_s: seconds("exp").ok_or_else(bad)?,
+                expires_at_s: expires_at.map(Millis::seconds).or_else(|| seconds("exp")).ok_or_else(bad)?,
                 claims: Bytes::from(claims.to_string()),
             })
         }
-        401 => {
+        // Also a token too large to be looked at: the token is at fault, and auth answers.
+        400..=499 if status != 408 && status != 429 => {
             let why = answer["detail"].as_str().unwrap_or("the token is not good");
             Err(PeerFault::Unauthorized(why.to_owned()))
         }
@@ -163,7 +165,6 @@ impl tower::Service<VerifyRequest> for RemoteAuth {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::Millis;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
     /// An auth that can be down, and counts what it is asked.
@@ -187,6 +188,13 @@ mod tests {
                     match token.as_str() {
                         _ if down => Err("connection refused".to_owned()),
                         Some("bad") => Ok((401, Bytes::from_static(b"{\"detail\":\"expired\"}"))),
+                        Some("huge") => Ok((413, Bytes::from_static(b"{\"detail\":\"too large\"}"))),
+                        Some("bare") => Ok((
+                            200,
+                            Bytes::from_static(
+                                br#"{"user":"bare","expires_at":"1970-01-01T01:00:00Z","claims":{}}"#,
+                            ),
+                        )),
                         user => {
                             let answer = json!({"user": user, "claims": {"iat": 900, "exp": 2000}});
                             Ok((200, Bytes::from(answer.to_string())))
@@ -229,6 +237,17 @@ mod tests {
         tokio::time::advance(REST_FIRST).await;
         assert!(bench.verify("alice").await.is_ok());
         assert!(bench.verify("bob").await.is_ok(), "once it has answered, it is asked as before");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_needs_no_claims_and_a_token_too_large_is_no_outage() {
+        let bench = bench();
+        let identity = bench.verify("bare").await.unwrap();
+        assert_eq!((identity.issued_at_s, identity.expires_at_s), (0, 3600));
+        for _ in 0..FAILURES * 2 {
+            assert_eq!(bench.verify("huge").await, Err(PeerFault::Unauthorized("too large".to_owned())));
+        }
+        assert!(bench.verify("alice").await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]

@@ -195,7 +195,7 @@ pub struct ClientSocket {
     inner: WebSocketStream<MaybeTlsStream<TcpStream>>,
     /// When something was heard last, and for how long nothing may be.
     heard: Instant,
-    silence: Option<Duration>,
+    silence: Duration,
 }
 
 /// What a client hears.
@@ -220,7 +220,8 @@ pub enum OpenFault {
     Unreachable(String),
 }
 
-/// Opens a socket at `url`, with a token if one is given.
+/// Opens a socket at `url`, with a token if one is given. Until [`ClientSocket::expect_life_within`] says otherwise, a server
+/// that says nothing for `deadline` counts as lost, also after the upgrade.
 ///
 /// # Errors
 /// [`OpenFault`].
@@ -237,7 +238,7 @@ pub async fn open(url: &str, bearer: Option<&str>, deadline: Duration) -> Result
     let config = WebSocketConfig::default().read_buffer_size(16 * 1024).write_buffer_size(0);
     let opening = tokio_tungstenite::connect_async_with_config(request, Some(config), true);
     match tokio::time::timeout(deadline, opening).await {
-        Ok(Ok((inner, _))) => Ok(ClientSocket { inner, heard: Instant::now(), silence: None }),
+        Ok(Ok((inner, _))) => Ok(ClientSocket { inner, heard: Instant::now(), silence: deadline }),
         Ok(Err(Error::Http(response))) => Err(OpenFault::Answered(response.status().as_u16())),
         Ok(Err(error)) => Err(unreachable(&error)),
         Err(_) => Err(unreachable(&"no answer in time")),
@@ -249,12 +250,8 @@ impl ClientSocket {
     pub async fn hear(&mut self) -> Heard {
         loop {
             // From when something was heard last, however often this is asked anew meanwhile.
-            let next = match self.silence {
-                None => self.inner.next().await,
-                Some(silence) => match timeout_at(self.heard + silence, self.inner.next()).await {
-                    Ok(next) => next,
-                    Err(_) => return Heard::Lost,
-                },
+            let Ok(next) = timeout_at(self.heard + self.silence, self.inner.next()).await else {
+                return Heard::Lost;
             };
             self.heard = Instant::now();
             match next {
@@ -270,7 +267,7 @@ impl ClientSocket {
 
     /// From now on a server that says nothing for this long, not even a ping, counts as lost.
     pub fn expect_life_within(&mut self, silence: Duration) {
-        self.silence = Some(silence);
+        self.silence = silence;
     }
 
     /// Says something; false if the connection is gone.

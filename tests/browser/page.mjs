@@ -3,13 +3,12 @@
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { mkdtemp, readFile, rm } from 'node:fs/promises';
-import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as pause } from 'node:timers/promises';
 
-const { chromium } = createRequire(`${process.env.RINGPUSH_MODULES}/`)('playwright-core');
-const DEADLINE = 20_000;
+import { DEADLINE, launch } from './launch.mjs';
+
 const data = await mkdtemp(join(tmpdir(), 'ringpush-page-'));
 let server;
 
@@ -140,11 +139,7 @@ const steps = {
 
 let browser;
 try {
-  browser = await chromium.launch({
-    executablePath: process.env.RINGPUSH_CHROMIUM ?? '/usr/bin/chromium',
-    args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-      '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage'],
-  });
+  browser = await launch();
   const ports = await start();
   for (const [name, step] of Object.entries(steps)) {
     await step(browser, ports);

@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::json;
 
+use crate::support::cluster::Cluster;
 use crate::support::{Options, Server, eventually, tool};
 
 /// A client program that prints `ready`, then a line per message: its payload.
@@ -82,22 +83,39 @@ fn the_readme_shows_the_examples_as_they_are() {
     }
 }
 
-/// The page and the dashboard in headless Chromium: the steps are in tests/browser.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_page_works_in_a_real_browser() {
-    let modules = tool("node_modules");
-    let script = format!("{}/tests/browser/page.mjs", env!("CARGO_MANIFEST_DIR"));
-    let shots = format!("{}/target/browser", env!("CARGO_MANIFEST_DIR"));
+/// Runs a script of tests/browser, which must succeed.
+async fn in_chromium(script: &str, environment: &[(&str, String)]) {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let shots = format!("{root}/target/browser");
     std::fs::create_dir_all(&shots).unwrap();
-    let output = Command::new("node")
-        .arg(script)
-        .env("RINGPUSH_MODULES", modules)
-        .env("RINGPUSH_PROGRAM", crate::support::PROGRAM)
-        .env("RINGPUSH_SHOTS", shots)
-        .output()
-        .unwrap();
+    let mut command = tokio::process::Command::new("node");
+    command.arg(format!("{root}/tests/browser/{script}")).kill_on_drop(true);
+    command.env("RINGPUSH_MODULES", tool("node_modules")).env("RINGPUSH_SHOTS", shots);
+    command.envs(environment.iter().map(|(name, value)| (*name, value)));
+    let output = command.output().await.unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     let wrong = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}\n{wrong}");
     eprintln!("{said}");
+}
+
+/// The page and the dashboard in headless Chromium: the steps are in tests/browser.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_page_works_in_a_real_browser() {
+    in_chromium("page.mjs", &[("RINGPUSH_PROGRAM", crate::support::PROGRAM.to_owned())]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_dashboard_shows_a_cluster_that_is_scaled() {
+    let cluster = Cluster::up(&[]).await;
+    let audit = cluster.audit(&["--users", "500", "--rate", "200", "--for", "30s"]).await;
+    let environment = [
+        ("RINGPUSH_OPS", format!("http://{}/", cluster.address("dispatch-0", "ops"))),
+        ("RINGPUSH_SCALE", cluster.script().display().to_string()),
+        ("CLUSTER_DIR", cluster.directory().display().to_string()),
+        ("RINGPUSH_USERS", "500".to_owned()),
+    ];
+    in_chromium("scaling.mjs", &environment).await;
+    audit.passes().await;
+    cluster.nothing_is_left().await;
 }

@@ -120,7 +120,7 @@ async fn publishers_may_speak_grpc() {
 }
 
 /// What the program says when it is started with these keys, and its exit code; None if it runs on.
-async fn started(keys: &[(&str, &str)]) -> (Option<i32>, String) {
+pub(crate) async fn started(keys: &[(&str, &str)]) -> (Option<i32>, String) {
     let data = tempfile::tempdir().unwrap();
     let mut command = std::process::Command::new(PROGRAM);
     clean(&mut command);

@@ -14,7 +14,7 @@ use ringpush::transport::redis::RedisLink;
 use ringpush::wire::address::RedisUrl;
 
 use crate::support::foreign::{Foreign, free_port, redis, redis_cli};
-use crate::support::{DEADLINE, eventually};
+use crate::support::{DEADLINE, Options, Server, eventually, http};
 
 /// A tenth of the real times: a lease of one second.
 fn times() -> Times {
@@ -98,6 +98,86 @@ async fn the_master_is_found_through_a_sentinel() {
     let url = format!("redis+sentinel://127.0.0.1:{}/main", sentinel.port);
     let membership = || Arc::new(RedisMembership::start(link(&url), "test", times(), Clock::system()));
     conformance::suite(&conformance::Bench { own: membership(), others: membership() }).await;
+}
+
+/// A certificate authority and a server's certificate for 127.0.0.1, as `ca.pem`, `cert.pem` and `key.pem`.
+fn certificates(directory: &std::path::Path) {
+    let make = |words: &str| {
+        let output = std::process::Command::new("openssl")
+            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"])
+            .args(["-days", "2"])
+            .args(words.split(' '))
+            .current_dir(directory)
+            .output()
+            .expect("openssl is there: run scripts/test, which installs it");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    make("-keyout ca.key -out ca.pem -subj /CN=authority");
+    make(
+        "-CA ca.pem -CAkey ca.key -keyout key.pem -out cert.pem -subj /CN=redis \
+         -addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE",
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_is_spoken_to_over_tls_and_only_if_its_certificate_is_trusted() {
+    let directory = tempfile::tempdir().unwrap();
+    certificates(directory.path());
+    let file = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let redis = Foreign::start(&[
+        "redis-server",
+        "--port",
+        "0",
+        "--tls-port",
+        "{port}",
+        "--bind",
+        "127.0.0.1",
+        "--dir",
+        "{dir}",
+        "--save",
+        "",
+        "--requirepass",
+        "secret",
+        "--tls-auth-clients",
+        "no",
+        "--tls-cert-file",
+        &file("cert.pem"),
+        "--tls-key-file",
+        &file("key.pem"),
+        "--tls-ca-cert-file",
+        &file("ca.pem"),
+    ])
+    .await;
+    let url = format!("rediss://:secret@127.0.0.1:{}", redis.port);
+    let mut options = Options::registered_in(&url);
+    options.environment.push(("SSL_CERT_FILE".to_owned(), file("ca.pem")));
+    let server = Server::with(options).await;
+    let view = http::get(&server.at("ops"), "/cluster", None).await.json();
+    assert_eq!((view["nodes"][0]["node"].as_str(), view["held"].as_bool()), (Some("push-0"), Some(false)));
+    assert!(!view["generation"].as_str().unwrap().is_empty());
+    // No certificate authority that the machine trusts has signed this one.
+    let (code, said) = crate::cluster::started(&[("REDIS__URL", &url)]).await;
+    assert!(code.is_none() && said.contains("redis.url") && said.contains("certificate"), "{code:?} {said}");
+    assert!(!said.contains("secret"), "a password is told: {said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_that_is_not_that_of_redis_is_told_within_a_beat() {
+    let redis = redis(&[]).await;
+    let mut options = Options::registered_in(&format!("redis://127.0.0.1:{}", redis.port));
+    options.wrapper = ["faketime", "-f", "+60s"].map(str::to_owned).to_vec();
+    // A moment that was asked for is a moment that passes: only the time of day is another.
+    options.environment.push(("FAKETIME_DONT_FAKE_MONOTONIC".to_owned(), "1".to_owned()));
+    let server = Server::with(options).await;
+    eventually("the skew is told", async || {
+        let log = server.log();
+        log.contains("redis.url") && log.contains("NTP") && log.contains("ahead_ms")
+    })
+    .await;
+    eventually("the skew is shown", async || {
+        (59_000.0..61_000.0).contains(&server.metric("ringpush_clock_skew_ms").await)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -176,6 +176,44 @@ async fn what_was_promised_survives_primaries_that_step_down_and_die() {
     audit(&one, &users, &promised, true).await;
 }
 
+/// One message without an id of its sender's for each user; what was promised for them.
+async fn append_once(inbox: &MongoInbox, users: &[UserId], name: &str) -> Promised {
+    let batch = users.iter().enumerate().map(|(n, user)| {
+        let id = format!("{name}-{n}");
+        Append { fenced: false, ..item(user, &id, 3_600_000) }
+    });
+    let outcomes = inbox.append(batch.clone().collect()).await;
+    let stored = batch.zip(outcomes).map(|(item, outcome)| match outcome {
+        Ok(Appended::Stored(message)) => (item.user, vec![(message.seq, item.id.to_string())]),
+        other => panic!("{}: {other:?}", item.id),
+    });
+    stored.collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_stored_is_not_stored_again_when_a_read_of_its_batch_fails() {
+    let set = ReplicaSet::start(1).await;
+    let users = users("failing", 20);
+    let (times, clock) = (MongoTimes::default(), Clock::system());
+    let one = open(&set.uri(), "failing", times, clock.clone()).await;
+    let two = open(&format!("{}&appName=second", set.uri()), "failing", times, clock).await;
+    let mut promised = vec![append_once(&one, &users, "a").await, append_once(&two, &users, "b").await];
+    // Half of the numbers that the second would give next are taken, and it cannot look at what stands there.
+    promised.push(append_once(&one, &users[..10], "c").await);
+    let fail = |mode: mongodb::bson::Bson| {
+        mongodb::bson::doc! {
+            "configureFailPoint": "failCommand", "mode": mode,
+            // Nothing that the driver would try again by itself.
+            "data": { "failCommands": ["find"], "errorCode": 1, "appName": "second" },
+        }
+    };
+    set.command(0, fail(mongodb::bson::doc! { "times": 3 }.into())).await;
+    promised.push(append_once(&two, &users, "d").await);
+    let failed = set.command(0, fail("off".into())).await;
+    assert!(failed.get_i64("count").or(failed.get_i32("count").map(i64::from)).unwrap() >= 3, "{failed}");
+    audit(&one, &users, &promised, true).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_work_is_refused_with_a_remedy() {
     let standalone = Foreign::start(&[

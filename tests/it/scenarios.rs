@@ -3,11 +3,12 @@
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use serde_json::Value;
 
 use crate::support::cluster::Cluster;
-use crate::support::eventually;
 use crate::support::foreign::redis_cli;
+use crate::support::{DEADLINE, Socket, eventually};
 
 #[path = "scenarios_more.rs"]
 mod more;
@@ -127,7 +128,18 @@ async fn a_frozen_redis_is_not_felt() {
     rest(2).await;
     cluster.run(&["signal", "redis", "STOP"]).await;
     eventually("a held view", async || cluster.view().await["held"] == true).await;
-    rest(15).await;
+    // Whoever comes now is displaced on two of three nodes and cannot be entered there: it is served all the same.
+    let tokens: Vec<String> =
+        join_all((0..120).map(async |n| cluster.token(&format!("late-{n}")).await)).await;
+    let opening = tokens.iter().enumerate().map(async |(n, token)| {
+        let url = format!("ws://{}/n/push-{}/v1/ws?hops=2", cluster.balancer(), n % 3);
+        let mut socket = Socket::open(&url, Some(token)).await;
+        socket.caught_up().await;
+        socket
+    });
+    let late = tokio::time::timeout(DEADLINE / 2, join_all(opening)).await;
+    drop(late.expect("sockets that come while Redis hangs do not wait for it"));
+    rest(12).await;
     for node in cluster.pushes() {
         let (status, why) = cluster.readiness(&node).await;
         assert_eq!(status, 200, "nobody is cut off alone: {why}");

@@ -8,7 +8,7 @@
 //! 4. A head in memory is trusted for a while after its read was sent. An append that was answered long after that is
 //!    acknowledged only if a linearizable read of the head record is below its number; else the number is void.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +32,9 @@ const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_millis(100);
 /// Heads in memory, 150 bytes each: 30 MB. More, and those that are trusted no longer go; then all.
 const HEADS: usize = 200_000;
+/// Inserts of one item of each user, after a taken key has shown that another process writes here too; what a user has beyond
+/// that goes in order.
+const WAVES: usize = 8;
 
 /// What is known of the heads of users, by this process.
 #[derive(Default)]
@@ -87,9 +90,11 @@ pub(super) async fn append(inner: &Inner, batch: Vec<Append>) -> Vec<Result<Appe
     let mut pending: Vec<Item> = batch.into_iter().enumerate().map(fresh).collect();
     let deadline = Instant::now() + APPEND_DEADLINE;
     let mut why = InboxError::Unavailable("no answer until the deadline".to_owned());
+    let mut again = false;
     while !pending.is_empty() && Instant::now() < deadline {
         let before = pending.len();
-        match round(inner, &mut heads, &mut pending, &mut outcomes).await {
+        match round(inner, &mut heads, &mut pending, &mut outcomes, std::mem::replace(&mut again, true)).await
+        {
             Ok(()) if pending.len() < before => continue,
             Ok(()) => {}
             Err(error) => why = error,
@@ -111,11 +116,16 @@ async fn round(
     heads: &mut Heads,
     pending: &mut Vec<Item>,
     outcomes: &mut Outcomes,
+    again: bool,
 ) -> Result<(), InboxError> {
-    read_heads(inner, heads, pending).await?;
+    read_heads(inner, heads, pending, again).await?;
     let numbers = number(heads, pending);
     let sent = inner.clock.uptime();
-    let (tried, fault) = insert(inner, pending, &numbers).await;
+    let (tried, fault) = if again {
+        insert_in_waves(inner, pending, &numbers).await
+    } else {
+        insert(inner, pending, &numbers).await
+    };
     let mut done = HashSet::new();
     let settled = settle(inner, heads, pending, &numbers, sent, tried, &mut done, outcomes).await;
     // Also when something failed on the way: what is settled must not be appended again under another number.
@@ -179,11 +189,18 @@ fn void_ids(pending: &mut [Item], outcomes: &mut Outcomes) {
     }
 }
 
-/// Reads the heads that are not known, or not trusted any more.
-async fn read_heads(inner: &Inner, heads: &mut Heads, pending: &[Item]) -> Result<(), InboxError> {
+/// Reads the heads that are not known, or not trusted any more. Whether one is trusted is decided once for a batch: an item
+/// whose insert may have succeeded must be tried under the same number again, not above itself.
+async fn read_heads(
+    inner: &Inner,
+    heads: &mut Heads,
+    pending: &[Item],
+    again: bool,
+) -> Result<(), InboxError> {
     let now = inner.clock.uptime();
     let trusted = |user: &UserId| {
-        heads.known.get(user).is_some_and(|known| now.saturating_sub(known.sent) <= inner.times.head_trust)
+        let young = |known: &Known| now.saturating_sub(known.sent) <= inner.times.head_trust;
+        heads.known.get(user).is_some_and(|known| again || young(known))
     };
     let mut unknown: Vec<&UserId> =
         pending.iter().map(|item| &item.append.user).filter(|user| !trusted(user)).collect();
@@ -229,6 +246,41 @@ async fn insert(inner: &Inner, pending: &[Item], numbers: &[u64]) -> (Vec<Tried>
         lot.iter().zip(result).for_each(|(n, result)| tried[*n] = *result);
     }
     (tried, one.1.or(other.1))
+}
+
+/// The first item of every user, then the next of those whose item went in, and so on: a head that is not ours any more
+/// stops its own user alone.
+async fn insert_in_waves(
+    inner: &Inner,
+    pending: &[Item],
+    numbers: &[u64],
+) -> (Vec<Tried>, Option<InboxError>) {
+    let mut tried = vec![Tried::Unknown; pending.len()];
+    let mut left: HashMap<&UserId, VecDeque<usize>> = HashMap::new();
+    for (n, item) in pending.iter().enumerate() {
+        left.entry(&item.append.user).or_default().push_back(n);
+    }
+    let mut fault = None;
+    for wave in 0..=WAVES {
+        let last = wave == WAVES;
+        let take = |queue: &mut VecDeque<usize>| -> Vec<usize> {
+            let count = if last { queue.len() } else { queue.len().min(1) };
+            queue.drain(..count).collect()
+        };
+        let lot: Vec<usize> = left.values_mut().flat_map(take).collect();
+        if lot.is_empty() {
+            break;
+        }
+        let (results, failed) = insert_these(inner, pending, numbers, &lot, last).await;
+        fault = fault.or(failed);
+        for (n, result) in lot.into_iter().zip(results) {
+            tried[n] = result;
+            if result != Tried::Inserted {
+                left.remove(&pending[n].append.user);
+            }
+        }
+    }
+    (tried, fault)
 }
 
 async fn insert_these(

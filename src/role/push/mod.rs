@@ -42,7 +42,7 @@ use super::connect::PublicUrls;
 use super::reach::Reach;
 use crate::clock::Clock;
 use crate::fallback::{Fallback, Holder, Which};
-use crate::inbox::Inbox;
+use crate::inbox::{From, Inbox};
 use crate::membership::{Counts, Departure, Membership, MembershipError, NodeInfo, View};
 use crate::message::{NodeId, UserId};
 use crate::telemetry::{Health, Metrics, WAY};
@@ -222,8 +222,9 @@ impl Node {
         !self.draining.is_cancelled() && self.barred.borrow().is_none()
     }
 
+    /// A node that leaves owns nobody, whether its view shows that already or not.
     fn owns(&self, view: &View, user: &UserId) -> bool {
-        view.owner(user).is_none_or(|owner| owner.info.node == *self.name())
+        !self.draining.is_cancelled() && view.owner(user).is_none_or(|owner| owner.info.node == *self.name())
     }
 
     fn hint(&self) -> ReconnectHint {
@@ -384,6 +385,13 @@ impl Push {
             self.node.metrics.refused.inc();
         }
         decided
+    }
+
+    /// Whether a token of this user that was issued then counts no more. Where the inbox cannot say so now, the attach of the
+    /// socket will.
+    pub async fn has_revoked(&self, user: &UserId, token_iat_s: u64) -> bool {
+        let answer = self.node.asks.ask(user.clone(), From::Latest).await;
+        answer.is_ok_and(|answer| token_iat_s < answer.not_before_s)
     }
 
     /// Runs the connection of an admitted client, in a task of its own, once `upgraded` brings its socket.

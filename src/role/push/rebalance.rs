@@ -40,6 +40,9 @@ const FALLBACK_RETRY_FIRST: Duration = Duration::from_millis(100);
 const FALLBACK_RETRY_MAX: Duration = Duration::from_secs(3);
 /// Between two renewals of the set's lease, give or take a fifth: the beat of membership.
 const FALLBACK_RENEW: Duration = Duration::from_secs(2);
+/// How long a session that attaches waits for its fallback entry: a registry that hangs is not felt, and the entry is then
+/// written, or looked after, behind its back.
+const ENTER_DEADLINE: Duration = Duration::from_millis(500);
 /// The longest window that clients are given to come back in.
 const RECONNECT_MAX_MS: u64 = 60_000;
 
@@ -118,7 +121,9 @@ impl Displaced {
 pub(super) async fn enter(node: &Node, user: &UserId) {
     // Noted first: whatever ends this session from now on knows that there may be an entry.
     node.displaced.state.lock().entered.insert(user.clone());
-    match node.fallback.add(&node.holder, vec![user.clone()]).await {
+    let adding = node.fallback.add(&node.holder, vec![user.clone()]);
+    let late = || crate::fallback::FallbackError("not in time".to_owned());
+    match tokio::time::timeout(ENTER_DEADLINE, adding).await.unwrap_or_else(|_| Err(late())) {
         Ok(()) => {
             tracing::debug!(target: WAY, step = 4, %user, node = %node.name(), "displaced: entered into the fallback set");
             node.displaced.note_entered(vec![user.clone()]);
@@ -223,8 +228,10 @@ async fn reconcile(node: &Node, users: &[UserId]) -> bool {
     }
     if !add.is_empty() {
         node.displaced.note_entered(add.clone());
-        // A session that ended while the entry was written found no entry to take out.
-        node.displaced.doubt(add.iter().filter(|user| !wanted(user)).cloned().collect());
+        // A session that ended, or a user that came home, while the entry was written found no entry to take out.
+        let view = Arc::clone(&node.views.borrow());
+        let stays = |user: &UserId| node.registry.has(user) && !node.owns(&view, user);
+        node.displaced.doubt(add.iter().filter(|user| !stays(user)).cloned().collect());
     }
     // What was sent before the entry stood went by: read those inboxes at once.
     for user in &add {

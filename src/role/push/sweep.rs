@@ -23,6 +23,10 @@ use crate::wire::frame::message_frame;
 
 /// Questions in one lot (DESIGN.md section 6: 16 ms for 1000 on MongoDB).
 pub const LOT: usize = 1_000;
+/// Lots under way at once, and how long one is waited for alone: one that takes long, as when a position must be confirmed by
+/// the whole replica set, does not hold up the others.
+const LOTS_AT_ONCE: usize = 4;
+const LOT_PATIENCE: Duration = Duration::from_millis(50);
 /// Attaching sessions that wait for their lot: two seconds of the default accept rate; more are shed.
 pub const ASKS_WAITING: usize = 8_000;
 /// Inbox reads in flight per node.
@@ -72,20 +76,41 @@ impl Asks {
     }
 }
 
-/// Answers attaching sessions, lot by lot.
+/// Answers attaching sessions, lot by lot: the next one forms while the last one is under way.
 pub(super) async fn answer_asks(inbox: Arc<dyn Inbox>, mut requests: mpsc::Receiver<AskRequest>) {
-    let mut lot = Vec::with_capacity(LOT);
-    while requests.recv_many(&mut lot, LOT).await > 0 {
-        let (asks, answers): (Vec<_>, Vec<_>) = lot.drain(..).map(|r| (r.ask, r.answer)).unzip();
-        match inbox.standing(asks).await {
-            Ok(standings) => answers.into_iter().zip(standings).for_each(|(to, standing)| {
-                // A client that left meanwhile wants no answer.
-                let _ = to.send(Ok(standing));
-            }),
-            Err(error) => answers.into_iter().for_each(|to| {
-                let _ = to.send(Err(error.clone()));
-            }),
+    let mut under_way = JoinSet::new();
+    loop {
+        let mut lot = Vec::new();
+        if requests.recv_many(&mut lot, LOT).await == 0 {
+            return;
         }
+        under_way.spawn(answer_lot(Arc::clone(&inbox), lot));
+        let _ = tokio::time::timeout(LOT_PATIENCE, ended(&mut under_way, 1)).await;
+        ended(&mut under_way, LOTS_AT_ONCE).await;
+    }
+}
+
+/// Waits until fewer than `count` are under way; a panic of one is raised here.
+async fn ended(under_way: &mut JoinSet<()>, count: usize) {
+    while under_way.len() >= count {
+        if let Some(Err(fault)) = under_way.join_next().await
+            && fault.is_panic()
+        {
+            std::panic::resume_unwind(fault.into_panic());
+        }
+    }
+}
+
+async fn answer_lot(inbox: Arc<dyn Inbox>, lot: Vec<AskRequest>) {
+    let (asks, answers): (Vec<_>, Vec<_>) = lot.into_iter().map(|r| (r.ask, r.answer)).unzip();
+    match inbox.standing(asks).await {
+        Ok(standings) => answers.into_iter().zip(standings).for_each(|(to, standing)| {
+            // A client that left meanwhile wants no answer.
+            let _ = to.send(Ok(standing));
+        }),
+        Err(error) => answers.into_iter().for_each(|to| {
+            let _ = to.send(Err(error.clone()));
+        }),
     }
 }
 
@@ -248,19 +273,19 @@ impl Cursors {
         if moved.is_empty() {
             return;
         }
-        let changes: Vec<Change> = moved
-            .iter()
-            .map(|((user, device), acked)| Change::Cursor {
+        let moved: Vec<((UserId, DeviceId), Seq)> = moved.into_iter().collect();
+        for lot in moved.chunks(LOT) {
+            let change = |((user, device), acked): &((UserId, DeviceId), Seq)| Change::Cursor {
                 user: user.clone(),
                 device: device.clone(),
                 acked: *acked,
-            })
-            .collect();
-        if let Err(error) = inbox.update(changes).await {
-            tracing::debug!(%error, "cursors could not be written; they are kept");
-            let mut kept = self.moved.lock();
-            for (device, acked) in moved {
-                kept.entry(device).or_insert(acked);
+            };
+            if let Err(error) = inbox.update(lot.iter().map(change).collect()).await {
+                tracing::debug!(%error, "cursors could not be written; they are kept");
+                let mut kept = self.moved.lock();
+                for (device, acked) in lot {
+                    kept.entry(device.clone()).or_insert(*acked);
+                }
             }
         }
     }

@@ -48,9 +48,18 @@ impl Cluster {
         this
     }
 
+    /// The script, and the directory that its `CLUSTER_DIR` is to be.
+    pub fn script(&self) -> PathBuf {
+        script()
+    }
+
+    pub fn directory(&self) -> PathBuf {
+        self.directory.path().join("cluster")
+    }
+
     /// One command of the script; the state is read again.
     pub async fn run(&mut self, words: &[&str]) {
-        let at = self.directory.path().join("cluster");
+        let at = self.directory();
         let output = Command::new(script()).args(words).env("CLUSTER_DIR", &at).output().await.unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "scripts/cluster {words:?}: {said}");
@@ -79,7 +88,7 @@ impl Cluster {
     /// One command of the script, to be run beside something else; the state is not read again.
     pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(script());
-        command.args(words).env("CLUSTER_DIR", self.directory.path().join("cluster"));
+        command.args(words).env("CLUSTER_DIR", self.directory());
         command
     }
 

@@ -116,6 +116,9 @@ impl ReplicaSet {
             "64",
             "--setParameter",
             "diagnosticDataCollectionEnabled=false",
+            // So that a test may have it fail a command.
+            "--setParameter",
+            "enableTestCommands=1",
         ];
         let words: Vec<&str> = [path.to_str().unwrap()].into_iter().chain(words).chain(small).collect();
         let mut members = Vec::new();

@@ -36,6 +36,19 @@ impl Options {
         self
     }
 
+    /// All that must be configured where there is a registry; the inbox stays the embedded one.
+    pub fn registered_in(redis_url: &str) -> Self {
+        Self::default()
+            .with("redis.url", redis_url)
+            .with("node.name", "push-0")
+            .with("push.public_url", "ws://127.0.0.1/n/{node}/v1/ws")
+            .with("peer.listen", "127.0.0.1:0")
+            .with("peer.secret", "p")
+            .with("auth.token_key", "0123456789abcdef0123456789abcdef")
+            .with("auth.admin_key", "a")
+            .with("collect.api_keys", "k")
+    }
+
     pub fn nodes(count: usize) -> Self {
         Self { push_nodes: Some(count), ..Self::default() }
     }
@@ -88,7 +101,8 @@ impl Server {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         };
-        let keys = std::fs::read_to_string(data.join("dev-keys.toml")).unwrap().parse().unwrap();
+        // Made in development alone; elsewhere whoever starts it knows them.
+        let keys = std::fs::read_to_string(data.join("dev-keys.toml")).unwrap_or_default().parse().unwrap();
         Self { directory, options, child, listening, keys }
     }
 
