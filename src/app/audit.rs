@@ -90,6 +90,9 @@ struct UserBook {
     reconnects: u64,
     refused: Option<u16>,
     moving_since: Option<Instant>,
+    /// Since its socket was lost, until it has caught up on another.
+    away_since: Option<Instant>,
+    away: Vec<Duration>,
 }
 
 #[derive(Clone)]
@@ -112,6 +115,8 @@ struct Verdict {
     out_of_order: u64,
     delays: Vec<Duration>,
     delays_in_move: Vec<Duration>,
+    /// By the second in which the message was due.
+    delays_by_second: BTreeMap<u64, Vec<Duration>>,
 }
 
 /// Runs the audit.
@@ -185,6 +190,7 @@ async fn listen(bench: Arc<Bench>, n: usize, token: String) {
             Event::CaughtUp(_) => {
                 own.ready = true;
                 own.moving_since = None;
+                own.away.extend(own.away_since.take().map(|since| since.elapsed()));
             }
             Event::Moving { reason, .. } => {
                 own.moving_since = Some(Instant::now());
@@ -193,7 +199,10 @@ async fn listen(bench: Arc<Bench>, n: usize, token: String) {
                     MoveReason::Drain => own.moved_by_drain += 1,
                 }
             }
-            Event::Waiting { .. } => own.reconnects += 1,
+            Event::Waiting { .. } => {
+                own.reconnects += 1;
+                own.away_since.get_or_insert_with(Instant::now);
+            }
             Event::Refused { code } => own.refused = Some(code),
             Event::Welcome { .. } => {}
         }
@@ -293,6 +302,7 @@ impl Bench {
         let accepted = std::mem::take(&mut *self.book.accepted.lock());
         let mut verdict = Verdict::default();
         let mut arrivals: HashMap<&str, u64> = HashMap::new();
+        let began = accepted.values().map(|one| one.due).min();
         for user in &users {
             verdict.out_of_order +=
                 user.received.windows(2).filter(|pair| pair[1].seq <= pair[0].seq).count() as u64;
@@ -307,6 +317,8 @@ impl Bench {
                     verdict.delays_in_move.push(delay);
                 }
                 verdict.delays.push(delay);
+                let second = began.map_or(0, |began| (accepted.due - began).as_secs());
+                verdict.delays_by_second.entry(second).or_default().push(delay);
             }
         }
         let mut missing: HashMap<usize, Vec<(&str, u64)>> = HashMap::new();
@@ -334,6 +346,7 @@ impl Bench {
         }
         verdict.delays.sort_unstable();
         verdict.delays_in_move.sort_unstable();
+        verdict.delays_by_second.values_mut().for_each(|delays| delays.sort_unstable());
         Ok(verdict)
     }
 
@@ -381,6 +394,14 @@ impl Bench {
         let by_owner = moved(|user| user.moved_by_owner);
         let by_drain = moved(|user| user.moved_by_drain);
         let all: HashSet<usize> = by_owner.union(&by_drain).copied().collect();
+        let mut away: Vec<Duration> = users.iter().flat_map(|user| user.away.iter().copied()).collect();
+        away.sort_unstable();
+        // Second, p50, p99 in ms: enough to draw what a move did.
+        let series: Vec<Value> = verdict
+            .delays_by_second
+            .iter()
+            .map(|(second, delays)| json!([second, percentile(delays, 0.5), percentile(delays, 0.99)]))
+            .collect();
         let sum = |of: fn(&UserBook) -> u64| users.iter().map(of).sum::<u64>();
         json!({
             "run": self.run, "seed": self.plan.seed, "users": self.users.len(),
@@ -392,7 +413,7 @@ impl Bench {
             "owner_changed_users": changed.len(), "moved_though_owner_stayed": all.difference(&changed).count(),
             "stayed_though_owner_changed": changed.difference(&all).count(),
             "moves": sum(|user| user.moved_by_owner + user.moved_by_drain), "reconnects": sum(|user| user.reconnects),
-            "settled_ms": settled.as_millis() as u64,
+            "settled_ms": settled.as_millis() as u64, "away_ms": percentiles(&away), "delay_series": series,
             "delay_ms": percentiles(&verdict.delays), "delay_in_move_ms": percentiles(&verdict.delays_in_move),
         })
     }
@@ -402,7 +423,9 @@ impl Bench {
             println!("{report}");
             return;
         }
-        for (name, value) in report.as_object().into_iter().flatten() {
+        // The series is for programs.
+        let shown = report.as_object().into_iter().flatten().filter(|(name, _)| *name != "delay_series");
+        for (name, value) in shown {
             println!("{name:<28} {value}");
         }
     }
@@ -422,10 +445,13 @@ fn ring_of(cluster: &Value) -> Ring {
     Ring::build(active.filter_map(|node| Some((node["node"].as_str()?, node["weight"].as_f64()?))))
 }
 
+/// In ms, to a tenth; None of nothing.
+fn percentile(sorted: &[Duration], part: f64) -> Option<f64> {
+    let index = ((sorted.len() as f64 * part).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
+    sorted.get(index).map(|delay| (delay.as_secs_f64() * 10_000.0).round() / 10.0)
+}
+
 fn percentiles(sorted: &[Duration]) -> Value {
-    let at = |part: f64| -> Option<f64> {
-        let index = ((sorted.len() as f64 * part).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
-        sorted.get(index).map(|delay| (delay.as_secs_f64() * 10_000.0).round() / 10.0)
-    };
+    let at = |part: f64| percentile(sorted, part);
     json!({"count": sorted.len(), "p50": at(0.5), "p99": at(0.99), "p999": at(0.999), "max": at(1.0)})
 }

@@ -2,7 +2,13 @@
 
 use std::process::Command;
 
+use futures_util::{StreamExt, stream};
+use ringpush::clock::Clock;
+use ringpush::message::UserId;
+use ringpush::role::auth::{Auth, AuthConfig};
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use crate::support::{Options, PROGRAM, Server, clean, command, http};
 
@@ -96,4 +102,44 @@ async fn a_full_disk_loses_nothing_that_was_accepted() {
     let seen = reader.await.unwrap();
     assert!(seen.windows(2).all(|pair| pair[1] == pair[0] + 1));
     assert!(seen.len() >= accepted.len() - 1, "{} of {} were seen", seen.len(), accepted.len());
+}
+
+/// Guards what docs/benchmarks.md measures; with room for another build and another allocator's mood.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_socket_costs_little_memory() {
+    const SOCKETS: usize = 5_000;
+    const MOST_KIB: usize = 7;
+    let server = Server::with(Options::default().with("push.accept_per_s", "0")).await;
+    let config = AuthConfig { token_key: server.key("token_key"), ..AuthConfig::default() };
+    let auth = Auth::new(config, Clock::system()).unwrap();
+    let resident_kib = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").trim().parse::<usize>().unwrap()
+    };
+    let open = async |n: usize| {
+        let user = UserId::parse(&format!("idle-{n}")).unwrap();
+        let token = auth.issue(&user, 3600).unwrap().0;
+        let mut socket = TcpStream::connect(server.at("push")).await.unwrap();
+        let request = format!(
+            "GET /v1/ws HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+             Authorization: Bearer {token}\r\n\r\n"
+        );
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut heard = Vec::new();
+        while !String::from_utf8_lossy(&heard).contains("caught_up") {
+            assert!(socket.read_buf(&mut heard).await.unwrap() > 0, "{}", String::from_utf8_lossy(&heard));
+        }
+        socket
+    };
+    // What the first ones bring about is not theirs: threads, tables, pages of the store.
+    let _first: Vec<TcpStream> = stream::iter(0..100).map(&open).buffer_unordered(50).collect().await;
+    let before = resident_kib();
+    let sockets: Vec<TcpStream> =
+        stream::iter(100..100 + SOCKETS).map(&open).buffer_unordered(50).collect().await;
+    assert_eq!(sockets.len(), SOCKETS);
+    let each = (resident_kib() - before) as f64 / SOCKETS as f64;
+    eprintln!("{each:.2} KiB per idle socket");
+    assert!(each <= MOST_KIB as f64, "{each:.2} KiB per idle socket");
 }

@@ -1,0 +1,726 @@
+//! The load client: a process of its own, one thread, raw frames, ready-made requests. It is told what to do by lines of JSON
+//! on its standard input and answers each with one line, so that what is measured shares nothing with it but the machine.
+//!
+//! At a steady rate a message's delay counts from the moment when it was due, whoever was busy then.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, Read, Write};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use mio::net::TcpStream;
+use mio::{Events, Interest, Poll, Token};
+use serde::{Deserialize, Serialize};
+
+use crate::measure::cpu_us;
+
+/// Sockets that are opened at once (BENCH.md, B2).
+pub const OPENING: usize = 200;
+/// How long what is under way may take when the time is over.
+const GRACE: Duration = Duration::from_secs(10);
+/// Bytes read at once.
+const BUFFER: usize = 64 * 1024;
+/// What stands for the moment when a message was due, in a message's template: twelve places.
+pub const MOMENT: &str = "{__MOMENT__}";
+/// What stands for the message's number, ten places.
+pub const NUMBER: &str = "{_NUMBER_}";
+/// What stands for the user's number, eight places.
+pub const USER: &str = "{_USER_}";
+
+/// What the load client is told.
+#[derive(Serialize, Deserialize)]
+pub enum Order {
+    /// Open sockets; answered when all are ready.
+    Open(Vec<Socket>),
+    /// Publish; answered when all that was accepted has arrived, or is given up.
+    Publish(Publish),
+    /// Read no more from the first `n` sockets, until the order comes again with 0.
+    Stall(usize),
+    /// Read for this long, in ms, or until `expect` messages have come.
+    Listen { ms: u64, expect: u64 },
+    /// Forget what was counted.
+    Reset,
+}
+
+/// One socket to open.
+#[derive(Serialize, Deserialize)]
+pub struct Socket {
+    pub at: SocketAddr,
+    /// The whole request for the upgrade.
+    pub upgrade: String,
+    /// What to say in a text frame when it is open.
+    pub say: Option<String>,
+    /// A text that is in the frame which says that all is well; empty: the upgrade says so.
+    pub ready: String,
+}
+
+/// How to publish.
+#[derive(Serialize, Deserialize, Clone)]
+pub struct Publish {
+    pub at: Vec<SocketAddr>,
+    pub connections: usize,
+    /// Requests under way on each connection.
+    pub pipelined: usize,
+    /// Before the body; `{LENGTH}` stands for its length. Empty where the protocol has no head.
+    pub head: String,
+    pub before: String,
+    /// One message; with [`USER`], [`MOMENT`] and [`NUMBER`].
+    pub item: String,
+    pub between: String,
+    pub after: String,
+    /// Messages in one request.
+    pub batch: usize,
+    /// The end of an answer where it is not HTTP.
+    pub answer: Option<String>,
+    pub users: std::ops::Range<usize>,
+    /// Every n-th message goes to one of the first so many users instead.
+    pub favour: Option<(u64, usize)>,
+    pub seconds: f64,
+    /// Messages per second; None: as many as go.
+    pub rate: Option<f64>,
+    /// How many of them are to arrive on this client's own sockets; false: they are not waited for.
+    pub own: bool,
+}
+
+/// What the load client answers.
+#[derive(Serialize, Deserialize, Debug, Default, Clone)]
+pub struct Report {
+    pub error: Option<String>,
+    /// From the first connect until the last socket was ready.
+    pub seconds: f64,
+    pub sockets: usize,
+    /// Messages whose request was answered well.
+    pub accepted: u64,
+    /// Messages that came, each counted once.
+    pub received: u64,
+    /// Messages that came again.
+    pub repeated: u64,
+    pub refused: u64,
+    /// Sockets that were closed though nobody asked for it.
+    pub lost_sockets: usize,
+    pub cpu_us: u64,
+    /// In ms, by messages that were meant for sockets that read.
+    pub p50: f64,
+    pub p99: f64,
+    pub max: f64,
+}
+
+/// Reads orders until its input ends.
+pub fn run() {
+    let mut client = Client::new();
+    for line in std::io::stdin().lock().lines() {
+        let order: Order = serde_json::from_str(&line.unwrap()).unwrap();
+        let report = client.obey(order);
+        println!("{}", serde_json::to_string(&report).unwrap());
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Stage {
+    Upgrading,
+    Waiting,
+    Ready,
+    Gone,
+}
+
+struct Subscriber {
+    stream: TcpStream,
+    /// What came and was not whole.
+    held: Vec<u8>,
+    stage: Stage,
+    stalled: bool,
+    upgrade: String,
+    say: Option<String>,
+    ready: String,
+}
+
+struct Publisher {
+    stream: TcpStream,
+    out: Vec<u8>,
+    written: usize,
+    held: Vec<u8>,
+    /// Messages in each request that is under way.
+    under_way: VecDeque<u64>,
+}
+
+struct Client {
+    poll: Poll,
+    began: Instant,
+    subscribers: Vec<Subscriber>,
+    publishers: Vec<Publisher>,
+    opening: usize,
+    ready: usize,
+    buffer: Vec<u8>,
+    seen: Vec<u64>,
+    delays_us: Vec<u32>,
+    /// Numbers go on from one publish to the next.
+    next_number: u64,
+    next_user: u64,
+    report: Report,
+}
+
+impl Client {
+    fn new() -> Self {
+        Self {
+            poll: Poll::new().unwrap(),
+            began: Instant::now(),
+            subscribers: Vec::new(),
+            publishers: Vec::new(),
+            opening: 0,
+            ready: 0,
+            buffer: vec![0; BUFFER],
+            seen: Vec::new(),
+            delays_us: Vec::new(),
+            next_number: 1,
+            next_user: 0,
+            report: Report::default(),
+        }
+    }
+
+    fn obey(&mut self, order: Order) -> Report {
+        let cpu = cpu_us(std::process::id());
+        let done = match order {
+            Order::Open(sockets) => self.open(sockets),
+            Order::Publish(plan) => self.publish(&plan),
+            Order::Stall(count) => self.stall(count),
+            Order::Listen { ms, expect } => self.listen(Duration::from_millis(ms), expect),
+            Order::Reset => {
+                self.report = Report::default();
+                self.seen.clear();
+                self.delays_us.clear();
+                Ok(())
+            }
+        };
+        self.report.error = done.err();
+        self.report.sockets = self.ready;
+        self.report.cpu_us = cpu_us(std::process::id()) - cpu;
+        self.report.lost_sockets = self.subscribers.iter().filter(|one| one.stage == Stage::Gone).count();
+        let mut delays = self.delays_us.clone();
+        delays.sort_unstable();
+        let at = |part: f64| {
+            let n = ((delays.len() as f64 * part) as usize).min(delays.len().saturating_sub(1));
+            delays.get(n).map_or(0.0, |us| f64::from(*us) / 1000.0)
+        };
+        (self.report.p50, self.report.p99, self.report.max) = (at(0.5), at(0.99), at(1.0));
+        self.report.clone()
+    }
+
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_micros()).unwrap()
+    }
+
+    fn open(&mut self, sockets: Vec<Socket>) -> Result<(), String> {
+        let (began, first) = (Instant::now(), self.subscribers.len());
+        let wanted = first + sockets.len();
+        let mut sockets = sockets.into_iter();
+        let mut events = Events::with_capacity(1024);
+        let mut heard = Instant::now();
+        while self.ready < wanted {
+            while self.opening < OPENING
+                && let Some(socket) = sockets.next()
+            {
+                let mut stream = TcpStream::connect(socket.at).map_err(|error| error.to_string())?;
+                let token = Token(self.subscribers.len());
+                self.poll.registry().register(&mut stream, token, Interest::WRITABLE).unwrap();
+                let Socket { upgrade, say, ready, .. } = socket;
+                let stage = Stage::Upgrading;
+                self.subscribers.push(Subscriber {
+                    stream,
+                    held: Vec::new(),
+                    stage,
+                    stalled: false,
+                    upgrade,
+                    say,
+                    ready,
+                });
+                self.opening += 1;
+            }
+            self.turn(&mut events, Duration::from_millis(100))?;
+            if !events.is_empty() {
+                heard = Instant::now();
+            }
+            if heard.elapsed() > GRACE {
+                return Err(format!("only {} of {wanted} sockets became ready", self.ready));
+            }
+        }
+        self.report.seconds = began.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Waits for events and handles those of sockets; those of publishers stay in `events`.
+    fn turn(&mut self, events: &mut Events, wait: Duration) -> Result<(), String> {
+        match self.poll.poll(events, Some(wait)) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => return Ok(()),
+            other => other.map_err(|error| error.to_string())?,
+        }
+        for event in &*events {
+            let n = event.token().0;
+            if n < PUBLISHERS {
+                if event.is_writable() && self.subscribers[n].stage == Stage::Upgrading {
+                    self.ask_for_upgrade(n)?;
+                }
+                if event.is_readable() && !self.subscribers[n].stalled {
+                    self.read(n)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn ask_for_upgrade(&mut self, n: usize) -> Result<(), String> {
+        let one = &mut self.subscribers[n];
+        if one.upgrade.is_empty() {
+            return Ok(());
+        }
+        if let Some(error) = one.stream.take_error().map_err(|error| error.to_string())? {
+            return Err(format!("a socket could not be opened: {error}"));
+        }
+        let _ = one.stream.set_nodelay(true);
+        let request = std::mem::take(&mut one.upgrade);
+        one.stream.write_all(request.as_bytes()).map_err(|error| error.to_string())?;
+        self.poll.registry().reregister(&mut one.stream, Token(n), Interest::READABLE).unwrap();
+        Ok(())
+    }
+
+    fn read(&mut self, n: usize) -> Result<(), String> {
+        loop {
+            let one = &mut self.subscribers[n];
+            if one.stage == Stage::Gone {
+                return Ok(());
+            }
+            let mut buffer = std::mem::take(&mut self.buffer);
+            let read = one.stream.read(&mut buffer);
+            let done = match read {
+                Ok(0) => {
+                    self.gone(n);
+                    Ok(true)
+                }
+                Ok(count) if self.subscribers[n].held.is_empty() => {
+                    let used = self.take(n, &buffer[..count]);
+                    used.map(|used| {
+                        self.subscribers[n].held.extend_from_slice(&buffer[used..count]);
+                        count < BUFFER
+                    })
+                }
+                Ok(count) => {
+                    let mut held = std::mem::take(&mut self.subscribers[n].held);
+                    held.extend_from_slice(&buffer[..count]);
+                    self.take(n, &held).map(|used| {
+                        held.drain(..used);
+                        // An idle socket keeps nothing.
+                        self.subscribers[n].held = if held.is_empty() { Vec::new() } else { held };
+                        count < BUFFER
+                    })
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(true),
+                Err(_) => {
+                    self.gone(n);
+                    Ok(true)
+                }
+            };
+            self.buffer = buffer;
+            if done? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn gone(&mut self, n: usize) {
+        let one = &mut self.subscribers[n];
+        self.ready -= usize::from(one.stage == Stage::Ready);
+        self.opening -= usize::from(matches!(one.stage, Stage::Upgrading | Stage::Waiting));
+        one.stage = Stage::Gone;
+    }
+
+    /// Takes what is whole; how many bytes that was.
+    fn take(&mut self, n: usize, bytes: &[u8]) -> Result<usize, String> {
+        let mut at = 0;
+        if self.subscribers[n].stage == Stage::Upgrading {
+            let Some(end) = find(bytes, b"\r\n\r\n") else { return Ok(0) };
+            if !bytes.starts_with(b"HTTP/1.1 101") {
+                return Err(format!("an upgrade was answered {}", String::from_utf8_lossy(bytes)));
+            }
+            at = end + 4;
+            let say = self.subscribers[n].say.take();
+            if let Some(say) = say {
+                self.say(n, 1, say.as_bytes())?;
+            }
+            let one = &mut self.subscribers[n];
+            one.stage = Stage::Waiting;
+            if one.ready.is_empty() {
+                self.is_ready(n);
+            }
+        }
+        while let Some((opcode, payload, length)) = frame(&bytes[at..]) {
+            let payload = &bytes[at + payload..at + length];
+            match opcode {
+                8 => self.gone(n),
+                9 => self.say(n, 10, payload)?,
+                1 | 2 => self.take_text(n, payload)?,
+                _ => {}
+            }
+            at += length;
+        }
+        Ok(at)
+    }
+
+    fn is_ready(&mut self, n: usize) {
+        self.subscribers[n].stage = Stage::Ready;
+        self.opening -= 1;
+        self.ready += 1;
+    }
+
+    /// A frame of this opcode; masked with zeros, which leaves the payload as it is.
+    fn say(&mut self, n: usize, opcode: u8, payload: &[u8]) -> Result<(), String> {
+        let mut frame = vec![0x80 | opcode];
+        match u8::try_from(payload.len()) {
+            Ok(short) if short < 126 => frame.push(0x80 | short),
+            _ => {
+                frame.push(0x80 | 126);
+                frame.extend_from_slice(&u16::try_from(payload.len()).unwrap().to_be_bytes());
+            }
+        }
+        frame.extend_from_slice(&[0; 4]);
+        frame.extend_from_slice(payload);
+        // So little always fits; a socket that is gone is noticed when it is read.
+        let _ = self.subscribers[n].stream.write(&frame);
+        Ok(())
+    }
+
+    fn take_text(&mut self, n: usize, payload: &[u8]) -> Result<(), String> {
+        let one = &mut self.subscribers[n];
+        if one.stage == Stage::Waiting {
+            if find(payload, one.ready.as_bytes()).is_some() {
+                self.is_ready(n);
+            }
+            return Ok(());
+        }
+        if payload == b"{}" {
+            // Centrifuge's ping.
+            return self.say(n, 1, b"{}");
+        }
+        if payload == b"PING\r\n" {
+            return self.say(n, 1, b"PONG\r\n");
+        }
+        let mut at = 0;
+        while let Some(found) = find(&payload[at..], br#""at":"#) {
+            at += found + 5;
+            let (due, _) = digits(&payload[at..]);
+            let Some(found) = find(&payload[at..], br#""k":"#) else { break };
+            at += found + 4;
+            let (number, used) = digits(&payload[at..]);
+            at += used;
+            self.count(n, number, due);
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, n: usize, number: u64, due: u64) {
+        let (word, bit) = (usize::try_from(number / 64).unwrap(), 1u64 << (number % 64));
+        if word >= self.seen.len() {
+            self.seen.resize(word + 4096, 0);
+        }
+        // Ready-made frames all have the number 0.
+        if number > 0 && self.seen[word] & bit != 0 {
+            self.report.repeated += 1;
+            return;
+        }
+        self.seen[word] |= bit;
+        self.report.received += 1;
+        if due > 0 && !self.subscribers[n].stalled {
+            let delay = self.now_us().saturating_sub(due);
+            self.delays_us.push(u32::try_from(delay).unwrap_or(u32::MAX));
+        }
+    }
+
+    fn stall(&mut self, count: usize) -> Result<(), String> {
+        for n in 0..self.subscribers.len() {
+            let was = std::mem::replace(&mut self.subscribers[n].stalled, n < count);
+            if was && n >= count {
+                // Its events have passed by. What it reads now is old: it stays out of the delays.
+                self.subscribers[n].stalled = true;
+                self.read(n)?;
+                self.subscribers[n].stalled = false;
+            }
+        }
+        Ok(())
+    }
+
+    fn listen(&mut self, time: Duration, expect: u64) -> Result<(), String> {
+        let (until, mut events) = (Instant::now() + time, Events::with_capacity(1024));
+        while Instant::now() < until && self.report.received < expect {
+            self.turn(&mut events, Duration::from_millis(20))?;
+        }
+        Ok(())
+    }
+
+    fn publish(&mut self, plan: &Publish) -> Result<(), String> {
+        self.connect_publishers(plan)?;
+        let request = Request::new(plan);
+        let began = Instant::now();
+        let base_us = self.now_us();
+        let until = began + Duration::from_secs_f64(plan.seconds);
+        let (mut due, mut made) = (VecDeque::new(), 0u64);
+        let mut events = Events::with_capacity(1024);
+        loop {
+            let over = Instant::now() >= until;
+            if let Some(rate) = plan.rate {
+                let should = ((self.now_us() - base_us) as f64 * rate / 1e6) as u64;
+                while made < should && !over {
+                    due.push_back(base_us + (made as f64 * 1e6 / rate) as u64);
+                    made += 1;
+                }
+            }
+            self.fill(plan, &request, &mut due, over);
+            let idle = self.publishers.iter().all(|one| one.under_way.is_empty());
+            if over && idle && due.is_empty() {
+                break;
+            }
+            if Instant::now() > until + GRACE {
+                return Err("publishes were not answered".to_owned());
+            }
+            // At a pace the next message may be due any moment.
+            let wait =
+                if plan.rate.is_some() { Duration::from_micros(500) } else { Duration::from_millis(50) };
+            self.turn(&mut events, wait)?;
+            for event in &events {
+                if let Some(n) = event.token().0.checked_sub(PUBLISHERS) {
+                    self.hear(n, plan)?;
+                }
+            }
+        }
+        let deadline = Instant::now() + GRACE;
+        while plan.own && self.report.received < self.report.accepted && Instant::now() < deadline {
+            self.turn(&mut events, Duration::from_millis(2))?;
+        }
+        self.report.seconds = began.elapsed().as_secs_f64();
+        for mut one in std::mem::take(&mut self.publishers) {
+            let _ = self.poll.registry().deregister(&mut one.stream);
+        }
+        Ok(())
+    }
+
+    fn connect_publishers(&mut self, plan: &Publish) -> Result<(), String> {
+        for n in 0..plan.connections {
+            let at = plan.at[n % plan.at.len()];
+            let stream = std::net::TcpStream::connect(at).map_err(|error| error.to_string())?;
+            stream.set_nodelay(true).unwrap();
+            if plan.answer.is_some() {
+                // NATS says INFO first, and wants to know who speaks.
+                let mut hello = [0; 4096];
+                let _ = (&stream).read(&mut hello).map_err(|error| error.to_string())?;
+                (&stream).write_all(b"CONNECT {\"verbose\":false}\r\n").map_err(|error| error.to_string())?;
+            }
+            stream.set_nonblocking(true).unwrap();
+            let mut stream = TcpStream::from_std(stream);
+            let both = Interest::READABLE | Interest::WRITABLE;
+            self.poll.registry().register(&mut stream, Token(PUBLISHERS + n), both).unwrap();
+            self.publishers.push(Publisher {
+                stream,
+                out: Vec::new(),
+                written: 0,
+                held: Vec::new(),
+                under_way: VecDeque::new(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Gives requests to whichever connection has room for one, and writes what there is to write.
+    fn fill(&mut self, plan: &Publish, request: &Request, due: &mut VecDeque<u64>, over: bool) {
+        for n in 0..self.publishers.len() {
+            while self.publishers[n].under_way.len() < plan.pipelined {
+                let count = match plan.rate {
+                    None if over => 0,
+                    None => plan.batch,
+                    // Fewer, where fewer are due: a message does not wait for company.
+                    Some(_) => plan.batch.min(due.len()),
+                };
+                if count == 0 {
+                    break;
+                }
+                let mut out = std::mem::take(&mut self.publishers[n].out);
+                request.begin(&mut out, count);
+                for k in 0..count {
+                    let at = due.pop_front().unwrap_or_else(|| self.now_us());
+                    let (number, user) = (self.next_number, self.user(plan));
+                    self.next_number += 1;
+                    request.item(&mut out, k, user, at, number);
+                }
+                request.end(&mut out);
+                let one = &mut self.publishers[n];
+                one.out = out;
+                one.under_way.push_back(count as u64);
+            }
+            self.publishers[n].write();
+        }
+    }
+
+    /// A step coprime to the number of users visits all of them in no order that a cache could like.
+    fn user(&mut self, plan: &Publish) -> usize {
+        let count = plan.users.len() as u64;
+        if let Some((every, favoured)) = plan.favour
+            && self.next_number.is_multiple_of(every)
+        {
+            return plan.users.start + usize::try_from(self.next_number / every).unwrap() % favoured;
+        }
+        self.next_user = (self.next_user + 7_919) % count;
+        plan.users.start + usize::try_from(self.next_user).unwrap()
+    }
+
+    fn hear(&mut self, n: usize, plan: &Publish) -> Result<(), String> {
+        let one = &mut self.publishers[n];
+        one.write();
+        loop {
+            match one.stream.read(&mut self.buffer) {
+                Ok(0) => return Err("a publisher's connection was closed".to_owned()),
+                Ok(count) => one.held.extend_from_slice(&self.buffer[..count]),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        let mut at = 0;
+        loop {
+            let answer = match &plan.answer {
+                Some(mark) => find(&one.held[at..], mark.as_bytes()).map(|found| (true, found + mark.len())),
+                None => http_answer(&one.held[at..])?,
+            };
+            let Some((good, used)) = answer else { break };
+            at += used;
+            let count = one.under_way.pop_front().ok_or("an answer to nothing")?;
+            if good {
+                self.report.accepted += count;
+            } else {
+                self.report.refused += count;
+            }
+        }
+        one.held.drain(..at);
+        Ok(())
+    }
+}
+
+/// Tokens from here on are publishers.
+const PUBLISHERS: usize = 1 << 20;
+
+impl Publisher {
+    fn write(&mut self) {
+        while self.written < self.out.len() {
+            match self.stream.write(&self.out[self.written..]) {
+                Ok(count) => self.written += count,
+                Err(_) => return,
+            }
+        }
+        self.out.clear();
+        self.written = 0;
+    }
+}
+
+/// A request's parts, its places found once.
+struct Request {
+    head: (String, String),
+    before: String,
+    /// What is between the places, and which place comes then.
+    item: Vec<(String, Option<Place>)>,
+    between: String,
+    after: String,
+    item_length: usize,
+}
+
+#[derive(Clone, Copy)]
+enum Place {
+    User,
+    Moment,
+    Number,
+}
+
+impl Request {
+    fn new(plan: &Publish) -> Self {
+        let (head, rest) = plan.head.split_once("{LENGTH}").unwrap_or((&plan.head, ""));
+        let mut item = Vec::new();
+        let mut left = plan.item.as_str();
+        let places = [(USER, Place::User), (MOMENT, Place::Moment), (NUMBER, Place::Number)];
+        while let Some((at, mark, place)) = places
+            .iter()
+            .filter_map(|(mark, place)| left.find(mark).map(|at| (at, *mark, *place)))
+            .min_by_key(|it| it.0)
+        {
+            item.push((left[..at].to_owned(), Some(place)));
+            left = &left[at + mark.len()..];
+        }
+        item.push((left.to_owned(), None));
+        Self {
+            head: (head.to_owned(), rest.to_owned()),
+            before: plan.before.clone(),
+            item,
+            between: plan.between.clone(),
+            after: plan.after.clone(),
+            item_length: plan.item.len(),
+        }
+    }
+
+    fn begin(&self, out: &mut Vec<u8>, count: usize) {
+        let between = self.between.len() * (count - 1);
+        let length = self.before.len() + self.item_length * count + between + self.after.len();
+        if !self.head.0.is_empty() {
+            let _ = write!(out, "{}{length}{}", self.head.0, self.head.1);
+        }
+        out.extend_from_slice(self.before.as_bytes());
+    }
+
+    /// Every place is as wide as its mark, with spaces in front: it must stay JSON, and as long as it was said to be.
+    fn item(&self, out: &mut Vec<u8>, k: usize, user: usize, at: u64, number: u64) {
+        if k > 0 {
+            out.extend_from_slice(self.between.as_bytes());
+        }
+        for (text, place) in &self.item {
+            out.extend_from_slice(text.as_bytes());
+            let _ = match place {
+                Some(Place::User) => write!(out, "{user:08}"),
+                Some(Place::Moment) => write!(out, "{at:>12}"),
+                Some(Place::Number) => write!(out, "{number:>10}"),
+                None => Ok(()),
+            };
+        }
+    }
+
+    fn end(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(self.after.as_bytes());
+    }
+}
+
+/// Whether the first whole answer is good, and how long it is.
+fn http_answer(bytes: &[u8]) -> Result<Option<(bool, usize)>, String> {
+    let Some(end) = find(bytes, b"\r\n\r\n") else { return Ok(None) };
+    let head = std::str::from_utf8(&bytes[..end]).map_err(|error| error.to_string())?;
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
+    });
+    let whole = end + 4 + length.unwrap_or(0);
+    Ok((bytes.len() >= whole).then(|| (head.as_bytes()[9] == b'2', whole)))
+}
+
+/// The opcode of the first frame, where its payload begins, and where it ends; None while it is not whole.
+fn frame(bytes: &[u8]) -> Option<(u8, usize, usize)> {
+    let (head, length) = match *bytes.get(1)? & 0x7f {
+        126 => (4, u16::from_be_bytes([*bytes.get(2)?, *bytes.get(3)?]) as usize),
+        127 => {
+            let raw: [u8; 8] = bytes.get(2..10)?.try_into().ok()?;
+            (10, usize::try_from(u64::from_be_bytes(raw)).ok()?)
+        }
+        short => (2, short as usize),
+    };
+    (bytes.len() >= head + length).then_some((bytes[0] & 0x0f, head, head + length))
+}
+
+fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
+    memchr::memmem::find(bytes, what)
+}
+
+/// The number behind any spaces, and how many bytes that was.
+fn digits(bytes: &[u8]) -> (u64, usize) {
+    let spaces = bytes.iter().take_while(|byte| **byte == b' ').count();
+    let digits = bytes[spaces..].iter().take_while(|byte| byte.is_ascii_digit());
+    let (number, count) = digits.fold((0u64, 0), |(n, count), b| (n * 10 + u64::from(b - b'0'), count + 1));
+    (number, spaces + count)
+}
