@@ -1,13 +1,17 @@
 //! The inbox on the embedded store `fjall`, for one process alone.
 //!
-//! Four keyspaces. Keys begin with the user id and a zero byte, which no id contains, so users never mix:
+//! Four keyspaces. Keys begin with four bytes of the user's hash, the user id and a zero byte, which no id contains, so users
+//! never mix:
 //!
 //! | keyspace | key | value |
 //! | --- | --- | --- |
-//! | messages | user 0 seq | accepted, expires, fenced, id, payload |
-//! | heads | user | head, first, not before |
-//! | fences | user 0 message id | seq, expires, payload digest |
-//! | cursors | user 0 device | acked, moved at |
+//! | messages | hash user 0 seq | accepted, expires, fenced, id, payload |
+//! | heads | hash user | head, first, not before |
+//! | fences | hash user 0 message id | seq, expires, payload digest |
+//! | cursors | hash user 0 device | acked, moved at |
+//!
+//! The hash is for speed alone: the store keeps the first four bytes of a key beside its pointer, and names of users begin
+//! alike, so that without it every comparison on the way through the memtable went to memory (docs/benchmarks.md).
 //!
 //! # Locks
 //!
@@ -15,11 +19,11 @@
 //! heads in memory. Reads take no lock: each works on a snapshot, and a commit becomes visible only after its sync.
 //! The numbers need no other fence than this lock and the store's own lock on its directory.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes};
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, OwnedWriteBatch, PersistMode, Readable, Snapshot};
 use futures_util::future::{BoxFuture, FutureExt};
 use parking_lot::Mutex;
@@ -31,9 +35,14 @@ use super::{
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
+use crate::ring;
 
 /// Heads kept in memory, twice this at the most: 2 x 100,000 x about 100 bytes = 20 MB.
 const HEADS_IN_MEMORY: usize = 100_000;
+/// The layout of the keys, in the names of the keyspaces: a store of another one is refused, not misread.
+const KEYSPACES: [&str; 4] = ["messages.2", "heads.2", "fences.2", "cursors.2"];
+/// A name that the first layout had.
+const EARLIER: &str = "messages";
 /// Users that the janitor looks at, and messages that it removes, in one commit: some milliseconds of the lock.
 const JANITOR_LOT: usize = 1_000;
 
@@ -97,6 +106,9 @@ pub enum OpenError {
     /// Another process has it.
     #[error("another process uses this data directory; stop it, or choose another with --data DIR")]
     Locked,
+    /// It was written by a version that no longer fits.
+    #[error("this data directory was written by an earlier version, whose layout this one cannot read; move it away")]
+    Earlier,
     /// Anything else; the text is the store's own.
     #[error("{0}")]
     Failed(String),
@@ -108,22 +120,27 @@ impl EmbeddedInbox {
     /// # Errors
     /// [`OpenError`], with the remedy where there is one.
     pub fn open(directory: &Path, clock: Clock) -> Result<Self, OpenError> {
-        let open = || -> fjall::Result<Store> {
+        let open = || -> fjall::Result<Option<Store>> {
             let db = Database::builder(directory).open()?;
+            if db.keyspace_exists(EARLIER) {
+                return Ok(None);
+            }
             let keyspace = |name: &str| db.keyspace(name, KeyspaceCreateOptions::default);
-            Ok(Store {
-                messages: keyspace("messages")?,
-                heads: keyspace("heads")?,
-                fences: keyspace("fences")?,
-                cursors: keyspace("cursors")?,
+            let [messages, heads, fences, cursors] = KEYSPACES;
+            Ok(Some(Store {
+                messages: keyspace(messages)?,
+                heads: keyspace(heads)?,
+                fences: keyspace(fences)?,
+                cursors: keyspace(cursors)?,
                 db: db.clone(),
                 clock,
                 writer: Mutex::default(),
                 poisoned: watch::Sender::new(false),
-            })
+            }))
         };
         match open() {
-            Ok(store) => Ok(Self { store: Arc::new(store) }),
+            Ok(Some(store)) => Ok(Self { store: Arc::new(store) }),
+            Ok(None) => Err(OpenError::Earlier),
             Err(fjall::Error::Locked) => Err(OpenError::Locked),
             Err(error) => Err(OpenError::Failed(error.to_string())),
         }
@@ -242,7 +259,7 @@ impl Store {
             return self.highest(snapshot, user, head);
         }
         let head = Head { head: now.0, first: now.0, not_before_s: 0 };
-        pending.insert(&self.heads, user.as_str(), head.encode());
+        pending.insert(&self.heads, head_key(user), head.encode());
         Ok(now.0)
     }
 
@@ -255,7 +272,7 @@ impl Store {
 
     fn head(&self, snapshot: &Snapshot, user: &UserId) -> Result<Option<Head>, InboxError> {
         snapshot
-            .get(&self.heads, user.as_str())
+            .get(&self.heads, head_key(user))
             .map_err(unreadable)?
             .map(|raw| Head::decode(&raw))
             .transpose()
@@ -319,7 +336,7 @@ impl Store {
         for user in users {
             if self.head(&snapshot, user)?.is_none() {
                 let head = Head { head: now.0, first: now.0, not_before_s: 0 };
-                pending.insert(&self.heads, user.as_str(), head.encode());
+                pending.insert(&self.heads, head_key(user), head.encode());
             }
         }
         self.commit(pending)
@@ -335,7 +352,7 @@ impl Store {
         let to = message_key(user, u64::MAX);
         for entry in snapshot.range(&self.messages, from..=to) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
-            let (message, _) = decode(seq_of(&key)?, value.into())?;
+            let (message, _) = decode(seq_of(&key)?, Bytes::copy_from_slice(&value))?;
             let full = page.messages.len() >= limit.messages || bytes + message.payload.len() > limit.bytes;
             if full && !page.messages.is_empty() {
                 page.upto = Seq::at(message.seq.get() - 1);
@@ -391,10 +408,16 @@ impl Store {
         let _writer = self.writer.lock();
         let now = self.clock.now();
         let mut synced = false;
+        let (mut snapshot, mut pending) = (self.db.snapshot(), self.db.batch());
+        let mut touched: HashSet<&UserId> = HashSet::new();
         for change in changes {
-            // One commit per change: a later one must see what an earlier one of the same user did.
-            let snapshot = self.db.snapshot();
-            let mut pending = self.db.batch();
+            let (Change::Cursor { user, .. } | Change::NotBefore { user, .. }) = change;
+            if !touched.insert(user) {
+                // A later change must see what an earlier one of the same user did.
+                self.commit(std::mem::replace(&mut pending, self.db.batch()))?;
+                snapshot = self.db.snapshot();
+                touched = HashSet::from([user]);
+            }
             match change {
                 Change::Cursor { user, device, acked } => {
                     self.move_cursor(&snapshot, &mut pending, (user, device), *acked, now)?;
@@ -403,12 +426,12 @@ impl Store {
                     let fresh = Head { head: now.0, first: now.0, not_before_s: 0 };
                     let mut head = self.head(&snapshot, user)?.unwrap_or(fresh);
                     head.not_before_s = head.not_before_s.max(*seconds);
-                    pending.insert(&self.heads, user.as_str(), head.encode());
+                    pending.insert(&self.heads, head_key(user), head.encode());
                     synced = true;
                 }
             }
-            self.commit(pending)?;
         }
+        self.commit(pending)?;
         if synced {
             self.db.persist(PersistMode::SyncData).map_err(|error| {
                 self.poisoned.send_replace(true);
@@ -449,7 +472,7 @@ impl Store {
         loop {
             let users = self.users_after(after.as_deref())?;
             let Some(last) = users.last() else { break };
-            after = Some(last.as_str().as_bytes().to_vec());
+            after = Some(head_key(last));
             for user in &users {
                 loop {
                     let count = self.clean_user(user)?;
@@ -467,13 +490,16 @@ impl Store {
     fn users_after(&self, after: Option<&[u8]>) -> Result<Vec<UserId>, InboxError> {
         let snapshot = self.db.snapshot();
         let mut from = after.unwrap_or_default().to_vec();
-        from.push(0); // The smallest key above `after`; no user id is empty, so this is also the first of all.
+        if after.is_some() {
+            // The smallest key above it.
+            from.push(0);
+        }
         snapshot
             .range(&self.heads, from..)
             .take(JANITOR_LOT)
             .map(|entry| {
                 let key = entry.key().map_err(unreadable)?;
-                UserId::parse(&String::from_utf8_lossy(&key))
+                UserId::parse(&String::from_utf8_lossy(key.get(HASH_BYTES..).unwrap_or_default()))
                     .map_err(|fault| InboxError::Corrupt(fault.to_string()))
             })
             .collect()
@@ -491,7 +517,7 @@ impl Store {
         let (Some(mut head), Some(top)) = (self.head(&snapshot, user)?, run.last()) else { return Ok(0) };
         head.head = head.head.max(top.0.seq.get());
         let mut pending = self.db.batch();
-        pending.insert(&self.heads, user.as_str(), head.encode());
+        pending.insert(&self.heads, head_key(user), head.encode());
         for (message, fenced) in &run {
             pending.remove(&self.messages, message_key(user, message.seq.get()));
             if *fenced {
@@ -510,7 +536,7 @@ impl Store {
         let mut run = Vec::new();
         for entry in snapshot.prefix(&self.messages, prefix(user)).take(JANITOR_LOT) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
-            let (message, fenced) = decode(seq_of(&key)?, value.into())?;
+            let (message, fenced) = decode(seq_of(&key)?, Bytes::copy_from_slice(&value))?;
             if !message.is_expired(now) {
                 break;
             }
@@ -625,9 +651,9 @@ impl Head {
 /// The layout of a stored message, so that a later one can be told from it.
 const MESSAGE_LAYOUT: u8 = 1;
 
-fn encode(message: &Message, fenced: bool) -> Bytes {
+fn encode(message: &Message, fenced: bool) -> Vec<u8> {
     let id = message.id.as_str().as_bytes();
-    let mut out = BytesMut::with_capacity(19 + id.len() + message.payload.len());
+    let mut out = Vec::with_capacity(19 + id.len() + message.payload.len());
     out.put_u8(MESSAGE_LAYOUT);
     out.put_u64(message.accepted_at.0);
     out.put_u64(message.expires_at.0);
@@ -635,7 +661,7 @@ fn encode(message: &Message, fenced: bool) -> Bytes {
     out.put_u8(u8::try_from(id.len()).unwrap_or(u8::MAX));
     out.put_slice(id);
     out.put_slice(&message.payload);
-    out.freeze()
+    out
 }
 
 fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxError> {
@@ -665,9 +691,20 @@ fn unreadable(error: fjall::Error) -> InboxError {
     InboxError::Unavailable(error.to_string())
 }
 
-fn prefix(user: &UserId) -> Vec<u8> {
-    let mut key = Vec::with_capacity(user.as_str().len() + 9);
+/// Bytes of the user's hash before each key.
+const HASH_BYTES: usize = 4;
+
+fn head_key(user: &UserId) -> Vec<u8> {
+    let hash = ring::key(user.as_str()).to_be_bytes();
+    // Room for a zero and a number.
+    let mut key = Vec::with_capacity(HASH_BYTES + user.as_str().len() + 9);
+    key.extend_from_slice(&hash[..HASH_BYTES]);
     key.extend_from_slice(user.as_str().as_bytes());
+    key
+}
+
+fn prefix(user: &UserId) -> Vec<u8> {
+    let mut key = head_key(user);
     key.push(0);
     key
 }
