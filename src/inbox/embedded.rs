@@ -107,7 +107,9 @@ pub enum OpenError {
     #[error("another process uses this data directory; stop it, or choose another with --data DIR")]
     Locked,
     /// It was written by a version that no longer fits.
-    #[error("this data directory was written by an earlier version, whose layout this one cannot read; move it away")]
+    #[error(
+        "this data directory was written by an earlier version, whose layout this one cannot read; move it away"
+    )]
     Earlier,
     /// Anything else; the text is the store's own.
     #[error("{0}")]
@@ -299,13 +301,18 @@ impl Store {
                 Err(error) => Some(Err(error)),
             })
             .collect::<Result<_, _>>()?;
-        let snapshot = if unknown.is_empty() {
-            snapshot
-        } else {
-            self.make_heads(&unknown)?;
-            self.db.snapshot()
-        };
-        lot.iter().map(|ask| self.answer(&snapshot, ask)).collect()
+        if unknown.is_empty() {
+            return lot.iter().map(|ask| self.answer(&snapshot, ask)).collect();
+        }
+        let made = self.make_heads(&unknown)?;
+        let snapshot = self.db.snapshot();
+        lot.iter()
+            .map(|ask| match made.get(&ask.user) {
+                // Nothing can stand above a record that was made a moment ago, but what came meanwhile as a live message.
+                Some(record) => Ok(Self::answer_at(ask, *record, record.head, None)),
+                None => self.answer(&snapshot, ask),
+            })
+            .collect()
     }
 
     fn answer(&self, snapshot: &Snapshot, ask: &Ask) -> Result<Answer, InboxError> {
@@ -313,33 +320,42 @@ impl Store {
             .head(snapshot, &ask.user)?
             .ok_or_else(|| InboxError::Corrupt("a head record has gone".to_owned()))?;
         let highest = self.highest(snapshot, &ask.user, record)?;
+        let cursor = match &ask.from {
+            From::Cursor(device) => self.cursor(snapshot, &ask.user, device)?,
+            _ => None,
+        };
+        Ok(Self::answer_at(ask, record, highest, cursor))
+    }
+
+    fn answer_at(ask: &Ask, record: Head, highest: u64, cursor: Option<Cursor>) -> Answer {
         let head = Seq::at(highest);
         let start = match &ask.from {
             From::After(seq) => *seq,
-            From::Cursor(device) => {
-                self.cursor(snapshot, &ask.user, device)?.map_or(Seq::BEGINNING, |c| c.acked)
-            }
+            From::Cursor(_) => cursor.map_or(Seq::BEGINNING, |cursor| cursor.acked),
             // Where nothing ever was, the end is the beginning.
             From::Latest if highest == record.first => Seq::BEGINNING,
             From::Latest => head,
         };
         let more = highest > start.get().max(record.first);
-        Ok(Answer { start, head, more, not_before_s: record.not_before_s })
+        Answer { start, head, more, not_before_s: record.not_before_s }
     }
 
-    /// Fixes the numbers of users that are new, on stable storage: a client may be told of them.
-    fn make_heads(&self, users: &[&UserId]) -> Result<(), InboxError> {
+    /// Fixes the numbers of users that are new, on stable storage: a client may be told of them. Answers the records made.
+    fn make_heads(&self, users: &[&UserId]) -> Result<HashMap<UserId, Head>, InboxError> {
         let _writer = self.writer.lock();
         let now = self.clock.now();
         let snapshot = self.db.snapshot();
         let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
+        let mut made = HashMap::with_capacity(users.len());
         for user in users {
             if self.head(&snapshot, user)?.is_none() {
                 let head = Head { head: now.0, first: now.0, not_before_s: 0 };
                 pending.insert(&self.heads, head_key(user), head.encode());
+                made.insert((*user).clone(), head);
             }
         }
-        self.commit(pending)
+        self.commit(pending)?;
+        Ok(made)
     }
 
     fn page(&self, user: &UserId, after: Seq, limit: PageLimit) -> Result<InboxPage, InboxError> {
