@@ -35,7 +35,6 @@ use super::{
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
-use crate::ring;
 
 /// Heads kept in memory, twice this at the most: 2 x 100,000 x about 100 bytes = 20 MB.
 const HEADS_IN_MEMORY: usize = 100_000;
@@ -710,11 +709,16 @@ fn unreadable(error: fjall::Error) -> InboxError {
 /// Bytes of the user's hash before each key.
 const HASH_BYTES: usize = 4;
 
+/// FNV-1a of 32 bits (draft-eastlake-fnv): stored, so it may never change; whoever makes users collide makes them slow.
+fn hash(user: &UserId) -> [u8; HASH_BYTES] {
+    let step = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    user.as_str().as_bytes().iter().fold(0x811c_9dc5, step).to_be_bytes()
+}
+
 fn head_key(user: &UserId) -> Vec<u8> {
-    let hash = ring::key(user.as_str()).to_be_bytes();
     // Room for a zero and a number.
     let mut key = Vec::with_capacity(HASH_BYTES + user.as_str().len() + 9);
-    key.extend_from_slice(&hash[..HASH_BYTES]);
+    key.extend_from_slice(&hash(user));
     key.extend_from_slice(user.as_str().as_bytes());
     key
 }
@@ -767,6 +771,25 @@ mod tests {
         let clock = Clock::standing(START);
         let inbox = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
         suite(&Bench { inbox: Arc::new(inbox), clock }).await;
+    }
+
+    #[test]
+    fn the_layout_is_what_was_stored() {
+        let user = |name: &str| UserId::parse(name).unwrap();
+        // From the draft's own table: "a" and "foobar".
+        assert_eq!(hash(&user("a")), 0xe40c_292cu32.to_be_bytes());
+        assert_eq!(hash(&user("foobar")), 0xbf9c_f968u32.to_be_bytes());
+        assert_eq!(message_key(&user("a"), 1), b"\xe4\x0c\x29\x2ca\0\0\0\0\0\0\0\0\x01");
+    }
+
+    #[test]
+    fn a_store_of_an_earlier_layout_is_refused_and_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let earlier = Database::builder(directory.path()).open().unwrap();
+        earlier.keyspace(EARLIER, KeyspaceCreateOptions::default).unwrap();
+        drop(earlier);
+        let opened = EmbeddedInbox::open(directory.path(), Clock::standing(START));
+        assert!(matches!(opened.err(), Some(OpenError::Earlier)));
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
