@@ -148,7 +148,7 @@ impl Collect {
         // Only an id that can come again is worth a look: the sender's own, or one under which a rest is repeated.
         let fenced = publish.id.is_some() || matches!(publish.to, Recipients::Users(_));
         let id = publish.id.unwrap_or_else(new_id);
-        let last = publish.to.users().len() - 1;
+        let count = publish.to.users().len();
         let waiting: Vec<(UserId, Result<oneshot::Receiver<Outcome>, Refusal>)> = publish
             .to
             .users()
@@ -163,7 +163,7 @@ impl Collect {
                     expires_at: now.plus_seconds(publish.ttl_s),
                     payload: publish.payload.clone(),
                 };
-                let bytes = if n == last { publish.payload.len() } else { 0 };
+                let bytes = if n + 1 == count { publish.payload.len() } else { 0 };
                 (user.clone(), self.enqueue(append, bytes))
             })
             .collect();

@@ -139,8 +139,8 @@ fn read(status: u16, body: &[u8]) -> Result<Identity, PeerFault> {
                 claims: Bytes::from(claims.to_string()),
             })
         }
-        // Also a token too large to be looked at: the token is at fault, and auth answers.
-        400..=499 if status != 408 && status != 429 => {
+        // 413: a token too large to be looked at is at fault itself. Any other answer is of something that is not auth.
+        401 | 413 => {
             let why = answer["detail"].as_str().unwrap_or("the token is not good");
             Err(PeerFault::Unauthorized(why.to_owned()))
         }
