@@ -51,6 +51,8 @@ pub struct ClientConfig {
     pub since: Option<Since>,
     /// Ask `POST /v1/connect` for the right node first. Otherwise any node is taken, and moves are followed.
     pub ask_first: bool,
+    /// Asks it. Clones of one share their connections; one each would cost every client 100 KiB of trusted roots.
+    pub http: HttpClient,
 }
 
 /// What happens to a client.
@@ -111,14 +113,7 @@ impl Client {
     pub fn start(config: ClientConfig) -> Self {
         let (to_app, events) = mpsc::channel(EVENTS);
         let (acks, from_app) = watch::channel(0);
-        let actor = Actor {
-            http: HttpClient::default(),
-            last: None,
-            hint: FIRST_HINT,
-            config,
-            events: to_app,
-            acks: from_app,
-        };
+        let actor = Actor { last: None, hint: FIRST_HINT, config, events: to_app, acks: from_app };
         Self { events, acks, task: tokio::spawn(actor.run()) }
     }
 
@@ -145,7 +140,6 @@ impl Drop for Client {
 
 struct Actor {
     config: ClientConfig,
-    http: HttpClient,
     /// The last number handed on, or told to be gone.
     last: Option<u64>,
     hint: ReconnectHint,
@@ -230,7 +224,7 @@ impl Actor {
     async fn ask_where(&self, token: &str) -> Result<String, Ending> {
         let url = format!("{}/v1/connect", self.config.target.trim_end_matches('/'));
         let body = Bytes::from(serde_json::json!({"device": self.config.device.as_str()}).to_string());
-        match self.http.send("POST", &url, Some(token), body, OPEN_DEADLINE).await {
+        match self.config.http.send("POST", &url, Some(token), body, OPEN_DEADLINE).await {
             Ok((200, body)) => serde_json::from_slice::<serde_json::Value>(&body)
                 .ok()
                 .and_then(|answer| answer["url"].as_str().map(str::to_owned))

@@ -11,6 +11,10 @@ use ringpush::config::{Config, Faults, Sources};
 use ringpush::telemetry::{LogFormat, start_logging};
 use ringpush::wire::frame::Since;
 
+/// Messages live from one thread to another, and stores free them by the thousand: both are what it is made for.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// As `sysexits.h` has it: the command was used wrongly.
 const USAGE: u8 = 64;
 

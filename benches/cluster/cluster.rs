@@ -21,6 +21,9 @@ use crate::servers::{Load, Process, ringpush_publishes, ringpush_sockets};
 /// The load of B9 and B10.
 const USERS: usize = 12_000;
 const RATE: usize = 2_000;
+/// What one of the nodes of B9 and B10 takes per second: four of them share two cores with everything else here, and a client
+/// that comes by the library costs all of these together some three milliseconds.
+const ACCEPTS: &str = "300";
 /// Sockets that one load client holds: the files of a process are bounded.
 const SOCKETS_EACH: usize = 15_000;
 /// The load of B11, messages per second.
@@ -128,7 +131,7 @@ impl Audit {
 /// B9 and B10.
 pub fn moves(options: &Options, results: &mut Results) {
     let (users, rate, seconds) = if options.quick { (300, 100, 12) } else { (USERS, RATE, 40) };
-    let mut cluster = Cluster::up(3, &[]);
+    let mut cluster = Cluster::up(3, &["--set", &format!("push.accept_per_s={ACCEPTS}")]);
     let before = Duration::from_secs(if options.quick { 2 } else { 6 });
 
     let audit = cluster.audit(users, rate, seconds);
@@ -214,7 +217,9 @@ fn note_kill(results: &mut Results, report: &Value, fastest: f64) {
         of("/away_ms/count")
     );
     results.lost += lost as u64;
-    let met = lost == 0.0 && back <= 15_000.0 && fastest <= 4_000.0;
+    // What two seconds allow may come at once, and one second more within the second that was looked at.
+    let budget = ACCEPTS.parse::<f64>().unwrap() * 3.0;
+    let met = lost == 0.0 && back <= 15_000.0 && fastest <= budget;
     results.row(
         "B10",
         "kill -9 of one of 4 nodes",

@@ -23,6 +23,10 @@ use std::process::ExitCode;
 
 use report::Results;
 
+/// As the program: what is measured inside this process is to cost what it costs there.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// What was asked for.
 pub struct Options {
     pub scenarios: Vec<String>,

@@ -173,6 +173,7 @@ async fn listen(bench: Arc<Bench>, n: usize, token: String) {
         device,
         since: Some(Since::Latest),
         ask_first: true,
+        http: bench.http.clone(),
     });
     while let Some(event) = client.next().await {
         let mut users = bench.book.users.lock();

@@ -324,7 +324,14 @@ pub async fn listen(
         let user = user.clone();
         move || auth.issue(&user, LISTEN_TOKEN_S).map_or_else(|_| String::new(), |issued| issued.0)
     });
-    let mut client = Client::start(ClientConfig { target, token, device, since, ask_first: true });
+    let mut client = Client::start(ClientConfig {
+        target,
+        token,
+        device,
+        since,
+        ask_first: true,
+        http: HttpClient::default(),
+    });
     let interrupted = tokio::signal::ctrl_c();
     tokio::pin!(interrupted);
     loop {

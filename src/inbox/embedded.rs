@@ -22,6 +22,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes};
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, OwnedWriteBatch, PersistMode, Readable, Snapshot};
@@ -30,8 +31,8 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{
-    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError,
-    InboxPage, PageLimit, Profile, Upkeep, payload_digest,
+    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Gathering, Inbox,
+    InboxError, InboxPage, PageLimit, Profile, Upkeep, payload_digest,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
@@ -42,6 +43,8 @@ const HEADS_IN_MEMORY: usize = 100_000;
 const KEYSPACES: [&str; 4] = ["messages.2", "heads.2", "fences.2", "cursors.2"];
 /// A name that the first layout had.
 const EARLIER: &str = "messages";
+/// A sync takes a fifth of a millisecond and ten wake-ups, for one message as for many (docs/benchmarks.md).
+const GATHERING: Gathering = Gathering { every: Duration::from_millis(1), enough: 32 };
 /// Users that the janitor looks at, and messages that it removes, in one commit: some milliseconds of the lock.
 const JANITOR_LOT: usize = 1_000;
 
@@ -194,6 +197,10 @@ impl Inbox for EmbeddedInbox {
 
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {
         self.run(move |store| store.update(&changes))
+    }
+
+    fn gathering(&self) -> Gathering {
+        GATHERING
     }
 }
 

@@ -23,6 +23,7 @@ pub mod memory;
 pub mod mongo;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -55,6 +56,20 @@ pub trait Inbox: Send + Sync + 'static {
 
     /// Moves cursors and moments up, never down. A `NotBefore` is on stable storage when this answers.
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>>;
+
+    /// How appends should be gathered; not at all, where one write costs no more than its share of a large one.
+    fn gathering(&self) -> Gathering {
+        Gathering { every: Duration::ZERO, enough: 1 }
+    }
+}
+
+/// How appends are gathered into writes. The first after a rest never waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gathering {
+    /// Between the beginnings of two writes, at the least.
+    pub every: Duration,
+    /// So many do not wait for it.
+    pub enough: usize,
 }
 
 /// The other port: removal of what nobody can read any more. Idempotent; run by collect.

@@ -1,6 +1,6 @@
 //! Collect: takes messages from business systems, appends them to the inboxes, answers, and hands them to dispatch.
 //!
-//! Appends are grouped: what waits while one write is under way is the next write. A message that was stored is handed on
+//! Appends are grouped: what waits while one write is under way, or comes right after it began, is the next write. A message that was stored is handed on
 //! by the task that stored it, so a sender that goes away in between loses nobody a live delivery.
 
 use std::collections::VecDeque;
@@ -12,13 +12,14 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tower::ServiceExt;
 
 use super::DispatchService;
 use super::backlog::Backlog;
 use crate::backoff::around;
-use crate::clock::Clock;
-use crate::inbox::{Append, Appended, Change, Inbox, InboxError, PageLimit, Profile, Upkeep};
+use crate::clock::{Clock, exact_sleep};
+use crate::inbox::{Append, Appended, Change, Gathering, Inbox, InboxError, PageLimit, Profile, Upkeep};
 use crate::membership::View;
 use crate::message::{Message, MessageId, NodeId, Recipients, Seq, UserId};
 use crate::telemetry::{Metrics, WAY};
@@ -86,6 +87,7 @@ struct Inner {
     handing_on: Backlog,
     clock: Clock,
     waiting: Mutex<Waiting>,
+    gathering: Gathering,
     filled: Notify,
     metrics: CollectMetrics,
 }
@@ -128,6 +130,7 @@ impl Collect {
         tasks: &mut JoinSet<()>,
     ) -> Self {
         let inner = Arc::new(Inner {
+            gathering: inbox.gathering(),
             inbox,
             dispatch,
             views,
@@ -167,8 +170,7 @@ impl Collect {
                 (user.clone(), self.enqueue(append, bytes))
             })
             .collect();
-        self.inner.filled.notify_one();
-        let deadline = tokio::time::Instant::now() + PUBLISH_DEADLINE;
+        let deadline = Instant::now() + PUBLISH_DEADLINE;
         let mut accepted = Vec::with_capacity(waiting.len());
         for (user, waiter) in waiting {
             let outcome = match waiter {
@@ -189,6 +191,12 @@ impl Collect {
         let (answer, waiter) = oneshot::channel();
         waiting.bytes += bytes;
         waiting.appends.push_back(Queued { append, answer, bytes });
+        let count = waiting.appends.len();
+        drop(waiting);
+        // The writer looks for the first, and for enough of them; in between it would only be woken for nothing.
+        if count == 1 || count == self.inner.gathering.enough {
+            self.inner.filled.notify_one();
+        }
         Ok(waiter)
     }
 
@@ -270,7 +278,7 @@ fn refusal(status: u16, detail: impl Into<String>) -> Refusal {
     Refusal { status, detail: detail.into() }
 }
 
-async fn wait_until(deadline: tokio::time::Instant, waiter: oneshot::Receiver<Outcome>) -> Outcome {
+async fn wait_until(deadline: Instant, waiter: oneshot::Receiver<Outcome>) -> Outcome {
     match tokio::time::timeout_at(deadline, waiter).await {
         Ok(Ok(outcome)) => outcome,
         Ok(Err(_)) => Err(refusal(503, "the server is stopping; a repeat is safe under an id of your own")),
@@ -289,18 +297,18 @@ struct Written {
 /// Writes what waits, batch after batch. The answers of one write are given while the next is under way.
 async fn write(inner: Arc<Inner>) {
     let mut written: Option<Written> = None;
+    let mut began = Instant::now();
     loop {
-        let batch = match take(&inner) {
-            Some(batch) => batch,
-            None => {
-                if let Some(done) = written.take() {
-                    answer(&inner, done);
-                    continue;
-                }
-                inner.filled.notified().await;
-                continue;
+        if inner.waiting.lock().appends.is_empty() {
+            match written.take() {
+                Some(done) => answer(&inner, done),
+                None => inner.filled.notified().await,
             }
-        };
+            continue;
+        }
+        gather(&inner, began, &mut written).await;
+        began = Instant::now();
+        let batch = take(&inner);
         if batch.is_empty() {
             continue;
         }
@@ -318,17 +326,32 @@ async fn write(inner: Arc<Inner>) {
     }
 }
 
-fn take(inner: &Inner) -> Option<Vec<Queued>> {
-    let mut waiting = inner.waiting.lock();
-    if waiting.appends.is_empty() {
-        return None;
+/// A write right after another one waits a moment for company: it costs the same for one as for many.
+async fn gather(inner: &Inner, last_began: Instant, written: &mut Option<Written>) {
+    let Gathering { every, enough } = inner.gathering;
+    loop {
+        let left = every.saturating_sub(last_began.elapsed());
+        if left.is_zero() || inner.waiting.lock().appends.len() >= enough {
+            return;
+        }
+        match written.take() {
+            Some(done) => answer(inner, done),
+            None => tokio::select! {
+                () = exact_sleep(left) => return,
+                () = inner.filled.notified() => {}
+            },
+        }
     }
+}
+
+fn take(inner: &Inner) -> Vec<Queued> {
+    let mut waiting = inner.waiting.lock();
     let count = waiting.appends.len().min(BATCH);
     let mut batch: Vec<Queued> = waiting.appends.drain(..count).collect();
     waiting.bytes -= batch.iter().map(|queued| queued.bytes).sum::<usize>();
     // A sender that was told 503, or has gone, was promised nothing: storing it now would only make its repeat a second.
     batch.retain(|queued| !queued.answer.is_closed());
-    Some(batch)
+    batch
 }
 
 /// Tells the senders, and hands what was stored to dispatch.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use ringpush::client::{Client, ClientConfig, Event};
 use ringpush::message::DeviceId;
+use ringpush::transport::http::HttpClient;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -193,6 +194,7 @@ async fn clients_that_resume_miss_nothing_through_kills() {
                 device: DeviceId::parse(&format!("device-{n}")).unwrap(),
                 since: None,
                 ask_first: n == 0,
+                http: HttpClient::default(),
             };
             tokio::spawn(receive_all(Client::start(config), MESSAGES))
         })
@@ -260,7 +262,7 @@ async fn publish_with_repeats(
     published: Arc<AtomicU64>,
     done: Arc<AtomicBool>,
 ) {
-    let client = ringpush::transport::http::HttpClient::default();
+    let client = HttpClient::default();
     let url = format!("http://{at}/v1/messages");
     for n in 0..count {
         let body: Value = json!({"to": {"user": "alice"}, "payload": n, "id": format!("n-{n}")});

@@ -6,6 +6,7 @@ use std::time::Duration;
 use ringpush::client::{Client, ClientConfig, Event};
 use ringpush::message::DeviceId;
 use ringpush::ring::Ring;
+use ringpush::transport::http::HttpClient;
 use serde_json::json;
 
 use crate::support::{Options, Server, Socket, eventually, http};
@@ -176,6 +177,7 @@ async fn the_client_library_follows_moves_and_hands_each_message_on_once() {
             device: DeviceId::default(),
             since: None,
             ask_first: false,
+            http: HttpClient::default(),
         });
         clients.push(client);
     }

@@ -3,7 +3,7 @@
 //! 1. n goes in only when n-1 is known to be durable, or after it in the same ordered insert; one insert of a user is in
 //!    flight per process.
 //! 2. After a duplicate key look at (u, n). This append's own: stored, once a majority read shows it. Another's: look the
-//!    sender's id up if there is one, and read the head again.
+//!    sender's id up if there is one, and go on above n, by the head that was read before.
 //! 3. After an ambiguous error, or where nothing stands: the same n again, until the deadline.
 //! 4. A head in memory is trusted for a while after its read was sent. An append that was answered long after that is
 //!    acknowledged only if a linearizable read of the head record is below its number; else the number is void.
@@ -12,12 +12,12 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use futures_util::{StreamExt, TryStreamExt};
 use mongodb::bson::{Document, doc};
 use mongodb::error::ErrorKind;
 use tokio::time::Instant;
 
-use super::stored::{StoredMessage, id};
+use super::stored::{HeadRecord, StoredMessage, id, place_of};
 use super::{Inner, unavailable, words};
 use crate::backoff::between;
 use crate::inbox::{Append, Appended, InboxError, payload_digest};
@@ -36,10 +36,18 @@ const HEADS: usize = 200_000;
 /// that goes in order.
 const WAVES: usize = 8;
 
+/// How long after another process was seen to write to a user of this one that is expected to happen again.
+const OTHERS_FOR: Duration = Duration::from_secs(60);
+/// Places above a head in memory that are looked at then; whoever has more than these is read in full.
+const AHEAD: u64 = 3;
+
 /// What is known of the heads of users, by this process.
 #[derive(Default)]
 pub(super) struct Heads {
     known: HashMap<UserId, Known>,
+    /// Until then another process is expected to write to the same users: what came above a head in memory is looked for
+    /// before the next number is tried, which is cheaper than to find it taken.
+    others_until: Duration,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -51,6 +59,15 @@ struct Known {
 }
 
 impl Heads {
+    /// Another process has written up to here. What the head was read for still counts: nothing above it was old enough to
+    /// be removed then.
+    fn raise(&mut self, user: &UserId, n: u64, now: Duration) {
+        self.others_until = now + OTHERS_FOR;
+        if let Some(known) = self.known.get_mut(user) {
+            known.n = known.n.max(n);
+        }
+    }
+
     fn make_room(&mut self, now: Duration, trust: Duration) {
         if self.known.len() > HEADS {
             self.known.retain(|_, known| now.saturating_sub(known.sent) <= trust);
@@ -161,23 +178,26 @@ async fn settle(
     }
     // In order: what stands before an item of the same user must be settled first.
     let found = look_at(inner, pending, numbers, &taken).await?;
+    let (mut repeats, mut raised) = (Vec::new(), Vec::new());
     for n in taken {
         let item = &pending[n];
-        let settled = match found.get(&(item.append.user.as_str(), numbers[n])) {
-            Some(stored) if stored.a == item.append_id => {
-                acknowledge(inner, heads, item, numbers[n], None, outcomes).await?
+        let stored = found.get(&(item.append.user.as_str(), numbers[n]));
+        if stored.is_some_and(|stored| stored.a == item.append_id) {
+            if acknowledge(inner, heads, item, numbers[n], None, outcomes).await? {
+                done.insert(item.at);
             }
-            Some(_) => {
-                heads.known.remove(&item.append.user);
-                item.append.fenced && answer_repeat(inner, item, outcomes).await?
-            }
-            None => item.append.fenced && answer_repeat(inner, item, outcomes).await?,
-        };
-        if settled {
-            done.insert(item.at);
+            continue;
+        }
+        if stored.is_some() {
+            raised.push((&item.append.user, numbers[n]));
+        }
+        if item.append.fenced {
+            repeats.push(item);
         }
     }
-    Ok(())
+    let now = inner.clock.uptime();
+    raised.into_iter().for_each(|(user, n)| heads.raise(user, n, now));
+    answer_repeats(inner, &repeats, outcomes, done).await
 }
 
 /// An append whose number is void begins anew, as another append.
@@ -202,10 +222,15 @@ async fn read_heads(
         let young = |known: &Known| now.saturating_sub(known.sent) <= inner.times.head_trust;
         heads.known.get(user).is_some_and(|known| again || young(known))
     };
-    let mut unknown: Vec<&UserId> =
-        pending.iter().map(|item| &item.append.user).filter(|user| !trusted(user)).collect();
-    unknown.sort_unstable();
-    unknown.dedup();
+    let mut users: Vec<&UserId> = pending.iter().map(|item| &item.append.user).collect();
+    users.sort_unstable();
+    users.dedup();
+    let (known, mut unknown): (Vec<&UserId>, Vec<&UserId>) =
+        users.into_iter().partition(|user| trusted(user));
+    // Not again: it would find what this batch itself has written, perhaps without an answer.
+    if !again && now < heads.others_until {
+        unknown.extend(look_above(inner, heads, known, now).await?);
+    }
     if !unknown.is_empty() {
         let tops = inner.tops_made(&unknown).await?;
         heads.known.extend(
@@ -214,6 +239,30 @@ async fn read_heads(
         );
     }
     Ok(())
+}
+
+/// Takes up what other processes have written above the heads of these users, which are trusted; answers those who have more
+/// there than was looked at. Numbers are dense: what is above the first that is missing was not given yet.
+async fn look_above<'a>(
+    inner: &Inner,
+    heads: &mut Heads,
+    users: Vec<&'a UserId>,
+    now: Duration,
+) -> Result<Vec<&'a UserId>, InboxError> {
+    let base = |heads: &Heads, user: &UserId| heads.known.get(user).map_or(0, |known| known.n);
+    let ids = users.iter().flat_map(|user| (1..=AHEAD).map(|k| id(user, base(heads, user) + k))).collect();
+    let found = inner.by_ids(ids, doc! { "_id": 1 }).await?;
+    let mut count: HashMap<&str, u64> = HashMap::new();
+    found.iter().filter_map(place_of).for_each(|(user, _)| *count.entry(user).or_default() += 1);
+    let mut far = Vec::new();
+    for user in users {
+        match count.get(user.as_str()).copied() {
+            None => {}
+            Some(AHEAD) => far.push(user),
+            Some(more) => heads.raise(user, base(heads, user) + more, now),
+        }
+    }
+    Ok(far)
 }
 
 /// The next numbers of each user, in the order of the items.
@@ -389,23 +438,41 @@ async fn look_at<'a>(
     Ok(shown.collect())
 }
 
-/// Answers a repeat from what a majority shows under the sender's id; false where nothing stands there (any more), and then
-/// the append is tried again.
-async fn answer_repeat(inner: &Inner, item: &Item, outcomes: &mut Outcomes) -> Result<bool, InboxError> {
-    let append = &item.append;
-    let filter = doc! { "_id.u": append.user.as_str(), "f": append.id.as_str() };
-    let found = inner.in_time(inner.messages.find_one(filter).into_future()).await.map_err(unavailable)?;
-    let Some(found) = found else { return Ok(false) };
-    let record = inner.by_ids(vec![id(&append.user, 0)], doc! {}).await?;
-    let head = record.first().map(super::HeadRecord::read).unwrap_or_default().head;
-    if found.n() <= head || found.is_expired(inner.clock.now()) {
-        give_up_id(inner, &id(&append.user, found.n()), append).await?;
-        return Ok(false);
+/// Answers repeats from what a majority shows under the senders' ids. Where nothing stands there (any more) the append is
+/// tried again.
+async fn answer_repeats(
+    inner: &Inner,
+    items: &[&Item],
+    outcomes: &mut Outcomes,
+    done: &mut HashSet<usize>,
+) -> Result<(), InboxError> {
+    if items.is_empty() {
+        return Ok(());
     }
-    let same = found.d.is_some_and(|digest| digest.bytes == payload_digest(&append.payload));
-    let seq = Seq::at(found.place.n.unsigned_abs());
-    outcomes[item.at] = Some(Ok(if same { Appended::Duplicate(seq) } else { Appended::Conflict }));
-    Ok(true)
+    let place = |item: &&Item| doc! { "_id.u": item.append.user.as_str(), "f": item.append.id.as_str() };
+    let filter = doc! { "$or": items.iter().map(place).collect::<Vec<_>>() };
+    let reading = async { inner.messages.find(filter).await?.try_collect::<Vec<StoredMessage>>().await };
+    let found = inner.in_time(reading).await.map_err(unavailable)?;
+    let records: Vec<Document> = found.iter().map(|one| doc! { "u": &one.place.u, "n": 0i64 }).collect();
+    let records = inner.by_ids(records, doc! {}).await?;
+    let heads: HashMap<&str, u64> =
+        records.iter().filter_map(|one| Some((place_of(one)?.0, HeadRecord::read(one).head))).collect();
+    let found: HashMap<(&str, &str), &StoredMessage> =
+        found.iter().filter_map(|one| Some(((one.place.u.as_str(), one.f.as_deref()?), one))).collect();
+    for item in items {
+        let append = &item.append;
+        let Some(stored) = found.get(&(append.user.as_str(), append.id.as_str())) else { continue };
+        let head = heads.get(append.user.as_str()).copied().unwrap_or(0);
+        if stored.n() <= head || stored.is_expired(inner.clock.now()) {
+            give_up_id(inner, &id(&append.user, stored.n()), append).await?;
+            continue;
+        }
+        let same = stored.d.as_ref().is_some_and(|digest| digest.bytes == payload_digest(&append.payload));
+        let seq = Seq::at(stored.n());
+        outcomes[item.at] = Some(Ok(if same { Appended::Duplicate(seq) } else { Appended::Conflict }));
+        done.insert(item.at);
+    }
+    Ok(())
 }
 
 /// A message that has expired, or whose number is void, stands in nobody's way: its id is free.

@@ -28,8 +28,8 @@ use mongodb::options::{
 use mongodb::{Client, Collection, Database, IndexModel};
 
 use super::{
-    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError,
-    InboxPage, PageLimit, Profile, Upkeep,
+    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Gathering, Inbox,
+    InboxError, InboxPage, PageLimit, Profile, Upkeep,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Seq, UserId};
@@ -46,6 +46,9 @@ const MAJORITY_TIMEOUT: Duration = Duration::from_secs(3);
 const PAGE_FETCH: u32 = 64;
 /// Positions above the head of one lot that are confirmed at once; each takes two linearizable reads, some 200 ms.
 const CONFIRMATIONS: usize = 16;
+
+/// A command costs MongoDB as much as some twenty documents in it.
+const GATHERING: Gathering = Gathering { every: Duration::from_millis(5), enough: 100 };
 
 /// The times of the rules; see DESIGN.md section 6.
 #[derive(Debug, Clone, Copy)]
@@ -654,6 +657,10 @@ impl Inbox for MongoInbox {
 
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {
         self.inner.update(changes).boxed()
+    }
+
+    fn gathering(&self) -> Gathering {
+        GATHERING
     }
 }
 

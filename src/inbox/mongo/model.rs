@@ -258,6 +258,11 @@ impl State {
                 next.push(
                     self.with(|s| s.writers[w].at = if stale { At::NeedsHead } else { At::Waits { n } }),
                 );
+                // Others write here too: first it looks what stands above the head that it knows.
+                let above = (n..NUMBERS).take_while(|n| self.shown.docs.get(*n).is_some()).last();
+                if let Some(top) = above.filter(|top| !stale && top + 1 < NUMBERS) {
+                    next.push(self.with(|s| s.writers[w].at = At::Waits { n: top + 1 }));
+                }
             }
             At::Waits { n } => next.push(self.with(|s| {
                 let stored = s.on_primary(n).is_none();
@@ -303,6 +308,8 @@ impl State {
             Some(doc) if doc.publish == publish && without != Without::OwnAppend => {
                 self.acknowledge(w, n, without, next);
             }
+            // It goes on above, still by the head that it has read.
+            Some(_) if n + 1 < NUMBERS => next.push(self.with(|s| s.writers[w].at = At::Waits { n: n + 1 })),
             Some(_) => next.push(self.with(|s| s.writers[w].at = At::NeedsHead)),
             // Nothing stands there, as far as a majority shows: the same number again.
             None => next.push(self.with(|s| s.again(w, n, without))),
