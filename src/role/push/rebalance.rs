@@ -158,9 +158,13 @@ pub(super) async fn keep_fallback(node: Arc<Node>) {
 }
 
 async fn sweep_users(node: &Node, users: &[UserId]) {
-    let mut seats = Vec::new();
+    super::sweep::sweep_seats(node, &seats_of(node, users)).await;
+}
+
+fn seats_of(node: &Node, users: &[UserId]) -> Vec<Arc<Seat>> {
+    let mut seats = Vec::with_capacity(users.len());
     users.iter().for_each(|user| node.registry.for_user(user, |seat| seats.push(Arc::clone(seat))));
-    super::sweep::sweep_seats(node, &seats).await;
+    seats
 }
 
 /// Renews the lease of the fallback set, and enters everybody again where its size was wrong twice running: it was lost.
@@ -233,10 +237,8 @@ async fn reconcile(node: &Node, users: &[UserId]) -> bool {
         let stays = |user: &UserId| node.registry.has(user) && !node.owns(&view, user);
         node.displaced.doubt(add.iter().filter(|user| !stays(user)).cloned().collect());
     }
-    // What was sent before the entry stood went by: read those inboxes at once.
-    for user in &add {
-        node.registry.for_user(user, |seat| seat.mailbox.lost());
-    }
+    // What was sent before the entry stood went by: look into those inboxes at once.
+    super::sweep::catch_up(node, &seats_of(node, &add)).await;
     true
 }
 

@@ -218,25 +218,41 @@ async fn forced(asked: &Notify, not_before: Instant) {
 pub(super) async fn sweep_seats(node: &Node, seats: &[Arc<Seat>]) {
     let begun: Vec<&Arc<Seat>> = seats.iter().filter(|seat| seat.has_begun()).collect();
     for lot in begun.chunks(LOT) {
-        let positions: Vec<Seq> = lot.iter().map(|seat| seat.position()).collect();
-        let asks = lot
-            .iter()
-            .zip(&positions)
-            .map(|(seat, position)| Ask { user: seat.user.clone(), from: From::After(*position) })
-            .collect();
-        match node.inbox.standing(asks).await {
-            Ok(answers) => {
-                for ((seat, position), answer) in lot.iter().zip(positions).zip(answers) {
-                    node.metrics.swept.inc();
-                    if answer.more {
-                        seat.mailbox.more_after(position);
-                    }
-                    close_if_revoked(seat, answer.not_before_s);
-                }
-            }
-            Err(error) => tracing::debug!(%error, "the sweep could not ask; it will come round again"),
+        if let Err(error) = look_after(node, lot).await {
+            tracing::debug!(%error, "the sweep could not ask; it will come round again");
         }
     }
+}
+
+/// The same for sessions that have surely missed something: where the inbox cannot answer now, each reads it as soon as it can.
+pub(super) async fn catch_up(node: &Node, seats: &[Arc<Seat>]) {
+    let (begun, attaching): (Vec<&Arc<Seat>>, Vec<_>) = seats.iter().partition(|seat| seat.has_begun());
+    // Where these stand is not known yet.
+    attaching.iter().for_each(|seat| seat.mailbox.lost());
+    for lot in begun.chunks(LOT) {
+        if let Err(error) = look_after(node, lot).await {
+            tracing::debug!(%error, "what was missed could not be asked for in one lot");
+            lot.iter().for_each(|seat| seat.mailbox.lost());
+        }
+    }
+}
+
+async fn look_after(node: &Node, lot: &[&Arc<Seat>]) -> Result<(), InboxError> {
+    let positions: Vec<Seq> = lot.iter().map(|seat| seat.position()).collect();
+    let asks = lot
+        .iter()
+        .zip(&positions)
+        .map(|(seat, position)| Ask { user: seat.user.clone(), from: From::After(*position) })
+        .collect();
+    let answers = node.inbox.standing(asks).await?;
+    for ((seat, position), answer) in lot.iter().zip(positions).zip(answers) {
+        node.metrics.swept.inc();
+        if answer.more {
+            seat.mailbox.more_after(position);
+        }
+        close_if_revoked(seat, answer.not_before_s);
+    }
+    Ok(())
 }
 
 /// Ends a session whose token was issued before the moment from which tokens count.
