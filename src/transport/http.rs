@@ -34,6 +34,8 @@ const READ_BUFFER: usize = 64 * 1024;
 const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the client may take to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the client keeps a connection that it does not use.
+const CLIENT_IDLE: Duration = Duration::from_secs(50);
 /// Streams of one HTTP/2 connection.
 const H2_STREAMS: u32 = 1_000;
 
@@ -228,7 +230,9 @@ impl Default for HttpClient {
                 .enable_http1()
                 .wrap_connector(plain),
         };
-        Self { client: Client::builder(TokioExecutor::new()).build(connector) }
+        // Shorter than servers keep theirs, this one's included: a request must not meet a connection that is just closed.
+        let client = Client::builder(TokioExecutor::new()).pool_idle_timeout(CLIENT_IDLE).build(connector);
+        Self { client }
     }
 }
 

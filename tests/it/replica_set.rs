@@ -118,6 +118,24 @@ async fn two_writers_share_users_and_no_number() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_that_is_far_behind_another_does_not_try_one_number_after_another() {
+    let set = ReplicaSet::start(1).await;
+    let users = users("behind", 2);
+    let one = open(&set.uri(), "behind", MongoTimes::default(), Clock::system()).await;
+    let two = open(&set.uri(), "behind", MongoTimes::default(), Clock::system()).await;
+    let first = write(one.clone(), users.clone(), 1, 1, 3_600_000).await;
+    let others = write(two.clone(), users.clone(), 2, 150, 3_600_000).await;
+    // One number at a time, with a rest after each, would take over ten seconds.
+    let next = write(one.clone(), users.clone(), 3, 1, 3_600_000);
+    let next = tokio::time::timeout(Duration::from_secs(5), next).await.expect("it finds its place at once");
+    // And when it knows that another writes here.
+    let more = write(two, users.clone(), 4, 150, 3_600_000).await;
+    let last = write(one.clone(), users.clone(), 5, 1, 3_600_000);
+    let last = tokio::time::timeout(Duration::from_secs(5), last).await.expect("it finds its place at once");
+    audit(&one, &users, &[first, others, next, more, last], true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_writers_and_two_janitors_keep_numbers_dense_when_everything_expires() {
     let set = ReplicaSet::start(1).await;
     let users = users("expiring", 10);

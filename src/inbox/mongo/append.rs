@@ -3,7 +3,7 @@
 //! 1. n goes in only when n-1 is known to be durable, or after it in the same ordered insert; one insert of a user is in
 //!    flight per process.
 //! 2. After a duplicate key look at (u, n). This append's own: stored, once a majority read shows it. Another's: look the
-//!    sender's id up if there is one, and go on above n, by the head that was read before.
+//!    sender's id up if there is one, and go on above n, by the head that was read before; the second time read the head again.
 //! 3. After an ambiguous error, or where nothing stands: the same n again, until the deadline.
 //! 4. A head in memory is trusted for a while after its read was sent. An append that was answered long after that is
 //!    acknowledged only if a linearizable read of the head record is below its number; else the number is void.
@@ -17,7 +17,7 @@ use mongodb::bson::{Document, doc};
 use mongodb::error::ErrorKind;
 use tokio::time::Instant;
 
-use super::stored::{HeadRecord, StoredMessage, id, place_of};
+use super::stored::{HeadRecord, StoredMessage, id, int, place_of};
 use super::{Inner, unavailable, words};
 use crate::backoff::between;
 use crate::inbox::{Append, Appended, InboxError, payload_digest};
@@ -144,7 +144,7 @@ async fn round(
         insert(inner, pending, &numbers).await
     };
     let mut done = HashSet::new();
-    let settled = settle(inner, heads, pending, &numbers, sent, tried, &mut done, outcomes).await;
+    let settled = settle(inner, heads, pending, &numbers, sent, tried, again, &mut done, outcomes).await;
     // Also when something failed on the way: what is settled must not be appended again under another number.
     pending.retain(|item| !done.contains(&item.at));
     void_ids(pending, outcomes);
@@ -160,6 +160,7 @@ async fn settle(
     numbers: &[u64],
     sent: Duration,
     tried: Vec<Tried>,
+    again: bool,
     done: &mut HashSet<usize>,
     outcomes: &mut Outcomes,
 ) -> Result<(), InboxError> {
@@ -196,7 +197,13 @@ async fn settle(
         }
     }
     let now = inner.clock.uptime();
-    raised.into_iter().for_each(|(user, n)| heads.raise(user, n, now));
+    for (user, n) in raised {
+        heads.raise(user, n, now);
+        if again {
+            // More than one number was taken meanwhile: the whole truth, not one number after another.
+            heads.known.remove(user);
+        }
+    }
     answer_repeats(inner, &repeats, outcomes, done).await
 }
 
@@ -358,7 +365,8 @@ async fn insert_these(
     let mut tried = vec![if acknowledged { Tried::Inserted } else { Tried::Unknown }; lot.len()];
     for fault in many.write_errors.iter().flatten() {
         if let Some(result) = tried.get_mut(fault.index) {
-            *result = if fault.code == DUPLICATE_KEY { Tried::Taken } else { Tried::Unknown };
+            // Where nothing is known of those before it, a key may be taken by what was written after one of our own.
+            *result = if fault.code == DUPLICATE_KEY && acknowledged { Tried::Taken } else { Tried::Unknown };
         }
         if ordered {
             tried.iter_mut().skip(fault.index + 1).for_each(|result| *result = Tried::Unknown);
@@ -451,24 +459,35 @@ async fn answer_repeats(
     }
     let place = |item: &&Item| doc! { "_id.u": item.append.user.as_str(), "f": item.append.id.as_str() };
     let filter = doc! { "$or": items.iter().map(place).collect::<Vec<_>>() };
-    let reading = async { inner.messages.find(filter).await?.try_collect::<Vec<StoredMessage>>().await };
+    let fields = doc! { "_id": 1, "f": 1, "d": 1, "x": 1 };
+    let reading = async {
+        let found = inner.documents.find(filter).projection(fields).batch_size(10_000).await?;
+        found.try_collect::<Vec<Document>>().await
+    };
     let found = inner.in_time(reading).await.map_err(unavailable)?;
-    let records: Vec<Document> = found.iter().map(|one| doc! { "u": &one.place.u, "n": 0i64 }).collect();
+    let records = found.iter().filter_map(place_of).map(|(user, _)| doc! { "u": user, "n": 0i64 }).collect();
     let records = inner.by_ids(records, doc! {}).await?;
     let heads: HashMap<&str, u64> =
         records.iter().filter_map(|one| Some((place_of(one)?.0, HeadRecord::read(one).head))).collect();
-    let found: HashMap<(&str, &str), &StoredMessage> =
-        found.iter().filter_map(|one| Some(((one.place.u.as_str(), one.f.as_deref()?), one))).collect();
+    let found: HashMap<(&str, &str), (u64, &Document)> = found
+        .iter()
+        .filter_map(|one| {
+            let (user, n) = place_of(one)?;
+            Some(((user, one.get_str("f").ok()?), (n, one)))
+        })
+        .collect();
+    let now = int(inner.clock.now().0);
     for item in items {
         let append = &item.append;
-        let Some(stored) = found.get(&(append.user.as_str(), append.id.as_str())) else { continue };
+        let Some((n, stored)) = found.get(&(append.user.as_str(), append.id.as_str())) else { continue };
         let head = heads.get(append.user.as_str()).copied().unwrap_or(0);
-        if stored.n() <= head || stored.is_expired(inner.clock.now()) {
-            give_up_id(inner, &id(&append.user, stored.n()), append).await?;
+        if *n <= head || stored.get_i64("x").is_ok_and(|expires_at| expires_at <= now) {
+            give_up_id(inner, &id(&append.user, *n), append).await?;
             continue;
         }
-        let same = stored.d.as_ref().is_some_and(|digest| digest.bytes == payload_digest(&append.payload));
-        let seq = Seq::at(stored.n());
+        let same =
+            stored.get_binary_generic("d").is_ok_and(|digest| *digest == payload_digest(&append.payload));
+        let seq = Seq::at(*n);
         outcomes[item.at] = Some(Ok(if same { Appended::Duplicate(seq) } else { Appended::Conflict }));
         done.insert(item.at);
     }

@@ -308,9 +308,13 @@ impl State {
             Some(doc) if doc.publish == publish && without != Without::OwnAppend => {
                 self.acknowledge(w, n, without, next);
             }
-            // It goes on above, still by the head that it has read.
-            Some(_) if n + 1 < NUMBERS => next.push(self.with(|s| s.writers[w].at = At::Waits { n: n + 1 })),
-            Some(_) => next.push(self.with(|s| s.writers[w].at = At::NeedsHead)),
+            Some(_) => {
+                next.push(self.with(|s| s.writers[w].at = At::NeedsHead));
+                // Or it goes on above, still by the head that it has read.
+                if n + 1 < NUMBERS {
+                    next.push(self.with(|s| s.writers[w].at = At::Waits { n: n + 1 }));
+                }
+            }
             // Nothing stands there, as far as a majority shows: the same number again.
             None => next.push(self.with(|s| s.again(w, n, without))),
         }

@@ -96,7 +96,7 @@ impl Mailbox {
 
     /// There is something after this position.
     pub(super) fn more_after(&self, position: Seq) {
-        self.put(|mail| mail.more_after = Some(position));
+        self.put(|mail| mail.more_after = mail.more_after.max(Some(position)));
     }
 
     /// Ends the session. The first reason stands.

@@ -140,11 +140,22 @@ pub(super) async fn enter(node: &Node, user: &UserId) {
 /// Keeps the fallback set as the registry and the view want it.
 pub(super) async fn keep_fallback(node: Arc<Node>) {
     let mut backoff = Backoff::new(FALLBACK_RETRY_FIRST, FALLBACK_RETRY_MAX);
+    // Each user is in one of them at the most, for a user is entered once.
+    let mut looking = JoinSet::new();
     loop {
         node.displaced.changed.notified().await;
+        while looking.try_join_next().is_some() {}
         loop {
             let doubtful = node.displaced.take_doubtful();
-            if doubtful.is_empty() || reconcile(&node, &doubtful).await {
+            if let Some(entered) = reconcile(&node, &doubtful).await {
+                // What was sent before the entry stood went by: look into those inboxes at once. The next entries do not
+                // wait for the inbox.
+                if !entered.is_empty() {
+                    let node = Arc::clone(&node);
+                    looking.spawn(async move {
+                        super::sweep::catch_up(&node, &seats_of(&node, &entered)).await;
+                    });
+                }
                 backoff.reset();
                 break;
             }
@@ -202,8 +213,9 @@ pub(super) async fn renew_fallback(node: Arc<Node>) {
     }
 }
 
-/// Enters and removes what differs; false if the set could not be written: then all of it is doubtful still.
-async fn reconcile(node: &Node, users: &[UserId]) -> bool {
+/// Enters and removes what differs; answers whom it has entered. None if the set could not be written: then all of it is
+/// doubtful still.
+async fn reconcile(node: &Node, users: &[UserId]) -> Option<Vec<UserId>> {
     let view = Arc::clone(&node.views.borrow());
     let own = &node.holder;
     let wanted = |user: &UserId| node.registry.has(user) && !node.owns(&view, user);
@@ -225,7 +237,7 @@ async fn reconcile(node: &Node, users: &[UserId]) -> bool {
     }
     if let Err(error) = written {
         tracing::debug!(%error, "the fallback entries could not be written");
-        return false;
+        return None;
     }
     if !remove.is_empty() {
         node.displaced.state.lock().entered.retain(|user| !remove.contains(user));
@@ -237,9 +249,7 @@ async fn reconcile(node: &Node, users: &[UserId]) -> bool {
         let stays = |user: &UserId| node.registry.has(user) && !node.owns(&view, user);
         node.displaced.doubt(add.iter().filter(|user| !stays(user)).cloned().collect());
     }
-    // What was sent before the entry stood went by: look into those inboxes at once.
-    super::sweep::catch_up(node, &seats_of(node, &add)).await;
-    true
+    Some(add)
 }
 
 /// Sessions that may have to be told to move.

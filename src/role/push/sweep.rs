@@ -218,7 +218,7 @@ async fn forced(asked: &Notify, not_before: Instant) {
 pub(super) async fn sweep_seats(node: &Node, seats: &[Arc<Seat>]) {
     let begun: Vec<&Arc<Seat>> = seats.iter().filter(|seat| seat.has_begun()).collect();
     for lot in begun.chunks(LOT) {
-        if let Err(error) = look_after(node, lot).await {
+        if let Err(error) = look_after(node, lot, |seat, position| seat.mailbox.more_after(position)).await {
             tracing::debug!(%error, "the sweep could not ask; it will come round again");
         }
     }
@@ -230,14 +230,19 @@ pub(super) async fn catch_up(node: &Node, seats: &[Arc<Seat>]) {
     // Where these stand is not known yet.
     attaching.iter().for_each(|seat| seat.mailbox.lost());
     for lot in begun.chunks(LOT) {
-        if let Err(error) = look_after(node, lot).await {
+        // Whatever went by was stored before the question. A page that is under way may show what is there and not that.
+        if let Err(error) = look_after(node, lot, |seat, _| seat.mailbox.lost()).await {
             tracing::debug!(%error, "what was missed could not be asked for in one lot");
             lot.iter().for_each(|seat| seat.mailbox.lost());
         }
     }
 }
 
-async fn look_after(node: &Node, lot: &[&Arc<Seat>]) -> Result<(), InboxError> {
+async fn look_after(
+    node: &Node,
+    lot: &[&Arc<Seat>],
+    tell_of_more: impl Fn(&Seat, Seq),
+) -> Result<(), InboxError> {
     let positions: Vec<Seq> = lot.iter().map(|seat| seat.position()).collect();
     let asks = lot
         .iter()
@@ -248,7 +253,7 @@ async fn look_after(node: &Node, lot: &[&Arc<Seat>]) -> Result<(), InboxError> {
     for ((seat, position), answer) in lot.iter().zip(positions).zip(answers) {
         node.metrics.swept.inc();
         if answer.more {
-            seat.mailbox.more_after(position);
+            tell_of_more(seat, position);
         }
         close_if_revoked(seat, answer.not_before_s);
     }
