@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::StreamExt;
 use mongodb::bson::{Document, doc};
 use mongodb::error::ErrorKind;
 use tokio::time::Instant;
@@ -460,11 +460,7 @@ async fn answer_repeats(
     let place = |item: &&Item| doc! { "_id.u": item.append.user.as_str(), "f": item.append.id.as_str() };
     let filter = doc! { "$or": items.iter().map(place).collect::<Vec<_>>() };
     let fields = doc! { "_id": 1, "f": 1, "d": 1, "x": 1 };
-    let reading = async {
-        let found = inner.documents.find(filter).projection(fields).batch_size(10_000).await?;
-        found.try_collect::<Vec<Document>>().await
-    };
-    let found = inner.in_time(reading).await.map_err(unavailable)?;
+    let found = inner.find(filter, fields).await?;
     let records = found.iter().filter_map(place_of).map(|(user, _)| doc! { "u": user, "n": 0i64 }).collect();
     let records = inner.by_ids(records, doc! {}).await?;
     let heads: HashMap<&str, u64> =

@@ -255,13 +255,13 @@ impl Inner {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
+        self.find(doc! { "_id": { "$in": ids } }, fields).await
+    }
+
+    /// What a filter finds, the fields named, as a majority has it.
+    async fn find(&self, filter: Document, fields: Document) -> Result<Vec<Document>, InboxError> {
         let found = async {
-            let cursor = self
-                .documents
-                .find(doc! { "_id": { "$in": ids } })
-                .projection(fields)
-                .batch_size(10_000)
-                .await?;
+            let cursor = self.documents.find(filter).projection(fields).batch_size(10_000).await?;
             cursor.try_collect().await
         };
         self.in_time(found).await.map_err(unavailable)

@@ -35,6 +35,8 @@ pub const CLOSE_SPREAD: Duration = Duration::from_secs(5);
 /// Sessions closed per second where they have nowhere to go: a small node need not take the whole spread.
 const CLOSES_PER_S: u32 = 2_000;
 
+/// Looks into the inboxes of users that were entered, at once; where the inbox is too slow for that, each session reads its own.
+const LOOKS_AT_ONCE: usize = 4;
 /// Between two tries to write the fallback entries, at first and at the most.
 const FALLBACK_RETRY_FIRST: Duration = Duration::from_millis(100);
 const FALLBACK_RETRY_MAX: Duration = Duration::from_secs(3);
@@ -140,7 +142,6 @@ pub(super) async fn enter(node: &Node, user: &UserId) {
 /// Keeps the fallback set as the registry and the view want it.
 pub(super) async fn keep_fallback(node: Arc<Node>) {
     let mut backoff = Backoff::new(FALLBACK_RETRY_FIRST, FALLBACK_RETRY_MAX);
-    // Each user is in one of them at the most, for a user is entered once.
     let mut looking = JoinSet::new();
     loop {
         node.displaced.changed.notified().await;
@@ -150,11 +151,12 @@ pub(super) async fn keep_fallback(node: Arc<Node>) {
             if let Some(entered) = reconcile(&node, &doubtful).await {
                 // What was sent before the entry stood went by: look into those inboxes at once. The next entries do not
                 // wait for the inbox.
-                if !entered.is_empty() {
+                let seats = seats_of(&node, &entered);
+                if looking.len() >= LOOKS_AT_ONCE {
+                    seats.iter().for_each(|seat| seat.mailbox.lost());
+                } else if !seats.is_empty() {
                     let node = Arc::clone(&node);
-                    looking.spawn(async move {
-                        super::sweep::catch_up(&node, &seats_of(&node, &entered)).await;
-                    });
+                    looking.spawn(async move { super::sweep::catch_up(&node, &seats).await });
                 }
                 backoff.reset();
                 break;
