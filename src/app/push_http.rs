@@ -18,6 +18,7 @@ use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, 
 use crate::role::connect::{Connect, ConnectFault};
 use crate::role::push::{Origins, Push, Rejection, SocketRequest};
 use crate::ticket::TICKET_LIFE_MS;
+use crate::transport::line::Hold;
 use crate::transport::websocket::{NoHandshake, handshake, upgraded};
 use crate::wire::address::node_in_path;
 use crate::wire::frame::ReconnectHint;
@@ -76,6 +77,12 @@ async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -
         Err(Rejection::Redirect(url)) => return redirect(&url),
         Err(rejection) => return Err(rejected(rejection)),
     };
+    if admission.is_identified()
+        && let Some(hold) = request.extensions().get::<Hold>()
+    {
+        // The welcome follows at once: one packet for both.
+        hold.begin();
+    }
     edge.push.serve(admission, upgraded(upgrade, UPGRADE_DEADLINE));
     Ok(response.map(|()| Body::empty()))
 }

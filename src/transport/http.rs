@@ -14,7 +14,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Body, Incoming};
-use hyper::{Request, Response};
+use hyper::header::UPGRADE;
+use hyper::{Request, Response, Version};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -23,6 +24,8 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::{Service, ServiceExt};
+
+use super::line::{Hold, Line};
 
 /// Connections that the kernel may hold for us while we are busy: a tenth of a second of 40,000/s.
 const BACKLOG: u32 = 4_096;
@@ -142,15 +145,20 @@ async fn serve_one<S, B>(
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let _ = stream.set_nodelay(true);
-    let asked = Arc::new(AtomicBool::new(false));
+    let (asked, hold) = (Arc::new(AtomicBool::new(false)), Hold::default());
+    let line = TokioIo::new(Line::new(stream, hold.clone()));
     let service = hyper::service::service_fn({
         let asked = Arc::clone(&asked);
-        move |request| {
+        move |mut request: Request<Incoming>| {
             asked.store(true, Ordering::Relaxed);
+            // Only here may an answer be the last one that the connection carries as HTTP.
+            if request.version() == Version::HTTP_11 && request.headers().contains_key(UPGRADE) {
+                request.extensions_mut().insert(hold.clone());
+            }
             service.clone().oneshot(request)
         }
     });
-    let mut connection = pin!(server.serve_connection_with_upgrades(TokioIo::new(stream), service));
+    let mut connection = pin!(server.serve_connection_with_upgrades(line, service));
     tokio::select! {
         ended = connection.as_mut() => return note(ended),
         () = tokio::time::sleep(limits.first_request) => {

@@ -28,6 +28,7 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig
 use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
+use super::line::Line;
 use crate::wire::frame::SUBPROTOCOL;
 use crate::wire::socket::{Incoming, Outgoing, SocketFault};
 
@@ -95,14 +96,16 @@ pub fn handshake(headers: &HeaderMap) -> Result<Response<()>, NoHandshake> {
 
 /// The server's side of a socket, bare of everything that the handshake needed.
 pub struct ServerSocket {
-    inner: WebSocketStream<TcpStream>,
+    inner: WebSocketStream<Line>,
 }
 
-/// Waits for the upgrade that follows the 101, at most `deadline`.
+/// Waits for the upgrade that follows the 101, at most `deadline`. If the 101 was held back, it leaves with the first frame or
+/// flush.
 pub async fn upgraded(upgrade: OnUpgrade, deadline: Duration) -> Option<ServerSocket> {
     let upgraded = tokio::time::timeout(deadline, upgrade).await.ok()?.ok()?;
-    let parts = auto::upgrade::downcast::<TokioIo<TcpStream>>(upgraded).ok()?;
-    let stream = parts.io.into_inner();
+    let parts = auto::upgrade::downcast::<TokioIo<Line>>(upgraded).ok()?;
+    let mut stream = parts.io.into_inner();
+    stream.release();
     let config = Some(server_config());
     let inner = if parts.read_buf.is_empty() {
         WebSocketStream::from_raw_socket(stream, Role::Server, config).await

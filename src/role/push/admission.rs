@@ -60,6 +60,14 @@ pub struct Admission {
     pub(super) arrival: Arrival,
 }
 
+impl Admission {
+    /// Whether it is known already who comes in.
+    #[must_use]
+    pub fn is_identified(&self) -> bool {
+        self.identity.is_some()
+    }
+}
+
 /// A client that has shown who it is.
 #[derive(Debug, Clone)]
 pub(super) struct Known {

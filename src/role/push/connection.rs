@@ -14,7 +14,7 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -51,6 +51,8 @@ const FEED_BYTES: usize = 4 * 1024;
 const QUEUE_KEPT: usize = 32;
 /// How long the farewell may take: the last frames out, the client's close in.
 pub(super) const FAREWELL: Duration = Duration::from_secs(2);
+/// How long the answer to the handshake, where it is held back, waits for the welcome to come with it.
+const WELCOME_PATIENCE: Duration = Duration::from_millis(50);
 /// Pings that may go unanswered.
 const UNANSWERED_PINGS: u32 = 2;
 
@@ -116,7 +118,16 @@ async fn attached<S: Socket>(node: &Node, admission: Admission, socket: &mut S) 
     };
     let device = device.unwrap_or_default();
     let seat = Seat::new(known.user.clone(), device, known.issued_at_s, arrival, node.clock.now());
-    let (seat, answer) = attach(node, seat, since).await?;
+    let mut attaching = pin!(attach(node, seat, since));
+    let attached = match tokio::time::timeout(WELCOME_PATIENCE, attaching.as_mut()).await {
+        Ok(attached) => attached,
+        Err(_) => {
+            // A client that has gone meanwhile is noticed when it is read.
+            let _ = socket.flush().await;
+            attaching.await
+        }
+    };
+    let (seat, answer) = attached?;
     let owner = node.views.borrow().owner(&seat.user).map(|owner| owner.info.node.to_string());
     tracing::debug!(target: WAY, step = 3, user = %seat.user, node = %node.name(), owner, "registered and welcome");
     Ok(Attached { known, seat, answer })

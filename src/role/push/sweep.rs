@@ -27,6 +27,8 @@ pub const LOT: usize = 1_000;
 /// the whole replica set, does not hold up the others.
 const LOTS_AT_ONCE: usize = 4;
 const LOT_PATIENCE: Duration = Duration::from_millis(50);
+/// Between the beginnings of two lots, at the least: a lot costs a sync of the store or a command, for one question as for many.
+const LOT_EVERY: Duration = Duration::from_millis(2);
 /// Attaching sessions that wait for their lot: two seconds of the default accept rate; more are shed.
 pub const ASKS_WAITING: usize = 8_000;
 /// Inbox reads in flight per node.
@@ -76,14 +78,22 @@ impl Asks {
     }
 }
 
-/// Answers attaching sessions, lot by lot: the next one forms while the last one is under way.
+/// Answers attaching sessions, lot by lot: the next one forms while the last one is under way, or has just begun.
 pub(super) async fn answer_asks(inbox: Arc<dyn Inbox>, mut requests: mpsc::Receiver<AskRequest>) {
     let mut under_way = JoinSet::new();
+    let mut next_begins = Instant::now();
     loop {
         let mut lot = Vec::new();
         if requests.recv_many(&mut lot, LOT).await == 0 {
             return;
         }
+        tokio::time::sleep_until(next_begins).await;
+        while lot.len() < LOT
+            && let Ok(request) = requests.try_recv()
+        {
+            lot.push(request);
+        }
+        next_begins = Instant::now() + LOT_EVERY;
         under_way.spawn(answer_lot(Arc::clone(&inbox), lot));
         let _ = tokio::time::timeout(LOT_PATIENCE, ended(&mut under_way, 1)).await;
         ended(&mut under_way, LOTS_AT_ONCE).await;
