@@ -60,12 +60,3 @@ fn system_now() -> Millis {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Millis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
-
-/// A wait that is exact to some ten microseconds, where the runtime's timers count whole milliseconds. It takes one of the
-/// runtime's threads for blocking work, also when it is dropped before its time: for short waits, and few at once.
-pub async fn exact_sleep(wait: Duration) {
-    #[allow(clippy::disallowed_methods)]
-    let sleep = move || std::thread::sleep(wait);
-    // It fails only when the runtime ends.
-    let _ = tokio::task::spawn_blocking(sleep).await;
-}

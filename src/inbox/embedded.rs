@@ -170,12 +170,15 @@ impl EmbeddedInbox {
 impl Inbox for EmbeddedInbox {
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>> {
         let count = batch.len();
-        self.run(move |store| store.append(batch))
-            .map(move |result| match result {
+        // On the thread of the caller, who has one for this.
+        let append = || tokio::task::block_in_place(|| self.store.append(batch));
+        async move {
+            match append() {
                 Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
                 Err(error) => vec![Err(error); count],
-            })
-            .boxed()
+            }
+        }
+        .boxed()
     }
 
     fn standing(&self, lot: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>> {

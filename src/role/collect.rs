@@ -1,16 +1,18 @@
 //! Collect: takes messages from business systems, appends them to the inboxes, answers, and hands them to dispatch.
 //!
-//! Appends are grouped: what waits while one write is under way, or comes right after it began, is the next write. A message that was stored is handed on
-//! by the task that stored it, so a sender that goes away in between loses nobody a live delivery.
+//! Appends are grouped: what waits while one write is under way, or comes right after it began, is the next write. Writing has
+//! a thread of its own: the next write begins when the last one ends, however much else the runtime has to do then. A message
+//! that was stored is handed on whether or not its sender still waits, so one that goes away loses nobody a live delivery.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tower::ServiceExt;
@@ -18,7 +20,7 @@ use tower::ServiceExt;
 use super::DispatchService;
 use super::backlog::Backlog;
 use crate::backoff::around;
-use crate::clock::{Clock, exact_sleep};
+use crate::clock::Clock;
 use crate::inbox::{Append, Appended, Change, Gathering, Inbox, InboxError, PageLimit, Profile, Upkeep};
 use crate::membership::View;
 use crate::message::{Message, MessageId, NodeId, Recipients, Seq, UserId};
@@ -32,6 +34,8 @@ pub const WAITING_APPENDS: usize = 10_000;
 pub const WAITING_BYTES: usize = 32 * 1024 * 1024;
 /// Appends in one write.
 const BATCH: usize = 1_000;
+/// Writes that are done and not yet answered: more, and the next one waits.
+const UNANSWERED: usize = 4;
 /// How long a publish may take before it is answered 503: it may be stored all the same, and is safe to repeat.
 pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(10);
 /// Rest after no dispatch could be reached.
@@ -88,7 +92,8 @@ struct Inner {
     clock: Clock,
     waiting: Mutex<Waiting>,
     gathering: Gathering,
-    filled: Notify,
+    /// The writer waits for appends, or for enough of them.
+    filled: Condvar,
     metrics: CollectMetrics,
 }
 
@@ -96,6 +101,8 @@ struct Inner {
 struct Waiting {
     appends: VecDeque<Queued>,
     bytes: usize,
+    /// Nobody gives answers any more: the writer ends.
+    over: bool,
 }
 
 struct Queued {
@@ -120,7 +127,7 @@ pub struct UserReport {
 }
 
 impl Collect {
-    /// Starts the role; its writer runs in `tasks`.
+    /// Starts the role; its writer and its tasks end with `tasks`.
     pub fn start(
         inbox: Arc<dyn Inbox>,
         dispatch: DispatchService,
@@ -137,10 +144,13 @@ impl Collect {
             handing_on: Backlog::default(),
             clock,
             waiting: Mutex::default(),
-            filled: Notify::new(),
+            filled: Condvar::new(),
             metrics: CollectMetrics::register(metrics),
         });
-        tasks.spawn(write(Arc::clone(&inner)));
+        let (written, done) = mpsc::channel(UNANSWERED);
+        let (writer, runtime) = (Arc::clone(&inner), Handle::current());
+        tasks.spawn_blocking(move || write(&writer, &runtime, &written));
+        tasks.spawn(answer_all(EndsWriter(Arc::clone(&inner)), done));
         tasks.spawn(hand_on(Arc::clone(&inner)));
         Self { inner }
     }
@@ -294,64 +304,72 @@ struct Written {
     outcomes: Vec<Result<Appended, InboxError>>,
 }
 
-/// Writes what waits, batch after batch. The answers of one write are given while the next is under way.
-async fn write(inner: Arc<Inner>) {
-    let mut written: Option<Written> = None;
-    let mut began = Instant::now();
-    loop {
-        if inner.waiting.lock().appends.is_empty() {
-            match written.take() {
-                Some(done) => answer(&inner, done),
-                None => inner.filled.notified().await,
-            }
-            continue;
-        }
-        gather(&inner, began, &mut written).await;
-        began = Instant::now();
-        let batch = take(&inner);
-        if batch.is_empty() {
-            continue;
-        }
+/// Writes what waits, batch after batch; the answers are given elsewhere, while the next write is under way. Blocks its thread.
+fn write(inner: &Inner, runtime: &Handle, written: &mpsc::Sender<Written>) {
+    let mut last_began = None;
+    while let Some(batch) = inner.next_batch(last_began) {
+        last_began = Some(Instant::now());
         inner.metrics.batch.observe(batch.len() as f64);
         let with_user = |Queued { append, answer, .. }| {
             let user = append.user.clone();
             (append, (user, answer))
         };
         let (appends, to): (Vec<Append>, Vec<_>) = batch.into_iter().map(with_user).unzip();
-        let appending = inner.inbox.append(appends);
-        if let Some(done) = written.take() {
-            answer(&inner, done);
-        }
-        written = Some(Written { to, outcomes: appending.await });
-    }
-}
-
-/// A write right after another one waits a moment for company: it costs the same for one as for many.
-async fn gather(inner: &Inner, last_began: Instant, written: &mut Option<Written>) {
-    let Gathering { every, enough } = inner.gathering;
-    loop {
-        let left = every.saturating_sub(last_began.elapsed());
-        if left.is_zero() || inner.waiting.lock().appends.len() >= enough {
+        let outcomes = runtime.block_on(inner.inbox.append(appends));
+        if written.blocking_send(Written { to, outcomes }).is_err() {
             return;
         }
-        match written.take() {
-            Some(done) => answer(inner, done),
-            None => tokio::select! {
-                () = exact_sleep(left) => return,
-                () = inner.filled.notified() => {}
-            },
-        }
     }
 }
 
-fn take(inner: &Inner) -> Vec<Queued> {
-    let mut waiting = inner.waiting.lock();
-    let count = waiting.appends.len().min(BATCH);
-    let mut batch: Vec<Queued> = waiting.appends.drain(..count).collect();
-    waiting.bytes -= batch.iter().map(|queued| queued.bytes).sum::<usize>();
-    // A sender that was told 503, or has gone, was promised nothing: storing it now would only make its repeat a second.
-    batch.retain(|queued| !queued.answer.is_closed());
-    batch
+impl Inner {
+    /// Waits for the next batch; None when there will be none. A write right after another one waits a moment for company: it
+    /// costs the same for one as for many.
+    fn next_batch(&self, last_began: Option<Instant>) -> Option<Vec<Queued>> {
+        let Gathering { every, enough } = self.gathering;
+        let mut waiting = self.waiting.lock();
+        while !waiting.over {
+            let left = last_began.map_or(Duration::ZERO, |began| every.saturating_sub(began.elapsed()));
+            if waiting.appends.is_empty() {
+                self.filled.wait(&mut waiting);
+            } else if waiting.appends.len() < enough && !left.is_zero() {
+                self.filled.wait_for(&mut waiting, left);
+            } else {
+                let batch = waiting.take();
+                if !batch.is_empty() {
+                    return Some(batch);
+                }
+            }
+        }
+        None
+    }
+}
+
+impl Waiting {
+    fn take(&mut self) -> Vec<Queued> {
+        let count = self.appends.len().min(BATCH);
+        let mut batch: Vec<Queued> = self.appends.drain(..count).collect();
+        self.bytes -= batch.iter().map(|queued| queued.bytes).sum::<usize>();
+        // A sender that was told 503, or has gone, was promised nothing: storing it now would only make its repeat a second.
+        batch.retain(|queued| !queued.answer.is_closed());
+        batch
+    }
+}
+
+/// Ends the writer when it is dropped.
+struct EndsWriter(Arc<Inner>);
+
+impl Drop for EndsWriter {
+    fn drop(&mut self) {
+        self.0.waiting.lock().over = true;
+        self.0.filled.notify_one();
+    }
+}
+
+async fn answer_all(writer: EndsWriter, mut done: mpsc::Receiver<Written>) {
+    while let Some(written) = done.recv().await {
+        answer(&writer.0, written);
+    }
 }
 
 /// Tells the senders, and hands what was stored to dispatch.
