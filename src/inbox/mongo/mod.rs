@@ -267,30 +267,21 @@ impl Inner {
         self.in_time(found).await.map_err(unavailable)
     }
 
-    /// The head record and the highest number of each of these users, at one snapshot; None where there is no head record.
-    async fn tops(
-        &self,
-        users: &[&UserId],
-    ) -> Result<HashMap<UserId, Option<(HeadRecord, u64)>>, InboxError> {
-        let wanted: Vec<Document> = users.iter().map(|user| doc! { "u": user.as_str() }).collect();
+    /// The head record and the highest number of each of these users that has a head record, at one snapshot.
+    async fn tops(&self, users: &[&UserId]) -> Result<HashMap<UserId, (HeadRecord, u64)>, InboxError> {
+        let records: Vec<Document> = users.iter().map(|user| id(user, 0)).collect();
         let above = doc! { "$gt": ["$_id", { "u": "$$u", "n": 0i64 }] };
         let below = doc! { "$lt": ["$_id", { "u": "$$u", "n": Bson::MaxKey }] };
-        let look_up = |pipeline: Vec<Document>, name: &str| {
-            doc! { "$lookup": { "from": INBOX, "let": { "u": "$u" }, "pipeline": pipeline, "as": name } }
-        };
         let top = vec![
             doc! { "$match": { "$expr": { "$and": [above, below] } } },
             doc! { "$sort": { "_id": -1 } },
             doc! { "$limit": 1 },
             doc! { "$project": { "_id": 1 } },
         ];
-        let head = vec![
-            doc! { "$match": { "$expr": { "$eq": ["$_id", { "u": "$$u", "n": 0i64 }] } } },
-            doc! { "$limit": 1 },
-        ];
+        let look_up = doc! { "from": INBOX, "let": { "u": "$_id.u" }, "pipeline": top, "as": "top" };
         let command = doc! {
-            "aggregate": 1,
-            "pipeline": [{ "$documents": wanted }, look_up(top, "top"), look_up(head, "head")],
+            "aggregate": INBOX,
+            "pipeline": [{ "$match": { "_id": { "$in": records } } }, { "$lookup": look_up }],
             "cursor": { "batchSize": 10_000 },
             "readConcern": { "level": "snapshot" },
         };
@@ -299,30 +290,24 @@ impl Inner {
             cursor.try_collect::<Vec<Document>>().await
         };
         let rows = self.in_time(answered).await.map_err(unavailable)?;
-        let first = |row: &Document, name: &str| -> Option<Document> {
-            row.get_array(name).ok()?.first()?.as_document().cloned()
-        };
-        let mut tops = HashMap::new();
-        for row in rows {
-            let user = row.get_str("u").ok().and_then(|user| UserId::parse(user).ok());
+        let read = |row: &Document| {
+            let user = place_of(row).and_then(|(user, _)| UserId::parse(user).ok());
             let user = user.ok_or_else(|| InboxError::Corrupt("a look-up of heads".to_owned()))?;
-            let top = first(&row, "top").and_then(|top| place_of(&top).map(|place| place.1)).unwrap_or(0);
-            tops.insert(user, first(&row, "head").map(|head| (HeadRecord::read(&head), top)));
-        }
-        Ok(tops)
+            let top = row.get_array("top").ok().and_then(|found| place_of(found.first()?.as_document()?));
+            Ok((user, (HeadRecord::read(row), top.map_or(0, |(_, n)| n))))
+        };
+        rows.iter().map(read).collect()
     }
 
     /// The same; who has no head record gets one first.
     async fn tops_made(&self, users: &[&UserId]) -> Result<HashMap<UserId, (HeadRecord, u64)>, InboxError> {
         let mut tops = self.tops(users).await?;
-        let without: Vec<&UserId> =
-            users.iter().filter(|user| !matches!(tops.get(**user), Some(Some(_)))).copied().collect();
+        let without: Vec<&UserId> = users.iter().filter(|user| !tops.contains_key(**user)).copied().collect();
         if !without.is_empty() {
             self.make_heads(&without).await?;
             tops.extend(self.tops(&without).await?);
         }
-        let made = tops.into_iter().filter_map(|(user, top)| Some((user, top?))).collect();
-        Ok(made)
+        Ok(tops)
     }
 
     /// Inserts head records (majority); those that exist meanwhile are left as they are.
@@ -535,7 +520,7 @@ impl Inner {
 
     async fn profile(&self, user: UserId) -> Result<Profile, InboxError> {
         let tops = self.tops(&[&user]).await?;
-        let Some(Some((record, top))) = tops.get(&user) else { return Ok(Profile::default()) };
+        let Some((record, top)) = tops.get(&user) else { return Ok(Profile::default()) };
         let filter = doc! { "_id.u": user.as_str() };
         let mut cursors: Vec<(DeviceId, Seq)> = self
             .read_cursors(filter)
@@ -577,13 +562,15 @@ impl Inner {
         };
         let answer = self.in_time(self.database.run_command(command).into_future()).await;
         let answer = answer.map_err(unavailable)?;
-        for made in answer.get_array("upserted").into_iter().flatten() {
-            let index = made.as_document().and_then(|made| made.get_i32("index").ok()).unwrap_or(-1);
-            if let Some(user) = usize::try_from(index).ok().and_then(|index| users.get(index))
-                && let Err(error) = self.trim_devices(user).await
-            {
-                tracing::debug!(%error, "a user has a device too many for now");
-            }
+        let upserted = answer.get_array("upserted").into_iter().flatten();
+        let new_here: Vec<&UserId> = upserted
+            .filter_map(|made| made.as_document()?.get_i32("index").ok())
+            .filter_map(|index| users.get(usize::try_from(index).ok()?))
+            .collect();
+        if !new_here.is_empty()
+            && let Err(error) = self.trim_devices(&distinct(new_here)).await
+        {
+            tracing::debug!(%error, "a user has a device too many for now");
         }
         if let Ok(errors) = answer.get_array("writeErrors") {
             return Err(InboxError::Unavailable(format!("{} cursors were not written", errors.len())));
@@ -598,26 +585,40 @@ impl Inner {
         self.in_time(updated).await.map(drop).map_err(unavailable)
     }
 
-    /// A user with more devices than are kept loses the longest unused.
-    async fn trim_devices(&self, user: &UserId) -> Result<(), InboxError> {
+    /// Users with more devices than are kept lose the longest unused. One look for all of them: nearly none has so many.
+    async fn trim_devices(&self, users: &[&UserId]) -> Result<(), InboxError> {
+        let names: Vec<&str> = users.iter().map(|user| user.as_str()).collect();
         let trimming = async {
-            let filter = doc! { "_id.u": user.as_str() };
             let found = self
                 .cursors
-                .find(filter)
-                .sort(doc! { "at": -1 })
-                .skip(DEVICES_PER_USER as u64)
-                .projection(doc! { "_id": 1 })
+                .find(doc! { "_id.u": { "$in": names } })
+                .projection(doc! { "at": 1 })
                 .read_concern(ReadConcern::local())
+                .batch_size(10_000)
                 .await?;
-            let excess: Vec<Document> = found.try_collect().await?;
-            for device in excess {
-                self.cursors.delete_one(device).await?;
+            let excess = longest_unused(found.try_collect().await?);
+            if !excess.is_empty() {
+                self.cursors.delete_many(doc! { "_id": { "$in": excess } }).await?;
             }
             Ok(())
         };
         self.in_time(trimming).await.map_err(unavailable)
     }
+}
+
+/// The `_id`s of the cursors beyond those that each user keeps.
+fn longest_unused(mut cursors: Vec<Document>) -> Vec<Document> {
+    cursors.sort_by_key(|cursor| std::cmp::Reverse(cursor.get_i64("at").unwrap_or(0)));
+    let mut kept: HashMap<String, usize> = HashMap::new();
+    let mut excess = Vec::new();
+    for id in cursors.iter().filter_map(|cursor| cursor.get_document("_id").ok()) {
+        let count = kept.entry(id.get_str("u").unwrap_or_default().to_owned()).or_default();
+        *count += 1;
+        if *count > DEVICES_PER_USER {
+            excess.push(id.clone());
+        }
+    }
+    excess
 }
 
 /// What the documents around a position say of it.
