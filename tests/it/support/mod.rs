@@ -65,6 +65,7 @@ pub struct Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        self.kill_wrapped();
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
@@ -145,7 +146,15 @@ impl Server {
         options
     }
 
+    /// A wrapper that waits for the program, as faketime does, would leave it behind.
+    fn kill_wrapped(&self) {
+        if !self.options.wrapper.is_empty() {
+            let _ = Command::new("pkill").args(["-KILL", "-P", &self.pid().to_string()]).status();
+        }
+    }
+
     pub fn kill(&mut self) {
+        self.kill_wrapped();
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
