@@ -202,11 +202,11 @@ fn to_another_process(seconds: f64, runtime: &tokio::runtime::Runtime) -> f64 {
     let rate = runtime.block_on(async {
         let remote =
             RemotePush::new(line.trim(), "push-0", Arc::new(|| "proof".to_owned())).unwrap().service();
-        let batches = batches();
+        let batches: Vec<Arc<[Live]>> = batches().into_iter().map(Arc::from).collect();
         let (began, mut sent) = (Instant::now(), 0);
         for batch in batches.iter().cycle() {
             let request =
-                PushRequest::Deliver { batch: batch.clone(), sweep: false, stamp: Stamp::default() };
+                PushRequest::Deliver { batch: Arc::clone(batch), sweep: false, stamp: Stamp::default() };
             remote.clone().oneshot(request).await.unwrap();
             sent += batch.len();
             if began.elapsed().as_secs_f64() >= seconds {

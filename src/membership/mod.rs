@@ -229,9 +229,14 @@ impl View {
     /// The node that owns this place on the ring.
     #[must_use]
     pub fn owner_at(&self, key: u64) -> Option<&Member> {
+        self.members.get(self.owner_position(key)?)
+    }
+
+    /// The same, as its position among the members.
+    #[must_use]
+    pub fn owner_position(&self, key: u64) -> Option<usize> {
         let name = self.ring.owner(key)?;
-        let at = self.members.binary_search_by(|m| m.info.node.as_str().cmp(name)).ok()?;
-        self.members.get(at)
+        self.members.binary_search_by(|m| m.info.node.as_str().cmp(name)).ok()
     }
 
     /// This view without some of its members: what is left owns their users.

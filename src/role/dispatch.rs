@@ -141,6 +141,11 @@ impl Recent {
         if let Some(owner) = owner {
             each(owner);
         }
+        self.earlier_owners(key, owner, each);
+    }
+
+    /// The nodes other than its owner that owned this place a moment ago.
+    fn earlier_owners(&self, key: u64, owner: Option<&NodeId>, mut each: impl FnMut(&NodeId)) {
         let mut seen: Vec<&NodeId> = Vec::new();
         for (view, _) in &self.earlier {
             if let Some(earlier) = view.owner_at(key).map(|member| &member.info.node)
@@ -152,6 +157,36 @@ impl Recent {
             }
         }
     }
+
+    /// Sorts a batch by the nodes that it goes to; answers how many messages go nowhere.
+    fn sort(&self, batch: Vec<Live>) -> (Vec<(NodeId, Vec<Live>)>, u64) {
+        let members = &self.current.members;
+        let mut of_owners: Vec<Vec<Live>> = members.iter().map(|_| Vec::new()).collect();
+        let mut of_others: HashMap<NodeId, Vec<Live>> = HashMap::new();
+        let mut unowned = 0;
+        for live in batch {
+            let key = ring::key(live.user.as_str());
+            let position = self.current.owner_position(key);
+            let owner = position.map(|at| &members[at].info.node);
+            let mut is_sent = owner.is_some();
+            self.earlier_owners(key, owner, |node| {
+                is_sent = true;
+                note_routed(&live, node);
+                of_others.entry(node.clone()).or_default().push(live.clone());
+            });
+            unowned += u64::from(!is_sent);
+            if let (Some(at), Some(node)) = (position, owner) {
+                note_routed(&live, node);
+                of_owners[at].push(live);
+            }
+        }
+        let named = members.iter().map(|member| member.info.node.clone()).zip(of_owners);
+        (named.filter(|(_, lot)| !lot.is_empty()).chain(of_others).collect(), unowned)
+    }
+}
+
+fn note_routed(live: &Live, node: &NodeId) {
+    tracing::debug!(target: WAY, step = 6, user = %live.user, id = %live.message.id, seq = %live.message.seq, %node, "routed");
 }
 
 /// One node's queue and the task that empties it.
@@ -206,40 +241,31 @@ impl Dispatch {
     }
 
     fn deliver(&self, batch: Vec<Live>, missed: bool, stamp: &Stamp) {
-        let mut by_node: HashMap<NodeId, Vec<Live>> = HashMap::new();
-        let view = {
+        let (view, lots, displaced, news) = {
             let mut recent = self.inner.recent.lock();
             self.refresh(&mut recent);
-            for live in &batch {
-                let mut targets = 0;
-                recent.owners(ring::key(live.user.as_str()), |node| {
-                    targets += 1;
-                    tracing::debug!(target: WAY, step = 6, user = %live.user, id = %live.message.id, seq = %live.message.seq, %node, "routed");
-                    match by_node.get_mut(node) {
-                        Some(lot) => lot.push(live.clone()),
-                        None => drop(by_node.insert(node.clone(), vec![live.clone()])),
-                    }
-                });
-                if targets == 0 {
-                    self.inner.metrics.unowned.inc();
-                }
-            }
-            Arc::clone(&recent.current)
+            let view = Arc::clone(&recent.current);
+            // Sent on once more where users may be displaced, and where the sender has a newer view.
+            let displaced = (!self.inner.fallback.hints().empty).then(|| batch.clone());
+            let news = stamp.is_news_to(&view.stamp()).then(|| batch.clone());
+            let (lots, unowned) = recent.sort(batch);
+            self.inner.metrics.unowned.inc_by(unowned);
+            (view, lots, displaced, news)
         };
-        self.put_all(by_node);
+        self.put_all(lots);
         if missed {
             view.members.iter().for_each(|member| self.lane(&member.info.node).mark_missed());
         }
-        if !self.inner.fallback.hints().empty {
-            self.inner.lookups.put(batch.clone());
+        if let Some(batch) = displaced {
+            self.inner.lookups.put(batch);
         }
-        if stamp.is_news_to(&view.stamp()) {
+        if let Some(batch) = news {
             self.inner.heard_of(stamp.clone(), batch);
         }
     }
 
-    fn put_all(&self, by_node: HashMap<NodeId, Vec<Live>>) {
-        for (node, lot) in by_node {
+    fn put_all(&self, lots: impl IntoIterator<Item = (NodeId, Vec<Live>)>) {
+        for (node, lot) in lots {
             self.inner.metrics.routed.inc_by(lot.len() as u64);
             let dropped = self.lane(&node).put(lot);
             self.inner.metrics.dropped.inc_by(dropped as u64);
@@ -430,17 +456,17 @@ async fn run_lane(node: NodeId, backlog: Arc<Backlog>, dispatch: Weak<Inner>) {
         let stamp = inner.recent.lock().current.stamp();
         let (service, metrics) = (inner.directory.find(&node), Arc::clone(&inner.metrics));
         drop(inner);
-        let kept = batch.clone();
-        let request = PushRequest::Deliver { batch, sweep, stamp: stamp.clone() };
+        let batch: Arc<[Live]> = batch.into();
+        let request = PushRequest::Deliver { batch: Arc::clone(&batch), sweep, stamp: stamp.clone() };
         match call(service, &node, request).await {
             Ok(PushResponse::Done(theirs)) if theirs.is_news_to(&stamp) => {
                 let Some(inner) = dispatch.upgrade() else { return };
-                inner.heard_of(theirs, kept);
+                inner.heard_of(theirs, batch.to_vec());
             }
             Ok(_) => {}
             Err(fault) => {
                 tracing::debug!(%node, %fault, "a batch was not taken; the node will look into the inboxes");
-                metrics.dropped.inc_by(kept.len() as u64);
+                metrics.dropped.inc_by(batch.len() as u64);
                 tokio::time::sleep(FAILURE_REST).await;
                 backlog.mark_missed();
             }

@@ -365,7 +365,7 @@ impl Push for PushPeer {
             async move {
                 let message::PushBatch { messages, sweep, stamp } = batch?;
                 let batch: Vec<Live> = batch_of(messages).map_err(invalid)?;
-                taken(role, PushRequest::Deliver { batch, sweep, stamp: stamp.into() }).await
+                taken(role, PushRequest::Deliver { batch: batch.into(), sweep, stamp: stamp.into() }).await
             }
         });
         Ok(Response::new(Box::pin(answers)))

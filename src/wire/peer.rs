@@ -76,8 +76,8 @@ pub enum DispatchResponse {
 pub enum PushRequest {
     /// Live messages for users that may be here.
     Deliver {
-        /// In the order they were stored.
-        batch: Vec<Live>,
+        /// In the order they were stored; shared with the sender, who may need them again.
+        batch: Arc<[Live]>,
         /// Something before this was dropped: look into the inboxes.
         sweep: bool,
         /// The sender's view.

@@ -196,7 +196,7 @@ impl Cluster {
 
     async fn deliver(&self, node: usize, user: &str, message: Arc<Message>, sweep: bool) {
         let batch = vec![Live { user: UserId::parse(user).unwrap(), message }];
-        let request = PushRequest::Deliver { batch, sweep, stamp: Stamp::default() };
+        let request = PushRequest::Deliver { batch: batch.into(), sweep, stamp: Stamp::default() };
         self.nodes[node].clone().oneshot(request).await.unwrap();
     }
 }
