@@ -174,6 +174,9 @@ fn parse_since(text: &str) -> Result<Since, String> {
 }
 
 fn main() -> ExitCode {
+    // A huge page is cleared whole when it is first touched, 0.2 ms and more, and thousands of small buffers touch many: a third
+    // of the sockets accepted per second (docs/benchmarks.md). A kernel without them is as good.
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

@@ -42,6 +42,8 @@ pub struct Options {
 const SCENARIOS: [&str; 7] = ["peers", "mongo", "ring", "router", "moves", "growth", "slow"];
 
 fn main() -> ExitCode {
+    // As the program.
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
     let first = std::env::args().nth(1).unwrap_or_default();
     match first.as_str() {
         "--load-client" => client::run(),

@@ -101,7 +101,8 @@ where
             Ok((stream, _)) => {
                 let connection =
                     serve_one(Arc::clone(&server), stream, service.clone(), limits, stop.clone());
-                connections.spawn(connection);
+                // Boxed: on its way into its task a future this large would be copied several times.
+                connections.spawn(Box::pin(connection));
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");

@@ -401,11 +401,12 @@ impl Push {
         S: Unpin + Send + 'static,
     {
         let node = Arc::clone(&self.node);
-        self.node.connections.spawn(async move {
+        // Boxed: on its way into its task a future this large would be copied several times.
+        self.node.connections.spawn(Box::pin(async move {
             if let Some(socket) = upgraded.await {
                 connection::run(node, admission, socket).await;
             }
-        });
+        }));
     }
 
     /// Leaves: out of the ring at once, no new sockets, every session sent away, cursors written.
