@@ -167,6 +167,7 @@ struct Client {
     began: Instant,
     subscribers: Vec<Subscriber>,
     publishers: Vec<Publisher>,
+    first_publisher: usize,
     opening: usize,
     ready: usize,
     buffer: Vec<u8>,
@@ -185,6 +186,7 @@ impl Client {
             began: Instant::now(),
             subscribers: Vec::new(),
             publishers: Vec::new(),
+            first_publisher: 0,
             opening: 0,
             ready: 0,
             buffer: vec![0; BUFFER],
@@ -546,9 +548,12 @@ impl Client {
         Ok(())
     }
 
-    /// Gives requests to whichever connection has room for one, and writes what there is to write.
+    /// Gives requests to whichever connection has room for one, another one first each time, and writes what there is to write: a
+    /// server closes a connection that shows no request for some seconds.
     fn fill(&mut self, plan: &Publish, request: &Request, due: &mut VecDeque<u64>, over: bool) {
-        for n in 0..self.publishers.len() {
+        let count = self.publishers.len();
+        self.first_publisher = (self.first_publisher + 1) % count;
+        for n in (self.first_publisher..count).chain(0..self.first_publisher) {
             while self.publishers[n].under_way.len() < plan.pipelined {
                 let count = match plan.rate {
                     None if over => 0,
