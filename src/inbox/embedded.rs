@@ -170,7 +170,6 @@ impl EmbeddedInbox {
 impl Inbox for EmbeddedInbox {
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>> {
         let count = batch.len();
-        // On the thread of the caller, who has one for this.
         let append = || tokio::task::block_in_place(|| self.store.append(batch));
         async move {
             match append() {

@@ -37,7 +37,8 @@ pub const CURSOR_LIFE_MS: u64 = 90 * 24 * 3600 * 1000;
 
 /// The port. Five methods; see the room's contract.
 pub trait Inbox: Send + Sync + 'static {
-    /// Appends each item to its user's inbox, in this order; one outcome per item.
+    /// Appends each item to its user's inbox, in this order; one outcome per item. May block the thread that polls it, which should
+    /// be one of the caller's own.
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>>;
 
     /// For each question, where that position stands. A user without a head record gets one.

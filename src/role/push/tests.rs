@@ -3,6 +3,7 @@
 use std::pin::Pin;
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tower::ServiceExt;
@@ -11,10 +12,10 @@ use tower::util::BoxCloneSyncService;
 use super::*;
 use crate::fallback::local::LocalFallback;
 use crate::inbox::memory::MemoryInbox;
-use crate::inbox::{Append, Appended};
+use crate::inbox::{Answer, Append, Appended, Ask, Change, InboxError, InboxPage, PageLimit, Profile};
 use crate::membership::Standing;
 use crate::membership::local::LocalMembership;
-use crate::message::{Message, MessageId, Millis, UserId};
+use crate::message::{Message, MessageId, Millis, Seq, UserId};
 use crate::ring::Ring;
 use crate::wire::address::UrlTemplate;
 use crate::wire::peer::{Identity, VerifyRequest};
@@ -25,6 +26,7 @@ const NOW: Millis = Millis(1_795_380_000_000);
 struct Wire {
     incoming: mpsc::Receiver<Incoming>,
     outgoing: mpsc::Sender<Outgoing>,
+    flushed: Arc<tokio::sync::Notify>,
 }
 
 impl Stream for Wire {
@@ -43,10 +45,37 @@ impl Sink<Outgoing> for Wire {
         self.outgoing.try_send(outgoing).map_err(|_| SocketFault::Gone)
     }
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+        self.flushed.notify_one();
         Poll::Ready(Ok(()))
     }
     fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
         Poll::Ready(Ok(()))
+    }
+}
+
+/// An inbox that says nothing about positions, as a database that hangs.
+struct Hanging(Arc<MemoryInbox>);
+
+impl Inbox for Hanging {
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>> {
+        self.0.append(batch)
+    }
+    fn standing(&self, _: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>> {
+        Box::pin(std::future::pending())
+    }
+    fn page(
+        &self,
+        user: UserId,
+        after: Seq,
+        limit: PageLimit,
+    ) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
+        self.0.page(user, after, limit)
+    }
+    fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>> {
+        self.0.profile(user)
+    }
+    fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {
+        self.0.update(changes)
     }
 }
 
@@ -102,6 +131,7 @@ struct Cluster {
     membership: LocalMembership,
     fallback: LocalFallback,
     inbox: Arc<MemoryInbox>,
+    inbox_hangs: bool,
     clock: Clock,
     nodes: Vec<Push>,
     tasks: JoinSet<()>,
@@ -115,6 +145,7 @@ impl Cluster {
             membership: LocalMembership::new(clock.clone()),
             fallback: LocalFallback::default(),
             inbox: Arc::new(MemoryInbox::new(clock.clone())),
+            inbox_hangs: false,
             clock,
             nodes: Vec::new(),
             tasks: JoinSet::new(),
@@ -150,7 +181,10 @@ impl Cluster {
             })
         }));
         let parts = PushParts {
-            inbox: Arc::clone(&self.inbox) as _,
+            inbox: match self.inbox_hangs {
+                true => Arc::new(Hanging(Arc::clone(&self.inbox))),
+                false => Arc::clone(&self.inbox) as _,
+            },
             verify,
             membership: Arc::new(self.membership.clone()),
             fallback: Arc::new(self.fallback.clone()),
@@ -167,12 +201,20 @@ impl Cluster {
         self.nodes.push(node);
     }
 
-    async fn connect(&self, node: usize, user: &str) -> Client {
+    /// Opens a socket; answers when something was flushed to it.
+    async fn open(&self, node: usize, user: &str) -> Client {
         let request = SocketRequest { bearer: Some(user), ..SocketRequest::default() };
         let admission = self.nodes[node].admit(request).await.unwrap();
         let ((says, incoming), (outgoing, hears)) = (mpsc::channel(64), mpsc::channel(1024));
-        self.nodes[node].serve(admission, std::future::ready(Some(Wire { incoming, outgoing })));
-        let mut client = Client { user: user.to_owned(), says, hears };
+        let flushed = Arc::new(tokio::sync::Notify::new());
+        let wire = Wire { incoming, outgoing, flushed: Arc::clone(&flushed) };
+        self.nodes[node].serve(admission, std::future::ready(Some(wire)));
+        tokio::time::timeout(Duration::from_secs(1), flushed.notified()).await.expect("a flush in time");
+        Client { user: user.to_owned(), says, hears }
+    }
+
+    async fn connect(&self, node: usize, user: &str) -> Client {
+        let mut client = self.open(node, user).await;
         client.expect("welcome").await;
         client.expect("caught_up").await;
         client
@@ -408,4 +450,14 @@ async fn what_went_by_before_the_fallback_entry_stood_is_read_at_once() {
         let texts: Vec<String> = client.heard().iter().map(|frame| format!("{frame:?}")).collect();
         assert!(texts.iter().any(|text| text.contains("message")), "{}: {texts:?}", client.user);
     }
+}
+
+/// The answer to the handshake is held back for the welcome, but not for longer than a moment.
+#[tokio::test(start_paused = true)]
+async fn a_socket_opens_though_the_inbox_hangs() {
+    let mut cluster = Cluster::of(&[]).await;
+    cluster.inbox_hangs = true;
+    cluster.join("push-0").await;
+    let mut client = cluster.open(0, "alice").await;
+    assert!(client.heard().is_empty(), "where it stands is not known yet");
 }
