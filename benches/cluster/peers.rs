@@ -123,9 +123,12 @@ fn under_load(server: &Server, options: &Options, results: &mut Results, limit: 
     results.servers.entry(name.to_owned()).or_default().what.clone_from(&server.what);
     let mut load = Load::start();
     let sockets = (server.sockets)(0..options.sockets);
-    let before = server.resident_kib();
+    let (before, cpu) = (server.resident_kib(), server.cpu_us());
     let opened = load.obey(&Order::Open(sockets));
     results.note(name, "sockets_s", options.sockets as f64 / opened.seconds);
+    let open_us = (server.cpu_us() - cpu) as f64 / options.sockets as f64;
+    results.note(name, "open_us", open_us);
+    results.note(name, "open_client_us", opened.cpu_us as f64 / options.sockets as f64);
     std::thread::sleep(IDLE);
     results.note(name, "kib", (server.resident_kib() as f64 - before as f64) / options.sockets as f64);
     let plan =
@@ -147,10 +150,11 @@ fn under_load(server: &Server, options: &Options, results: &mut Results, limit: 
         results.lost += lost;
     }
     println!(
-        "  {name}: {:.2} KiB, {:.0} sockets/s, single {:.0}/s, batch {:.0}/s, p99 {:.2} ms, lost {lost}",
+        "  {name}: {:.2} KiB, {:.0} sockets/s ({open_us:.0} us), single {:.0}/s ({:.1} us), batch {:.0}/s, p99 {:.2} ms, lost {lost}",
         results.servers[name].runs["kib"].last().unwrap(),
         options.sockets as f64 / opened.seconds,
         rate_of(&single),
+        results.servers[name].runs["single_us"].last().unwrap(),
         rate_of(&batch),
         steady.p99
     );

@@ -188,7 +188,7 @@ pub fn sink() {
         let find = Arc::new(move |_: &str| Some(taker.clone()));
         let router = routes(None, Some(find), Arc::new(|_| true)).prepare().into_axum_router();
         tokio::select! {
-            () = serve(listener, router, HttpLimits::default(), Default::default()) => {}
+            () = serve(listener, router, None, HttpLimits::default(), Default::default()) => {}
             _ = tokio::task::spawn_blocking(|| std::io::stdin().read_line(&mut String::new())) => {}
         }
     });
