@@ -9,7 +9,9 @@ use futures_util::future::{Ready, ready};
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use parking_lot::RwLock;
-use serde_json::{Map, Value};
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
 use tokio::sync::Notify;
 
 use crate::clock::Clock;
@@ -94,15 +96,35 @@ enum Keys {
     Fetched(RwLock<Option<HashMap<String, Key>>>),
 }
 
-#[derive(Clone)]
 struct Key {
     algorithm: Algorithm,
     verifying: DecodingKey,
+    validation: Validation,
     /// Only where the key is a secret that we share.
     signing: Option<EncodingKey>,
 }
 
+/// The claims that decide; whatever else there is passes through unread.
+#[derive(Deserialize)]
+struct Claims {
+    sub: Option<Value>,
+    exp: Option<Value>,
+    iat: Option<Value>,
+    nbf: Option<Value>,
+    iss: Option<Value>,
+    aud: Option<Value>,
+}
+
 impl Key {
+    fn new(algorithm: Algorithm, verifying: DecodingKey, signing: Option<EncodingKey>) -> Self {
+        let mut validation = Validation::new(algorithm);
+        // Times are checked by us, by our clock and without leeway; aud and iss too, where configured.
+        validation.validate_exp = false;
+        validation.validate_aud = false;
+        validation.required_spec_claims.clear();
+        Self { algorithm, verifying, validation, signing }
+    }
+
     /// The key decides the algorithm.
     fn of_jwk(jwk: &Jwk) -> Option<Self> {
         let algorithm = match &jwk.algorithm {
@@ -113,7 +135,7 @@ impl Key {
             AlgorithmParameters::OctetKeyPair(_) => Algorithm::EdDSA,
             _ => return None,
         };
-        Some(Self { algorithm, verifying: DecodingKey::from_jwk(jwk).ok()?, signing: None })
+        Some(Self::new(algorithm, DecodingKey::from_jwk(jwk).ok()?, None))
     }
 
     fn read(text: &str) -> Result<Self, KeyFault> {
@@ -121,11 +143,9 @@ impl Key {
             return if text.len() < SECRET_MIN_BYTES {
                 Err(KeyFault::Short(text.len()))
             } else {
-                Ok(Self {
-                    algorithm: Algorithm::HS256,
-                    verifying: DecodingKey::from_secret(text.as_bytes()),
-                    signing: Some(EncodingKey::from_secret(text.as_bytes())),
-                })
+                let secret = text.as_bytes();
+                let signing = EncodingKey::from_secret(secret);
+                Ok(Self::new(Algorithm::HS256, DecodingKey::from_secret(secret), Some(signing)))
             };
         }
         if text.contains("PRIVATE") {
@@ -139,7 +159,21 @@ impl Key {
         ];
         let found = candidates.into_iter().find_map(|(algorithm, key)| key.ok().map(|key| (algorithm, key)));
         let (algorithm, verifying) = found.ok_or(KeyFault::NotAPublicKey)?;
-        Ok(Self { algorithm, verifying, signing: None })
+        Ok(Self::new(algorithm, verifying, None))
+    }
+
+    /// A token's claims as they stand there, if it is this key's.
+    fn claims(&self, token: &str) -> Result<Box<RawValue>, TokenFault> {
+        use jsonwebtoken::errors::ErrorKind;
+        let decoded = jsonwebtoken::decode(token, &self.verifying, &self.validation);
+        let data = decoded.map_err(|error| match error.kind() {
+            ErrorKind::InvalidSignature => "the token's signature is wrong",
+            ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
+                "the token's algorithm is not the one of the configured key"
+            }
+            _ => "this is not a token",
+        })?;
+        Ok(data.claims)
     }
 }
 
@@ -186,10 +220,10 @@ impl Auth {
         Ok(count)
     }
 
-    /// The key for a token. One that names no `kid` is verified by the only key there is.
-    fn key_for(&self, token: &str) -> Result<Key, TokenFault> {
+    /// A token's claims, verified with the key that it names. One that names no `kid` is verified by the only key there is.
+    fn claims(&self, token: &str) -> Result<Box<RawValue>, TokenFault> {
         match &self.inner.keys {
-            Keys::One(key) => Ok((**key).clone()),
+            Keys::One(key) => key.claims(token),
             Keys::Fetched(known) => {
                 let known = known.read();
                 let keys = known.as_ref().ok_or(TokenFault::NoKeys)?;
@@ -200,7 +234,7 @@ impl Auth {
                     None if keys.len() == 1 => keys.values().next(),
                     None => None,
                 };
-                found.cloned().ok_or(TokenFault::UnknownKey)
+                found.ok_or(TokenFault::UnknownKey)?.claims(token)
             }
         }
     }
@@ -210,52 +244,39 @@ impl Auth {
     /// # Errors
     /// What is wrong with it, for the client: never a piece of it.
     pub fn verify(&self, token: &str) -> Result<Identity, TokenFault> {
-        use jsonwebtoken::errors::ErrorKind;
-        let key = self.key_for(token)?;
-        let mut validation = Validation::new(key.algorithm);
-        // Times are checked below, by our clock and without leeway; aud and iss there too, where configured.
-        validation.validate_exp = false;
-        validation.validate_aud = false;
-        validation.required_spec_claims.clear();
-        let data = jsonwebtoken::decode::<Map<String, Value>>(token, &key.verifying, &validation).map_err(
-            |error| match error.kind() {
-                ErrorKind::InvalidSignature => "the token's signature is wrong",
-                ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
-                    "the token's algorithm is not the one of the configured key"
-                }
-                _ => "this is not a token",
-            },
-        )?;
-        let claims = data.claims;
-        self.check(&claims)?;
-        let user = claims.get("sub").and_then(Value::as_str).and_then(|sub| UserId::parse(sub).ok());
+        let raw = self.claims(token)?;
+        // serde would take an array for a struct; claims are an object.
+        let claims = Some(raw.get()).filter(|text| text.trim_start().starts_with('{'));
+        let claims: Option<Claims> = claims.and_then(|text| serde_json::from_str(text).ok());
+        let claims = claims.ok_or("this is not a token")?;
+        let expires_at_s = self.check(&claims)?;
+        let user = claims.sub.as_ref().and_then(Value::as_str).and_then(|sub| UserId::parse(sub).ok());
         let user = user.ok_or("the token's sub is not a user id")?;
         tracing::debug!(target: WAY, step = 2, %user, "token verified");
-        Ok(Identity {
-            user,
-            issued_at_s: seconds(&claims, "iat")?.unwrap_or(0),
-            expires_at_s: seconds(&claims, "exp")?.ok_or("the token has no exp")?,
-            claims: Bytes::from(serde_json::to_vec(&claims).unwrap_or_default()),
-        })
+        let issued_at_s = seconds(claims.iat.as_ref())?.unwrap_or(0);
+        let claims = Bytes::from(String::from(Box::<str>::from(raw)));
+        Ok(Identity { user, issued_at_s, expires_at_s, claims })
     }
 
-    fn check(&self, claims: &Map<String, Value>) -> Result<(), &'static str> {
+    /// Answers when the token ends.
+    fn check(&self, claims: &Claims) -> Result<u64, &'static str> {
         let now_s = self.inner.clock.now().seconds();
-        if seconds(claims, "exp")?.ok_or("the token has no exp")? <= now_s {
+        let expires_at_s = seconds(claims.exp.as_ref())?.ok_or("the token has no exp")?;
+        if expires_at_s <= now_s {
             return Err("the token has expired");
         }
-        if seconds(claims, "nbf")?.is_some_and(|nbf| nbf > now_s) {
+        if seconds(claims.nbf.as_ref())?.is_some_and(|nbf| nbf > now_s) {
             return Err("the token is not valid yet");
         }
         let config = &self.inner.config;
-        if config.issuer.as_deref().is_some_and(|iss| claims.get("iss").and_then(Value::as_str) != Some(iss))
-        {
+        let iss = claims.iss.as_ref().and_then(Value::as_str);
+        if config.issuer.as_deref().is_some_and(|issuer| iss != Some(issuer)) {
             return Err("the token is of another issuer");
         }
-        if config.audience.as_deref().is_some_and(|aud| !is_for(claims.get("aud"), aud)) {
+        if config.audience.as_deref().is_some_and(|aud| !is_for(claims.aud.as_ref(), aud)) {
             return Err("the token is for another audience");
         }
-        Ok(())
+        Ok(expires_at_s)
     }
 
     /// Signs a token for `user` that lives `ttl_s` seconds; answers it with its end.
@@ -297,8 +318,8 @@ impl Auth {
 }
 
 /// A claim in whole seconds, as RFC 7519 has it: a number, perhaps with a fraction.
-fn seconds(claims: &Map<String, Value>, name: &str) -> Result<Option<u64>, &'static str> {
-    match claims.get(name) {
+fn seconds(claim: Option<&Value>) -> Result<Option<u64>, &'static str> {
+    match claim {
         None => Ok(None),
         Some(Value::Number(n)) if n.is_u64() => Ok(n.as_u64()),
         Some(Value::Number(n)) => {
