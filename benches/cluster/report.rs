@@ -47,9 +47,11 @@ pub struct Results {
 }
 
 /// The figures that are shown for each server, in this order: key, heading, digits.
-pub const COLUMNS: [(&str, &str, usize); 13] = [
+pub const COLUMNS: [(&str, &str, usize); 15] = [
     ("kib", "KiB/socket", 2),
     ("sockets_s", "sockets/s", 0),
+    ("open_us", "us/socket", 1),
+    ("open_client_us", "client us", 1),
     ("single_s", "single/s", 0),
     ("single_limit", "of limit", 2),
     ("single_us", "us CPU", 1),

@@ -17,7 +17,7 @@ use ringpush::ring::{Ring, key};
 use ringpush::role::dispatch::Dispatch;
 use ringpush::role::{Directory, PushService};
 use ringpush::telemetry::Metrics;
-use ringpush::transport::http::{HttpLimits, serve};
+use ringpush::transport::http::{HttpLimits, bind, serve};
 use ringpush::transport::peer::{RemotePush, routes};
 use ringpush::wire::peer::{DispatchRequest, Live, PushRequest, PushResponse, Stamp};
 use ringpush::wire::proto::peer as proto;
@@ -179,7 +179,8 @@ async fn dispatch_alone(seconds: f64) -> f64 {
 pub fn sink() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let limits = HttpLimits::default();
+        let listener = bind(([127, 0, 0, 1], 0).into(), &limits).unwrap();
         println!("{}", listener.local_addr().unwrap());
         let taker = BoxCloneSyncService::new(tower::service_fn(|request| async move {
             black_box(request);
@@ -188,7 +189,7 @@ pub fn sink() {
         let find = Arc::new(move |_: &str| Some(taker.clone()));
         let router = routes(None, Some(find), Arc::new(|_| true)).prepare().into_axum_router();
         tokio::select! {
-            () = serve(listener, router, None, HttpLimits::default(), Default::default()) => {}
+            () = serve(listener, router, None, limits, Default::default()) => {}
             _ = tokio::task::spawn_blocking(|| std::io::stdin().read_line(&mut String::new())) => {}
         }
     });

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use tokio::net::TcpListener;
+use axum::body::Body;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -40,7 +40,7 @@ use crate::role::reach::Reach;
 use crate::role::{DispatchService, VerifyService};
 use crate::telemetry::{Health, Metrics};
 use crate::ticket::TicketKey;
-use crate::transport::http::{HttpLimits, bind, serve};
+use crate::transport::http::{HttpLimits, Listener, Sockets, bind, serve};
 use crate::transport::peer::{self, FindPush, Sign, Verify};
 use crate::wire::address::{RedisServers, RedisUrl};
 use crate::wire::frame::ReconnectHint;
@@ -123,7 +123,7 @@ pub enum Ended {
 
 /// One listener, bound but not served yet.
 struct Listening {
-    listener: TcpListener,
+    listener: Listener,
     at: SocketAddr,
 }
 
@@ -415,8 +415,9 @@ impl App {
             // Whoever can reach the port could have anybody's token: only where that is this machine alone.
             let own = config.development && listening.at.ip().is_loopback();
             let page = page::routes(development.clone().filter(|_| own));
-            let routes = closed(push_http::push_routes(Arc::new(edge)).merge(page));
-            self.serve(listening, routes, push_http_limits());
+            let edge = Arc::new(edge);
+            let routes = closed(push_http::push_routes(Arc::clone(&edge)).merge(page));
+            self.serve_sockets(listening, routes, edge);
         }
         let plain = HttpLimits::default();
         if let (Some(listening), Some(edge)) = (listeners.collect, collect) {
@@ -434,12 +435,18 @@ impl App {
     }
 
     fn serve_peers(&mut self, listening: Listening, routes: peer::PeerRoutes) {
-        self.servers.spawn(serve(listening.listener, routes, HttpLimits::default(), self.stop.clone()));
+        let limits = HttpLimits::default();
+        self.servers.spawn(serve(listening.listener, routes, None, limits, self.stop.clone()));
     }
 
     fn serve(&mut self, listening: Listening, routes: Routes, limits: HttpLimits) {
-        let service = routes.into_service();
-        self.servers.spawn(serve(listening.listener, service, limits, self.stop.clone()));
+        self.servers.spawn(serve(listening.listener, routes.into_service(), None, limits, self.stop.clone()));
+    }
+
+    fn serve_sockets(&mut self, listening: Listening, routes: Routes, edge: Arc<dyn Sockets<Body>>) {
+        let (service, limits) = (routes.into_service(), push_http_limits());
+        let serving = serve(listening.listener, service, Some(edge), limits, self.stop.clone());
+        self.servers.spawn(serving);
     }
 
     /// Serves until `stop` resolves, then leaves in good order.

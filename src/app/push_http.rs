@@ -12,18 +12,21 @@ use axum::http::header::{
 use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
+use futures_util::future::{BoxFuture, FutureExt};
 use serde_json::json as value;
 
 use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse};
 use crate::role::connect::{Connect, ConnectFault};
-use crate::role::push::{Origins, Push, Rejection, SocketRequest};
+use crate::role::push::{Admission, Origins, Push, Rejection, SocketRequest};
 use crate::ticket::TICKET_LIFE_MS;
-use crate::transport::line::Hold;
-use crate::transport::websocket::{NoHandshake, handshake, upgraded};
+use crate::transport::http::{Sockets, Taken};
+use crate::transport::line::Line;
+use crate::transport::websocket::{NoHandshake, ServerSocket, handshake};
 use crate::wire::address::node_in_path;
 use crate::wire::frame::ReconnectHint;
 use crate::wire::http::{FieldFault, Problem, parse_connect};
 
+const SOCKET_PATH: &str = "/v1/ws";
 /// From the 101 to a socket: it follows at once, unless the client has gone.
 const UPGRADE_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -45,7 +48,7 @@ type Answer = Result<Response<Body>, Refused>;
 
 pub(super) fn push_routes(edge: Arc<PushEdge>) -> Routes {
     axum::Router::new()
-        .route("/v1/ws", get(socket))
+        .route(SOCKET_PATH, get(socket))
         .route("/n/{node}/v1/ws", get(socket))
         .route("/v1/connect", post(connect_on_push).options(preflight_on_push))
         .with_state(edge)
@@ -59,32 +62,63 @@ pub(super) fn dispatch_routes(edge: Arc<ConnectEdge>) -> Routes {
     )
 }
 
-async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -> Answer {
+/// A request for a socket that is not the first of its connection, or is none that can be taken.
+async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -> Response<Body> {
+    let upgrade = hyper::upgrade::on(&mut request);
+    let (parts, _) = request.into_parts();
+    let request = Request::from_parts(parts, ());
+    match decide(&edge.push, &request).await {
+        Ok((response, admission)) => {
+            let socket = ServerSocket::upgraded(upgrade, UPGRADE_DEADLINE);
+            tokio::spawn(Box::pin(edge.push.serve(admission, socket)));
+            response.map(|()| Body::empty())
+        }
+        Err(refused) => *refused,
+    }
+}
+
+/// The first request of a connection.
+impl Sockets<Body> for PushEdge {
+    fn is_for(&self, path: &str) -> bool {
+        path == SOCKET_PATH || node_in_path(path).is_some()
+    }
+
+    fn take(&self, request: Request<()>, line: Line) -> BoxFuture<'_, Result<Taken, (Line, Response<Body>)>> {
+        async move {
+            match decide(&self.push, &request).await {
+                Ok((answer, admission)) => {
+                    let socket = async move { ServerSocket::answered(line, &answer).await };
+                    Ok(self.push.serve(admission, socket).boxed())
+                }
+                Err(refused) => Err((line, *refused)),
+            }
+        }
+        .boxed()
+    }
+}
+
+/// Whether a request gets its socket: with what answer, or what else to answer.
+async fn decide(
+    push: &Push,
+    request: &Request<()>,
+) -> Result<(Response<()>, Admission), Box<Response<Body>>> {
+    let refused = |refused: Refused| Box::new(refused.into_response());
     let response = match handshake(request.headers()) {
         Ok(response) => response,
-        Err(NoHandshake::Bad(why)) => return Err(refuse(400, why)),
-        Err(NoHandshake::Upgrade(why)) => return Ok(upgrade_required(why)),
+        Err(NoHandshake::Bad(why)) => return Err(refused(refuse(400, why))),
+        Err(NoHandshake::Upgrade(why)) => return Err(Box::new(upgrade_required(why))),
     };
-    let upgrade = hyper::upgrade::on(&mut request);
     let socket_request = SocketRequest {
         node_in_path: node_in_path(request.uri().path()),
         query: request.uri().query().unwrap_or_default(),
         origin: origin_of(request.headers()),
         bearer: bearer(request.headers()),
     };
-    let admission = match edge.push.admit(socket_request).await {
-        Ok(admission) => admission,
-        Err(Rejection::Redirect(url)) => return redirect(&url),
-        Err(rejection) => return Err(rejected(rejection)),
-    };
-    if admission.is_identified()
-        && let Some(hold) = request.extensions().get::<Hold>()
-    {
-        // The welcome follows at once: one packet for both.
-        hold.begin();
+    match push.admit(socket_request).await {
+        Ok(admission) => Ok((response, admission)),
+        Err(Rejection::Redirect(url)) => Err(Box::new(redirect(&url))),
+        Err(rejection) => Err(refused(rejected(rejection))),
     }
-    edge.push.serve(admission, upgraded(upgrade, UPGRADE_DEADLINE));
-    Ok(response.map(|()| Body::empty()))
 }
 
 /// A 426 names what to upgrade to (RFC 9110, 15.5.22; RFC 6455, 4.4).
@@ -95,12 +129,14 @@ fn upgrade_required(why: &'static str) -> Response<Body> {
     response
 }
 
-fn redirect(url: &str) -> Answer {
-    let location = HeaderValue::from_str(url).map_err(|_| refuse(503, "the owner's URL cannot be named"))?;
+fn redirect(url: &str) -> Response<Body> {
+    let Ok(location) = HeaderValue::from_str(url) else {
+        return refuse(503, "the owner's URL cannot be named").into_response();
+    };
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
     response.headers_mut().insert(LOCATION, location);
-    Ok(response)
+    response
 }
 
 fn rejected(rejection: Rejection) -> Refused {

@@ -18,6 +18,12 @@
 //! `writer` is held through the whole of a commit, its sync included, by appends, updates and the janitor; it owns the
 //! heads in memory. Reads take no lock: each works on a snapshot, and a commit becomes visible only after its sync.
 //! The numbers need no other fence than this lock and the store's own lock on its directory.
+//!
+//! # New users
+//!
+//! All users who are new to this process begin at the moment when it opened the store. So a question about one who stands at the
+//! beginning is answered without writing anything: whenever the record is made, with the first message at the latest, it says
+//! what was answered. Nothing of it was told to a client, which hears 0 where there is nothing, so a crash takes nothing back.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -45,6 +51,9 @@ const KEYSPACES: [&str; 4] = ["messages.2", "heads.2", "fences.2", "cursors.2"];
 const EARLIER: &str = "messages";
 /// A sync takes a fifth of a millisecond and ten wake-ups, for one message as for many (docs/benchmarks.md).
 const GATHERING: Gathering = Gathering { every: Duration::from_millis(1), enough: 32 };
+/// So many questions are answered at once, on the asker's thread: a look into memory each, or a block of a file that the kernel
+/// mostly has. Handed to another thread, each would cost that thread's waking and several times the looking.
+const ASKED_AT_ONCE: usize = 1;
 /// Users that the janitor looks at, and messages that it removes, in one commit: some milliseconds of the lock.
 const JANITOR_LOT: usize = 1_000;
 
@@ -61,6 +70,8 @@ struct Store {
     fences: Keyspace,
     cursors: Keyspace,
     clock: Clock,
+    /// What the head records begin with that this process makes.
+    newborn: Head,
     writer: Mutex<Writer>,
     poisoned: watch::Sender<bool>,
 }
@@ -137,6 +148,7 @@ impl EmbeddedInbox {
                 fences: keyspace(fences)?,
                 cursors: keyspace(cursors)?,
                 db: db.clone(),
+                newborn: Head::beginning_at(clock.now()),
                 clock,
                 writer: Mutex::default(),
                 poisoned: watch::Sender::new(false),
@@ -181,7 +193,25 @@ impl Inbox for EmbeddedInbox {
     }
 
     fn standing(&self, lot: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>> {
-        self.run(move |store| store.standing(&lot))
+        if lot.len() > ASKED_AT_ONCE {
+            return self.run(move |store| {
+                let (answers, strangers) = store.standing(&lot)?;
+                store.make_heads(&strangers)?;
+                Ok(answers)
+            });
+        }
+        async move {
+            let (answers, strangers) = self.store.standing(&lot)?;
+            if !strangers.is_empty() {
+                self.run(move |store| store.make_heads(&strangers)).await?;
+            }
+            Ok(answers)
+        }
+        .boxed()
+    }
+
+    fn answers_alone(&self) -> bool {
+        true
     }
 
     fn page(
@@ -236,7 +266,7 @@ impl Store {
             }
             let head = match heads.get(&item.user) {
                 Some(head) => *head,
-                None => self.head_for_writing(&writer, &snapshot, &item.user, now, &mut pending)?,
+                None => self.head_for_writing(&writer, &snapshot, &item.user, &mut pending)?,
             };
             let message = Arc::new(item.numbered(head + 1));
             pending.insert(&self.messages, message_key(&item.user, head + 1), encode(&message, item.fenced));
@@ -259,7 +289,6 @@ impl Store {
         writer: &Writer,
         snapshot: &Snapshot,
         user: &UserId,
-        now: Millis,
         pending: &mut OwnedWriteBatch,
     ) -> Result<u64, InboxError> {
         if let Some(head) = writer.heads.get(user) {
@@ -268,9 +297,8 @@ impl Store {
         if let Some(head) = self.head(snapshot, user)? {
             return self.highest(snapshot, user, head);
         }
-        let head = Head { head: now.0, first: now.0, not_before_s: 0 };
-        pending.insert(&self.heads, head_key(user), head.encode());
-        Ok(now.0)
+        pending.insert(&self.heads, head_key(user), self.newborn.encode());
+        Ok(self.newborn.head)
     }
 
     fn commit(&self, pending: OwnedWriteBatch) -> Result<(), InboxError> {
@@ -299,34 +327,28 @@ impl Store {
         snapshot.get(&self.fences, key).map_err(unreadable)?.map(|raw| Fence::decode(&raw)).transpose()
     }
 
-    fn standing(&self, lot: &[Ask]) -> Result<Vec<Answer>, InboxError> {
+    /// Where each position stands, and who needs a head record before that may be told.
+    fn standing(&self, lot: &[Ask]) -> Result<(Vec<Answer>, Vec<UserId>), InboxError> {
         let snapshot = self.db.snapshot();
-        let unknown: Vec<&UserId> = lot
-            .iter()
-            .filter_map(|ask| match self.head(&snapshot, &ask.user) {
-                Ok(None) => Some(Ok(&ask.user)),
-                Ok(Some(_)) => None,
-                Err(error) => Some(Err(error)),
-            })
-            .collect::<Result<_, _>>()?;
-        if unknown.is_empty() {
-            return lot.iter().map(|ask| self.answer(&snapshot, ask)).collect();
+        let (mut answers, mut strangers) = (Vec::with_capacity(lot.len()), Vec::new());
+        for ask in lot {
+            answers.push(match self.head(&snapshot, &ask.user)? {
+                Some(record) => self.answer(&snapshot, ask, record)?,
+                None => {
+                    // A position that was not given here: the client will hear a number.
+                    if let From::After(position) = &ask.from
+                        && ![Seq::BEGINNING, Seq::at(self.newborn.head)].contains(position)
+                    {
+                        strangers.push(ask.user.clone());
+                    }
+                    Self::answer_at(ask, self.newborn, self.newborn.head, None)
+                }
+            });
         }
-        let made = self.make_heads(&unknown)?;
-        let snapshot = self.db.snapshot();
-        lot.iter()
-            .map(|ask| match made.get(&ask.user) {
-                // Nothing can stand above a record that was made a moment ago, but what came meanwhile as a live message.
-                Some(record) => Ok(Self::answer_at(ask, *record, record.head, None)),
-                None => self.answer(&snapshot, ask),
-            })
-            .collect()
+        Ok((answers, strangers))
     }
 
-    fn answer(&self, snapshot: &Snapshot, ask: &Ask) -> Result<Answer, InboxError> {
-        let record = self
-            .head(snapshot, &ask.user)?
-            .ok_or_else(|| InboxError::Corrupt("a head record has gone".to_owned()))?;
+    fn answer(&self, snapshot: &Snapshot, ask: &Ask, record: Head) -> Result<Answer, InboxError> {
         let highest = self.highest(snapshot, &ask.user, record)?;
         let cursor = match &ask.from {
             From::Cursor(device) => self.cursor(snapshot, &ask.user, device)?,
@@ -348,22 +370,20 @@ impl Store {
         Answer { start, head, more, not_before_s: record.not_before_s }
     }
 
-    /// Fixes the numbers of users that are new, on stable storage: a client may be told of them. Answers the records made.
-    fn make_heads(&self, users: &[&UserId]) -> Result<HashMap<UserId, Head>, InboxError> {
+    /// Puts the numbers of users that are new on stable storage.
+    fn make_heads(&self, users: &[UserId]) -> Result<(), InboxError> {
+        if users.is_empty() {
+            return Ok(());
+        }
         let _writer = self.writer.lock();
-        let now = self.clock.now();
         let snapshot = self.db.snapshot();
         let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
-        let mut made = HashMap::with_capacity(users.len());
         for user in users {
             if self.head(&snapshot, user)?.is_none() {
-                let head = Head { head: now.0, first: now.0, not_before_s: 0 };
-                pending.insert(&self.heads, head_key(user), head.encode());
-                made.insert((*user).clone(), head);
+                pending.insert(&self.heads, head_key(user), self.newborn.encode());
             }
         }
-        self.commit(pending)?;
-        Ok(made)
+        self.commit(pending)
     }
 
     fn page(&self, user: &UserId, after: Seq, limit: PageLimit) -> Result<InboxPage, InboxError> {
@@ -447,8 +467,7 @@ impl Store {
                     self.move_cursor(&snapshot, &mut pending, (user, device), *acked, now)?;
                 }
                 Change::NotBefore { user, seconds } => {
-                    let fresh = Head { head: now.0, first: now.0, not_before_s: 0 };
-                    let mut head = self.head(&snapshot, user)?.unwrap_or(fresh);
+                    let mut head = self.head(&snapshot, user)?.unwrap_or(self.newborn);
                     head.not_before_s = head.not_before_s.max(*seconds);
                     pending.insert(&self.heads, head_key(user), head.encode());
                     synced = true;
@@ -659,6 +678,10 @@ impl Cursor {
 }
 
 impl Head {
+    fn beginning_at(moment: Millis) -> Self {
+        Self { head: moment.0, first: moment.0, not_before_s: 0 }
+    }
+
     fn encode(self) -> Vec<u8> {
         let mut out = Vec::with_capacity(24);
         out.put_u64(self.head);
@@ -799,6 +822,29 @@ mod tests {
         drop(earlier);
         let opened = EmbeddedInbox::open(directory.path(), Clock::standing(START));
         assert!(matches!(opened.err(), Some(OpenError::Earlier)));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_was_answered_about_a_new_user_stands_after_a_crash() {
+        let directory = tempfile::tempdir().unwrap();
+        let users = ["begins", "goes on", "strange"].map(|name| UserId::parse(name).unwrap());
+        let ask = async |inbox: &EmbeddedInbox, positions: [Seq; 3]| {
+            let asks = users.iter().zip(positions);
+            let asks = asks.map(|(user, at)| Ask { user: user.clone(), from: From::After(at) });
+            <[Answer; 3]>::try_from(inbox.standing(asks.collect()).await.unwrap()).unwrap()
+        };
+        let first = EmbeddedInbox::open(directory.path(), Clock::standing(START)).unwrap();
+        let strange = Seq::at(4_711);
+        let answers = ask(&first, [Seq::BEGINNING, Seq::at(START.0), strange]).await;
+        assert!(answers.iter().all(|answer| answer.head == Seq::at(START.0) && !answer.more));
+        drop(first);
+        // Meanwhile the clock was set back. Only the third user heard a number, and it stands.
+        let earlier = Millis(START.0 - 60_000);
+        let again = EmbeddedInbox::open(directory.path(), Clock::standing(earlier)).unwrap();
+        let answers = ask(&again, [Seq::BEGINNING, Seq::BEGINNING, Seq::at(START.0)]).await;
+        let (start, earlier) = (Seq::at(START.0), Seq::at(earlier.0));
+        assert_eq!(answers.map(|answer| answer.head), [earlier, earlier, start]);
+        assert!(answers.iter().all(|answer| !answer.more));
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -58,6 +58,11 @@ pub trait Inbox: Send + Sync + 'static {
     /// Moves cursors and moments up, never down. A `NotBefore` is on stable storage when this answers.
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>>;
 
+    /// Whether questions should be asked one by one, at once: where one costs no more than its share of a lot.
+    fn answers_alone(&self) -> bool {
+        false
+    }
+
     /// How appends should be gathered; not at all, where one write costs no more than its share of a large one.
     fn gathering(&self) -> Gathering {
         Gathering { every: Duration::ZERO, enough: 1 }

@@ -2,6 +2,9 @@
 //!
 //! Of our own, since hyper has no timer unless it is given one: without it a handshake that is never finished would be
 //! held for ever. A connection must show its first whole request head within [`HttpLimits::first_request`].
+//!
+//! A connection whose first request asks for a WebSocket never sees hyper: it has nothing more to say in HTTP, and hyper's
+//! machinery for what might come is a quarter of what such a socket would cost. See [`Sockets`].
 
 use std::convert::Infallible;
 use std::io;
@@ -12,20 +15,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::{BoxFuture, Either, ready};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Body, Incoming};
-use hyper::header::UPGRADE;
-use hyper::{Request, Response, Version};
+use hyper::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
+use hyper::{Request, Response};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use parking_lot::Mutex;
+use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tower::{Service, ServiceExt};
 
-use super::line::{Hold, Line};
+use super::line::Line;
+use super::websocket::request_head;
 
 /// Connections that the kernel may hold for us while we are busy: a tenth of a second of 40,000/s.
 const BACKLOG: u32 = 4_096;
@@ -33,6 +42,10 @@ const BACKLOG: u32 = 4_096;
 const ACCEPT_REST: Duration = Duration::from_millis(50);
 /// A connection's read buffer, in bytes, at the most: a request head must fit.
 const READ_BUFFER: usize = 64 * 1024;
+/// A first request head for a WebSocket is looked for in so many bytes; a token is at most 8 KiB of them.
+const SOCKET_HEAD: usize = 16 * 1024;
+/// Read at once of it.
+const SOCKET_HEAD_READ: usize = 1024;
 /// How long an HTTP/2 peer may take to answer a ping.
 const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the client may take to connect.
@@ -66,43 +79,89 @@ impl Default for HttpLimits {
     }
 }
 
+/// Where connections come in, whose packets leave at once.
+#[derive(Debug)]
+pub struct Listener(TcpListener);
+
+impl Listener {
+    /// The address, with the port that was found where none was asked for.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+}
+
 /// Binds a listener.
 ///
 /// # Errors
 /// The system's, such as that the address is in use.
-pub fn bind(address: SocketAddr, limits: &HttpLimits) -> io::Result<TcpListener> {
+pub fn bind(address: SocketAddr, limits: &HttpLimits) -> io::Result<Listener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
+    // Set on the listener: the connections inherit it.
+    socket.set_nodelay(true)?;
     if let Some(bytes) = limits.send_buffer {
-        // Set on the listener: the connections inherit it.
         socket.set_send_buffer_size(bytes)?;
     }
     socket.bind(address)?;
-    socket.listen(BACKLOG)
+    socket.listen(BACKLOG).map(Listener)
 }
 
-/// Serves `service` on `listener` until `stop`; then requests under way are finished, within the limit.
-pub async fn serve<S, B>(listener: TcpListener, service: S, limits: HttpLimits, stop: CancellationToken)
-where
+/// A socket's whole life.
+pub type Taken = BoxFuture<'static, ()>;
+
+/// Takes the connections whose first request asks for a WebSocket.
+pub trait Sockets<B>: Send + Sync {
+    /// Whether a request for this path, which has no body, is one to take.
+    fn is_for(&self, path: &str) -> bool;
+
+    /// Decides about it: what is to be run to the socket's end, or the connection again with what to answer.
+    fn take(&self, request: Request<()>, line: Line) -> BoxFuture<'_, Result<Taken, (Line, Response<B>)>>;
+}
+
+/// What serves a listener's connections.
+struct Server<S, B> {
+    http: auto::Builder<TokioExecutor>,
+    service: S,
+    sockets: Option<Arc<dyn Sockets<B>>>,
+    limits: HttpLimits,
+    stop: CancellationToken,
+}
+
+/// Serves `service` on `listener` until `stop`, and `sockets` before it, if there are any; then requests under way are finished,
+/// within the limit.
+pub async fn serve<S, B>(
+    Listener(listener): Listener,
+    service: S,
+    sockets: Option<Arc<dyn Sockets<B>>>,
+    limits: HttpLimits,
+    stop: CancellationToken,
+) where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
     S::Future: Send + 'static,
     B: Body + Send + 'static,
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let server = Arc::new(server(&limits));
+    let server = Arc::new(Server {
+        http: http(&limits, sockets.is_none()),
+        service,
+        sockets,
+        limits,
+        stop: stop.clone(),
+    });
     let connections = TaskTracker::new();
+    let mut stopped = pin!(stop.cancelled());
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = stop.cancelled() => break,
+            () = stopped.as_mut() => break,
         };
         match accepted {
             Ok((stream, _)) => {
-                let connection =
-                    serve_one(Arc::clone(&server), stream, service.clone(), limits, stop.clone());
-                // Boxed: on its way into its task a future this large would be copied several times.
-                connections.spawn(Box::pin(connection));
+                drop(tokio::spawn(serve_one(Arc::clone(&server), stream, connections.token())));
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -115,14 +174,16 @@ where
     let _ = tokio::time::timeout(limits.shutdown, connections.wait()).await;
 }
 
-fn server(limits: &HttpLimits) -> auto::Builder<TokioExecutor> {
+/// `answers_together`: those to requests that came together. Not where one may be the last that is HTTP: hyper would lose it, if
+/// frames came right behind the request for a socket.
+fn http(limits: &HttpLimits, answers_together: bool) -> auto::Builder<TokioExecutor> {
     let mut server = auto::Builder::new(TokioExecutor::new());
     server
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.idle)
         .max_buf_size(READ_BUFFER)
-        .pipeline_flush(true);
+        .pipeline_flush(answers_together);
     server
         .http2()
         .timer(TokioTimer::new())
@@ -132,47 +193,142 @@ fn server(limits: &HttpLimits) -> auto::Builder<TokioExecutor> {
     server
 }
 
-async fn serve_one<S, B>(
-    server: Arc<auto::Builder<TokioExecutor>>,
+/// One connection. What a stage of it needs is boxed, and freed with it: a socket may be idle for weeks.
+fn serve_one<S, B>(
+    server: Arc<Server<S, B>>,
     stream: TcpStream,
-    service: S,
-    limits: HttpLimits,
-    stop: CancellationToken,
-) where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
+    tracked: TaskTrackerToken,
+) -> impl Future<Output = ()> + Send + 'static
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
     S::Future: Send + 'static,
     B: Body + Send + 'static,
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let _ = stream.set_nodelay(true);
-    let (asked, hold) = (Arc::new(AtomicBool::new(false)), Hold::default());
-    let line = TokioIo::new(Line::new(stream, hold.clone()));
-    let service = hyper::service::service_fn({
-        let asked = Arc::clone(&asked);
-        move |mut request: Request<Incoming>| {
-            asked.store(true, Ordering::Relaxed);
-            // Only here may an answer be the last one that the connection carries as HTTP.
-            if request.version() == Version::HTTP_11 && request.headers().contains_key(UPGRADE) {
-                request.extensions_mut().insert(hold.clone());
+    let began = Box::pin(begin(server, stream, tracked));
+    async move {
+        if let Some(rest) = began.await {
+            rest.await;
+        }
+    }
+}
+
+/// Finds out what a connection is, and answers how to go on with it.
+async fn begin<S, B>(
+    server: Arc<Server<S, B>>,
+    mut stream: TcpStream,
+    tracked: TaskTrackerToken,
+) -> Option<BoxFuture<'static, ()>>
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
+    S::Future: Send + 'static,
+    B: Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let until = Instant::now() + server.limits.first_request;
+    let (line, answer) = match &server.sockets {
+        None => (Line::new(stream, Vec::new()), None),
+        Some(sockets) => {
+            let first = tokio::time::timeout_at(until, first_head(&mut stream, &**sockets));
+            let Some(Ok(Ok(First { mut read, request }))) = server.stop.run_until_cancelled(first).await
+            else {
+                tracing::debug!("a connection showed no request in time, or ended before it");
+                return None;
+            };
+            match request {
+                None => (Line::new(stream, read), None),
+                Some((request, length)) => {
+                    let rest = read.split_off(length);
+                    match sockets.take(request, Line::new(stream, rest)).await {
+                        // From here on not tracked: the socket's own role knows how to end it.
+                        Ok(socket) => return Some(socket),
+                        Err((mut line, answer)) => {
+                            line.give_back(&read);
+                            (line, Some(answer))
+                        }
+                    }
+                }
             }
-            service.clone().oneshot(request)
+        }
+    };
+    Some(Box::pin(async move {
+        serve_http(server, line, answer, until).await;
+        drop(tracked);
+    }))
+}
+
+/// What a connection begins with.
+struct First {
+    /// As far as it was read.
+    read: Vec<u8>,
+    /// The request for a WebSocket that it is, and how long that is.
+    request: Option<(Request<()>, usize)>,
+}
+
+/// Reads until it is clear whether the first request asks for a WebSocket.
+async fn first_head<B>(stream: &mut TcpStream, sockets: &dyn Sockets<B>) -> io::Result<First> {
+    let mut read = Vec::new();
+    loop {
+        read.reserve(SOCKET_HEAD_READ);
+        if stream.read_buf(&mut read).await? == 0 {
+            if read.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            return Ok(First { read, request: None });
+        }
+        match request_head(&read) {
+            // A head that comes in pieces.
+            Ok(None) if read.len() < SOCKET_HEAD && read.starts_with(b"GET ") => {}
+            Ok(Some((length, request))) => {
+                let takes = has_no_body(&request) && sockets.is_for(request.uri().path());
+                return Ok(First { read, request: takes.then_some((request, length)) });
+            }
+            _ => return Ok(First { read, request: None }),
+        }
+    }
+}
+
+fn has_no_body(request: &Request<()>) -> bool {
+    let headers = request.headers();
+    !headers.contains_key(CONTENT_LENGTH) && !headers.contains_key(TRANSFER_ENCODING)
+}
+
+/// A connection as HTTP. If there is an `answer` already, the first request gets it; that one must come whole until `until`.
+async fn serve_http<S, B>(server: Arc<Server<S, B>>, line: Line, answer: Option<Response<B>>, until: Instant)
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
+    S::Future: Send + 'static,
+    B: Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let asked = Arc::new(AtomicBool::new(false));
+    let service = hyper::service::service_fn({
+        let (asked, answer, service) = (Arc::clone(&asked), Mutex::new(answer), server.service.clone());
+        move |request: Request<Incoming>| {
+            let answer = if asked.swap(true, Ordering::Relaxed) { None } else { answer.lock().take() };
+            match answer {
+                Some(answer) => Either::Left(ready(Ok(answer))),
+                None => Either::Right(service.clone().oneshot(request)),
+            }
         }
     });
-    let mut connection = pin!(server.serve_connection_with_upgrades(line, service));
+    let mut connection = pin!(server.http.serve_connection_with_upgrades(TokioIo::new(line), service));
     tokio::select! {
         ended = connection.as_mut() => return note(ended),
-        () = tokio::time::sleep(limits.first_request) => {
+        () = tokio::time::sleep_until(until) => {
             if !asked.load(Ordering::Relaxed) {
                 tracing::debug!("a connection showed no request in time");
                 return;
             }
         }
-        () = stop.cancelled() => {}
+        () = server.stop.cancelled() => {}
     }
     tokio::select! {
         ended = connection.as_mut() => note(ended),
-        () = stop.cancelled() => {
+        () = server.stop.cancelled() => {
             connection.as_mut().graceful_shutdown();
             note(connection.await);
         }

@@ -13,7 +13,7 @@ use http::header::{
     CONNECTION, HeaderMap, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
     SEC_WEBSOCKET_VERSION, UPGRADE,
 };
-use http::{HeaderValue, Response, StatusCode};
+use http::{HeaderValue, Request, Response, StatusCode};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use hyper_util::server::conn::auto;
@@ -23,6 +23,8 @@ use tokio::time::{Instant, timeout_at};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::handshake::machine::TryParse;
+use tokio_tungstenite::tungstenite::handshake::server::write_response;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode as RawCloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
@@ -35,11 +37,14 @@ use crate::wire::socket::{Incoming, Outgoing, SocketFault};
 /// Largest client frame and message, in bytes (DESIGN.md section 12).
 pub const CLIENT_FRAME_MAX: usize = 4 * 1024;
 /// Eagerly allocated per connection; client frames are acks of 30 bytes.
-const READ_BUFFER: usize = 512;
+const READ_BUFFER: usize = 256;
 /// The layer writes by itself only above this; the connection feeds it less and flushes.
 const WRITE_BUFFER: usize = 16 * 1024;
 /// A full feed and the largest message frame: 4 KiB and 64 KiB of payload with its envelope fit twice.
 const WRITE_BUFFER_MAX: usize = 160 * 1024;
+
+/// The answer to a handshake, with the subprotocol.
+const ANSWER_ROOM: usize = 192;
 
 fn server_config() -> WebSocketConfig {
     WebSocketConfig::default()
@@ -57,6 +62,14 @@ pub enum NoHandshake {
     Upgrade(&'static str),
     /// It asks for one wrongly: 400.
     Bad(&'static str),
+}
+
+/// Reads the head of a request, as much of it as there is: what it says and how long it is, or None until it is whole.
+///
+/// # Errors
+/// [`NoHandshake`], where no handshake begins like that.
+pub fn request_head(read: &[u8]) -> Result<Option<(usize, Request<()>)>, NoHandshake> {
+    Request::try_parse(read).map_err(|_| NoHandshake::Bad("a handshake is a GET of HTTP/1.1"))
 }
 
 /// Whether a request asks for a WebSocket; if so, the answer to it.
@@ -99,20 +112,27 @@ pub struct ServerSocket {
     inner: WebSocketStream<Line>,
 }
 
-/// Waits for the upgrade that follows the 101, at most `deadline`. If the 101 was held back, it leaves with the first frame or
-/// flush.
-pub async fn upgraded(upgrade: OnUpgrade, deadline: Duration) -> Option<ServerSocket> {
-    let upgraded = tokio::time::timeout(deadline, upgrade).await.ok()?.ok()?;
-    let parts = auto::upgrade::downcast::<TokioIo<Line>>(upgraded).ok()?;
-    let mut stream = parts.io.into_inner();
-    stream.release();
-    let config = Some(server_config());
-    let inner = if parts.read_buf.is_empty() {
-        WebSocketStream::from_raw_socket(stream, Role::Server, config).await
-    } else {
-        WebSocketStream::from_partially_read(stream, parts.read_buf.to_vec(), Role::Server, config).await
-    };
-    Some(ServerSocket { inner })
+impl ServerSocket {
+    /// The socket on a connection whose request for it has this answer, which leaves with the first frame or flush.
+    pub async fn answered(mut line: Line, answer: &Response<()>) -> Option<Self> {
+        let mut head = Vec::with_capacity(ANSWER_ROOM);
+        write_response(&mut head, answer).ok()?;
+        line.hold(head);
+        Some(Self::on(line).await)
+    }
+
+    /// The socket after hyper answered; it comes within `deadline`, or not at all.
+    pub async fn upgraded(upgrade: OnUpgrade, deadline: Duration) -> Option<Self> {
+        let upgraded = tokio::time::timeout(deadline, upgrade).await.ok()?.ok()?;
+        let parts = auto::upgrade::downcast::<TokioIo<Line>>(upgraded).ok()?;
+        let mut line = parts.io.into_inner();
+        line.give_back(&parts.read_buf);
+        Some(Self::on(line).await)
+    }
+
+    async fn on(line: Line) -> Self {
+        Self { inner: WebSocketStream::from_raw_socket(line, Role::Server, Some(server_config())).await }
+    }
 }
 
 impl Stream for ServerSocket {

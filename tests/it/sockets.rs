@@ -298,6 +298,35 @@ async fn a_client_that_gives_no_sign_of_life_is_let_go() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handshake_may_come_in_pieces_after_a_refusal_and_with_a_frame_behind_it() {
+    let server = Server::start().await;
+    let (at, token) = (server.at("push"), server.token("alice").await);
+    let ping = Raw::frame(0x81, br#"{"type":"ping"}"#);
+    // The first request of a connection, the second after one that was refused, and one that may have a body.
+    for (refused, more) in [(0, ""), (1, ""), (2, ""), (0, "content-length: 0\r\n")] {
+        let mut raw = Raw::connect(&at).await;
+        for _ in 0..refused {
+            raw.write(Raw::request("nonsense", "").as_bytes()).await;
+            let answer = raw.answer().await;
+            assert_eq!((answer.status, answer.json()["status"].as_u64()), (401, Some(401)));
+        }
+        raw.write([Raw::request(&token, more).as_bytes(), &ping].concat().as_slice()).await;
+        raw.upgraded().await;
+        for kind in ["welcome", "caught_up", "pong"] {
+            assert_eq!(raw.text().await["type"], kind, "after {refused}, {more}");
+        }
+    }
+    let mut raw = Raw::connect(&at).await;
+    for piece in Raw::request(&token, "").as_bytes().chunks(40) {
+        raw.write(piece).await;
+        // A round trip elsewhere: time enough, mostly, for the piece to be read by itself.
+        assert_eq!(server.get("/v1/cluster").await.status, 200);
+    }
+    raw.upgraded().await;
+    assert_eq!(raw.text().await["type"], "welcome");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_hundred_handshakes_that_are_never_finished_are_let_go() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let server = Server::start().await;

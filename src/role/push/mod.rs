@@ -302,7 +302,7 @@ impl Push {
     ) -> Result<Self, MembershipError> {
         let registration = parts.membership.join(config.info.clone()).await?;
         let holder = Holder { node: config.info.node.clone(), incarnation: registration.incarnation };
-        let (asks, requests) = sweep::Asks::new();
+        let (asks, requests) = sweep::Asks::new(Arc::clone(&parts.inbox));
         let node = Arc::new(Node {
             holder,
             registry: Arc::new(Registry::new(config.limits.sessions_per_user)),
@@ -394,19 +394,15 @@ impl Push {
         answer.is_ok_and(|answer| token_iat_s < answer.not_before_s)
     }
 
-    /// Runs the connection of an admitted client, in a task of its own, once `upgraded` brings its socket.
-    pub fn serve<S>(&self, admission: Admission, upgraded: impl Future<Output = Option<S>> + Send + 'static)
+    /// Serves an admitted client, once its socket is there, to its end. What is held all the while is small.
+    pub fn serve<S, F>(&self, admission: Admission, socket: F) -> impl Future<Output = ()> + Send + use<S, F>
     where
+        F: Future<Output = Option<S>> + Send,
         S: Stream<Item = Result<Incoming, SocketFault>> + Sink<Outgoing, Error = SocketFault>,
         S: Unpin + Send + 'static,
     {
-        let node = Arc::clone(&self.node);
-        // Boxed: on its way into its task a future this large would be copied several times.
-        self.node.connections.spawn(Box::pin(async move {
-            if let Some(socket) = upgraded.await {
-                connection::run(node, admission, socket).await;
-            }
-        }));
+        let running = connection::run(Arc::clone(&self.node), admission, socket);
+        self.node.connections.track_future(running)
     }
 
     /// Leaves: out of the ring at once, no new sockets, every session sent away, cursors written.

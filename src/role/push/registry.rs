@@ -129,6 +129,8 @@ type OnLast = Box<dyn FnOnce(&UserId) + Send + Sync>;
 pub(super) struct Registered {
     registry: Arc<Registry>,
     seat: Arc<Seat>,
+    /// The user had too many sessions with this one.
+    pub(super) crowded: bool,
     on_last: Option<OnLast>,
 }
 
@@ -174,10 +176,12 @@ impl Registry {
     /// Takes a seat.
     pub(super) fn register(self: &Arc<Self>, seat: Arc<Seat>) -> Registered {
         let mut shard = self.shard(&seat.user).lock();
-        shard.entry(seat.user.clone()).or_insert_with(|| Vec::with_capacity(1)).push(Arc::clone(&seat));
+        let seats = shard.entry(seat.user.clone()).or_insert_with(|| Vec::with_capacity(1));
+        seats.push(Arc::clone(&seat));
+        let crowded = seats.len() > self.per_user;
         drop(shard);
         self.sessions.fetch_add(1, Ordering::Relaxed);
-        Registered { registry: Arc::clone(self), seat, on_last: None }
+        Registered { registry: Arc::clone(self), seat, crowded, on_last: None }
     }
 
     /// Where the user of `newcomer` has too many sessions, takes out the oldest that has begun, and returns it.

@@ -56,20 +56,25 @@ pub(super) struct AskRequest {
     answer: oneshot::Sender<Result<Answer, InboxError>>,
 }
 
-/// Where attaching sessions ask; a lot forms while the last one is under way.
+/// Where attaching sessions ask: the inbox itself, or where lots form while the last one is under way.
 #[derive(Clone)]
 pub(super) struct Asks {
+    inbox: Arc<dyn Inbox>,
     queue: mpsc::Sender<AskRequest>,
 }
 
 impl Asks {
-    pub(super) fn new() -> (Self, mpsc::Receiver<AskRequest>) {
+    pub(super) fn new(inbox: Arc<dyn Inbox>) -> (Self, mpsc::Receiver<AskRequest>) {
         let (queue, requests) = mpsc::channel(ASKS_WAITING);
-        (Self { queue }, requests)
+        (Self { inbox, queue }, requests)
     }
 
     /// Where this position stands; an error where the inbox cannot answer or too many ask.
     pub(super) async fn ask(&self, user: UserId, from: From) -> Result<Answer, InboxError> {
+        if self.inbox.answers_alone() {
+            let answers = self.inbox.standing(vec![Ask { user, from }]).await?;
+            return answers.into_iter().next().ok_or_else(|| InboxError::Corrupt("no answer".to_owned()));
+        }
         let (answer, answered) = oneshot::channel();
         let request = AskRequest { ask: Ask { user, from }, answer };
         let busy = || InboxError::Unavailable("too many sessions attach at once".to_owned());

@@ -208,7 +208,7 @@ impl Cluster {
         let ((says, incoming), (outgoing, hears)) = (mpsc::channel(64), mpsc::channel(1024));
         let flushed = Arc::new(tokio::sync::Notify::new());
         let wire = Wire { incoming, outgoing, flushed: Arc::clone(&flushed) };
-        self.nodes[node].serve(admission, std::future::ready(Some(wire)));
+        tokio::spawn(self.nodes[node].serve(admission, std::future::ready(Some(wire))));
         tokio::time::timeout(Duration::from_secs(1), flushed.notified()).await.expect("a flush in time");
         Client { user: user.to_owned(), says, hears }
     }

@@ -191,25 +191,49 @@ pub struct Raw {
 impl Raw {
     /// Asks for the upgrade, and reads the 101.
     pub async fn open(at: &str, token: &str) -> Self {
-        let mut stream = TcpStream::connect(at).await.unwrap();
-        let request = format!(
-            "GET /v1/ws HTTP/1.1\r\nhost: {at}\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
+        let mut raw = Self::connect(at).await;
+        raw.write(Self::request(token, "").as_bytes()).await;
+        raw.upgraded().await;
+        raw
+    }
+
+    pub async fn connect(at: &str) -> Self {
+        Self { stream: TcpStream::connect(at).await.unwrap() }
+    }
+
+    /// A request for the upgrade, with more header lines if there are any.
+    pub fn request(token: &str, more: &str) -> String {
+        format!(
+            "GET /v1/ws HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
              sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
-             authorization: Bearer {token}\r\n\r\n"
-        );
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            head.push(stream.read_u8().await.unwrap());
-        }
-        let answer = http::parse(&head);
+             authorization: Bearer {token}\r\n{more}\r\n"
+        )
+    }
+
+    pub async fn upgraded(&mut self) {
+        let answer = self.answer().await;
         assert_eq!(answer.status, 101);
         assert_eq!(
             answer.header("sec-websocket-accept"),
             "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
             "RFC 6455, section 1.3"
         );
-        Self { stream }
+    }
+
+    /// An answer of HTTP, with as much of a body as it says.
+    pub async fn answer(&mut self) -> http::Answer {
+        let reading = async {
+            let mut read = Vec::new();
+            while !read.ends_with(b"\r\n\r\n") {
+                read.push(self.stream.read_u8().await.unwrap());
+            }
+            let length = http::parse(&read).header("content-length").parse().unwrap_or(0);
+            let head = read.len();
+            read.resize(head + length, 0);
+            self.stream.read_exact(&mut read[head..]).await.unwrap();
+            http::parse(&read)
+        };
+        tokio::time::timeout(DEADLINE, reading).await.expect("an answer in time")
     }
 
     pub async fn write(&mut self, bytes: &[u8]) {
@@ -231,17 +255,30 @@ impl Raw {
         frame
     }
 
+    /// The next frame: its first byte, and its payload.
+    async fn read(&mut self) -> (u8, Vec<u8>) {
+        let first = self.stream.read_u8().await.expect("a frame before the end");
+        let length = match self.stream.read_u8().await.unwrap() & 0x7f {
+            126 => self.stream.read_u16().await.unwrap() as usize,
+            short => short as usize,
+        };
+        let mut payload = vec![0; length];
+        self.stream.read_exact(&mut payload).await.unwrap();
+        (first, payload)
+    }
+
+    /// The next frame, which must be text.
+    pub async fn text(&mut self) -> Value {
+        let (first, payload) = tokio::time::timeout(DEADLINE, self.read()).await.expect("a frame in time");
+        assert_eq!(first, 0x81);
+        serde_json::from_slice(&payload).unwrap()
+    }
+
     /// Reads until a close frame; its code.
     pub async fn close_code(&mut self) -> u16 {
         let reading = async {
             loop {
-                let first = self.stream.read_u8().await.expect("a close frame before the end");
-                let length = match self.stream.read_u8().await.unwrap() & 0x7f {
-                    126 => self.stream.read_u16().await.unwrap() as usize,
-                    short => short as usize,
-                };
-                let mut payload = vec![0; length];
-                self.stream.read_exact(&mut payload).await.unwrap();
+                let (first, payload) = self.read().await;
                 if first & 0x0f == 8 {
                     return u16::from_be_bytes([payload[0], payload[1]]);
                 }
