@@ -154,3 +154,24 @@ fn fetched_keys_verify_by_kid_and_the_key_decides_the_algorithm() {
         signed(&good(), Algorithm::HS256, &EncodingKey::from_secret(b"anything at all, but long enough"));
     assert!(fetched.verify(&confused).is_err());
 }
+
+#[test]
+fn claims_that_are_no_object_or_say_a_thing_twice_are_refused() {
+    let (auth, ends) = (auth(SECRET), NOW.seconds() + 60);
+    let signed = |payload: &str| {
+        let key = EncodingKey::from_secret(SECRET.as_bytes());
+        let message = format!("eyJhbGciOiJIUzI1NiJ9.{}", URL_SAFE_NO_PAD.encode(payload));
+        let signature = jsonwebtoken::crypto::sign(message.as_bytes(), &key, Algorithm::HS256).unwrap();
+        format!("{message}.{signature}")
+    };
+    let good = format!(r#" {{"sub":"alice","exp":{ends},"more":{{"sub":"bob"}}}}"#);
+    let identity = auth.verify(&signed(&good)).unwrap();
+    assert_eq!((identity.user.as_str(), &*identity.claims), ("alice", good.trim().as_bytes()));
+    for bad in [
+        format!(r#"{{"sub":"alice","exp":{ends},"sub":"bob"}}"#),
+        format!(r#"["alice",{ends},null,null,null,null]"#),
+        format!(r#"{{"sub":"alice","exp":{ends}}} {{}}"#),
+    ] {
+        assert_eq!(auth.verify(&signed(&bad)), Err(TokenFault::Bad("this is not a token")), "{bad}");
+    }
+}
