@@ -109,6 +109,34 @@ pub fn bind(address: SocketAddr, limits: &HttpLimits) -> io::Result<Listener> {
     socket.listen(BACKLOG).map(Listener)
 }
 
+/// What answers requests.
+pub trait Answers<B>:
+    Service<Request<Incoming>, Response = Response<B>, Error = Infallible, Future: Send + 'static>
+    + Clone
+    + Send
+    + Sync
+    + 'static
+{
+}
+impl<S, B> Answers<B> for S where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible, Future: Send + 'static>
+        + Clone
+        + Send
+        + Sync
+        + 'static
+{
+}
+
+/// What an answer may carry.
+pub trait AnswerBody:
+    Body<Data: Send, Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static
+{
+}
+impl<B> AnswerBody for B where
+    B: Body<Data: Send, Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static
+{
+}
+
 /// A socket's whole life.
 pub type Taken = BoxFuture<'static, ()>;
 
@@ -139,11 +167,8 @@ pub async fn serve<S, B>(
     limits: HttpLimits,
     stop: CancellationToken,
 ) where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
-    S::Future: Send + 'static,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    S: Answers<B>,
+    B: AnswerBody,
 {
     let server = Arc::new(Server {
         http: http(&limits, sockets.is_none()),
@@ -200,11 +225,8 @@ fn serve_one<S, B>(
     tracked: TaskTrackerToken,
 ) -> impl Future<Output = ()> + Send + 'static
 where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
-    S::Future: Send + 'static,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    S: Answers<B>,
+    B: AnswerBody,
 {
     let began = Box::pin(begin(server, stream, tracked));
     async move {
@@ -221,11 +243,8 @@ async fn begin<S, B>(
     tracked: TaskTrackerToken,
 ) -> Option<BoxFuture<'static, ()>>
 where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
-    S::Future: Send + 'static,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    S: Answers<B>,
+    B: AnswerBody,
 {
     let mut until = Instant::now() + server.limits.first_request;
     let (line, answer) = match &server.sockets {
@@ -300,11 +319,8 @@ fn has_no_body(request: &Request<()>) -> bool {
 /// A connection as HTTP. If there is an `answer` already, the first request gets it; that one must come whole until `until`.
 async fn serve_http<S, B>(server: Arc<Server<S, B>>, line: Line, answer: Option<Response<B>>, until: Instant)
 where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
-    S::Future: Send + 'static,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    S: Answers<B>,
+    B: AnswerBody,
 {
     let asked = Arc::new(AtomicBool::new(false));
     let service = hyper::service::service_fn({
