@@ -8,7 +8,7 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,16 +25,15 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use parking_lot::Mutex;
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, Interest};
-use tokio::net::TcpSocket;
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tower::{Service, ServiceExt};
 
-use super::line::{Line, watched};
+use super::line::Line;
 use super::websocket::request_head;
 
 /// Connections that the kernel may hold for us while we are busy: a tenth of a second of 40,000/s.
@@ -47,8 +46,6 @@ const READ_BUFFER: usize = 64 * 1024;
 const SOCKET_HEAD: usize = 16 * 1024;
 /// Read at once of it.
 const SOCKET_HEAD_READ: usize = 1024;
-/// Connections that are accepted before any of them is served.
-const ACCEPTED_AT_ONCE: usize = 128;
 /// How long an HTTP/2 peer may take to answer a ping.
 const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the client may take to connect.
@@ -84,7 +81,7 @@ impl Default for HttpLimits {
 
 /// Where connections come in, whose packets leave at once.
 #[derive(Debug)]
-pub struct Listener(AsyncFd<TcpListener>);
+pub struct Listener(TcpListener);
 
 impl Listener {
     /// The address, with the port that was found where none was asked for.
@@ -92,7 +89,7 @@ impl Listener {
     /// # Errors
     /// The system's.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.0.get_ref().local_addr()
+        self.0.local_addr()
     }
 }
 
@@ -109,7 +106,7 @@ pub fn bind(address: SocketAddr, limits: &HttpLimits) -> io::Result<Listener> {
         socket.set_send_buffer_size(bytes)?;
     }
     socket.bind(address)?;
-    watched(socket.listen(BACKLOG)?.into_std()?, Interest::READABLE).map(Listener)
+    socket.listen(BACKLOG).map(Listener)
 }
 
 /// What answers requests.
@@ -182,36 +179,24 @@ pub async fn serve<S, B>(
     });
     let connections = TaskTracker::new();
     let mut stopped = pin!(stop.cancelled());
-    let mut came = Vec::with_capacity(ACCEPTED_AT_ONCE);
     loop {
         let accepted = tokio::select! {
-            accepted = accept(&listener, &mut came) => accepted,
+            accepted = listener.accept() => accepted,
             () = stopped.as_mut() => break,
         };
-        // Only now: a thread that is woken for the first of them would be woken for each.
-        for stream in came.drain(..) {
-            drop(tokio::spawn(serve_one(Arc::clone(&server), stream, connections.token())));
-        }
-        if let Err(error) = accepted {
-            tracing::warn!(%error, "a connection could not be accepted");
-            tokio::time::sleep(ACCEPT_REST).await;
+        match accepted {
+            Ok((stream, _)) => {
+                drop(tokio::spawn(serve_one(Arc::clone(&server), stream, connections.token())));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(ACCEPT_REST).await;
+            }
         }
     }
     drop(listener);
     connections.close();
     let _ = tokio::time::timeout(limits.shutdown, connections.wait()).await;
-}
-
-/// Waits for connections, and takes those that have come. After an error some may have come too.
-async fn accept(listener: &AsyncFd<TcpListener>, came: &mut Vec<TcpStream>) -> io::Result<()> {
-    let mut ready = listener.readable().await?;
-    while came.len() < ACCEPTED_AT_ONCE {
-        let Ok(accepted) = ready.try_io(|listener| listener.get_ref().accept()) else { break };
-        let (stream, _) = accepted?;
-        stream.set_nonblocking(true)?;
-        came.push(stream);
-    }
-    Ok(())
 }
 
 /// `answers_together`: those to requests that came together. Not where one may be the last that is HTTP: hyper would lose it, if
@@ -254,7 +239,7 @@ where
 /// Finds out what a connection is, and answers how to go on with it.
 async fn begin<S, B>(
     server: Arc<Server<S, B>>,
-    stream: TcpStream,
+    mut stream: TcpStream,
     tracked: TaskTrackerToken,
 ) -> Option<BoxFuture<'static, ()>>
 where
@@ -262,25 +247,20 @@ where
     B: AnswerBody,
 {
     let mut until = Instant::now() + server.limits.first_request;
-    let mut line = Line::new(stream, Vec::new());
     let (line, answer) = match &server.sockets {
-        None => (line, None),
+        None => (Line::new(stream, Vec::new()), None),
         Some(sockets) => {
-            let first = tokio::time::timeout_at(until, first_head(&mut line, &**sockets));
+            let first = tokio::time::timeout_at(until, first_head(&mut stream, &**sockets));
             let Some(Ok(Ok(First { mut read, request }))) = server.stop.run_until_cancelled(first).await
             else {
                 tracing::debug!("a connection showed no request in time, or ended before it");
                 return None;
             };
             match request {
-                None => {
-                    line.give_back(&read);
-                    (line, None)
-                }
+                None => (Line::new(stream, read), None),
                 Some((request, length)) => {
                     let rest = read.split_off(length);
-                    line.give_back(&rest);
-                    match sockets.take(request, line).await {
+                    match sockets.take(request, Line::new(stream, rest)).await {
                         // From here on not tracked: the socket's own role knows how to end it.
                         Ok(socket) => return Some(socket),
                         Err((mut line, answer)) => {
@@ -309,21 +289,16 @@ struct First {
 }
 
 /// Reads until it is clear whether the first request asks for a WebSocket.
-async fn first_head<B>(line: &mut Line, sockets: &dyn Sockets<B>) -> io::Result<First> {
+async fn first_head<B>(stream: &mut TcpStream, sockets: &dyn Sockets<B>) -> io::Result<First> {
     let mut read = Vec::new();
     loop {
-        let mut space = [0; SOCKET_HEAD_READ];
-        let count = match line.read_now(&mut space) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => line.read(&mut space).await?,
-            count => count?,
-        };
-        if count == 0 {
+        read.reserve(SOCKET_HEAD_READ);
+        if stream.read_buf(&mut read).await? == 0 {
             if read.is_empty() {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             return Ok(First { read, request: None });
         }
-        read.extend_from_slice(&space[..count]);
         match request_head(&read) {
             // A head that comes in pieces.
             Ok(None) if read.len() < SOCKET_HEAD && read.starts_with(b"GET ") => {}
@@ -488,7 +463,6 @@ fn words(error: &dyn std::error::Error) -> String {
 mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
-    use tokio::net::TcpStream;
 
     /// Refuses every socket, and takes longer for it than a request may take to come.
     struct Slow(Duration);
