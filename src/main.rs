@@ -10,10 +10,15 @@ use ringpush::app::{App, Ended, PUSH_NODES_MAX};
 use ringpush::config::{Config, Faults, Sources};
 use ringpush::telemetry::{LogFormat, start_logging};
 use ringpush::wire::frame::Since;
+use rustix::io::fcntl_dupfd_cloexec;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Messages live from one thread to another, and stores free them by the thousand: both are what it is made for.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Open files that there is room for from the start: half a megabyte of the kernel's memory.
+const FILES_AT_FIRST: u64 = 65_536;
 
 /// As `sysexits.h` has it: the command was used wrongly.
 const USAGE: u8 = 64;
@@ -177,6 +182,7 @@ fn main() -> ExitCode {
     // A huge page is cleared whole when it is first touched, 0.2 ms and more, and thousands of small buffers touch many: a third
     // of the sockets accepted per second (docs/benchmarks.md). A kernel without them is as good.
     let _ = rustix::thread::disable_transparent_huge_pages(true);
+    make_room_for_files();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -201,6 +207,17 @@ fn main() -> ExitCode {
             None => failed(&error),
         },
     }
+}
+
+/// As many open files as the system grants, and room for them in the kernel's table while this process has one thread: later,
+/// each doubling of the table makes every thread that opens a socket wait for all processors to pass a quiet moment, 10 to 50 ms,
+/// and a crowd of clients causes ten of them (docs/benchmarks.md). Where it cannot be had, the table grows as it always did.
+fn make_room_for_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    let granted = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let last = i32::try_from(granted.min(FILES_AT_FIRST)).unwrap_or(i32::MAX) - 1;
+    drop(fcntl_dupfd_cloexec(std::io::stderr(), last));
 }
 
 fn failed(error: &anyhow::Error) -> ExitCode {

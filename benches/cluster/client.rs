@@ -242,9 +242,15 @@ impl Client {
             {
                 let n = self.subscribers.len();
                 let mut stream = connect(socket.at, n).map_err(|error| error.to_string())?;
-                let token = Token(n);
-                self.poll.registry().register(&mut stream, token, Interest::WRITABLE).unwrap();
-                let Socket { upgrade, say, ready, .. } = socket;
+                let Socket { mut upgrade, say, ready, .. } = socket;
+                // On one machine a connection is there when `connect` returns: the request may go at once.
+                let asked =
+                    !upgrade.is_empty() && stream.write(upgrade.as_bytes()).is_ok_and(|n| n == upgrade.len());
+                if asked {
+                    upgrade.clear();
+                }
+                let interest = if asked { Interest::READABLE } else { Interest::WRITABLE };
+                self.poll.registry().register(&mut stream, Token(n), interest).unwrap();
                 let stage = Stage::Upgrading;
                 self.subscribers.push(Subscriber {
                     stream,

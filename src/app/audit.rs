@@ -85,14 +85,31 @@ struct UserBook {
     received: Vec<Received>,
     gaps: Vec<(u64, u64)>,
     ready: bool,
-    moved_by_owner: u64,
-    moved_by_drain: u64,
+    /// The node of its first socket, and of its last.
+    began_on: Option<String>,
+    is_on: String,
+    moves: Vec<Moved>,
     reconnects: u64,
     refused: Option<u16>,
     moving_since: Option<Instant>,
     /// Since its socket was lost, until it has caught up on another.
     away_since: Option<Instant>,
     away: Vec<Duration>,
+}
+
+/// Told to move, by an owner's change or a drain.
+#[derive(Clone)]
+struct Moved {
+    at: Instant,
+    from: String,
+    to: String,
+    reason: MoveReason,
+}
+
+impl UserBook {
+    fn moved_by(&self, reason: MoveReason) -> bool {
+        self.moves.iter().any(|one| one.reason == reason)
+    }
 }
 
 #[derive(Clone)]
@@ -117,6 +134,19 @@ struct Verdict {
     delays_in_move: Vec<Duration>,
     /// By the second in which the message was due.
     delays_by_second: BTreeMap<u64, Vec<Duration>>,
+}
+
+/// Users by what the arithmetic of the ring says, before and after, and by what they were told.
+#[derive(Debug, Default)]
+struct Placement {
+    /// The owner is another node in the end.
+    changed: usize,
+    /// The first socket was on another node than the owner: it goes home when the nodes change, which is no move too many.
+    began_elsewhere: usize,
+    /// Told to move though the owner stayed the same and the first socket was there.
+    moved_though_stayed: usize,
+    /// Never told to move though the owner is another.
+    stayed_though_changed: usize,
 }
 
 /// Runs the audit.
@@ -145,11 +175,12 @@ pub async fn audit(mut config: Config, plan: AuditPlan) -> Result<ExitCode> {
     }
     bench.until_connected().await?;
     eprintln!("audit {}: {} users connected, seed {}", bench.run, bench.users.len(), bench.plan.seed);
+    let began = Instant::now();
     publish_all(&bench).await;
     let settled = bench.settle().await;
     let after = bench.cluster().await.unwrap_or_default();
     let verdict = bench.verdict().await?;
-    let report = bench.report(&verdict, settled, changed_owners(&bench.users, &before, &after));
+    let report = bench.report(&verdict, settled, &bench.placement(began, &before, &after));
     bench.show(&report);
     let failed = verdict.lost + verdict.again + verdict.out_of_order + verdict.late > 0;
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
@@ -193,19 +224,20 @@ async fn listen(bench: Arc<Bench>, n: usize, token: String) {
                 own.moving_since = None;
                 own.away.extend(own.away_since.take().map(|since| since.elapsed()));
             }
-            Event::Moving { reason, .. } => {
-                own.moving_since = Some(Instant::now());
-                match reason {
-                    MoveReason::Owner => own.moved_by_owner += 1,
-                    MoveReason::Drain => own.moved_by_drain += 1,
-                }
+            Event::Moving { node, reason } => {
+                let at = Instant::now();
+                own.moving_since = Some(at);
+                own.moves.push(Moved { at, from: own.is_on.clone(), to: node, reason });
             }
             Event::Waiting { .. } => {
                 own.reconnects += 1;
                 own.away_since.get_or_insert_with(Instant::now);
             }
             Event::Refused { code } => own.refused = Some(code),
-            Event::Welcome { .. } => {}
+            Event::Welcome { node, .. } => {
+                own.began_on.get_or_insert_with(|| node.clone());
+                own.is_on = node;
+            }
         }
     }
 }
@@ -387,14 +419,38 @@ impl Bench {
         self.get("/v1/cluster").await
     }
 
-    fn report(&self, verdict: &Verdict, settled: Duration, changed: HashSet<usize>) -> Value {
+    /// Who moved, and who should have; each move that no change of owner explains is printed.
+    fn placement(&self, began: Instant, before: &Value, after: &Value) -> Placement {
+        let (before, after) = (ring_of(before), ring_of(after));
         let users = self.book.users.lock();
-        let moved = |of: fn(&UserBook) -> u64| -> HashSet<usize> {
-            users.iter().enumerate().filter(|(_, user)| of(user) > 0).map(|(n, _)| n).collect()
-        };
-        let by_owner = moved(|user| user.moved_by_owner);
-        let by_drain = moved(|user| user.moved_by_drain);
-        let all: HashSet<usize> = by_owner.union(&by_drain).copied().collect();
+        let mut placement = Placement::default();
+        for (name, user) in self.users.iter().zip(users.iter()) {
+            let owner = before.owner_of(name.as_str());
+            let (changed, moved) = (owner != after.owner_of(name.as_str()), !user.moves.is_empty());
+            let elsewhere = user.began_on.as_deref() != owner;
+            placement.changed += usize::from(changed);
+            placement.began_elsewhere += usize::from(elsewhere);
+            placement.moved_though_stayed += usize::from(moved && !changed && !elsewhere);
+            placement.stayed_though_changed += usize::from(changed && !moved && !elsewhere);
+            if moved && !changed {
+                for one in &user.moves {
+                    eprintln!(
+                        "{name}, of {owner:?}, moved from {} to {} by {:?}, {:?} after and {:?} before the first message",
+                        one.from,
+                        one.to,
+                        one.reason,
+                        one.at.saturating_duration_since(began),
+                        began.saturating_duration_since(one.at),
+                    );
+                }
+            }
+        }
+        placement
+    }
+
+    fn report(&self, verdict: &Verdict, settled: Duration, placement: &Placement) -> Value {
+        let users = self.book.users.lock();
+        let moved = |is: fn(&UserBook) -> bool| users.iter().filter(|user| is(user)).count();
         let mut away: Vec<Duration> = users.iter().flat_map(|user| user.away.iter().copied()).collect();
         away.sort_unstable();
         // Second, p50, p99 in ms: enough to draw what a move did.
@@ -410,10 +466,13 @@ impl Bench {
             "delivered_once": verdict.once, "delivered_again": verdict.again, "queued": verdict.queued,
             "expired": verdict.expired, "refused": *self.book.refused.lock(), "lost": verdict.lost,
             "late": verdict.late, "out_of_order": verdict.out_of_order,
-            "moved_users": all.len(), "moved_by_owner": by_owner.len(), "moved_by_drain": by_drain.len(),
-            "owner_changed_users": changed.len(), "moved_though_owner_stayed": all.difference(&changed).count(),
-            "stayed_though_owner_changed": changed.difference(&all).count(),
-            "moves": sum(|user| user.moved_by_owner + user.moved_by_drain), "reconnects": sum(|user| user.reconnects),
+            "moved_users": moved(|user| !user.moves.is_empty()),
+            "moved_by_owner": moved(|user| user.moved_by(MoveReason::Owner)),
+            "moved_by_drain": moved(|user| user.moved_by(MoveReason::Drain)),
+            "began_elsewhere": placement.began_elsewhere, "owner_changed_users": placement.changed,
+            "moved_though_owner_stayed": placement.moved_though_stayed,
+            "stayed_though_owner_changed": placement.stayed_though_changed,
+            "moves": sum(|user| user.moves.len() as u64), "reconnects": sum(|user| user.reconnects),
             "settled_ms": settled.as_millis() as u64, "away_ms": percentiles(&away), "delay_series": series,
             "delay_ms": percentiles(&verdict.delays), "delay_in_move_ms": percentiles(&verdict.delays_in_move),
         })
@@ -430,14 +489,6 @@ impl Bench {
             println!("{name:<28} {value}");
         }
     }
-}
-
-/// The users whose owner is another one now, by the arithmetic of the ring.
-fn changed_owners(users: &[UserId], before: &Value, after: &Value) -> HashSet<usize> {
-    let (before, after) = (ring_of(before), ring_of(after));
-    let changed =
-        |(_, user): &(usize, &UserId)| before.owner_of(user.as_str()) != after.owner_of(user.as_str());
-    users.iter().enumerate().filter(changed).map(|(n, _)| n).collect()
 }
 
 fn ring_of(cluster: &Value) -> Ring {
