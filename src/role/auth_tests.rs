@@ -1,7 +1,7 @@
 //! Tokens, good and bad, by each kind of key.
 
 use super::*;
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use proptest::prelude::*;
 
 const NOW: Millis = Millis(1_795_380_000_000);
 const SECRET: &str = "0123456789abcdef0123456789abcdef";
@@ -173,5 +173,26 @@ fn claims_that_are_no_object_or_say_a_thing_twice_are_refused() {
         format!(r#"{{"sub":"alice","exp":{ends}}} {{}}"#),
     ] {
         assert_eq!(auth.verify(&signed(&bad)), Err(TokenFault::Bad("this is not a token")), "{bad}");
+    }
+}
+
+proptest! {
+    /// One that has taken a token already says of any other what one says that has not: here with a letter put, dropped or changed.
+    #[test]
+    fn a_token_is_judged_alike_by_one_who_has_seen_its_like(
+        at in any::<proptest::sample::Index>(), kind in 0..4, letter in "[A-Za-z0-9_.=-]", sub in "[a-z]{0,3}", array in any::<bool>(),
+    ) {
+        let (fresh, seen) = (auth(SECRET), auth(SECRET));
+        prop_assert!(seen.verify(&hs256(&good())).is_ok());
+        let claims = if array { serde_json::json!([sub]) } else { with("sub", sub.into()) };
+        let mut token = hs256(&claims);
+        let at = at.index(token.len());
+        match kind {
+            0 => {}
+            1 => token.insert_str(at, &letter),
+            2 => drop(token.remove(at)),
+            _ => token.replace_range(at..=at, &letter),
+        }
+        prop_assert_eq!(fresh.verify(&token), seen.verify(&token));
     }
 }
