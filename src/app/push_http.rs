@@ -12,7 +12,7 @@ use axum::http::header::{
 use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
-use futures_util::future::{BoxFuture, FutureExt};
+use futures_util::future::{BoxFuture, FutureExt, ready};
 use serde_json::json as value;
 
 use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse};
@@ -87,8 +87,8 @@ impl Sockets<Body> for PushEdge {
         async move {
             match decide(&self.push, &request).await {
                 Ok((answer, admission)) => {
-                    let socket = async move { ServerSocket::answered(line, &answer).await };
-                    Ok(self.push.serve(admission, socket).boxed())
+                    let socket = ServerSocket::answered(line, &answer).await;
+                    Ok(self.push.serve(admission, ready(socket)).boxed())
                 }
                 Err(refused) => Err((line, *refused)),
             }

@@ -8,14 +8,14 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::{BoxFuture, Either, ready};
+use futures_util::future::{BoxFuture, Either, FutureExt, ready};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
@@ -26,20 +26,19 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use parking_lot::Mutex;
 use tokio::io::AsyncReadExt;
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::TcpSocket;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tower::{Service, ServiceExt};
 
+use super::accept;
 use super::line::Line;
 use super::websocket::request_head;
 
 /// Connections that the kernel may hold for us while we are busy: a tenth of a second of 40,000/s.
 const BACKLOG: u32 = 4_096;
-/// Rest after an accept that failed, as when no more files can be opened.
-const ACCEPT_REST: Duration = Duration::from_millis(50);
 /// A connection's read buffer, in bytes, at the most: a request head must fit.
 const READ_BUFFER: usize = 64 * 1024;
 /// A first request head for a WebSocket is looked for in so many bytes; a token is at most 8 KiB of them.
@@ -106,7 +105,7 @@ pub fn bind(address: SocketAddr, limits: &HttpLimits) -> io::Result<Listener> {
         socket.set_send_buffer_size(bytes)?;
     }
     socket.bind(address)?;
-    socket.listen(BACKLOG).map(Listener)
+    socket.listen(BACKLOG)?.into_std().map(Listener)
 }
 
 /// What answers requests.
@@ -178,23 +177,16 @@ pub async fn serve<S, B>(
         stop: stop.clone(),
     });
     let connections = TaskTracker::new();
-    let mut stopped = pin!(stop.cancelled());
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = stopped.as_mut() => break,
-        };
-        match accepted {
-            Ok((stream, _)) => {
-                drop(tokio::spawn(serve_one(Arc::clone(&server), stream, connections.token())));
-            }
-            Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(ACCEPT_REST).await;
-            }
-        }
+    let tracked = connections.clone();
+    let begin = {
+        let server = Arc::clone(&server);
+        move |stream| serve_one(Arc::clone(&server), stream, tracked.token())
+    };
+    if server.sockets.is_none() {
+        accept::in_task(listener, &stop, begin).await;
+    } else if let Err(error) = accept::on_thread(listener, &stop, move |stream| begin(stream).boxed()).await {
+        tracing::error!(%error, "no thread for new connections");
     }
-    drop(listener);
     connections.close();
     let _ = tokio::time::timeout(limits.shutdown, connections.wait()).await;
 }
@@ -239,7 +231,7 @@ where
 /// Finds out what a connection is, and answers how to go on with it.
 async fn begin<S, B>(
     server: Arc<Server<S, B>>,
-    mut stream: TcpStream,
+    stream: TcpStream,
     tracked: TaskTrackerToken,
 ) -> Option<BoxFuture<'static, ()>>
 where
@@ -247,20 +239,25 @@ where
     B: AnswerBody,
 {
     let mut until = Instant::now() + server.limits.first_request;
+    let mut line = Line::new(stream, Vec::new());
     let (line, answer) = match &server.sockets {
-        None => (Line::new(stream, Vec::new()), None),
+        None => (line, None),
         Some(sockets) => {
-            let first = tokio::time::timeout_at(until, first_head(&mut stream, &**sockets));
+            let first = tokio::time::timeout_at(until, first_head(&mut line, &**sockets));
             let Some(Ok(Ok(First { mut read, request }))) = server.stop.run_until_cancelled(first).await
             else {
                 tracing::debug!("a connection showed no request in time, or ended before it");
                 return None;
             };
             match request {
-                None => (Line::new(stream, read), None),
+                None => {
+                    line.give_back(&read);
+                    (line, None)
+                }
                 Some((request, length)) => {
                     let rest = read.split_off(length);
-                    match sockets.take(request, Line::new(stream, rest)).await {
+                    line.give_back(&rest);
+                    match sockets.take(request, line).await {
                         // From here on not tracked: the socket's own role knows how to end it.
                         Ok(socket) => return Some(socket),
                         Err((mut line, answer)) => {
@@ -289,11 +286,17 @@ struct First {
 }
 
 /// Reads until it is clear whether the first request asks for a WebSocket.
-async fn first_head<B>(stream: &mut TcpStream, sockets: &dyn Sockets<B>) -> io::Result<First> {
+async fn first_head<B>(line: &mut Line, sockets: &dyn Sockets<B>) -> io::Result<First> {
     let mut read = Vec::new();
     loop {
-        read.reserve(SOCKET_HEAD_READ);
-        if stream.read_buf(&mut read).await? == 0 {
+        let before = read.len();
+        read.resize(before + SOCKET_HEAD_READ, 0);
+        let count = match line.read_now(&mut read[before..]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => line.read(&mut read[before..]).await,
+            count => count,
+        };
+        read.truncate(before + count?);
+        if read.len() == before {
             if read.is_empty() {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -463,6 +466,7 @@ fn words(error: &dyn std::error::Error) -> String {
 mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpStream;
 
     /// Refuses every socket, and takes longer for it than a request may take to come.
     struct Slow(Duration);

@@ -1,5 +1,6 @@
 //! The doors to the network: hyper, tungstenite, tonic, Redis. This room knows frames and requests, not users.
 
+mod accept;
 pub mod http;
 pub mod line;
 pub mod peer;

@@ -109,7 +109,8 @@ pub fn handshake(headers: &HeaderMap) -> Result<Response<()>, NoHandshake> {
 
 /// The server's side of a socket, bare of everything that the handshake needed.
 pub struct ServerSocket {
-    inner: WebSocketStream<Line>,
+    /// Boxed, for it is handed on from stage to stage.
+    inner: Box<WebSocketStream<Line>>,
 }
 
 impl ServerSocket {
@@ -131,7 +132,8 @@ impl ServerSocket {
     }
 
     async fn on(line: Line) -> Self {
-        Self { inner: WebSocketStream::from_raw_socket(line, Role::Server, Some(server_config())).await }
+        let inner = WebSocketStream::from_raw_socket(line, Role::Server, Some(server_config())).await;
+        Self { inner: Box::new(inner) }
     }
 }
 

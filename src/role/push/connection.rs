@@ -95,7 +95,7 @@ where
     F: Future<Output = Option<S>> + Send,
 {
     let span = tracing::debug_span!("connection", node = %node.name(), session = tracing::field::Empty);
-    let began = Box::pin(begin(node, admission, socket, span.clone()).instrument(span.clone()));
+    let began = Box::pin(begin(node, admission, socket, span.clone())).instrument(span.clone());
     async move {
         if let Some(serving) = began.await {
             serving.serve().instrument(span).await;
