@@ -238,3 +238,19 @@ async fn logs_are_json_where_asked_for_and_hold_no_token_and_no_payload() {
     child.kill().unwrap();
     child.wait().unwrap();
 }
+
+/// All the open files that the system grants, though the shell says fewer, and room for them in the kernel's table at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_takes_all_the_files_that_it_is_granted() {
+    let server = Server::start().await;
+    let of = |file: &str, name: &str| {
+        let text = std::fs::read_to_string(format!("/proc/{}/{file}", server.pid())).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let limits = of("limits", "Max open files");
+    assert_eq!(limits[0], limits[1], "soft and hard");
+    let granted = limits[1].parse().unwrap_or(u64::MAX).min(65_536);
+    let room: u64 = of("status", "FDSize:")[0].parse().unwrap();
+    assert!(room >= granted, "{room} of {granted}");
+}
