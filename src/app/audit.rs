@@ -143,9 +143,9 @@ struct Verdict {
 struct Placement {
     /// The owner is another node in the end.
     changed: usize,
-    /// The first socket was on another node than the owner: it goes home when the nodes change, which is no move too many.
+    /// The first socket was on another node than the owner, which explains a move home.
     began_elsewhere: usize,
-    /// Told to move though the owner stayed the same and the first socket was there.
+    /// Told to move though the owner is the same in the end.
     moved_though_stayed: usize,
     /// Never told to move though the owner is another.
     stayed_though_changed: usize,
@@ -429,12 +429,11 @@ impl Bench {
         for (name, user) in self.users.iter().zip(users.iter()) {
             let owner = before.owner_of(name.as_str());
             let (changed, moved) = (owner != after.owner_of(name.as_str()), !user.moves.is_empty());
-            let elsewhere = user.began_on.as_deref() != owner;
             placement.changed += usize::from(changed);
-            placement.began_elsewhere += usize::from(elsewhere);
-            placement.moved_though_stayed += usize::from(moved && !changed && !elsewhere);
-            placement.stayed_though_changed += usize::from(changed && !moved && !elsewhere);
-            if moved && !changed && !elsewhere && placement.moved_though_stayed <= MOVES_PRINTED {
+            placement.began_elsewhere += usize::from(user.began_on.as_deref() != owner);
+            placement.moved_though_stayed += usize::from(moved && !changed);
+            placement.stayed_though_changed += usize::from(changed && !moved);
+            if moved && !changed && placement.moved_though_stayed <= MOVES_PRINTED {
                 for one in &user.moves {
                     eprintln!(
                         "{name}, of {owner:?}, moved from {} to {} by {:?}, {:?} after the first message",
