@@ -605,7 +605,12 @@ impl Client {
         loop {
             match one.stream.read(&mut self.buffer) {
                 Ok(0) => return Err("a publisher's connection was closed".to_owned()),
-                Ok(count) => one.held.extend_from_slice(&self.buffer[..count]),
+                Ok(count) => {
+                    one.held.extend_from_slice(&self.buffer[..count]);
+                    if count < BUFFER {
+                        break;
+                    }
+                }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error.to_string()),
             }
