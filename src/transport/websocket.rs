@@ -111,6 +111,8 @@ pub fn handshake(headers: &HeaderMap) -> Result<Response<()>, NoHandshake> {
 pub struct ServerSocket {
     /// Boxed, for it is handed on from stage to stage.
     inner: Box<WebSocketStream<Line>>,
+    /// Nothing that was read is left: more must come before there is a frame.
+    dry: bool,
 }
 
 impl ServerSocket {
@@ -133,7 +135,7 @@ impl ServerSocket {
 
     async fn on(line: Line) -> Self {
         let inner = WebSocketStream::from_raw_socket(line, Role::Server, Some(server_config())).await;
-        Self { inner: Box::new(inner) }
+        Self { inner: Box::new(inner), dry: false }
     }
 }
 
@@ -141,11 +143,12 @@ impl Stream for ServerSocket {
     type Item = Result<Incoming, SocketFault>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        Poll::Ready(match ready!(self.inner.poll_next_unpin(cx)) {
-            None => None,
-            Some(Ok(message)) => Some(Ok(incoming(message))),
-            Some(Err(error)) => Some(Err(fault(&error))),
-        })
+        if self.dry && self.inner.get_mut().poll_maybe_readable(cx).is_pending() {
+            return Poll::Pending;
+        }
+        let next = self.inner.poll_next_unpin(cx);
+        self.dry = next.is_pending();
+        next.map(|next| next.map(|next| next.map(incoming).map_err(|error| fault(&error))))
     }
 }
 
