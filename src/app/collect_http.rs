@@ -6,12 +6,14 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::rejection::RawPathParamsRejection;
 use axum::extract::{RawPathParams, State};
-use axum::http::{HeaderMap, Request, Response, StatusCode, Uri};
+use axum::http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use bytes::BytesMut;
+use hyper::body::Incoming;
 use serde_json::{Value, json as value};
 use tokio::sync::Semaphore;
+use tower::ServiceExt;
 
 use super::edge::{Refused, Routes, bearer, closed, json, json_body, refuse, same_secret};
 use crate::inbox::InboxError;
@@ -19,10 +21,13 @@ use crate::membership::{Counts, Membership};
 use crate::message::{NodeId, Seq, UserId};
 use crate::role::collect::{Collect, HISTORY_PAGE, UserReport};
 use crate::role::connect::PublicUrls;
+use crate::transport::http::{Answers, RequestBody};
 use crate::wire::http::{
     Problem, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish,
 };
 
+/// Where to publish.
+const MESSAGES: &str = "/v1/messages";
 /// Largest body of one publish: 64 KiB of payload and 1000 recipients of 128 bytes, escaped at their worst.
 const PUBLISH_BODY: usize = 1024 * 1024;
 /// Largest body of a batch.
@@ -70,10 +75,26 @@ type Edge = State<Arc<CollectEdge>>;
 type Path = Result<RawPathParams, RawPathParamsRejection>;
 type Answer = Result<Response<Body>, Refused>;
 
+/// What answers on collect's port. A publish goes past the router: what that boxes and clones for a request is as much as all else
+/// that a small publish needs before it waits to be stored.
+pub(super) fn front(edge: Arc<CollectEdge>, routes: Routes) -> impl Answers<Body> {
+    tower::service_fn(move |request: Request<Incoming>| {
+        let (edge, routes) = (Arc::clone(&edge), routes.clone());
+        async move {
+            if request.method() == Method::POST && request.uri().path() == MESSAGES {
+                return Ok(publish(&edge, request).await.into_response());
+            }
+            routes.oneshot(request.map(Body::new)).await
+        }
+    })
+}
+
 pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
+    let publish_here =
+        |State(edge): Edge, request: Request<Body>| async move { publish(&edge, request).await };
     closed(
         axum::Router::new()
-            .route("/v1/messages", post(publish))
+            .route(MESSAGES, post(publish_here))
             .route("/v1/messages/batch", post(batch))
             .route("/v1/users/{user}/messages", get(history))
             .route("/v1/users/{user}", get(user))
@@ -83,13 +104,13 @@ pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
     )
 }
 
-async fn publish(State(edge): Edge, request: Request<Body>) -> Answer {
+async fn publish<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Answer {
     edge.authorize(request.headers())?;
-    publish_body(&edge, request).await
+    publish_body(edge, request).await
 }
 
 /// A publish whose sender is known already.
-pub(super) async fn publish_body(edge: &CollectEdge, request: Request<Body>) -> Answer {
+pub(super) async fn publish_body<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Answer {
     let body = json_body(request, PUBLISH_BODY).await?;
     let publish = parse_publish(&body, &edge.limits)?;
     // The payload is a slice of the body: nothing else may keep that alive.

@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use axum::response::IntoResponse;
 use bytes::Bytes;
 
-use crate::transport::http::{BodyFault, read_body};
+use crate::transport::http::{BodyFault, RequestBody, read_body};
 use crate::wire::http::Problem;
 
 /// How long a sender may take to send a body.
@@ -82,7 +82,7 @@ pub(super) fn same_secret(one: &str, other: &str) -> bool {
 }
 
 /// Reads a JSON body of at most `limit` bytes.
-pub(super) async fn json_body(request: Request<Body>, limit: usize) -> Result<Bytes, Refused> {
+pub(super) async fn json_body<B: RequestBody>(request: Request<B>, limit: usize) -> Result<Bytes, Refused> {
     if let Some(kind) = request.headers().get(CONTENT_TYPE) {
         let kind = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
         if !kind.eq_ignore_ascii_case("application/json") && !kind.to_ascii_lowercase().ends_with("+json") {

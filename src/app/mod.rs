@@ -40,7 +40,7 @@ use crate::role::reach::Reach;
 use crate::role::{DispatchService, VerifyService};
 use crate::telemetry::{Health, Metrics};
 use crate::ticket::TicketKey;
-use crate::transport::http::{HttpLimits, Listener, Sockets, bind, serve};
+use crate::transport::http::{Answers, HttpLimits, Listener, Sockets, bind, serve};
 use crate::transport::peer::{self, FindPush, Sign, Verify};
 use crate::wire::address::{RedisServers, RedisUrl};
 use crate::wire::frame::ReconnectHint;
@@ -421,8 +421,8 @@ impl App {
         }
         let plain = HttpLimits::default();
         if let (Some(listening), Some(edge)) = (listeners.collect, collect) {
-            let routes = collect_http::routes(Arc::clone(&edge));
-            self.serve(listening, collect_grpc::with_grpc(routes, edge), plain);
+            let routes = collect_grpc::with_grpc(collect_http::routes(Arc::clone(&edge)), Arc::clone(&edge));
+            self.serve(listening, collect_http::front(edge, routes), plain);
         }
         if let (Some(listening), Some(auth)) = (listeners.auth, &shared.own_auth) {
             let edge = auth_http::AuthEdge { auth: auth.clone(), admin_key: config.admin_key.clone() };
@@ -439,8 +439,8 @@ impl App {
         self.servers.spawn(serve(listening.listener, routes, None, limits, self.stop.clone()));
     }
 
-    fn serve(&mut self, listening: Listening, routes: Routes, limits: HttpLimits) {
-        self.servers.spawn(serve(listening.listener, routes.into_service(), None, limits, self.stop.clone()));
+    fn serve(&mut self, listening: Listening, service: impl Answers<Body>, limits: HttpLimits) {
+        self.servers.spawn(serve(listening.listener, service, None, limits, self.stop.clone()));
     }
 
     fn serve_sockets(&mut self, listening: Listening, routes: Routes, edge: Arc<dyn Sockets<Body>>) {

@@ -371,15 +371,19 @@ pub enum BodyFault {
     Incomplete,
 }
 
+/// What a request brings.
+pub trait RequestBody: Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> {}
+impl<B> RequestBody for B where B: Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> {}
+
 /// Reads a whole body of at most `limit` bytes within `deadline`.
 ///
 /// # Errors
 /// [`BodyFault`].
-pub async fn read_body<B>(body: B, limit: usize, deadline: Duration) -> Result<Bytes, BodyFault>
-where
-    B: Body<Data = Bytes>,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
+pub async fn read_body<B: RequestBody>(
+    body: B,
+    limit: usize,
+    deadline: Duration,
+) -> Result<Bytes, BodyFault> {
     match tokio::time::timeout(deadline, Limited::new(body, limit).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(BodyFault::TooLarge),

@@ -350,6 +350,9 @@ fn fault(pointer: impl Into<String>, detail: impl Into<String>) -> FieldFault {
     FieldFault { pointer: pointer.into(), detail: detail.into() }
 }
 
+/// Payloads from so many bytes on are not copied out of the body: a connection's read buffer is twice that, at least.
+const SHARED_PAYLOAD: usize = 4 * 1024;
+
 /// Reads the body of one publish.
 ///
 /// # Errors
@@ -389,9 +392,10 @@ fn parse_payload(
         faults.push(fault("/payload", detail));
         return None;
     }
-    // A slice keeps the whole body alive: only worth it where the body is little more than the payload.
-    let mostly_payload = body.len() <= 2 * text.len() + 512;
-    Some(if mostly_payload { body.slice_ref(text) } else { Bytes::copy_from_slice(text) })
+    // A slice keeps the whole body alive, and the buffer that it was read into: only worth it for much, and where the body is little
+    // more than the payload.
+    let shared = text.len() >= SHARED_PAYLOAD && body.len() <= 2 * text.len();
+    Some(if shared { body.slice_ref(text) } else { Bytes::copy_from_slice(text) })
 }
 
 fn parse_ttl(raw: Option<&RawValue>, limits: &PublishLimits, faults: &mut Vec<FieldFault>) -> u64 {
