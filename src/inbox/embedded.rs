@@ -50,7 +50,7 @@ const KEYSPACES: [&str; 4] = ["messages.2", "heads.2", "fences.2", "cursors.2"];
 /// A name that the first layout had.
 const EARLIER: &str = "messages";
 /// A sync takes a fifth of a millisecond and ten wake-ups, for one message as for many (docs/benchmarks.md).
-const GATHERING: Gathering = Gathering { every: Duration::from_millis(1), enough: 32 };
+const GATHERING: Gathering = Gathering { every: Duration::from_millis(1), enough: 24 };
 /// So many questions are answered at once, on the asker's thread: a look into memory each, or a block of a file that the kernel
 /// mostly has. Handed to another thread, each would cost that thread's waking and several times the looking.
 const ASKED_AT_ONCE: usize = 1;

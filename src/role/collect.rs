@@ -1,8 +1,9 @@
 //! Collect: takes messages from business systems, appends them to the inboxes, answers, and hands them to dispatch.
 //!
 //! Appends are grouped: what waits while one write is under way, or comes right after it began, is the next write. Writing has
-//! a thread of its own: the next write begins when the last one ends, however much else the runtime has to do then. A message
-//! that was stored is handed on whether or not its sender still waits, so one that goes away loses nobody a live delivery.
+//! a thread of its own, which answers too: the answers of a write go out when it ends, and the next one begins then, however much
+//! else the runtime has to do. A message that was stored is handed on whether or not its sender still waits, so one that goes
+//! away loses nobody a live delivery.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use parking_lot::{Condvar, Mutex};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tower::ServiceExt;
@@ -34,8 +35,6 @@ pub const WAITING_APPENDS: usize = 10_000;
 pub const WAITING_BYTES: usize = 32 * 1024 * 1024;
 /// Appends in one write.
 const BATCH: usize = 1_000;
-/// Writes that are done and not yet answered: more, and the next one waits.
-const UNANSWERED: usize = 4;
 /// How long a publish may take before it is answered 503: it may be stored all the same, and is safe to repeat.
 pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(10);
 /// Rest after no dispatch could be reached.
@@ -147,11 +146,9 @@ impl Collect {
             filled: Condvar::new(),
             metrics: CollectMetrics::register(metrics),
         });
-        let (written, done) = mpsc::channel(UNANSWERED);
         let (writer, runtime) = (Arc::clone(&inner), Handle::current());
-        tasks.spawn_blocking(move || write(&writer, &runtime, &written));
-        tasks.spawn(answer_all(EndsWriter(Arc::clone(&inner)), done));
-        tasks.spawn(hand_on(Arc::clone(&inner)));
+        tasks.spawn_blocking(move || write(&writer, &runtime));
+        tasks.spawn(hand_on(EndsWriter(Arc::clone(&inner))));
         Self { inner }
     }
 
@@ -162,22 +159,26 @@ impl Collect {
         let fenced = publish.id.is_some() || matches!(publish.to, Recipients::Users(_));
         let id = publish.id.unwrap_or_else(new_id);
         let count = publish.to.users().len();
+        // The last recipient takes the payload itself: to share it costs one more piece of memory.
+        let mut payload = publish.payload;
+        let bytes = payload.len();
         let waiting: Vec<(UserId, Result<oneshot::Receiver<Outcome>, Refusal>)> = publish
             .to
             .users()
             .iter()
             .enumerate()
             .map(|(n, user)| {
+                let last = n + 1 == count;
+                let payload = if last { std::mem::take(&mut payload) } else { payload.clone() };
                 let append = Append {
                     user: user.clone(),
                     id: id.clone(),
                     fenced,
                     accepted_at: now,
                     expires_at: now.plus_seconds(publish.ttl_s),
-                    payload: publish.payload.clone(),
+                    payload,
                 };
-                let bytes = if n + 1 == count { publish.payload.len() } else { 0 };
-                (user.clone(), self.enqueue(append, bytes))
+                (user.clone(), self.enqueue(append, if last { bytes } else { 0 }))
             })
             .collect();
         let deadline = Instant::now() + PUBLISH_DEADLINE;
@@ -298,14 +299,8 @@ async fn wait_until(deadline: Instant, waiter: oneshot::Receiver<Outcome>) -> Ou
     }
 }
 
-/// What one write needs to be answered.
-struct Written {
-    to: Vec<(UserId, Answer)>,
-    outcomes: Vec<Result<Appended, InboxError>>,
-}
-
-/// Writes what waits, batch after batch; the answers are given elsewhere, while the next write is under way. Blocks its thread.
-fn write(inner: &Inner, runtime: &Handle, written: &mpsc::Sender<Written>) {
+/// Writes what waits, batch after batch, and answers. Blocks its thread.
+fn write(inner: &Inner, runtime: &Handle) {
     let mut last_began = None;
     while let Some(batch) = inner.next_batch(last_began) {
         last_began = Some(Instant::now());
@@ -316,9 +311,7 @@ fn write(inner: &Inner, runtime: &Handle, written: &mpsc::Sender<Written>) {
         };
         let (appends, to): (Vec<Append>, Vec<_>) = batch.into_iter().map(with_user).unzip();
         let outcomes = runtime.block_on(inner.inbox.append(appends));
-        if written.blocking_send(Written { to, outcomes }).is_err() {
-            return;
-        }
+        answer(inner, to, outcomes);
     }
 }
 
@@ -366,16 +359,10 @@ impl Drop for EndsWriter {
     }
 }
 
-async fn answer_all(writer: EndsWriter, mut done: mpsc::Receiver<Written>) {
-    while let Some(written) = done.recv().await {
-        answer(&writer.0, written);
-    }
-}
-
 /// Tells the senders, and hands what was stored to dispatch.
-fn answer(inner: &Inner, written: Written) {
-    let mut live = Vec::with_capacity(written.to.len());
-    for ((user, to), outcome) in written.to.into_iter().zip(written.outcomes) {
+fn answer(inner: &Inner, to: Vec<(UserId, Answer)>, outcomes: Vec<Result<Appended, InboxError>>) {
+    let mut live = Vec::with_capacity(to.len());
+    for ((user, to), outcome) in to.into_iter().zip(outcomes) {
         let outcome = match outcome {
             Ok(Appended::Stored(message)) => {
                 let seq = message.seq;
@@ -400,7 +387,8 @@ fn answer(inner: &Inner, written: Written) {
 
 /// Hands stored messages to dispatch, batch after batch; one that no dispatch takes is found by the sweeps, which are asked
 /// for as soon as there is a dispatch again.
-async fn hand_on(inner: Arc<Inner>) {
+async fn hand_on(writer: EndsWriter) {
+    let inner = &writer.0;
     loop {
         inner.handing_on.rest();
         let (batch, missed) = inner.handing_on.take().await;
