@@ -11,29 +11,41 @@
 //! 5. its timer: the next ping, the end of the token, the end after a drain.
 //!
 //! Writing goes first, so that a queue never grows while the socket would take it; mail and frames take turns.
+//!
+//! # Who serves
+//!
+//! The task serves, with one exception: whoever brings a live message while the task rests and nothing waits before it, does what the
+//! task would do with it, in its name ([`AtOnce`]). To wake the task for it costs more than to send it, and most messages come
+//! to sessions that rest.
+//!
+//! # Locks
+//!
+//! One lock around each session that serves, held while it is polled and while a message is sent at once; never across a wait. The
+//! one who brings a message does not wait for it either: where it is taken, the message goes into the mailbox.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, Sink, SinkExt, Stream, StreamExt};
+use parking_lot::Mutex;
 use tokio::time::{Instant, Sleep};
 use tower::ServiceExt;
 use tracing::Instrument;
 
 use super::admission::{Admission, Known};
 use super::mailbox::Mail;
-use super::registry::{Registered, Seat};
+use super::registry::{AtOnce, Registered, Seat};
 use super::{Node, rebalance};
 use crate::backoff::between;
 use crate::inbox::{Answer, From};
 use crate::message::{DeviceId, Millis, Seq};
-use crate::session::{Input, Output, Session, Standing};
+use crate::session::{Input, Item, Output, Session, Standing};
 use crate::telemetry::{Counted, WAY};
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{ClientFrame, ServerFrame, Since};
@@ -98,23 +110,23 @@ where
     let began = Box::pin(begin(node, admission, socket, span.clone())).instrument(span.clone());
     async move {
         if let Some(serving) = began.await {
-            serving.serve().instrument(span).await;
+            Shared::serve(serving).instrument(span).await;
         }
     }
 }
 
-async fn begin<S: Socket>(
+async fn begin<S: Socket + 'static>(
     node: Arc<Node>,
     admission: Admission,
     socket: impl Future<Output = Option<S>>,
     span: tracing::Span,
-) -> Option<Box<Serving<S>>> {
+) -> Option<Arc<Shared<S>>> {
     let mut socket = socket.await?;
     let counted = Counted::in_gauge(&node.metrics.connections);
     match attached(&node, admission, &mut socket).await {
         Ok(attached) => {
             span.record("session", tracing::field::display(attached.seat.id));
-            Some(Box::new(Serving::begin(node, socket, attached, counted)))
+            Some(Shared::new(Serving::begin(node, socket, attached, counted)))
         }
         Err(end) => {
             Box::pin(farewell(&node, &mut socket, end)).await;
@@ -290,6 +302,46 @@ enum Event {
     Over,
 }
 
+/// A session that serves, for its task and for who brings a message; empty when it has ended.
+struct Shared<S>(Mutex<Option<Serving<S>>>);
+
+impl<S: Socket + 'static> Shared<S> {
+    fn new(serving: Serving<S>) -> Arc<Self> {
+        let seat = Arc::clone(&serving.seat);
+        let shared = Arc::new(Self(Mutex::new(Some(serving))));
+        let weak = Arc::downgrade(&shared);
+        seat.served_by(weak);
+        shared
+    }
+
+    async fn serve(self: Arc<Self>) {
+        poll_fn(|cx| self.poll_end(cx)).await.await;
+    }
+
+    /// Serves; ready with the farewell, boxed when its time has come, so that idle sockets carry no room for it.
+    fn poll_end(&self, cx: &mut Context<'_>) -> Poll<BoxFuture<'static, ()>> {
+        let mut place = self.0.lock();
+        let Some(serving) = place.as_mut() else { return Poll::Pending };
+        serving.is_task(cx.waker());
+        let end = loop {
+            let event = ready!(serving.poll_event(cx));
+            if let Err(end) = serving.take(event) {
+                break end;
+            }
+        };
+        place.take().map_or(Poll::Pending, |serving| Poll::Ready(serving.part(end).boxed()))
+    }
+}
+
+impl<S: Socket + 'static> AtOnce for Shared<S> {
+    fn send(&self, item: Item<Bytes>) -> Option<Item<Bytes>> {
+        match self.0.try_lock().as_deref_mut() {
+            Some(Some(serving)) => serving.send_at_once(item),
+            _ => Some(item),
+        }
+    }
+}
+
 /// The serving stage; see the room's comment.
 struct Serving<S> {
     node: Arc<Node>,
@@ -306,6 +358,12 @@ struct Serving<S> {
     frames_first: bool,
     refresh: Option<BoxFuture<'static, Result<Known, End>>>,
     timer: Pin<Box<Sleep>>,
+    /// The timer was asked since it was set, and tells the task.
+    timer_asked: bool,
+    /// Wakes the task that serves, once it has looked.
+    task: Option<Waker>,
+    /// What happened while a message was sent at once: for the task to see.
+    noticed: Option<Box<Event>>,
     next_ping: Instant,
     unanswered: u32,
     token_ends: Instant,
@@ -340,6 +398,9 @@ impl<S: Socket> Serving<S> {
             told_full: false,
             frames_first: false,
             refresh: None,
+            timer_asked: false,
+            task: None,
+            noticed: None,
             next_ping,
             unanswered: 0,
             token_ends,
@@ -355,40 +416,53 @@ impl<S: Socket> Serving<S> {
         this
     }
 
-    async fn serve(mut self: Box<Self>) {
-        let end = loop {
-            let event = poll_fn(|cx| self.poll_event(cx)).await;
-            if let Err(end) = self.take(event) {
-                break end;
-            }
-        };
-        // Boxed when its time has come, so that idle sockets carry no room for it.
-        Box::pin(self.part(end)).await;
-    }
-
-    async fn part(self: Box<Self>, end: End) {
-        let Self { node, mut socket, seat, _counted, .. } = *self;
+    async fn part(self, end: End) {
+        let Self { node, mut socket, seat, _counted, .. } = self;
         // Out of the registry before the farewell: the place is free at once.
         drop(seat);
         farewell(&node, &mut socket, end).await;
     }
 
+    /// From now on this wakes the task that serves.
+    fn is_task(&mut self, waker: &Waker) {
+        if !self.task.as_ref().is_some_and(|known| known.will_wake(waker)) {
+            self.task = Some(waker.clone());
+            self.timer_asked = false;
+        }
+    }
+
+    /// Sends a live message in the name of the task, or gives it back where something comes before it.
+    fn send_at_once(&mut self, item: Item<Bytes>) -> Option<Item<Bytes>> {
+        if self.noticed.is_some() || !self.seat.mailbox.is_empty() {
+            return Some(item);
+        }
+        let Some(task) = self.task.take() else { return Some(item) };
+        self.step(Input::Live(item));
+        if let Poll::Ready(event) = self.poll_write(&mut Context::from_waker(&task)) {
+            self.noticed = Some(Box::new(event));
+            task.wake_by_ref();
+        }
+        self.task = Some(task);
+        None
+    }
+
     fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        if let Some(event) = self.noticed.take() {
+            return Poll::Ready(*event);
+        }
         if let Poll::Ready(event) = self.poll_write(cx) {
             return Poll::Ready(event);
         }
-        self.frames_first = !self.frames_first;
-        if self.frames_first
-            && let Poll::Ready(event) = self.poll_frame(cx)
-        {
+        // Mail first after a frame or a rest, frames first after mail.
+        let frames_first = std::mem::take(&mut self.frames_first);
+        if frames_first && let Poll::Ready(event) = self.poll_frame(cx) {
             return Poll::Ready(event);
         }
         if let Poll::Ready(mail) = self.seat.mailbox.poll_take(cx) {
+            self.frames_first = true;
             return Poll::Ready(Event::Mail(mail));
         }
-        if !self.frames_first
-            && let Poll::Ready(event) = self.poll_frame(cx)
-        {
+        if !frames_first && let Poll::Ready(event) = self.poll_frame(cx) {
             return Poll::Ready(event);
         }
         if let Some(refresh) = &mut self.refresh
@@ -397,7 +471,18 @@ impl<S: Socket> Serving<S> {
             self.refresh = None;
             return Poll::Ready(Event::Refreshed(refreshed));
         }
-        self.timer.as_mut().poll(cx).map(|()| Event::Timer)
+        self.poll_timer(cx)
+    }
+
+    /// The timer keeps in mind whom to tell: while its time has not come it needs no second look.
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        if self.timer_asked && !self.timer.is_elapsed() {
+            return Poll::Pending;
+        }
+        // Not bound to the task's share of turns: without one left, the timer would not keep in mind whom to tell.
+        let rung = pin!(tokio::task::unconstrained(self.timer.as_mut())).poll(cx);
+        self.timer_asked = rung.is_pending();
+        rung.map(|()| Event::Timer)
     }
 
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
@@ -582,6 +667,7 @@ impl<S: Socket> Serving<S> {
 
     fn reset_timer(&mut self) {
         let next = self.next_ping.min(self.token_ends);
+        self.timer_asked = false;
         self.timer.as_mut().reset(self.close_at.map_or(next, |at| at.min(next)));
     }
 

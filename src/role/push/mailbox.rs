@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 use tokio::time::Duration;
 
 use crate::message::Seq;
@@ -22,8 +23,8 @@ pub(super) const MAILBOX_BYTES: usize = 256 * 1024;
 /// Everything that came since the last look.
 #[derive(Debug, Default)]
 pub(super) struct Mail {
-    /// Live messages, in the order they came.
-    pub(super) live: Vec<Item<Bytes>>,
+    /// Live messages, in the order they came; mostly there is one, which needs no memory of its own.
+    pub(super) live: SmallVec<[Item<Bytes>; 1]>,
     bytes: usize,
     /// Live messages were dropped.
     pub(super) lost: bool,
@@ -114,6 +115,11 @@ impl Mailbox {
     fn put(&self, act: impl FnOnce(&mut Mail)) {
         act(&mut self.mail.lock());
         self.waker.wake();
+    }
+
+    /// Whether nothing waits to be taken.
+    pub(super) fn is_empty(&self) -> bool {
+        self.mail.lock().is_empty()
     }
 
     /// Takes all that is there, or waits for something.

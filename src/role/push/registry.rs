@@ -8,13 +8,16 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
+use bytes::Bytes;
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 
 use super::mailbox::Mailbox;
 use crate::message::{DeviceId, Millis, NodeId, Seq, UserId};
+use crate::session::Item;
 
 /// Shards of the registry: enough that two cores seldom meet, few enough to walk.
 const SHARDS: usize = 64;
@@ -28,6 +31,12 @@ pub(super) struct Arrival {
     pub(super) client_epoch: u64,
     /// Not to be moved while the view has this digest: it was sent here on purpose, or cannot be sent rightly.
     pub(super) keep_at: Option<u64>,
+}
+
+/// A session that can send a live message at once, in the name of its task.
+pub(super) trait AtOnce: Send + Sync {
+    /// Sends it, or gives it back: for the mailbox.
+    fn send(&self, item: Item<Bytes>) -> Option<Item<Bytes>>;
 }
 
 /// One session as the rest of the node sees it.
@@ -45,6 +54,7 @@ pub(super) struct Seat {
     acked: AtomicU64,
     /// The owner that the client was told of already: once per owner incarnation.
     told: Mutex<Option<(NodeId, u64)>>,
+    serving: OnceLock<Weak<dyn AtOnce>>,
 }
 
 impl Seat {
@@ -67,7 +77,24 @@ impl Seat {
             position: AtomicU64::new(Seq::MAX.get()),
             acked: AtomicU64::new(0),
             told: Mutex::new(None),
+            serving: OnceLock::new(),
         })
+    }
+
+    /// The session serves from now on.
+    pub(super) fn served_by(&self, serving: Weak<dyn AtOnce>) {
+        let _ = self.serving.set(serving);
+    }
+
+    /// Sends a live message at once, or puts it into the mailbox.
+    pub(super) fn feed_at_once(&self, item: Item<Bytes>) {
+        let rest = match self.serving.get().and_then(Weak::upgrade) {
+            Some(serving) => serving.send(item),
+            None => Some(item),
+        };
+        if let Some(item) = rest {
+            self.mailbox.try_live(item);
+        }
     }
 
     /// When the token in use was issued, in whole seconds.
@@ -215,6 +242,11 @@ impl Registry {
         if let Some(seats) = self.shard(user).lock().get(user) {
             seats.iter().for_each(act);
         }
+    }
+
+    /// The sessions of a user, mostly one.
+    pub(super) fn of_user(&self, user: &UserId) -> SmallVec<[Arc<Seat>; 1]> {
+        self.shard(user).lock().get(user).into_iter().flatten().cloned().collect()
     }
 
     /// Whether a user has a session here.

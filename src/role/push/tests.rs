@@ -22,11 +22,27 @@ use crate::wire::peer::{Identity, VerifyRequest};
 
 const NOW: Millis = Millis(1_795_380_000_000);
 
-/// A socket of two channels; what is sent is never refused, as by a client that reads.
+/// A socket of two channels, which takes all that is sent while it is not full.
 struct Wire {
     incoming: mpsc::Receiver<Incoming>,
     outgoing: mpsc::Sender<Outgoing>,
+    unwritten: Vec<Outgoing>,
     flushed: Arc<tokio::sync::Notify>,
+    full: Arc<Full>,
+}
+
+/// Whether a socket takes nothing, and who waits for it to.
+#[derive(Default)]
+struct Full {
+    full: std::sync::atomic::AtomicBool,
+    waits: futures_util::task::AtomicWaker,
+}
+
+impl Full {
+    fn set(&self, full: bool) {
+        self.full.store(full, std::sync::atomic::Ordering::SeqCst);
+        self.waits.wake();
+    }
 }
 
 impl Stream for Wire {
@@ -41,10 +57,20 @@ impl Sink<Outgoing> for Wire {
     fn poll_ready(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
         Poll::Ready(Ok(()))
     }
-    fn start_send(self: Pin<&mut Self>, outgoing: Outgoing) -> Result<(), SocketFault> {
-        self.outgoing.try_send(outgoing).map_err(|_| SocketFault::Gone)
+    fn start_send(mut self: Pin<&mut Self>, outgoing: Outgoing) -> Result<(), SocketFault> {
+        self.unwritten.push(outgoing);
+        Ok(())
     }
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+        self.full.waits.register(cx.waker());
+        if self.full.full.load(std::sync::atomic::Ordering::SeqCst) {
+            return Poll::Pending;
+        }
+        for outgoing in std::mem::take(&mut self.unwritten) {
+            if self.outgoing.try_send(outgoing).is_err() {
+                return Poll::Ready(Err(SocketFault::Gone));
+            }
+        }
         self.flushed.notify_one();
         Poll::Ready(Ok(()))
     }
@@ -83,6 +109,7 @@ struct Client {
     user: String,
     says: mpsc::Sender<Incoming>,
     hears: mpsc::Receiver<Outgoing>,
+    full: Arc<Full>,
 }
 
 impl Client {
@@ -207,10 +234,12 @@ impl Cluster {
         let admission = self.nodes[node].admit(request).await.unwrap();
         let ((says, incoming), (outgoing, hears)) = (mpsc::channel(64), mpsc::channel(1024));
         let flushed = Arc::new(tokio::sync::Notify::new());
-        let wire = Wire { incoming, outgoing, flushed: Arc::clone(&flushed) };
+        let full = Arc::<Full>::default();
+        let (unwritten, of_wire) = (Vec::new(), Arc::clone(&full));
+        let wire = Wire { incoming, outgoing, unwritten, flushed: Arc::clone(&flushed), full: of_wire };
         tokio::spawn(self.nodes[node].serve(admission, std::future::ready(Some(wire))));
         tokio::time::timeout(Duration::from_secs(1), flushed.notified()).await.expect("a flush in time");
-        Client { user: user.to_owned(), says, hears }
+        Client { user: user.to_owned(), says, hears, full }
     }
 
     async fn connect(&self, node: usize, user: &str) -> Client {
@@ -460,4 +489,84 @@ async fn a_socket_opens_though_the_inbox_hangs() {
     cluster.join("push-0").await;
     let mut client = cluster.open(0, "alice").await;
     assert!(client.heard().is_empty(), "where it stands is not known yet");
+}
+
+fn numbers(heard: Vec<Outgoing>) -> Vec<u64> {
+    let number = |frame| match frame {
+        Outgoing::Text(text) => serde_json::from_slice::<Value>(&text).unwrap()["seq"].as_u64().unwrap(),
+        other => panic!("{other:?}"),
+    };
+    heard.into_iter().map(number).collect()
+}
+
+/// Nothing here gives the session's task a turn, but where it is said.
+#[tokio::test(start_paused = true)]
+async fn a_live_message_to_a_session_that_rests_is_sent_at_once() {
+    let cluster = Cluster::of(&["push-0"]).await;
+    let mut client = cluster.connect(0, "alice").await;
+    let first = cluster.store("alice", "1").await;
+    cluster.deliver(0, "alice", Arc::clone(&first), false).await;
+    assert_eq!(numbers(client.heard()), [first.seq.get()]);
+    // A socket that is full: the rest is written by the task, when there is room.
+    client.full.set(true);
+    let second = cluster.store("alice", "2").await;
+    cluster.deliver(0, "alice", Arc::clone(&second), false).await;
+    assert!(client.heard().is_empty());
+    client.full.set(false);
+    assert_eq!(client.expect("message").await["seq"], second.seq.get());
+    // What waits in the mailbox comes first.
+    let third = cluster.store("alice", "3").await;
+    let fourth = cluster.store("alice", "4").await;
+    let seats = cluster.nodes[0].node.registry.all();
+    seats[0].mailbox.try_live(sweep::item(&third));
+    cluster.deliver(0, "alice", Arc::clone(&fourth), false).await;
+    assert!(client.heard().is_empty(), "the task has had no turn");
+    assert_eq!(client.expect("message").await["seq"], third.seq.get());
+    assert_eq!(client.expect("message").await["seq"], fourth.seq.get());
+}
+
+/// The timer tells the task still, whoever sent what meanwhile.
+#[tokio::test(start_paused = true)]
+async fn a_session_is_pinged_though_its_messages_are_sent_by_others() {
+    let cluster = Cluster::of(&["push-0"]).await;
+    let mut client = cluster.connect(0, "alice").await;
+    for _ in 0..3 {
+        let message = cluster.store("alice", "1").await;
+        cluster.deliver(0, "alice", message, false).await;
+        client.expect("message").await;
+        let ping = tokio::time::timeout(Duration::from_secs(26), client.hears.recv()).await;
+        assert_eq!(ping.unwrap(), Some(Outgoing::Ping));
+        client.says.send(Incoming::Alive).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_sends_each_number_comes_once_and_in_order() {
+    const MESSAGES: usize = 1_000;
+    let cluster = Cluster::of(&["push-0"]).await;
+    let mut client = cluster.connect(0, "alice").await;
+    let (says, full) = (client.says.clone(), Arc::clone(&client.full));
+    let disturbing = tokio::spawn(async move {
+        for n in 0.. {
+            full.set(n % 3 == 0);
+            if says.send(Incoming::Alive).await.is_err() {
+                break;
+            }
+            tokio::task::yield_now().await;
+            full.set(false);
+        }
+    });
+    let mut stored = Vec::new();
+    for _ in 0..MESSAGES {
+        let message = cluster.store("alice", "1").await;
+        stored.push(message.seq.get());
+        cluster.deliver(0, "alice", message, false).await;
+    }
+    let mut heard = Vec::new();
+    while heard.len() < MESSAGES {
+        heard.push(client.expect("message").await["seq"].as_u64().unwrap());
+    }
+    disturbing.abort();
+    assert_eq!(heard, stored);
+    assert!(client.heard().is_empty());
 }
