@@ -113,7 +113,7 @@ async fn publish<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Ans
 pub(super) async fn publish_body<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Answer {
     let body = json_body(request, PUBLISH_BODY).await?;
     let publish = parse_publish(&body, &edge.limits)?;
-    // The payload is a slice of the body: nothing else may keep that alive.
+    // A large payload is a slice of the body: nothing else may keep that alive.
     drop(body);
     Ok(published(&edge.collect.publish(publish).await))
 }
