@@ -90,6 +90,7 @@ pub(super) fn front(edge: Arc<CollectEdge>, routes: Routes) -> impl Answers<Body
 }
 
 pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
+    // Behind `front` this answers other methods alone, which is what the router is there for.
     let publish_here =
         |State(edge): Edge, request: Request<Body>| async move { publish(&edge, request).await };
     closed(

@@ -28,6 +28,17 @@ fn a_publish_keeps_its_payload_byte_for_byte() {
 }
 
 #[test]
+fn only_a_large_payload_keeps_its_body_alive() {
+    for (bytes, shared) in [(120, false), (SHARED_PAYLOAD - 3, false), (SHARED_PAYLOAD, true)] {
+        let text = format!("\"{}\"", "x".repeat(bytes));
+        let body = Bytes::from(format!(r#"{{"to":{{"user":"alice"}},"payload":{text}}}"#));
+        let payload = parse_publish(&body, &LIMITS).unwrap().payload;
+        assert_eq!(payload, text);
+        assert_eq!(body.as_ptr_range().contains(&payload.as_ptr()), shared, "{bytes} bytes");
+    }
+}
+
+#[test]
 fn what_is_wrong_is_named_field_by_field() {
     for (body, expected) in [
         (r#"{}"#, (422, vec!["/to", "/payload"])),

@@ -18,6 +18,7 @@ use crate::membership::local::LocalMembership;
 use crate::message::{Message, MessageId, Millis, Seq, UserId};
 use crate::ring::Ring;
 use crate::wire::address::UrlTemplate;
+use crate::wire::close::CloseCode;
 use crate::wire::peer::{Identity, VerifyRequest};
 
 const NOW: Millis = Millis(1_795_380_000_000);
@@ -513,8 +514,12 @@ async fn a_live_message_to_a_session_that_rests_is_sent_at_once() {
     cluster.deliver(0, "alice", Arc::clone(&second), false).await;
     assert!(client.heard().is_empty());
     client.full.set(false);
-    assert_eq!(client.expect("message").await["seq"], second.seq.get());
-    // What waits in the mailbox comes first.
+    // While this takes turns the clock stands: no timer helps the task up.
+    for _ in 0..8 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(numbers(client.heard()), [second.seq.get()]);
+    // What waits in the mailbox comes first, and is not read again for having been overtaken.
     let third = cluster.store("alice", "3").await;
     let fourth = cluster.store("alice", "4").await;
     let seats = cluster.nodes[0].node.registry.all();
@@ -523,6 +528,14 @@ async fn a_live_message_to_a_session_that_rests_is_sent_at_once() {
     assert!(client.heard().is_empty(), "the task has had no turn");
     assert_eq!(client.expect("message").await["seq"], third.seq.get());
     assert_eq!(client.expect("message").await["seq"], fourth.seq.get());
+    assert_eq!(cluster.nodes[0].node.metrics.pages.get(), 0);
+    // So does an order to close: who was sent away is sent nothing more.
+    seats[0].mailbox.close(CloseCode::Unauthorized, "the token was revoked");
+    let fifth = cluster.store("alice", "5").await;
+    cluster.deliver(0, "alice", fifth, false).await;
+    assert!(client.heard().is_empty());
+    assert_eq!(client.expect("error").await["code"], CloseCode::Unauthorized.name());
+    assert_eq!(client.next().await, Outgoing::Close(CloseCode::Unauthorized));
 }
 
 /// The timer tells the task still, whoever sent what meanwhile.
