@@ -21,7 +21,7 @@ use crate::role::push::{Admission, Origins, Push, Rejection, SocketRequest};
 use crate::ticket::TICKET_LIFE_MS;
 use crate::transport::http::{Sockets, Taken};
 use crate::transport::line::Line;
-use crate::transport::websocket::{NoHandshake, ServerSocket, handshake};
+use crate::transport::websocket::{Handshake, NoHandshake, ServerSocket, handshake};
 use crate::wire::address::node_in_path;
 use crate::wire::frame::ReconnectHint;
 use crate::wire::http::{FieldFault, Problem, parse_connect};
@@ -68,10 +68,10 @@ async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -
     let (parts, _) = request.into_parts();
     let request = Request::from_parts(parts, ());
     match decide(&edge.push, &request).await {
-        Ok((response, admission)) => {
+        Ok((answer, admission)) => {
             let socket = ServerSocket::upgraded(upgrade, UPGRADE_DEADLINE);
             tokio::spawn(Box::pin(edge.push.serve(admission, socket)));
-            response.map(|()| Body::empty())
+            answer.response().map(|()| Body::empty())
         }
         Err(refused) => *refused,
     }
@@ -87,8 +87,8 @@ impl Sockets<Body> for PushEdge {
         async move {
             match decide(&self.push, &request).await {
                 Ok((answer, admission)) => {
-                    let socket = ServerSocket::answered(line, &answer).await;
-                    Ok(self.push.serve(admission, ready(socket)).boxed())
+                    let socket = ready(Some(ServerSocket::answered(line, &answer)));
+                    Ok(self.push.serve(admission, socket).boxed())
                 }
                 Err(refused) => Err((line, *refused)),
             }
@@ -98,13 +98,10 @@ impl Sockets<Body> for PushEdge {
 }
 
 /// Whether a request gets its socket: with what answer, or what else to answer.
-async fn decide(
-    push: &Push,
-    request: &Request<()>,
-) -> Result<(Response<()>, Admission), Box<Response<Body>>> {
+async fn decide(push: &Push, request: &Request<()>) -> Result<(Handshake, Admission), Box<Response<Body>>> {
     let refused = |refused: Refused| Box::new(refused.into_response());
-    let response = match handshake(request.headers()) {
-        Ok(response) => response,
+    let answer = match handshake(request.headers()) {
+        Ok(answer) => answer,
         Err(NoHandshake::Bad(why)) => return Err(refused(refuse(400, why))),
         Err(NoHandshake::Upgrade(why)) => return Err(Box::new(upgrade_required(why))),
     };
@@ -115,7 +112,7 @@ async fn decide(
         bearer: bearer(request.headers()),
     };
     match push.admit(socket_request).await {
-        Ok(admission) => Ok((response, admission)),
+        Ok(admission) => Ok((answer, admission)),
         Err(Rejection::Redirect(url)) => Err(Box::new(redirect(&url))),
         Err(rejection) => Err(refused(rejected(rejection))),
     }

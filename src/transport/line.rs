@@ -178,16 +178,25 @@ impl Line {
         self.unread.splice(..0, read.iter().copied());
     }
 
-    /// Lets this leave before what is written next, and with it.
-    pub fn hold(&mut self, bytes: Vec<u8>) {
-        self.held = bytes;
+    /// What leaves before what is written next, and with it: to be added to, with room for so many bytes more.
+    pub fn more_held(&mut self, room: usize) -> &mut Vec<u8> {
+        self.held.reserve(room);
+        &mut self.held
+    }
+
+    /// How many bytes wait to be written.
+    pub fn held(&self) -> usize {
+        self.held.len()
     }
 
     /// Writes what was held back and then `more`; answers how much of `more` was written, which is nothing only if it is empty.
     fn poll_write_after_held(&mut self, cx: &mut Context<'_>, more: &[u8]) -> Poll<io::Result<usize>> {
         while !self.held.is_empty() {
             let both = [IoSlice::new(&self.held), IoSlice::new(more)];
-            let written = ready!(self.stream.poll_write(cx, |mut stream| stream.write_vectored(&both)))?;
+            let written = ready!(self.stream.poll_write(cx, |mut stream| match more {
+                [] => stream.write(&self.held),
+                _ => stream.write_vectored(&both),
+            }))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -275,7 +284,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let far = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let mut line = Line::new(listener.accept().await.unwrap().0.into_std().unwrap(), unread.to_vec());
-        line.hold(held);
+        line.more_held(held.len()).extend(held);
         (line, far)
     }
 
@@ -294,13 +303,13 @@ mod tests {
         let mut seen = [0; 8];
         far.read_exact(&mut seen).await.unwrap();
         assert_eq!(&seen, b"one two ");
-        line.hold(b"three ".to_vec());
+        line.more_held(8).extend(b"three ");
         line.flush().await.unwrap();
         far.read_exact(&mut seen[..6]).await.unwrap();
         assert_eq!(&seen[..6], b"three ");
-        line.hold(b"four ".to_vec());
+        line.more_held(8).extend(b"four ");
         assert_eq!(line.write_vectored(&[IoSlice::new(b""), IoSlice::new(b"five ")]).await.unwrap(), 5);
-        line.hold(b"six".to_vec());
+        line.more_held(8).extend(b"six");
         line.shutdown().await.unwrap();
         assert_eq!(all_of(far).await, b"four five six");
     }

@@ -3,6 +3,7 @@
 //! tungstenite allocates its read buffer per connection and bounds its write buffer by nothing unless told: both are set
 //! here. Its buffers decide what an idle socket costs.
 
+use std::io::{self, Read, Write};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use http::header::{
-    CONNECTION, HeaderMap, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
+    CONNECTION, HeaderMap, HeaderName, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
     SEC_WEBSOCKET_VERSION, UPGRADE,
 };
 use http::{HeaderValue, Request, Response, StatusCode};
@@ -24,9 +25,9 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::handshake::machine::TryParse;
-use tokio_tungstenite::tungstenite::handshake::server::write_response;
-use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode as RawCloseCode;
-use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::protocol::frame::FrameHeader;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode as RawCloseCode, Data, OpCode};
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig, WebSocketContext};
 use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
@@ -38,19 +39,14 @@ use crate::wire::socket::{Incoming, Outgoing, SocketFault};
 pub const CLIENT_FRAME_MAX: usize = 4 * 1024;
 /// Eagerly allocated per connection; client frames are acks of 30 bytes.
 const READ_BUFFER: usize = 256;
-/// The layer writes by itself only above this; the connection feeds it less and flushes.
-const WRITE_BUFFER: usize = 16 * 1024;
-/// A full feed and the largest message frame: 4 KiB and 64 KiB of payload with its envelope fit twice.
-const WRITE_BUFFER_MAX: usize = 160 * 1024;
-
-/// The answer to a handshake, with the subprotocol.
-const ANSWER_ROOM: usize = 192;
+/// Framed and not written: above this a socket takes no more text, and no more answers to a client's pings.
+const HELD_MAX: usize = 16 * 1024;
+/// The answer to a handshake, with the subprotocol, and the welcome that leaves with it.
+const ANSWER_ROOM: usize = 640;
 
 fn server_config() -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER)
-        .write_buffer_size(WRITE_BUFFER)
-        .max_write_buffer_size(WRITE_BUFFER_MAX)
         .max_message_size(Some(CLIENT_FRAME_MAX))
         .max_frame_size(Some(CLIENT_FRAME_MAX))
 }
@@ -72,11 +68,52 @@ pub fn request_head(read: &[u8]) -> Result<Option<(usize, Request<()>)>, NoHands
     Request::try_parse(read).map_err(|_| NoHandshake::Bad("a handshake is a GET of HTTP/1.1"))
 }
 
+/// The answer to a request that asks for a WebSocket.
+#[derive(Debug)]
+pub struct Handshake {
+    accept: HeaderValue,
+    /// Whether the client asked for ours.
+    subprotocol: bool,
+}
+
+impl Handshake {
+    /// As hyper sends it.
+    #[must_use]
+    pub fn response(&self) -> Response<()> {
+        let mut response = Response::new(());
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        response.headers_mut().extend(self.fields());
+        response
+    }
+
+    /// As it is sent without hyper.
+    fn write(&self, head: &mut Vec<u8>) {
+        head.extend_from_slice(b"HTTP/1.1 101 Switching Protocols\r\n");
+        for (name, value) in self.fields() {
+            for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+                head.extend_from_slice(part);
+            }
+        }
+        head.extend_from_slice(b"\r\n");
+    }
+
+    fn fields(&self) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+        let subprotocol = (SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
+        [
+            (CONNECTION, HeaderValue::from_static("Upgrade")),
+            (UPGRADE, HeaderValue::from_static("websocket")),
+            (SEC_WEBSOCKET_ACCEPT, self.accept.clone()),
+        ]
+        .into_iter()
+        .chain(self.subprotocol.then_some(subprotocol))
+    }
+}
+
 /// Whether a request asks for a WebSocket; if so, the answer to it.
 ///
 /// # Errors
 /// [`NoHandshake`], with what is missing, for a person who opened the URL in a browser.
-pub fn handshake(headers: &HeaderMap) -> Result<Response<()>, NoHandshake> {
+pub fn handshake(headers: &HeaderMap) -> Result<Handshake, NoHandshake> {
     let has = |name, token: &str| {
         headers
             .get_all(name)
@@ -93,35 +130,38 @@ pub fn handshake(headers: &HeaderMap) -> Result<Response<()>, NoHandshake> {
     let key = headers.get(SEC_WEBSOCKET_KEY).ok_or(NoHandshake::Bad("Sec-WebSocket-Key is missing"))?;
     let accept = HeaderValue::from_str(&derive_accept_key(key.as_bytes()))
         .map_err(|_| NoHandshake::Bad("Sec-WebSocket-Key is bad"))?;
-    let mut response = Response::new(());
-    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-    let answer = response.headers_mut();
-    answer.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
-    answer.insert(UPGRADE, HeaderValue::from_static("websocket"));
-    answer.insert(SEC_WEBSOCKET_ACCEPT, accept);
-    if has(SEC_WEBSOCKET_PROTOCOL, SUBPROTOCOL) {
-        answer.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
-    } else if headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
+    let subprotocol = has(SEC_WEBSOCKET_PROTOCOL, SUBPROTOCOL);
+    if !subprotocol && headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
         return Err(NoHandshake::Bad("the only subprotocol here is ringpush.v1.json"));
     }
-    Ok(response)
+    Ok(Handshake { accept, subprotocol })
 }
 
 /// The server's side of a socket, bare of everything that the handshake needed.
+///
+/// tungstenite's rules over a [`Line`], without the two wakers that tokio-tungstenite keeps for each stream: one task both reads and
+/// writes here. Text is framed into the line itself, whose memory is given back with the last byte of it; tungstenite's own
+/// buffer sees control frames alone. An idle socket has nothing to write, and owns no room for it.
 pub struct ServerSocket {
     /// Boxed, for it is handed on from stage to stage.
-    inner: Box<WebSocketStream<Line>>,
+    inner: Box<Inner>,
+}
+
+struct Inner {
+    rules: WebSocketContext,
+    line: Line,
     /// Nothing that was read is left: more must come before there is a frame.
     dry: bool,
+    /// The rules may have a control frame that the line has not.
+    speaks: bool,
+    ended: bool,
 }
 
 impl ServerSocket {
     /// The socket on a connection whose request for it has this answer, which leaves with the first frame or flush.
-    pub async fn answered(mut line: Line, answer: &Response<()>) -> Option<Self> {
-        let mut head = Vec::with_capacity(ANSWER_ROOM);
-        write_response(&mut head, answer).ok()?;
-        line.hold(head);
-        Some(Self::on(line).await)
+    pub fn answered(mut line: Line, answer: &Handshake) -> Self {
+        answer.write(line.more_held(ANSWER_ROOM));
+        Self::on(line)
     }
 
     /// The socket after hyper answered; it comes within `deadline`, or not at all.
@@ -130,12 +170,121 @@ impl ServerSocket {
         let parts = auto::upgrade::downcast::<TokioIo<Line>>(upgraded).ok()?;
         let mut line = parts.io.into_inner();
         line.give_back(&parts.read_buf);
-        Some(Self::on(line).await)
+        Some(Self::on(line))
     }
 
-    async fn on(line: Line) -> Self {
-        let inner = WebSocketStream::from_raw_socket(line, Role::Server, Some(server_config())).await;
-        Self { inner: Box::new(inner), dry: false }
+    fn on(line: Line) -> Self {
+        let rules = WebSocketContext::new(Role::Server, Some(server_config()));
+        Self { inner: Box::new(Inner { rules, line, dry: false, speaks: false, ended: false }) }
+    }
+}
+
+/// A line as tungstenite takes it: what must wait for it would block, and is told in the context.
+struct Now<'a, 'cx> {
+    line: &'a mut Line,
+    /// Without one, nothing is read and nothing leaves.
+    cx: Option<&'a mut Context<'cx>>,
+}
+
+impl Now<'_, '_> {
+    fn with<T>(
+        &mut self,
+        poll: impl FnOnce(Pin<&mut Line>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> io::Result<T> {
+        match self.cx.as_mut().map(|cx| poll(Pin::new(self.line), cx)) {
+            Some(Poll::Ready(result)) => result,
+            Some(Poll::Pending) | None => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+}
+
+impl Read for Now<'_, '_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let mut buffer = ReadBuf::new(room);
+        self.with(|line, cx| line.poll_read(cx, &mut buffer))?;
+        Ok(buffer.filled().len())
+    }
+}
+
+/// Frames are taken whole or not at all, so that text may come between two of them.
+impl Write for Now<'_, '_> {
+    fn write(&mut self, frames: &[u8]) -> io::Result<usize> {
+        if self.line.held() >= HELD_MAX {
+            self.flush()?;
+        }
+        self.line.more_held(frames.len()).extend_from_slice(frames);
+        Ok(frames.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.with(|line, cx| line.poll_flush(cx))
+    }
+}
+
+/// Pending for what would block.
+fn waits<T>(result: Result<T, Error>) -> Poll<Result<T, Error>> {
+    match result {
+        Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
+        result => Poll::Ready(result),
+    }
+}
+
+impl Inner {
+    fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Message, Error>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if self.dry && self.line.poll_maybe_readable(cx).is_pending() {
+            return Poll::Pending;
+        }
+        let next = waits(self.rules.read(&mut Now { line: &mut self.line, cx: Some(cx) }));
+        self.dry = next.is_pending();
+        next.map(|next| {
+            self.ended = next.is_err();
+            // What answers it waits for the next read or flush.
+            self.speaks |= !matches!(next, Ok(Message::Text(_) | Message::Binary(_)));
+            match next {
+                Err(Error::AlreadyClosed | Error::ConnectionClosed) => None,
+                next => Some(next),
+            }
+        })
+    }
+
+    fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+        if !self.speaks {
+            return Pin::new(&mut self.line).poll_flush(cx).map_err(|_| SocketFault::Gone);
+        }
+        let flushed = ready!(waits(self.rules.flush(&mut Now { line: &mut self.line, cx: Some(cx) })));
+        self.speaks = false;
+        Poll::Ready(match flushed {
+            // It was the last frame, and has left.
+            Ok(()) | Err(Error::ConnectionClosed) => Ok(()),
+            Err(error) => Err(fault(&error)),
+        })
+    }
+
+    /// Frames a text; it leaves with the next flush.
+    fn text(&mut self, text: &Bytes) -> Result<(), SocketFault> {
+        if !self.rules.can_write() {
+            return Err(SocketFault::Gone);
+        }
+        std::str::from_utf8(text).map_err(|_| SocketFault::InvalidUtf8)?;
+        let header = FrameHeader { opcode: OpCode::Data(Data::Text), ..FrameHeader::default() };
+        let length = text.len() as u64;
+        let held = self.line.more_held(header.len(length) + text.len());
+        header.format(length, held).map_err(|error| fault(&error))?;
+        held.extend_from_slice(text);
+        Ok(())
+    }
+
+    /// Has the rules say something; it leaves with the next flush.
+    fn control(&mut self, message: Message) -> Result<(), SocketFault> {
+        self.speaks = true;
+        match waits(self.rules.write(&mut Now { line: &mut self.line, cx: None }, message)) {
+            // Kept for the next flush.
+            Poll::Pending => Ok(()),
+            Poll::Ready(said) => said.map_err(|error| fault(&error)),
+        }
     }
 }
 
@@ -143,11 +292,7 @@ impl Stream for ServerSocket {
     type Item = Result<Incoming, SocketFault>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if self.dry && self.inner.get_mut().poll_maybe_readable(cx).is_pending() {
-            return Poll::Pending;
-        }
-        let next = self.inner.poll_next_unpin(cx);
-        self.dry = next.is_pending();
+        let next = self.inner.poll_message(cx);
         next.map(|next| next.map(|next| next.map(incoming).map_err(|error| fault(&error))))
     }
 }
@@ -156,27 +301,34 @@ impl Sink<Outgoing> for ServerSocket {
     type Error = SocketFault;
 
     fn poll_ready(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
-        self.inner.poll_ready_unpin(cx).map_err(|error| fault(&error))
+        if self.inner.line.held() < HELD_MAX { Poll::Ready(Ok(())) } else { self.inner.poll_flushed(cx) }
     }
 
     fn start_send(mut self: Pin<&mut Self>, outgoing: Outgoing) -> Result<(), SocketFault> {
-        self.inner.start_send_unpin(message(outgoing)?).map_err(|error| fault(&error))
+        match outgoing {
+            Outgoing::Text(text) => self.inner.text(&text),
+            Outgoing::Ping => self.inner.control(Message::Ping(Bytes::new())),
+            Outgoing::Close(code) => self.inner.control(Message::Close(Some(CloseFrame {
+                code: RawCloseCode::from(code.number()),
+                reason: Utf8Bytes::from_static(code.name()),
+            }))),
+        }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
-        self.inner.poll_flush_unpin(cx).map_err(|error| fault(&error))
+        self.inner.poll_flushed(cx)
     }
 
     /// Ends the connection after the last frame: nothing more is written, and what still comes is thrown away until the
     /// peer ends too. A socket that is dropped with bytes unread is reset, and the peer would lose our close frame.
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
-        ready!(self.inner.poll_flush_unpin(cx)).map_err(|error| fault(&error))?;
-        let mut stream = Pin::new(self.inner.get_mut());
-        ready!(stream.as_mut().poll_shutdown(cx)).map_err(|_| SocketFault::Gone)?;
+        ready!(self.inner.poll_flushed(cx))?;
+        let mut line = Pin::new(&mut self.inner.line);
+        ready!(line.as_mut().poll_shutdown(cx)).map_err(|_| SocketFault::Gone)?;
         let mut space = [0u8; 1024];
         loop {
             let mut buffer = ReadBuf::new(&mut space);
-            match ready!(stream.as_mut().poll_read(cx, &mut buffer)) {
+            match ready!(line.as_mut().poll_read(cx, &mut buffer)) {
                 Ok(()) if !buffer.filled().is_empty() => {}
                 _ => return Poll::Ready(Ok(())),
             }
@@ -191,19 +343,6 @@ fn incoming(message: Message) -> Incoming {
         Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => Incoming::Alive,
         Message::Close(_) => Incoming::Closed,
     }
-}
-
-fn message(outgoing: Outgoing) -> Result<Message, SocketFault> {
-    Ok(match outgoing {
-        Outgoing::Text(text) => {
-            Message::Text(Utf8Bytes::try_from(text).map_err(|_| SocketFault::InvalidUtf8)?)
-        }
-        Outgoing::Ping => Message::Ping(Bytes::new()),
-        Outgoing::Close(code) => Message::Close(Some(CloseFrame {
-            code: RawCloseCode::from(code.number()),
-            reason: Utf8Bytes::from_static(code.name()),
-        })),
-    })
 }
 
 fn fault(error: &Error) -> SocketFault {
@@ -306,5 +445,116 @@ impl ClientSocket {
     /// Closes in good order, within a second.
     pub async fn close(mut self) {
         let _ = tokio::time::timeout(Duration::from_secs(1), self.inner.close(None)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::close::CloseCode;
+
+    /// A socket, and a client's end of it that has asked for nothing yet.
+    async fn pair() -> (ServerSocket, WebSocketStream<TcpStream>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let line = Line::new(listener.accept().await.unwrap().0.into_std().unwrap(), Vec::new());
+        (ServerSocket::on(line), WebSocketStream::from_raw_socket(client, Role::Client, None).await)
+    }
+
+    fn text(n: usize) -> String {
+        format!("{n}{}", "-".repeat(n % 5_000))
+    }
+
+    #[tokio::test]
+    async fn texts_come_whole_and_in_order_past_pings_while_the_socket_is_full() {
+        const TEXTS: usize = 4_000;
+        let (server, client) = pair().await;
+        let (mut says, mut hears) = server.split();
+        let (mut asks, mut listens) = client.split();
+        let mut near = tokio::spawn(async move {
+            let saying = async {
+                for n in 0..TEXTS {
+                    says.feed(Outgoing::Text(text(n).into())).await.unwrap();
+                    if n % 7 == 0 {
+                        says.feed(Outgoing::Ping).await.unwrap();
+                    }
+                }
+                says.send(Outgoing::Close(CloseCode::Draining)).await.unwrap();
+            };
+            let hearing = async {
+                let mut pings = 0;
+                while let Some(Ok(incoming)) = hears.next().await {
+                    pings += usize::from(incoming == Incoming::Alive);
+                }
+                pings
+            };
+            tokio::join!(saying, hearing).1
+        });
+        // Nobody reads the ten megabytes until the near end is full, or the client's pings are.
+        for _ in 0..2_000 {
+            asks.feed(Message::Ping(Bytes::from_static(b"are you there"))).await.unwrap();
+        }
+        asks.flush().await.unwrap();
+        assert!(tokio::time::timeout(Duration::from_millis(50), &mut near).await.is_err());
+        let (mut texts, mut pings, mut pongs, mut code) = (0, 0, 0, None);
+        while let Some(Ok(message)) = listens.next().await {
+            match message {
+                Message::Text(heard) => {
+                    assert_eq!(heard.as_str(), text(texts));
+                    texts += 1;
+                }
+                Message::Ping(_) => pings += 1,
+                Message::Pong(said) => {
+                    assert_eq!(&said[..], b"are you there");
+                    pongs += 1;
+                }
+                Message::Close(frame) => code = frame.map(|frame| u16::from(frame.code)),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!((texts, pings, code), (TEXTS, TEXTS.div_ceil(7), Some(CloseCode::Draining.number())));
+        assert!(pongs >= 1, "the last ping is answered");
+        assert!(near.await.unwrap() >= 2_000, "each ping was a sign of life");
+    }
+
+    #[tokio::test]
+    async fn nothing_is_said_after_a_close_and_nothing_that_is_not_text() {
+        let (mut server, mut client) = pair().await;
+        let bad = server.send(Outgoing::Text(Bytes::from_static(b"\xff"))).await;
+        assert_eq!(bad, Err(SocketFault::InvalidUtf8));
+        server.send(Outgoing::Close(CloseCode::Normal)).await.unwrap();
+        let late = server.send(Outgoing::Text(Bytes::from_static(b"late"))).await;
+        assert_eq!(late, Err(SocketFault::Gone));
+        assert!(matches!(client.next().await, Some(Ok(Message::Close(_)))));
+    }
+
+    #[tokio::test]
+    async fn an_idle_socket_owns_no_room_to_write() {
+        let (mut server, mut client) = pair().await;
+        server.send(Outgoing::Text("hello".into())).await.unwrap();
+        assert_eq!(client.next().await.unwrap().unwrap().into_text().unwrap().as_str(), "hello");
+        assert_eq!(server.inner.line.more_held(0).capacity(), 0);
+    }
+
+    #[test]
+    fn the_answer_is_the_same_with_and_without_hyper() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            (CONNECTION, "keep-alive, Upgrade"),
+            (UPGRADE, "websocket"),
+            (SEC_WEBSOCKET_VERSION, "13"),
+            (SEC_WEBSOCKET_PROTOCOL, SUBPROTOCOL),
+            // The example of RFC 6455, section 1.3.
+            (SEC_WEBSOCKET_KEY, "dGhlIHNhbXBsZSBub25jZQ=="),
+        ] {
+            headers.insert(name, HeaderValue::from_static(value));
+        }
+        let answer = handshake(&headers).unwrap();
+        let mut head = Vec::new();
+        answer.write(&mut head);
+        let (length, read) = Response::try_parse(&head).unwrap().unwrap();
+        assert_eq!((length, read.status()), (head.len(), answer.response().status()));
+        assert_eq!(read.headers(), answer.response().headers());
+        assert_eq!(read.headers()[SEC_WEBSOCKET_ACCEPT], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
     }
 }

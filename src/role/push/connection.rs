@@ -294,7 +294,7 @@ async fn farewell<S: Socket>(node: &Node, socket: &mut S, end: End) {
 /// What the serving stage waits for.
 enum Event {
     Room,
-    Mail(Mail),
+    Mail(Box<Mail>),
     Frame(Incoming),
     Refreshed(Result<Known, End>),
     Timer,
@@ -541,7 +541,7 @@ impl<S: Socket> Serving<S> {
     fn take(&mut self, event: Event) -> Result<(), End> {
         match event {
             Event::Room => self.step(Input::Room),
-            Event::Mail(mail) => self.take_mail(mail)?,
+            Event::Mail(mail) => self.take_mail(*mail)?,
             Event::Frame(incoming) => self.take_frame(incoming)?,
             Event::Refreshed(known) => self.refreshed(known?)?,
             Event::Timer => self.timer()?,
@@ -565,7 +565,7 @@ impl<S: Socket> Serving<S> {
             }
         }
         if let Some(page) = mail.page {
-            self.step(Input::Page(*page));
+            self.step(Input::Page(page));
         }
         for item in mail.live {
             self.step(Input::Live(item));

@@ -23,13 +23,13 @@ pub(super) const MAILBOX_BYTES: usize = 256 * 1024;
 /// Everything that came since the last look.
 #[derive(Debug, Default)]
 pub(super) struct Mail {
-    /// Live messages, in the order they came; mostly there is one, which needs no memory of its own.
+    /// Live messages, in the order they came; mostly there is one.
     pub(super) live: SmallVec<[Item<Bytes>; 1]>,
     bytes: usize,
     /// Live messages were dropped.
     pub(super) lost: bool,
     /// The page that was asked for.
-    pub(super) page: Option<Box<Page<Bytes>>>,
+    pub(super) page: Option<Page<Bytes>>,
     /// The sweep found something after this position.
     pub(super) more_after: Option<Seq>,
     /// Orders of the node, the rarest of all.
@@ -54,20 +54,11 @@ pub(super) struct MoveOrder {
     pub(super) close_after: Option<Duration>,
 }
 
-impl Mail {
-    fn is_empty(&self) -> bool {
-        self.live.is_empty()
-            && !self.lost
-            && self.page.is_none()
-            && self.more_after.is_none()
-            && self.orders.is_none()
-    }
-}
-
 /// See the room's comment. Anyone may put; one task takes.
 #[derive(Default)]
 pub(super) struct Mailbox {
-    mail: Mutex<Mail>,
+    /// None where there is nothing: thousands of mailboxes are empty for each that is not.
+    mail: Mutex<Option<Box<Mail>>>,
     waker: AtomicWaker,
 }
 
@@ -92,7 +83,7 @@ impl Mailbox {
 
     /// The page that the session asked for; it asks for one at a time.
     pub(super) fn page(&self, page: Page<Bytes>) {
-        self.put(|mail| mail.page = Some(Box::new(page)));
+        self.put(|mail| mail.page = Some(page));
     }
 
     /// There is something after this position.
@@ -113,17 +104,17 @@ impl Mailbox {
     }
 
     fn put(&self, act: impl FnOnce(&mut Mail)) {
-        act(&mut self.mail.lock());
+        act(self.mail.lock().get_or_insert_default());
         self.waker.wake();
     }
 
     /// Whether nothing waits to be taken.
     pub(super) fn is_empty(&self) -> bool {
-        self.mail.lock().is_empty()
+        self.mail.lock().is_none()
     }
 
     /// Takes all that is there, or waits for something.
-    pub(super) fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Mail> {
+    pub(super) fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Box<Mail>> {
         if let Some(mail) = self.take() {
             return Poll::Ready(mail);
         }
@@ -132,9 +123,8 @@ impl Mailbox {
         self.take().map_or(Poll::Pending, Poll::Ready)
     }
 
-    fn take(&self) -> Option<Mail> {
-        let mut mail = self.mail.lock();
-        (!mail.is_empty()).then(|| std::mem::take(&mut *mail))
+    fn take(&self) -> Option<Box<Mail>> {
+        self.mail.lock().take()
     }
 }
 
@@ -149,7 +139,7 @@ mod tests {
         Item { seq: Seq::at(seq), expires_at: Millis(u64::MAX), frame: Bytes::from(vec![b'x'; bytes]) }
     }
 
-    fn take(mailbox: &Mailbox) -> Option<Mail> {
+    fn take(mailbox: &Mailbox) -> Option<Box<Mail>> {
         poll_fn(|cx| mailbox.poll_take(cx)).now_or_never()
     }
 

@@ -53,7 +53,7 @@ pub(super) struct Seat {
     position: AtomicU64,
     acked: AtomicU64,
     /// The owner that the client was told of already: once per owner incarnation.
-    told: Mutex<Option<(NodeId, u64)>>,
+    told: Mutex<Option<Box<(NodeId, u64)>>>,
     serving: OnceLock<Weak<dyn AtOnce>>,
 }
 
@@ -133,7 +133,7 @@ impl Seat {
         let mut told = self.told.lock();
         let fresh = told.as_ref().is_none_or(|known| known.0 != *owner || known.1 != incarnation);
         if fresh {
-            *told = Some((owner.clone(), incarnation));
+            *told = Some(Box::new((owner.clone(), incarnation)));
         }
         fresh
     }
@@ -147,7 +147,10 @@ pub(super) struct Registry {
     per_user: usize,
 }
 
-type Shard = Mutex<HashMap<UserId, Vec<Arc<Seat>>>>;
+type Shard = Mutex<HashMap<UserId, Seats>>;
+
+/// The sessions of a user, mostly one.
+type Seats = SmallVec<[Arc<Seat>; 1]>;
 
 /// What to do when a user's last session here ends.
 type OnLast = Box<dyn FnOnce(&UserId) + Send + Sync>;
@@ -203,7 +206,7 @@ impl Registry {
     /// Takes a seat.
     pub(super) fn register(self: &Arc<Self>, seat: Arc<Seat>) -> Registered {
         let mut shard = self.shard(&seat.user).lock();
-        let seats = shard.entry(seat.user.clone()).or_insert_with(|| Vec::with_capacity(1));
+        let seats = shard.entry(seat.user.clone()).or_default();
         seats.push(Arc::clone(&seat));
         let crowded = seats.len() > self.per_user;
         drop(shard);
@@ -244,9 +247,9 @@ impl Registry {
         }
     }
 
-    /// The sessions of a user, mostly one.
-    pub(super) fn of_user(&self, user: &UserId) -> SmallVec<[Arc<Seat>; 1]> {
-        self.shard(user).lock().get(user).into_iter().flatten().cloned().collect()
+    /// The sessions of a user.
+    pub(super) fn of_user(&self, user: &UserId) -> Seats {
+        self.shard(user).lock().get(user).cloned().unwrap_or_default()
     }
 
     /// Whether a user has a session here.
