@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::io::{BufRead, Read, Write};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use mio::net::TcpStream;
@@ -109,15 +110,19 @@ pub struct Report {
     pub max: f64,
 }
 
-/// Opens the n-th socket, from an address of its own for every few thousand: an address has 28,000 ports to one server, and when
+/// Makes the n-th socket, with an address of its own for every few thousand: an address has 28,000 ports to one server, and when
 /// half of them are taken the kernel looks through them all for each socket, a millisecond of this client's time. Another
 /// process has other addresses, for ports that were used stay taken for a minute.
-fn connect(to: SocketAddr, n: usize) -> std::io::Result<TcpStream> {
+fn make(n: usize) -> std::io::Result<OwnedFd> {
     let process = 1 + (std::process::id() % 254) as u8;
     let source = u8::try_from(2 + n / SOCKETS_PER_SOURCE).unwrap();
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
     net::bind(&socket, &SocketAddr::from(([127, process, 0, source], 0)))?;
+    Ok(socket)
+}
+
+fn connect(socket: OwnedFd, to: SocketAddr) -> std::io::Result<TcpStream> {
     match net::connect(&socket, &to) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(TcpStream::from_std(socket.into())),
         Err(error) => Err(error.into()),
@@ -199,9 +204,12 @@ impl Client {
     }
 
     fn obey(&mut self, order: Order) -> Report {
-        let cpu = cpu_us(std::process::id());
+        let mut cpu = cpu_us(std::process::id());
         let done = match order {
-            Order::Open(sockets) => self.open(sockets),
+            Order::Open(sockets) => self.make(sockets.len()).and_then(|made| {
+                cpu = cpu_us(std::process::id());
+                self.open(made.into_iter().zip(sockets))
+            }),
             Order::Publish(plan) => self.publish(&plan),
             Order::Stall(count) => self.stall(count),
             Order::Listen { ms, expect } => self.listen(Duration::from_millis(ms), expect),
@@ -230,18 +238,24 @@ impl Client {
         u64::try_from(self.began.elapsed().as_micros()).unwrap()
     }
 
-    fn open(&mut self, sockets: Vec<Socket>) -> Result<(), String> {
+    /// Sockets to connect, made before the clock runs: they are no work of the server's, and this one thread needs longer for a new
+    /// connection than a server does.
+    fn make(&self, count: usize) -> Result<Vec<OwnedFd>, String> {
+        let first = self.subscribers.len();
+        (first..first + count).map(make).collect::<Result<_, _>>().map_err(|error| error.to_string())
+    }
+
+    fn open(&mut self, mut sockets: impl ExactSizeIterator<Item = (OwnedFd, Socket)>) -> Result<(), String> {
         let (began, first) = (Instant::now(), self.subscribers.len());
         let wanted = first + sockets.len();
-        let mut sockets = sockets.into_iter();
         let mut events = Events::with_capacity(1024);
         let mut heard = Instant::now();
         while self.ready < wanted {
             while self.opening < OPENING
-                && let Some(socket) = sockets.next()
+                && let Some((made, socket)) = sockets.next()
             {
                 let n = self.subscribers.len();
-                let mut stream = connect(socket.at, n).map_err(|error| error.to_string())?;
+                let mut stream = connect(made, socket.at).map_err(|error| error.to_string())?;
                 let Socket { mut upgrade, say, ready, .. } = socket;
                 // On one machine a connection is there when `connect` returns: the request may go at once.
                 let asked =

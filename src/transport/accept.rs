@@ -31,8 +31,9 @@ const REST: Duration = Duration::from_millis(50);
 const AT_ONCE: usize = 64;
 /// The runtime is given so many at the most together.
 const TOGETHER: usize = 256;
-/// Between two times that it is given any, unless there are so many: each wakes a thread.
-const PATIENCE: Duration = Duration::from_millis(1);
+/// Between two times that it is given any, unless there are so many: each wakes a thread, which takes a core from who accepts or
+/// connects.
+const PATIENCE: Duration = Duration::from_millis(4);
 
 /// Spawns `begin` of each connection, until `stop`.
 pub(super) async fn in_task<F>(

@@ -155,13 +155,16 @@ async fn attached<S: Socket>(node: &Node, admission: Admission, socket: &mut S) 
     let device = device.unwrap_or_default();
     let seat = Seat::new(known.user.clone(), device, known.issued_at_s, arrival, node.clock.now());
     let mut attaching = pin!(attach(node, seat, since));
-    let attached = match tokio::time::timeout(WELCOME_PATIENCE, attaching.as_mut()).await {
-        Ok(attached) => attached,
-        Err(_) => {
-            // A client that has gone meanwhile is noticed when it is read.
-            let _ = socket.flush().await;
-            attaching.await
-        }
+    let attached = match attaching.as_mut().now_or_never() {
+        Some(attached) => attached,
+        None => match tokio::time::timeout(WELCOME_PATIENCE, attaching.as_mut()).await {
+            Ok(attached) => attached,
+            Err(_) => {
+                // A client that has gone meanwhile is noticed when it is read.
+                let _ = socket.flush().await;
+                attaching.await
+            }
+        },
     };
     let (seat, answer) = attached?;
     if tracing::enabled!(target: WAY, tracing::Level::DEBUG) {

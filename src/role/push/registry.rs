@@ -6,12 +6,12 @@
 //! eviction takes out whom it names, an unregister answers whether that was the user's last. No lock is held across another
 //! or across a wait; a mailbox is put into after the shard is left, save in `for_user`, whose work is to put.
 
-use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use bytes::Bytes;
+use hashbrown::HashTable;
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 
@@ -147,7 +147,21 @@ pub(super) struct Registry {
     per_user: usize,
 }
 
-type Shard = Mutex<HashMap<UserId, Seats>>;
+type Shard = Mutex<HashTable<Place>>;
+
+/// A user who has sessions here. Its hash is made once: a table that grows would have to look at every name again, in memory that
+/// is in no cache.
+struct Place {
+    hash: u64,
+    user: UserId,
+    seats: Seats,
+}
+
+impl Place {
+    fn is_of<'a>(hash: u64, user: &'a UserId) -> impl Fn(&Self) -> bool + use<'a> {
+        move |place| place.hash == hash && place.user == *user
+    }
+}
 
 /// The sessions of a user, mostly one.
 type Seats = SmallVec<[Arc<Seat>; 1]>;
@@ -199,14 +213,21 @@ impl Registry {
         }
     }
 
-    fn shard(&self, user: &UserId) -> &Shard {
-        &self.shards[(self.hasher.hash_one(user) % SHARDS as u64) as usize]
+    /// A user's hash and shard. A table looks at the lowest and the highest bits of a hash, a shard is chosen by others.
+    fn shard(&self, user: &UserId) -> (u64, &Shard) {
+        let hash = self.hasher.hash_one(user);
+        (hash, &self.shards[(hash >> 40) as usize % SHARDS])
     }
 
     /// Takes a seat.
     pub(super) fn register(self: &Arc<Self>, seat: Arc<Seat>) -> Registered {
-        let mut shard = self.shard(&seat.user).lock();
-        let seats = shard.entry(seat.user.clone()).or_default();
+        let (hash, shard) = self.shard(&seat.user);
+        let mut shard = shard.lock();
+        let place = shard.entry(hash, Place::is_of(hash, &seat.user), |place| place.hash);
+        let seats = &mut place
+            .or_insert_with(|| Place { hash, user: seat.user.clone(), seats: Seats::new() })
+            .into_mut()
+            .seats;
         seats.push(Arc::clone(&seat));
         let crowded = seats.len() > self.per_user;
         drop(shard);
@@ -216,8 +237,10 @@ impl Registry {
 
     /// Where the user of `newcomer` has too many sessions, takes out the oldest that has begun, and returns it.
     pub(super) fn evict_excess(&self, newcomer: &Arc<Seat>) -> Option<Arc<Seat>> {
-        let mut shard = self.shard(&newcomer.user).lock();
-        let seats = shard.get_mut(&newcomer.user).filter(|seats| seats.len() > self.per_user)?;
+        let (hash, shard) = self.shard(&newcomer.user);
+        let mut shard = shard.lock();
+        let place = shard.find_mut(hash, Place::is_of(hash, &newcomer.user))?;
+        let seats = Some(&mut place.seats).filter(|seats| seats.len() > self.per_user)?;
         let oldest = seats.iter().position(|seat| seat.has_begun() && !Arc::ptr_eq(seat, newcomer))?;
         self.sessions.fetch_sub(1, Ordering::Relaxed);
         Some(seats.remove(oldest))
@@ -225,16 +248,18 @@ impl Registry {
 
     /// Gives a seat back; answers whether the user has none left here. An evicted one is gone already.
     fn unregister(&self, seat: &Arc<Seat>) -> bool {
-        let mut shard = self.shard(&seat.user).lock();
-        let Some(seats) = shard.get_mut(&seat.user) else { return false };
+        let (hash, shard) = self.shard(&seat.user);
+        let mut shard = shard.lock();
+        let Ok(mut place) = shard.find_entry(hash, Place::is_of(hash, &seat.user)) else { return false };
+        let seats = &mut place.get_mut().seats;
         let Some(at) = seats.iter().position(|known| Arc::ptr_eq(known, seat)) else { return false };
         seats.remove(at);
         self.sessions.fetch_sub(1, Ordering::Relaxed);
         let last = seats.is_empty();
         if last {
-            shard.remove(&seat.user);
+            place.remove();
             if shard.capacity() > 64 && shard.len() < shard.capacity() / 4 {
-                shard.shrink_to_fit();
+                shard.shrink_to_fit(|place| place.hash);
             }
         }
         last
@@ -242,24 +267,28 @@ impl Registry {
 
     /// Acts on each session of a user, under the lock: only to put into mailboxes or to read.
     pub(super) fn for_user(&self, user: &UserId, act: impl FnMut(&Arc<Seat>)) {
-        if let Some(seats) = self.shard(user).lock().get(user) {
-            seats.iter().for_each(act);
+        let (hash, shard) = self.shard(user);
+        if let Some(place) = shard.lock().find(hash, Place::is_of(hash, user)) {
+            place.seats.iter().for_each(act);
         }
     }
 
     /// The sessions of a user.
     pub(super) fn of_user(&self, user: &UserId) -> Seats {
-        self.shard(user).lock().get(user).cloned().unwrap_or_default()
+        let (hash, shard) = self.shard(user);
+        let shard = shard.lock();
+        shard.find(hash, Place::is_of(hash, user)).map(|place| place.seats.clone()).unwrap_or_default()
     }
 
     /// Whether a user has a session here.
     pub(super) fn has(&self, user: &UserId) -> bool {
-        self.shard(user).lock().contains_key(user)
+        let (hash, shard) = self.shard(user);
+        shard.lock().find(hash, Place::is_of(hash, user)).is_some()
     }
 
     /// The sessions of one shard, to be walked without its lock. There are [`Registry::shard_count`].
     pub(super) fn of_shard(&self, n: usize) -> Vec<Arc<Seat>> {
-        self.shards[n].lock().values().flatten().cloned().collect()
+        self.shards[n].lock().iter().flat_map(|place| &place.seats).cloned().collect()
     }
 
     pub(super) fn shard_count(&self) -> usize {
