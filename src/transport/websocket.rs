@@ -251,16 +251,17 @@ impl Inner {
     }
 
     fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
-        if !self.speaks {
-            return Pin::new(&mut self.line).poll_flush(cx).map_err(|_| SocketFault::Gone);
+        if self.speaks {
+            let said = ready!(waits(self.rules.flush(&mut Now { line: &mut self.line, cx: Some(cx) })));
+            // With the last frame of all the rules are through; the line has it, and may have it still.
+            if let Err(error) = said
+                && !matches!(error, Error::ConnectionClosed)
+            {
+                return Poll::Ready(Err(fault(&error)));
+            }
+            self.speaks = false;
         }
-        let flushed = ready!(waits(self.rules.flush(&mut Now { line: &mut self.line, cx: Some(cx) })));
-        self.speaks = false;
-        Poll::Ready(match flushed {
-            // It was the last frame, and has left.
-            Ok(()) | Err(Error::ConnectionClosed) => Ok(()),
-            Err(error) => Err(fault(&error)),
-        })
+        Pin::new(&mut self.line).poll_flush(cx).map_err(|_| SocketFault::Gone)
     }
 
     /// Frames a text; it leaves with the next flush.
@@ -526,6 +527,17 @@ mod tests {
         let late = server.send(Outgoing::Text(Bytes::from_static(b"late"))).await;
         assert_eq!(late, Err(SocketFault::Gone));
         assert!(matches!(client.next().await, Some(Ok(Message::Close(_)))));
+    }
+
+    #[tokio::test]
+    async fn a_close_is_answered_with_the_flush_after_it() {
+        let (mut server, mut client) = pair().await;
+        client.close(None).await.unwrap();
+        assert_eq!(server.next().await, Some(Ok(Incoming::Closed)));
+        server.flush().await.unwrap();
+        let answer = tokio::time::timeout(Duration::from_secs(10), client.next()).await;
+        assert!(matches!(answer, Ok(Some(Ok(Message::Close(_))))), "{answer:?}");
+        assert_eq!(server.next().await, None);
     }
 
     #[tokio::test]

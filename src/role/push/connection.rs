@@ -155,6 +155,7 @@ async fn attached<S: Socket>(node: &Node, admission: Admission, socket: &mut S) 
     let device = device.unwrap_or_default();
     let seat = Seat::new(known.user.clone(), device, known.issued_at_s, arrival, node.clock.now());
     let mut attaching = pin!(attach(node, seat, since));
+    // Mostly it is answered in this turn, and needs no timer.
     let attached = match attaching.as_mut().now_or_never() {
         Some(attached) => attached,
         None => match tokio::time::timeout(WELCOME_PATIENCE, attaching.as_mut()).await {
