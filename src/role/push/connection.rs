@@ -59,8 +59,6 @@ const HIGH_WATER_BYTES: usize = 128 * 1024;
 const LOW_WATER_BYTES: usize = 32 * 1024;
 /// Handed to the WebSocket layer before it must be written out: its buffer keeps the size it once had.
 const FEED_BYTES: usize = 4 * 1024;
-/// A queue that was longer than this gives its memory back when it is empty.
-const QUEUE_KEPT: usize = 32;
 /// How long the farewell may take: the last frames out, the client's close in.
 pub(super) const FAREWELL: Duration = Duration::from_secs(2);
 /// How long the answer to the handshake, where it is held back, waits for the welcome to come with it.
@@ -395,7 +393,7 @@ impl<S: Socket> Serving<S> {
             socket,
             seat,
             session,
-            queue: VecDeque::with_capacity(2),
+            queue: VecDeque::new(),
             queued_bytes: 0,
             unflushed_bytes: 0,
             blocked: false,
@@ -532,7 +530,8 @@ impl<S: Socket> Serving<S> {
                 }
             }
         }
-        if self.queue.is_empty() && self.queue.capacity() > QUEUE_KEPT {
+        if self.queue.is_empty() {
+            // Its memory too: another socket's, still warm, is nearer than what this one had some messages ago.
             self.queue = VecDeque::new();
         }
         if self.told_full && self.queued_bytes + self.unflushed_bytes <= LOW_WATER_BYTES {
