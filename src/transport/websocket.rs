@@ -47,6 +47,9 @@ const ANSWER_ROOM: usize = 640;
 fn server_config() -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER)
+        // Control frames that the line did not take: a client may ping for ever and read nothing.
+        .write_buffer_size(HELD_MAX)
+        .max_write_buffer_size(2 * HELD_MAX)
         .max_message_size(Some(CLIENT_FRAME_MAX))
         .max_frame_size(Some(CLIENT_FRAME_MAX))
 }
