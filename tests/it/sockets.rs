@@ -405,6 +405,24 @@ async fn a_client_that_asks_and_never_reads_cannot_make_the_server_queue_without
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_answers_to_pings_that_nobody_reads_are_not_kept_without_end() {
+    let server = Server::with(Options::default().with("limits.client_frames_per_s", "1000000")).await;
+    let mut raw = Raw::open(&server.at("push"), &server.token("alice").await).await;
+    assert_eq!(raw.text().await["type"], "welcome");
+    assert_eq!(raw.text().await["type"], "caught_up");
+    let pings = Raw::frame(0x89, &[b'x'; 125]).repeat(1_000);
+    let before = resident_kib(server.pid());
+    for _ in 0..500 {
+        raw.write(&pings).await;
+    }
+    // 62 MB of answers, of which the kernel takes some.
+    let grown = resident_kib(server.pid()).saturating_sub(before);
+    assert!(grown < 20_000, "{grown} KiB more");
+    server.publish("alice", json!(1)).await;
+    assert_eq!(raw.text_after_pongs().await["payload"], 1, "the client reads again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_is_still_writing_hears_why_it_was_closed() {
     let server = Server::start().await;
     let mut socket = server.connect("alice", "").await;

@@ -274,6 +274,21 @@ impl Raw {
         serde_json::from_slice(&payload).unwrap()
     }
 
+    /// The next text, after the answers to our pings.
+    pub async fn text_after_pongs(&mut self) -> Value {
+        let reading = async {
+            loop {
+                match self.read().await {
+                    (0x8a, _) => {}
+                    (first, payload) => break (first, payload),
+                }
+            }
+        };
+        let (first, payload) = tokio::time::timeout(DEADLINE, reading).await.expect("a text in time");
+        assert_eq!(first, 0x81);
+        serde_json::from_slice(&payload).unwrap()
+    }
+
     /// Reads until a close frame; its code.
     pub async fn close_code(&mut self) -> u16 {
         let reading = async {
