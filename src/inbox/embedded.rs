@@ -94,8 +94,15 @@ struct Heads {
 }
 
 impl Heads {
-    fn get(&self, user: &UserId) -> Option<u64> {
-        self.young.get(user).or_else(|| self.old.get(user)).copied()
+    /// Counts a user up, and answers where that leads.
+    fn next(&mut self, user: &UserId) -> Option<u64> {
+        if let Some(head) = self.young.get_mut(user) {
+            *head += 1;
+            return Some(*head);
+        }
+        let next = self.old.get(user)? + 1;
+        self.put(user.clone(), next);
+        Some(next)
     }
 
     fn put(&mut self, user: UserId, head: u64) {
@@ -248,60 +255,70 @@ impl Upkeep for EmbeddedInbox {
 impl Store {
     fn append(&self, batch: Vec<Append>) -> Result<Vec<Appended>, InboxError> {
         let mut writer = self.writer.lock();
+        let outcomes = self.append_as(&mut writer, batch);
+        if outcomes.is_err() {
+            // Numbers were given that nothing has.
+            writer.heads = Heads::default();
+        }
+        outcomes
+    }
+
+    fn append_as(&self, writer: &mut Writer, batch: Vec<Append>) -> Result<Vec<Appended>, InboxError> {
         let now = self.clock.now();
         let snapshot = self.db.snapshot();
         let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
-        let mut heads: HashMap<UserId, u64> = HashMap::new();
-        let mut fences: HashMap<Bytes, Fence> = HashMap::new();
+        let mut fences: HashMap<Vec<u8>, Fence> = HashMap::new();
         let mut outcomes = Vec::with_capacity(batch.len());
+        // The store copies what it is given.
+        let (mut key, mut value) = (Vec::new(), Vec::new());
         for item in batch {
-            let digest = item.fenced.then(|| payload_digest(&item.payload));
-            let fence_key = item.fenced.then(|| fence_key(&item.user, &item.id));
-            if let (Some(digest), Some(key)) = (digest, &fence_key) {
+            let fence = item.fenced.then(|| (fence_key(&item.user, &item.id), payload_digest(&item.payload)));
+            if let Some((key, digest)) = &fence {
                 let known = match fences.get(key) {
                     Some(fence) => Some(*fence),
                     None => self.fence(&snapshot, key)?,
                 };
                 if let Some(fence) = known.filter(|fence| fence.expires_at > now) {
-                    outcomes.push(fence.outcome(digest));
+                    outcomes.push(fence.outcome(*digest));
                     continue;
                 }
             }
-            let head = match heads.get(&item.user) {
-                Some(head) => *head,
-                None => self.head_for_writing(&writer, &snapshot, &item.user, &mut pending)?,
-            };
-            let message = Arc::new(item.numbered(head + 1));
-            pending.insert(&self.messages, message_key(&item.user, head + 1), encode(&message, item.fenced));
-            if let (Some(digest), Some(key)) = (digest, fence_key) {
+            let seq = self.next_number(writer, &snapshot, &item.user, &mut pending)?;
+            put_message_key(&mut key, &item.user, seq);
+            let message = item.numbered(seq);
+            put_message(&mut value, &message, fence.is_some());
+            pending.insert(&self.messages, &*key, &*value);
+            if let Some((key, digest)) = fence {
                 let fence = Fence { seq: message.seq, expires_at: message.expires_at, digest };
-                pending.insert(&self.fences, key.to_vec(), fence.encode());
+                pending.insert(&self.fences, &*key, fence.encode());
                 fences.insert(key, fence);
             }
-            heads.insert(item.user, head + 1);
-            outcomes.push(Appended::Stored(message));
+            outcomes.push(Appended::Stored(Arc::new(message)));
         }
         self.commit(pending)?;
-        heads.into_iter().for_each(|(user, head)| writer.heads.put(user, head));
         Ok(outcomes)
     }
 
-    /// The highest number of a user, from memory or the store; a new user's head record joins the batch.
-    fn head_for_writing(
+    /// The number of a user's next message, after the last one in memory or in the store; a new user's head record joins the batch.
+    fn next_number(
         &self,
-        writer: &Writer,
+        writer: &mut Writer,
         snapshot: &Snapshot,
         user: &UserId,
         pending: &mut OwnedWriteBatch,
     ) -> Result<u64, InboxError> {
-        if let Some(head) = writer.heads.get(user) {
-            return Ok(head);
+        if let Some(number) = writer.heads.next(user) {
+            return Ok(number);
         }
-        if let Some(head) = self.head(snapshot, user)? {
-            return self.highest(snapshot, user, head);
-        }
-        pending.insert(&self.heads, head_key(user), self.newborn.encode());
-        Ok(self.newborn.head)
+        let last = match self.head(snapshot, user)? {
+            Some(head) => self.highest(snapshot, user, head)?,
+            None => {
+                pending.insert(&self.heads, head_key(user), self.newborn.encode());
+                self.newborn.head
+            }
+        };
+        writer.heads.put(user.clone(), last + 1);
+        Ok(last + 1)
     }
 
     fn commit(&self, pending: OwnedWriteBatch) -> Result<(), InboxError> {
@@ -572,7 +589,7 @@ impl Store {
             if *fenced {
                 let key = fence_key(user, &message.id);
                 if self.fence(&snapshot, &key)?.is_some_and(|fence| fence.seq == message.seq) {
-                    pending.remove(&self.fences, key.to_vec());
+                    pending.remove(&self.fences, key);
                 }
             }
         }
@@ -622,14 +639,9 @@ impl Store {
 }
 
 impl Append {
-    fn numbered(&self, seq: u64) -> Message {
-        Message {
-            seq: Seq::at(seq),
-            id: self.id.clone(),
-            accepted_at: self.accepted_at,
-            expires_at: self.expires_at,
-            payload: self.payload.clone(),
-        }
+    fn numbered(self, seq: u64) -> Message {
+        let Self { id, accepted_at, expires_at, payload, .. } = self;
+        Message { seq: Seq::at(seq), id, accepted_at, expires_at, payload }
     }
 }
 
@@ -704,9 +716,10 @@ impl Head {
 /// The layout of a stored message, so that a later one can be told from it.
 const MESSAGE_LAYOUT: u8 = 1;
 
-fn encode(message: &Message, fenced: bool) -> Vec<u8> {
+/// Puts a message into `out`, instead of what was there.
+fn put_message(out: &mut Vec<u8>, message: &Message, fenced: bool) {
     let id = message.id.as_str().as_bytes();
-    let mut out = Vec::with_capacity(19 + id.len() + message.payload.len());
+    out.clear();
     out.put_u8(MESSAGE_LAYOUT);
     out.put_u64(message.accepted_at.0);
     out.put_u64(message.expires_at.0);
@@ -714,7 +727,6 @@ fn encode(message: &Message, fenced: bool) -> Vec<u8> {
     out.put_u8(u8::try_from(id.len()).unwrap_or(u8::MAX));
     out.put_slice(id);
     out.put_slice(&message.payload);
-    out
 }
 
 fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxError> {
@@ -754,11 +766,16 @@ fn hash(user: &UserId) -> [u8; HASH_BYTES] {
 }
 
 fn head_key(user: &UserId) -> Vec<u8> {
+    let mut key = Vec::new();
+    put_head_key(&mut key, user);
+    key
+}
+
+fn put_head_key(key: &mut Vec<u8>, user: &UserId) {
     // Room for a zero and a number.
-    let mut key = Vec::with_capacity(HASH_BYTES + user.as_str().len() + 9);
+    key.reserve(HASH_BYTES + user.as_str().len() + 9);
     key.extend_from_slice(&hash(user));
     key.extend_from_slice(user.as_str().as_bytes());
-    key
 }
 
 fn prefix(user: &UserId) -> Vec<u8> {
@@ -768,19 +785,27 @@ fn prefix(user: &UserId) -> Vec<u8> {
 }
 
 fn message_key(user: &UserId, seq: u64) -> Vec<u8> {
-    let mut key = prefix(user);
-    key.put_u64(seq);
+    let mut key = Vec::new();
+    put_message_key(&mut key, user, seq);
     key
+}
+
+/// Puts a message's key into `key`, instead of what was there.
+fn put_message_key(key: &mut Vec<u8>, user: &UserId, seq: u64) {
+    key.clear();
+    put_head_key(key, user);
+    key.put_u8(0);
+    key.put_u64(seq);
 }
 
 fn seq_of(key: &[u8]) -> Result<u64, InboxError> {
     key.last_chunk::<8>().map(|raw| u64::from_be_bytes(*raw)).ok_or_else(|| corrupt("a message's key"))
 }
 
-fn fence_key(user: &UserId, id: &MessageId) -> Bytes {
+fn fence_key(user: &UserId, id: &MessageId) -> Vec<u8> {
     let mut key = prefix(user);
     key.extend_from_slice(id.as_str().as_bytes());
-    key.into()
+    key
 }
 
 fn cursor_key(user: &UserId, device: &str) -> Vec<u8> {
@@ -853,19 +878,38 @@ mod tests {
         assert!(answers.iter().all(|answer| !answer.more));
     }
 
+    fn item(user: &str, id: &str, fenced: bool) -> Append {
+        Append {
+            user: UserId::parse(user).unwrap(),
+            id: MessageId::parse(id).unwrap(),
+            fenced,
+            accepted_at: START,
+            expires_at: START.plus_seconds(60),
+            payload: Bytes::from_static(b"1"),
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn numbers_of_a_write_that_failed_are_given_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let inbox = EmbeddedInbox::open(directory.path(), Clock::standing(START)).unwrap();
+        let (good, bad) = (item("alice", "good", false), item("bob", "bad", true));
+        inbox.store.fences.insert(fence_key(&bad.user, &bad.id), b"no fence").unwrap();
+        for n in 1..=2 {
+            let failed = inbox.append(vec![good.clone(), good.clone(), bad.clone()]).await;
+            assert!(failed.iter().all(Result::is_err));
+            let Ok(Appended::Stored(stored)) = inbox.append(vec![good.clone()]).await.remove(0) else {
+                panic!()
+            };
+            assert_eq!(stored.seq, Seq::at(START.0 + n));
+        }
+    }
+
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_store_that_is_opened_again_goes_on_where_it_was() {
         let directory = tempfile::tempdir().unwrap();
         let clock = Clock::standing(START);
-        let user = UserId::parse("alice").unwrap();
-        let item = Append {
-            user: user.clone(),
-            id: MessageId::parse("m").unwrap(),
-            fenced: true,
-            accepted_at: START,
-            expires_at: START.plus_seconds(60),
-            payload: Bytes::from_static(b"1"),
-        };
+        let item = item("alice", "m", true);
         let first = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
         let Ok(Appended::Stored(stored)) = first.append(vec![item.clone()]).await.remove(0) else { panic!() };
         assert!(matches!(EmbeddedInbox::open(directory.path(), clock.clone()), Err(OpenError::Locked)));
