@@ -100,6 +100,8 @@ struct Inner {
 struct Waiting {
     appends: VecDeque<Queued>,
     bytes: usize,
+    /// The writer waits for the next append, however long.
+    resting: bool,
     /// Nobody gives answers any more: the writer ends.
     over: bool,
 }
@@ -203,9 +205,10 @@ impl Collect {
         waiting.bytes += bytes;
         waiting.appends.push_back(Queued { append, answer, bytes });
         let count = waiting.appends.len();
+        let resting = std::mem::take(&mut waiting.resting);
         drop(waiting);
-        // The writer looks for the first, and for enough of them; in between it would only be woken for nothing.
-        if count == 1 || count == self.inner.gathering.enough {
+        // A writer that knows when to look again would only be woken for nothing.
+        if resting || count == self.inner.gathering.enough {
             self.inner.filled.notify_one();
         }
         Ok(waiter)
@@ -323,10 +326,11 @@ impl Inner {
         let mut waiting = self.waiting.lock();
         while !waiting.over {
             let left = last_began.map_or(Duration::ZERO, |began| every.saturating_sub(began.elapsed()));
-            if waiting.appends.is_empty() {
-                self.filled.wait(&mut waiting);
-            } else if waiting.appends.len() < enough && !left.is_zero() {
+            if waiting.appends.len() < enough && !left.is_zero() {
                 self.filled.wait_for(&mut waiting, left);
+            } else if waiting.appends.is_empty() {
+                waiting.resting = true;
+                self.filled.wait(&mut waiting);
             } else {
                 let batch = waiting.take();
                 if !batch.is_empty() {
