@@ -39,22 +39,24 @@ pub(super) trait AtOnce: Send + Sync {
     fn send(&self, item: Item<Bytes>) -> Option<Item<Bytes>>;
 }
 
-/// One session as the rest of the node sees it.
+/// One session as the rest of the node sees it. In this order: who brings a message finds all that it needs in the first 64 bytes,
+/// the counts of the `Arc` included, and no more of a session that is in no cache.
+#[repr(C)]
 pub(super) struct Seat {
-    pub(super) user: UserId,
-    pub(super) device: DeviceId,
-    pub(super) id: ulid::Ulid,
-    pub(super) connected_at: Millis,
-    pub(super) arrival: Arrival,
-    pub(super) mailbox: Mailbox,
-    /// Whole seconds; a refresh changes it.
-    token_iat_s: AtomicU64,
+    serving: OnceLock<Weak<dyn AtOnce>>,
     /// Everything up to here was sent, as the session last said.
     position: AtomicU64,
+    pub(super) mailbox: Mailbox,
     acked: AtomicU64,
+    /// Whole seconds; a refresh changes it.
+    token_iat_s: AtomicU64,
+    pub(super) connected_at: Millis,
+    pub(super) id: ulid::Ulid,
+    pub(super) user: UserId,
+    pub(super) device: DeviceId,
     /// The owner that the client was told of already: once per owner incarnation.
     told: Mutex<Option<Box<(NodeId, u64)>>>,
-    serving: OnceLock<Weak<dyn AtOnce>>,
+    pub(super) arrival: Arrival,
 }
 
 impl Seat {
