@@ -40,14 +40,15 @@ fn read_into(buffer: &mut ReadBuf<'_>, mut stream: &TcpStream) -> io::Result<(us
     })
 }
 
-/// See the room's comment.
+/// See the room's comment. What is written with comes first.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Line {
+    /// Written before the next write or flush.
+    held: Vec<u8>,
     stream: Stream,
     /// Read before all that still comes.
     unread: Vec<u8>,
-    /// Written before the next write or flush.
-    held: Vec<u8>,
 }
 
 /// A socket of the standard library that the runtime watches for `interest`.

@@ -150,14 +150,18 @@ pub struct ServerSocket {
     inner: Box<Inner>,
 }
 
+/// In this order, for a socket that is in no cache: who sends a text needs no more than what comes first.
+#[repr(C)]
 struct Inner {
-    rules: WebSocketContext,
-    line: Line,
-    /// Nothing that was read is left: more must come before there is a frame.
-    dry: bool,
+    /// The rules take no more text.
+    silent: bool,
     /// The rules may have a control frame that the line has not.
     speaks: bool,
+    /// Nothing that was read is left: more must come before there is a frame.
+    dry: bool,
     ended: bool,
+    line: Line,
+    rules: WebSocketContext,
 }
 
 impl ServerSocket {
@@ -178,7 +182,8 @@ impl ServerSocket {
 
     fn on(line: Line) -> Self {
         let rules = WebSocketContext::new(Role::Server, Some(server_config()));
-        Self { inner: Box::new(Inner { rules, line, dry: false, speaks: false, ended: false }) }
+        let (silent, speaks, dry, ended) = (false, false, false, false);
+        Self { inner: Box::new(Inner { silent, speaks, dry, ended, line, rules }) }
     }
 }
 
@@ -242,6 +247,7 @@ impl Inner {
         }
         let next = waits(self.rules.read(&mut Now { line: &mut self.line, cx: Some(cx) }));
         self.dry = next.is_pending();
+        self.silent = !self.rules.can_write();
         next.map(|next| {
             self.ended = next.is_err();
             // What answers it waits for the next read or flush.
@@ -269,7 +275,7 @@ impl Inner {
 
     /// Frames a text; it leaves with the next flush.
     fn text(&mut self, text: &Bytes) -> Result<(), SocketFault> {
-        if !self.rules.can_write() {
+        if self.silent {
             return Err(SocketFault::Gone);
         }
         std::str::from_utf8(text).map_err(|_| SocketFault::InvalidUtf8)?;
@@ -284,7 +290,9 @@ impl Inner {
     /// Has the rules say something; it leaves with the next flush.
     fn control(&mut self, message: Message) -> Result<(), SocketFault> {
         self.speaks = true;
-        match waits(self.rules.write(&mut Now { line: &mut self.line, cx: None }, message)) {
+        let said = waits(self.rules.write(&mut Now { line: &mut self.line, cx: None }, message));
+        self.silent = !self.rules.can_write();
+        match said {
             // Kept for the next flush.
             Poll::Pending => Ok(()),
             Poll::Ready(said) => said.map_err(|error| fault(&error)),
