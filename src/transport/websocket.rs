@@ -153,7 +153,7 @@ pub struct ServerSocket {
 /// In this order, for a socket that is in no cache: who sends a text needs no more than what comes first.
 #[repr(C)]
 struct Inner {
-    /// The rules take no more text.
+    /// The rules take no more text: as they said themselves when they were asked last, for they lie further off.
     silent: bool,
     /// The rules may have a control frame that the line has not.
     speaks: bool,
@@ -545,6 +545,8 @@ mod tests {
         let (mut server, mut client) = pair().await;
         client.close(None).await.unwrap();
         assert_eq!(server.next().await, Some(Ok(Incoming::Closed)));
+        let late = server.feed(Outgoing::Text(Bytes::from_static(b"late"))).await;
+        assert_eq!(late, Err(SocketFault::Gone), "a text would stand behind the answer");
         server.flush().await.unwrap();
         let answer = tokio::time::timeout(Duration::from_secs(10), client.next()).await;
         assert!(matches!(answer, Ok(Some(Ok(Message::Close(_))))), "{answer:?}");

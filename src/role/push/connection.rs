@@ -57,7 +57,7 @@ use crate::wire::socket::{Incoming, Outgoing, SocketFault};
 const HIGH_WATER_BYTES: usize = 128 * 1024;
 /// Below this the session may send again.
 const LOW_WATER_BYTES: usize = 32 * 1024;
-/// Handed to the WebSocket layer before it must be written out: its buffer keeps the size it once had.
+/// Handed to the WebSocket layer before it must be written out.
 const FEED_BYTES: usize = 4 * 1024;
 /// How long the farewell may take: the last frames out, the client's close in.
 pub(super) const FAREWELL: Duration = Duration::from_secs(2);
@@ -344,8 +344,8 @@ impl<S: Socket + 'static> AtOnce for Shared<S> {
     }
 }
 
-/// The serving stage; see the room's comment. First what a message needs that is sent at once: of a session that is in no cache, two
-/// or three pieces of memory less.
+/// The serving stage; see the room's comment. First what a message needs that is sent at once: of a session that is in no cache,
+/// fewer lines are fetched for it.
 #[repr(C)]
 struct Serving<S> {
     node: Arc<Node>,

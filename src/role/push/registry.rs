@@ -152,7 +152,7 @@ pub(super) struct Registry {
 type Shard = Mutex<HashTable<Place>>;
 
 /// A user who has sessions here. Its hash is made once: a table that grows would have to look at every name again, in memory that
-/// is in no cache. And it lies in one line of that.
+/// is in no cache. Aligned, so that it lies in one line of the cache.
 #[repr(align(64))]
 struct Place {
     hash: u64,

@@ -269,22 +269,24 @@ impl Raw {
 
     /// The next frame, which must be text.
     pub async fn text(&mut self) -> Value {
-        let (first, payload) = tokio::time::timeout(DEADLINE, self.read()).await.expect("a frame in time");
-        assert_eq!(first, 0x81);
-        serde_json::from_slice(&payload).unwrap()
+        Self::text_in(self.read()).await
     }
 
-    /// The next text, after the answers to our pings.
+    /// The next frame after the answers to our pings, which must be text.
     pub async fn text_after_pongs(&mut self) -> Value {
-        let reading = async {
+        let past_pongs = async {
             loop {
-                match self.read().await {
-                    (0x8a, _) => {}
-                    (first, payload) => break (first, payload),
+                let frame = self.read().await;
+                if frame.0 != 0x8a {
+                    break frame;
                 }
             }
         };
-        let (first, payload) = tokio::time::timeout(DEADLINE, reading).await.expect("a text in time");
+        Self::text_in(past_pongs).await
+    }
+
+    async fn text_in(frame: impl Future<Output = (u8, Vec<u8>)>) -> Value {
+        let (first, payload) = tokio::time::timeout(DEADLINE, frame).await.expect("a frame in time");
         assert_eq!(first, 0x81);
         serde_json::from_slice(&payload).unwrap()
     }
