@@ -267,26 +267,26 @@ impl Raw {
         (first, payload)
     }
 
-    /// The next frame, which must be text.
+    /// The next frame but for the server's pings, which come whenever they are due: it must be text.
     pub async fn text(&mut self) -> Value {
-        Self::text_in(self.read()).await
+        self.text_after(&[0x89]).await
     }
 
     /// The next frame after the answers to our pings, which must be text.
     pub async fn text_after_pongs(&mut self) -> Value {
-        let past_pongs = async {
+        self.text_after(&[0x89, 0x8a]).await
+    }
+
+    async fn text_after(&mut self, passed_over: &[u8]) -> Value {
+        let reading = async {
             loop {
-                let frame = self.read().await;
-                if frame.0 != 0x8a {
-                    break frame;
+                let (first, payload) = self.read().await;
+                if !passed_over.contains(&first) {
+                    break (first, payload);
                 }
             }
         };
-        Self::text_in(past_pongs).await
-    }
-
-    async fn text_in(frame: impl Future<Output = (u8, Vec<u8>)>) -> Value {
-        let (first, payload) = tokio::time::timeout(DEADLINE, frame).await.expect("a frame in time");
+        let (first, payload) = tokio::time::timeout(DEADLINE, reading).await.expect("a frame in time");
         assert_eq!(first, 0x81);
         serde_json::from_slice(&payload).unwrap()
     }
