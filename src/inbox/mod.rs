@@ -34,11 +34,12 @@ use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
 pub const DEVICES_PER_USER: usize = 64;
 /// A cursor that was not moved for this long goes too: 90 days, in ms.
 pub const CURSOR_LIFE_MS: u64 = 90 * 24 * 3600 * 1000;
+/// When a cursor was last used is known to this, ms: an adapter need not note it with every ack.
+pub const CURSOR_USE_MS: u64 = 60_000;
 
 /// The port. Five methods; see the room's contract.
 pub trait Inbox: Send + Sync + 'static {
-    /// Appends each item to its user's inbox, in this order; one outcome per item. May block the thread that polls it, which should
-    /// be one of the caller's own.
+    /// Appends each item to its user's inbox, in this order; one outcome per item.
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>>;
 
     /// For each question, where that position stands. A user without a head record gets one.
