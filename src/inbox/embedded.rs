@@ -241,6 +241,10 @@ impl Inbox for EmbeddedInbox {
         self.run(move |store| store.update(&changes))
     }
 
+    fn blocks(&self) -> bool {
+        true
+    }
+
     fn gathering(&self) -> Gathering {
         GATHERING
     }

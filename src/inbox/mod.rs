@@ -64,6 +64,11 @@ pub trait Inbox: Send + Sync + 'static {
         false
     }
 
+    /// Whether [`Inbox::append`] blocks the thread that polls it, which should then be one of the caller's own.
+    fn blocks(&self) -> bool {
+        false
+    }
+
     /// How appends should be gathered; not at all, where one write costs no more than its share of a large one.
     fn gathering(&self) -> Gathering {
         Gathering { every: Duration::ZERO, enough: 1 }

@@ -302,20 +302,32 @@ async fn wait_until(deadline: Instant, waiter: oneshot::Receiver<Outcome>) -> Ou
     }
 }
 
-/// Writes what waits, batch after batch, and answers. Blocks its thread.
-fn write(inner: &Inner, runtime: &Handle) {
+/// Writes what waits, batch after batch, and answers. Blocks its thread, and does the work there where the inbox blocks as well:
+/// else every answer of a database would wake this thread by way of another.
+fn write(inner: &Arc<Inner>, runtime: &Handle) {
     let mut last_began = None;
     while let Some(batch) = inner.next_batch(last_began) {
         last_began = Some(Instant::now());
         inner.metrics.batch.observe(batch.len() as f64);
-        let with_user = |Queued { append, answer, .. }| {
-            let user = append.user.clone();
-            (append, (user, answer))
-        };
-        let (appends, to): (Vec<Append>, Vec<_>) = batch.into_iter().map(with_user).unzip();
-        let outcomes = runtime.block_on(inner.inbox.append(appends));
-        answer(inner, to, outcomes);
+        let writing = write_batch(Arc::clone(inner), batch);
+        if inner.inbox.blocks() {
+            runtime.block_on(writing);
+        } else if let Err(error) = runtime.block_on(runtime.spawn(writing))
+            && let Ok(panic) = error.try_into_panic()
+        {
+            std::panic::resume_unwind(panic);
+        }
     }
+}
+
+async fn write_batch(inner: Arc<Inner>, batch: Vec<Queued>) {
+    let with_user = |Queued { append, answer, .. }| {
+        let user = append.user.clone();
+        (append, (user, answer))
+    };
+    let (appends, to): (Vec<Append>, Vec<_>) = batch.into_iter().map(with_user).unzip();
+    let outcomes = inner.inbox.append(appends).await;
+    answer(&inner, to, outcomes);
 }
 
 impl Inner {
