@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ringpush::clock::Clock;
 use ringpush::fallback::conformance as fallback_contract;
 use ringpush::fallback::redis::RedisFallback;
-use ringpush::fallback::{Fallback, Holder};
+use ringpush::fallback::{Fallback, Holder, Which};
 use ringpush::membership::keeper::Times;
 use ringpush::membership::redis::RedisMembership;
 use ringpush::membership::{Membership, NodeInfo, Standing, View, conformance};
@@ -251,6 +251,26 @@ async fn a_wrong_password_is_told_at_once_and_a_dead_redis_is_waited_for() {
     let membership = RedisMembership::start(nobody, "test", times(), Clock::system());
     assert_eq!(membership.check().await, Ok(()));
     assert!(membership.views().borrow().generation.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn routers_are_called_for_whoever_comes_and_not_for_whoever_goes() {
+    let redis = redis(&[]).await;
+    let link = link(&format!("redis://127.0.0.1:{}", redis.port));
+    let fallback = RedisFallback::start(link, "test", times().lease, times().poll);
+    let holder = Holder { node: NodeId::parse("push-0").unwrap(), incarnation: 7 };
+    let users = |names: &[&str]| names.iter().map(|name| UserId::parse(name).unwrap()).collect::<Vec<_>>();
+    let calls = || {
+        let stats = redis_cli(redis.port, &["info", "commandstats"]);
+        let calls = stats.split_once("cmdstat_publish:calls=").map_or("0", |(_, rest)| rest);
+        calls.split(',').next().unwrap().parse::<u32>().unwrap()
+    };
+    fallback.add(&holder, users(&["alice", "bob"])).await.unwrap();
+    assert_eq!(calls(), 1);
+    fallback.remove(&holder, Which::Users(users(&["alice"]))).await.unwrap();
+    assert_eq!((fallback.keep(&holder).await.unwrap(), calls()), (1, 1));
+    fallback.add(&holder, users(&["carol"])).await.unwrap();
+    assert_eq!(calls(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

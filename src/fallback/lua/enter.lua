@@ -17,7 +17,10 @@ else
   if redis.call('HGET', versions, holder) ~= version then
     redis.call('HSET', maps, holder, map)
     redis.call('HSET', versions, holder, version)
-    redis.call('PUBLISH', channel, holder)
+    -- Who is no longer here is asked for in vain until the next poll; who is here must be seen at once.
+    if act == 'SADD' then
+      redis.call('PUBLISH', channel, holder)
+    end
   end
 end
 return redis.call('SCARD', set)

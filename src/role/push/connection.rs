@@ -265,7 +265,7 @@ async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(R
 /// A user whose last session ends may stand in the fallback set no longer.
 fn on_last(node: &Node) -> impl FnOnce(&crate::message::UserId) + Send + Sync + 'static {
     let displaced = Arc::clone(&node.displaced);
-    move |user| displaced.doubt_if_entered(user)
+    move |user| displaced.leave(user)
 }
 
 /// Says why, closes, and waits a little for the client to close too, so that it hears the reason.

@@ -435,6 +435,7 @@ impl Push {
         // A client that does not answer the close is given up by its own task; this is the bound on that.
         let _ = tokio::time::timeout(connection::FAREWELL * 2, node.connections.wait()).await;
         node.cursors.flush(&*node.inbox).await;
+        node.displaced.forget();
         if let Err(error) = node.fallback.remove(own, Which::All).await {
             tracing::warn!(%error, "the fallback entries stay until their lease ends");
         }

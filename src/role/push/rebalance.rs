@@ -42,6 +42,9 @@ const FALLBACK_RETRY_FIRST: Duration = Duration::from_millis(100);
 const FALLBACK_RETRY_MAX: Duration = Duration::from_secs(3);
 /// Between two renewals of the set's lease, give or take a fifth: the beat of membership.
 const FALLBACK_RENEW: Duration = Duration::from_secs(2);
+/// Between two removals of users whose last session has ended: each changes the bitmap that every router then reads, and an
+/// entry too many costs no more than a copy that nobody wants.
+const LEAVE_EVERY: Duration = Duration::from_millis(500);
 /// How long a session that attaches waits for its fallback entry: a registry that hangs is not felt, and the entry is then
 /// written, or looked after, behind its back.
 const ENTER_DEADLINE: Duration = Duration::from_millis(500);
@@ -59,6 +62,8 @@ pub(super) struct Displaced {
 struct DisplacedState {
     entered: HashSet<UserId>,
     doubtful: HashSet<UserId>,
+    /// Users that are entered and may have gone: doubtful soon.
+    leaving: HashSet<UserId>,
     /// Users that were entered then: their inboxes are looked into again when every router has seen it.
     look_again: VecDeque<(Instant, Vec<UserId>)>,
 }
@@ -70,14 +75,27 @@ impl Displaced {
         self.changed.notify_one();
     }
 
-    /// The same, but only for a user that stands in the set or may be about to: the common case costs one look.
-    pub(super) fn doubt_if_entered(&self, user: &UserId) {
+    /// The last session of this user has ended. Matters only for one that stands in the set or may be about to: the common
+    /// case costs one look.
+    pub(super) fn leave(&self, user: &UserId) {
         let mut state = self.state.lock();
         if state.entered.contains(user) {
-            state.doubtful.insert(user.clone());
-            drop(state);
-            self.changed.notify_one();
+            state.leaving.insert(user.clone());
         }
+    }
+
+    /// Whoever has left since the last time is doubtful now; answers whether anybody has.
+    fn doubt_leaving(&self) -> bool {
+        let mut state = self.state.lock();
+        let leaving = std::mem::take(&mut state.leaving);
+        let any = !leaving.is_empty();
+        state.doubtful.extend(leaving);
+        any
+    }
+
+    /// Nobody is here any more.
+    pub(super) fn forget(&self) {
+        *self.state.lock() = DisplacedState::default();
     }
 
     /// How many users stand in the set.
@@ -143,8 +161,15 @@ pub(super) async fn enter(node: &Node, user: &UserId) {
 pub(super) async fn keep_fallback(node: Arc<Node>) {
     let mut backoff = Backoff::new(FALLBACK_RETRY_FIRST, FALLBACK_RETRY_MAX);
     let mut looking = JoinSet::new();
+    let mut leaves = tokio::time::interval(LEAVE_EVERY);
+    leaves.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        node.displaced.changed.notified().await;
+        tokio::select! {
+            () = node.displaced.changed.notified() => {}
+            _ = leaves.tick() => if !node.displaced.doubt_leaving() {
+                continue;
+            }
+        }
         while looking.try_join_next().is_some() {}
         loop {
             let doubtful = node.displaced.take_doubtful();

@@ -364,6 +364,30 @@ async fn when_a_node_joins_exactly_those_whose_owner_changed_are_told_to_move() 
 }
 
 #[tokio::test(start_paused = true)]
+async fn whoever_goes_is_taken_out_of_the_fallback_set_with_all_who_go_about_then() {
+    let mut cluster = Cluster::of(&["push-0"]).await;
+    let mut displaced = Vec::new();
+    for n in 0..60 {
+        let client = cluster.connect(0, &format!("user-{n}")).await;
+        if owner(&["push-0", "push-1"], &client.user) == "push-1" {
+            displaced.push(client);
+        }
+    }
+    cluster.join("push-1").await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(cluster.nodes[0].counts().displaced, displaced.len() as u64);
+    let mut seen = std::collections::HashSet::new();
+    for _ in 0..10 {
+        drop(displaced.pop());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        seen.insert(cluster.nodes[0].counts().displaced);
+    }
+    assert!(seen.len() <= 2, "ten in a tenth of a second are one removal or two: {seen:?}");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(cluster.nodes[0].counts().displaced, displaced.len() as u64);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_node_that_drains_sends_everybody_away_and_leaves_nothing() {
     let cluster = Cluster::of(&["push-0", "push-1"]).await;
     let mut clients = Vec::new();
