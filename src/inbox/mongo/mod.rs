@@ -48,7 +48,7 @@ const PAGE_FETCH: u32 = 64;
 const CONFIRMATIONS: usize = 16;
 
 /// A command costs MongoDB as much as some twenty documents in it.
-const GATHERING: Gathering = Gathering { every: Duration::from_millis(5), enough: 100 };
+const GATHERING: Gathering = Gathering { every: Duration::from_millis(8), enough: 100 };
 
 /// The times of the rules; see DESIGN.md section 6.
 #[derive(Debug, Clone, Copy)]
