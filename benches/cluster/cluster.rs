@@ -58,6 +58,8 @@ impl Cluster {
         let mut command = Command::new(script());
         let directory = self.directory.path().join("cluster");
         command.args(words).env("CLUSTER_DIR", directory).env("CLUSTER_LOG", "warn");
+        // A dozen processes share the cores: each has one worker, as under a limit of one core.
+        command.env("TOKIO_WORKER_THREADS", "1");
         command
     }
 
