@@ -160,8 +160,9 @@ impl App {
         let clock = Clock::system();
         let own_auth = own_auth(&config, &clock)?;
         // The embedded store's lock is what keeps a second process from this directory: it comes before the ports.
+        let mut tasks = JoinSet::new();
         let opened = if config.mongo_uri.is_empty() && needs_inbox(&config) {
-            Some(stores::inbox(&config, &clock).await?)
+            Some(stores::inbox(&config, &clock, &mut tasks).await?)
         } else {
             None
         };
@@ -174,7 +175,6 @@ impl App {
         for (name, needed) in [("view", needs_view(&config)), ("inbox", needs_inbox(&config))] {
             health.set(name, !needed, if needed { "not reached yet" } else { "not needed here" });
         }
-        let mut tasks = JoinSet::new();
         let (membership, fallback) = stores::registry(&config, &clock, &metrics, &mut tasks).await?;
         let (sign, verify) = proofs(&config.peer_secret, &clock);
         let nodes = Arc::new(PushNodes::new(membership.views(), Arc::clone(&sign)));
@@ -229,7 +229,7 @@ impl App {
         proof: Verify,
     ) -> Result<()> {
         let opened = match opened {
-            None if needs_inbox(config) => Some(stores::inbox(config, &shared.clock).await?),
+            None if needs_inbox(config) => Some(stores::inbox(config, &shared.clock, &mut self.tasks).await?),
             opened => opened,
         };
         self.health.set("inbox", true, if opened.is_some() { "reached" } else { "not needed here" });

@@ -83,9 +83,10 @@ pub(super) struct Opened {
     pub(super) poisoned: watch::Receiver<bool>,
 }
 
-pub(super) async fn inbox(config: &Config, clock: &Clock) -> Result<Opened> {
+pub(super) async fn inbox(config: &Config, clock: &Clock, tasks: &mut JoinSet<()>) -> Result<Opened> {
     if config.mongo_uri.is_empty() {
         let inbox = embedded(&config.data_dir, clock.clone())?;
+        tasks.spawn(inbox.clone().free_memory());
         let poisoned = inbox.poisoned();
         return Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned });
     }
