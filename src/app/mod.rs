@@ -159,8 +159,8 @@ impl App {
         let keys = Keys::of(&mut config)?;
         let clock = Clock::system();
         let own_auth = own_auth(&config, &clock)?;
-        // The embedded store's lock is what keeps a second process from this directory: it comes before the ports.
         let mut tasks = JoinSet::new();
+        // The embedded store's lock is what keeps a second process from this directory: it comes before the ports.
         let opened = if config.mongo_uri.is_empty() && needs_inbox(&config) {
             Some(stores::inbox(&config, &clock, &mut tasks).await?)
         } else {

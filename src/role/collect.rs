@@ -1,9 +1,9 @@
 //! Collect: takes messages from business systems, appends them to the inboxes, answers, and hands them to dispatch.
 //!
-//! Appends are grouped: what waits while one write is under way, or comes right after it began, is the next write. Writing has
-//! a thread of its own, which answers too: the answers of a write go out when it ends, and the next one begins then, however much
-//! else the runtime has to do. A message that was stored is handed on whether or not its sender still waits, so one that goes
-//! away loses nobody a live delivery.
+//! Appends are grouped: what waits while one write is under way, or comes right after it began, is the next write. Gathering has
+//! a thread of its own. Where the inbox blocks, that writes and answers too: the answers of a write go out when it ends, and the
+//! next one begins then, however much else the runtime has to do. A message that was stored is handed on whether or not its
+//! sender still waits, so one that goes away loses nobody a live delivery.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
