@@ -119,13 +119,13 @@ impl MemoryInbox {
     fn change(&self, change: Change) {
         match change {
             Change::Cursor { user, device, acked } => self.with(&user, |log, now| {
-                if !log.cursors.contains_key(&device) && log.cursors.len() >= DEVICES_PER_USER {
+                let cursor = log.cursors.entry(device).or_default();
+                *cursor = (cursor.0.max(acked), now);
+                if log.cursors.len() > DEVICES_PER_USER {
                     let oldest =
                         log.cursors.iter().min_by_key(|entry| entry.1.1).map(|entry| entry.0.clone());
                     oldest.and_then(|device| log.cursors.remove(&device));
                 }
-                let cursor = log.cursors.entry(device).or_default();
-                *cursor = (cursor.0.max(acked), now);
             }),
             Change::NotBefore { user, seconds } => {
                 self.with(&user, |log, _| log.not_before_s = log.not_before_s.max(seconds));

@@ -34,8 +34,6 @@ use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
 pub const DEVICES_PER_USER: usize = 64;
 /// A cursor that was not moved for this long goes too: 90 days, in ms.
 pub const CURSOR_LIFE_MS: u64 = 90 * 24 * 3600 * 1000;
-/// When a cursor was last used is known to this, ms: an adapter need not note it with every ack.
-pub const CURSOR_USE_MS: u64 = 60_000;
 
 /// The port. Five methods; see the room's contract.
 pub trait Inbox: Send + Sync + 'static {

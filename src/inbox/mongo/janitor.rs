@@ -46,8 +46,10 @@ pub(super) async fn clean(inner: &Inner) -> Result<u64, InboxError> {
         }
     }
     seen.runs = still;
-    let unused = inner.clock.now().0.saturating_sub(CURSOR_LIFE_MS);
-    let unused = inner.cursors.delete_many(doc! { "at": { "$lte": int(unused) } }).into_future();
+    let unused = int(inner.clock.now().0.saturating_sub(CURSOR_LIFE_MS));
+    // The minute is indexed, the moment is exact; cursors of earlier versions have it in the minute's place.
+    let exact = doc! { "$not": { "$gt": unused } };
+    let unused = inner.cursors.delete_many(doc! { "at": { "$lte": unused }, "t": exact }).into_future();
     inner.in_time(unused).await.map_err(unavailable)?;
     Ok(removed)
 }

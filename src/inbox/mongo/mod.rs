@@ -14,7 +14,7 @@ mod janitor;
 mod model;
 mod stored;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,11 +28,11 @@ use mongodb::options::{
 use mongodb::{Client, Collection, Database, IndexModel};
 
 use super::{
-    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, CURSOR_USE_MS, Change, DEVICES_PER_USER, From, Gathering,
-    Inbox, InboxError, InboxPage, PageLimit, Profile, Upkeep,
+    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Gathering, Inbox,
+    InboxError, InboxPage, PageLimit, Profile, Upkeep,
 };
 use crate::clock::Clock;
-use crate::message::{DeviceId, Millis, Seq, UserId};
+use crate::message::{DeviceId, Seq, UserId};
 use stored::{CURSORS, HeadRecord, INBOX, StoredMessage, id, ids_above, int, place_of};
 
 /// How long one command may take: a primary that fell over is replaced in about ten seconds, and a command that hangs on
@@ -46,6 +46,10 @@ const MAJORITY_TIMEOUT: Duration = Duration::from_secs(3);
 const PAGE_FETCH: u32 = 64;
 /// Positions above the head of one lot that are confirmed at once; each takes two linearizable reads, some 200 ms.
 const CONFIRMATIONS: usize = 16;
+
+/// Two indexes hold when a cursor was last used, to the minute, so that nearly every ack leaves both alone; the moment itself
+/// stands beside it.
+const MINUTE_MS: u64 = 60_000;
 
 /// A command costs MongoDB as much as some twenty documents in it.
 const GATHERING: Gathering = Gathering { every: Duration::from_millis(8), enough: 100 };
@@ -357,9 +361,10 @@ impl Inner {
         };
         let found = self.in_time(found).await.map_err(unavailable)?;
         let read = |document: &Document| {
-            let (user, device) = cursor_of(document)?;
-            let place = (UserId::parse(user).ok()?, DeviceId::parse(device).ok()?);
-            Some((place, Seq::at(document.get_i64("acked").ok()?.unsigned_abs())))
+            let id = document.get_document("_id").ok()?;
+            let user = UserId::parse(id.get_str("u").ok()?).ok()?;
+            let device = DeviceId::parse(id.get_str("d").ok()?).ok()?;
+            Some(((user, device), Seq::at(document.get_i64("acked").ok()?.unsigned_abs())))
         };
         Ok(found.iter().filter_map(read).collect())
     }
@@ -537,18 +542,19 @@ impl Inner {
     }
 
     async fn update(&self, changes: Vec<Change>) -> Result<(), InboxError> {
-        let used = int(used_at(self.clock.now()).0);
+        let now = self.clock.now().0;
+        let minute = now - now % MINUTE_MS;
         let mut updates = Vec::new();
-        let mut written = Vec::new();
+        let mut users = Vec::new();
         for change in changes {
             match change {
                 Change::Cursor { user, device, acked } => {
                     updates.push(doc! {
                         "q": { "_id": { "u": user.as_str(), "d": device.as_str() } },
-                        "u": { "$max": { "acked": int(acked.get()) }, "$set": { "at": used } },
+                        "u": { "$max": { "acked": int(acked.get()) }, "$set": { "at": int(minute), "t": int(now) } },
                         "upsert": true,
                     });
-                    written.push((user, device));
+                    users.push(user);
                 }
                 Change::NotBefore { user, seconds } => self.revoke(&user, seconds).await?,
             }
@@ -562,13 +568,12 @@ impl Inner {
         let answer = self.in_time(self.database.run_command(command).into_future()).await;
         let answer = answer.map_err(unavailable)?;
         let upserted = answer.get_array("upserted").into_iter().flatten();
-        let new_here: HashSet<(&str, &str)> = upserted
+        let new_here: Vec<&UserId> = upserted
             .filter_map(|made| made.as_document()?.get_i32("index").ok())
-            .filter_map(|index| written.get(usize::try_from(index).ok()?))
-            .map(|(user, device)| (user.as_str(), device.as_str()))
+            .filter_map(|index| users.get(usize::try_from(index).ok()?))
             .collect();
         if !new_here.is_empty()
-            && let Err(error) = self.trim_devices(&new_here).await
+            && let Err(error) = self.trim_devices(&distinct(new_here)).await
         {
             tracing::debug!(%error, "a user has a device too many for now");
         }
@@ -586,17 +591,17 @@ impl Inner {
     }
 
     /// Users with more devices than are kept lose the longest unused. One look for all of them: nearly none has so many.
-    async fn trim_devices(&self, new_here: &HashSet<(&str, &str)>) -> Result<(), InboxError> {
-        let names: Vec<&str> = new_here.iter().map(|(user, _)| *user).collect();
+    async fn trim_devices(&self, users: &[&UserId]) -> Result<(), InboxError> {
+        let names: Vec<&str> = users.iter().map(|user| user.as_str()).collect();
         let trimming = async {
             let found = self
                 .cursors
                 .find(doc! { "_id.u": { "$in": names } })
-                .projection(doc! { "at": 1 })
+                .projection(doc! { "at": 1, "t": 1 })
                 .read_concern(ReadConcern::local())
                 .batch_size(10_000)
                 .await?;
-            let excess = longest_unused(found.try_collect().await?, new_here);
+            let excess = longest_unused(found.try_collect().await?);
             if !excess.is_empty() {
                 self.cursors.delete_many(doc! { "_id": { "$in": excess } }).await?;
             }
@@ -606,35 +611,22 @@ impl Inner {
     }
 }
 
-/// The `_id`s of the cursors beyond those that each user keeps; of those that were used in the same minute a new one stays.
-fn longest_unused(mut cursors: Vec<Document>, new_here: &HashSet<(&str, &str)>) -> Vec<Document> {
-    cursors.sort_by_cached_key(|cursor| {
-        let new = cursor_of(cursor).is_some_and(|place| new_here.contains(&place));
-        std::cmp::Reverse((cursor.get_i64("at").unwrap_or(0), new))
-    });
-    let mut kept: HashMap<&str, usize> = HashMap::new();
+/// The `_id`s of the cursors beyond those that each user keeps.
+fn longest_unused(mut cursors: Vec<Document>) -> Vec<Document> {
+    // The later one: an earlier version knows the first alone.
+    let used =
+        |cursor: &Document| ["at", "t"].map(|name| cursor.get_i64(name).unwrap_or(0)).into_iter().max();
+    cursors.sort_by_key(|cursor| std::cmp::Reverse(used(cursor)));
+    let mut kept: HashMap<String, usize> = HashMap::new();
     let mut excess = Vec::new();
-    for cursor in &cursors {
-        let Some((user, _)) = cursor_of(cursor) else { continue };
-        let count = kept.entry(user).or_default();
+    for id in cursors.iter().filter_map(|cursor| cursor.get_document("_id").ok()) {
+        let count = kept.entry(id.get_str("u").unwrap_or_default().to_owned()).or_default();
         *count += 1;
         if *count > DEVICES_PER_USER {
-            excess.extend(cursor.get_document("_id").ok().cloned());
+            excess.push(id.clone());
         }
     }
     excess
-}
-
-/// Whose cursor it is: the user and the device.
-fn cursor_of(cursor: &Document) -> Option<(&str, &str)> {
-    let id = cursor.get_document("_id").ok()?;
-    Some((id.get_str("u").ok()?, id.get_str("d").ok()?))
-}
-
-/// When a cursor that is written now counts as used: at the end of the minute, so that it lives its time in full. Two indexes
-/// hold it, and a write that does not change it leaves them alone.
-fn used_at(now: Millis) -> Millis {
-    Millis((now.0 / CURSOR_USE_MS + 1) * CURSOR_USE_MS)
 }
 
 /// What the documents around a position say of it.
