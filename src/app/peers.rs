@@ -52,9 +52,13 @@ impl PushNodes {
 }
 
 impl Directory for PushNodes {
+    fn here(&self, node: &NodeId) -> Option<PushService> {
+        self.here.read().get(node).cloned()
+    }
+
     fn find(&self, node: &NodeId) -> Option<PushService> {
-        if let Some(here) = self.here.read().get(node) {
-            return Some(here.clone());
+        if let Some(here) = self.here(node) {
+            return Some(here);
         }
         let address = self.views.borrow().member(node).map(|member| Arc::clone(&member.info.peer));
         let mut elsewhere = self.elsewhere.lock();

@@ -1,4 +1,5 @@
 //! A bounded queue of live messages between one task and another: what has no room is dropped, and the drop remembered.
+//! Where nothing waits and nothing is on its way, a batch may go past it.
 
 use std::collections::VecDeque;
 
@@ -29,6 +30,8 @@ struct Queue {
     missed: bool,
     /// What was taken last is on its way.
     busy: bool,
+    /// Something went past the queue, and is on its way.
+    ahead: bool,
 }
 
 impl Backlog {
@@ -57,8 +60,30 @@ impl Backlog {
         self.filled.notify_one();
     }
 
-    /// Waits for a batch, and whether something before it was dropped. For one task only.
+    /// Whether a batch may go past the queue: nothing waits, and nothing is on its way. If so, what is put into the queue stays
+    /// there until [`Self::arrived`].
+    pub(super) fn go_ahead(&self) -> bool {
+        let mut queue = self.queue.lock();
+        let free = queue.is_idle() && !queue.missed;
+        queue.ahead |= free;
+        free
+    }
+
+    /// What went past the queue has arrived, or was given up.
+    pub(super) fn arrived(&self) {
+        let mut queue = self.queue.lock();
+        queue.ahead = false;
+        let next = !queue.waiting.is_empty() || queue.missed;
+        drop(queue);
+        if next {
+            self.filled.notify_one();
+        }
+    }
+
+    /// Waits for a batch, and whether something before it was dropped. What it took before has arrived then, or was given up.
+    /// For one task only.
     pub(super) async fn take(&self) -> (Vec<Live>, bool) {
+        self.queue.lock().busy = false;
         loop {
             if let Some(taken) = self.try_take() {
                 return taken;
@@ -67,20 +92,14 @@ impl Backlog {
         }
     }
 
-    /// What was taken last has arrived, or was given up.
-    pub(super) fn rest(&self) {
-        self.queue.lock().busy = false;
-    }
-
     /// Whether nothing waits and nothing is on its way.
     pub(super) fn is_idle(&self) -> bool {
-        let queue = self.queue.lock();
-        queue.waiting.is_empty() && !queue.busy
+        self.queue.lock().is_idle()
     }
 
     fn try_take(&self) -> Option<(Vec<Live>, bool)> {
         let mut queue = self.queue.lock();
-        if queue.waiting.is_empty() && !queue.missed {
+        if queue.ahead || (queue.waiting.is_empty() && !queue.missed) {
             return None;
         }
         let count = queue.waiting.len().min(BATCH);
@@ -91,5 +110,11 @@ impl Backlog {
         }
         queue.busy = true;
         Some((batch, std::mem::take(&mut queue.missed)))
+    }
+}
+
+impl Queue {
+    fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && !self.busy && !self.ahead
     }
 }

@@ -406,7 +406,6 @@ fn answer(inner: &Inner, to: Vec<(UserId, Answer)>, outcomes: Vec<Result<Appende
 async fn hand_on(writer: EndsWriter) {
     let inner = &writer.0;
     loop {
-        inner.handing_on.rest();
         let (batch, missed) = inner.handing_on.take().await;
         let count = batch.len();
         let stamp = inner.views.borrow().stamp();

@@ -2,7 +2,8 @@
 //!
 //! A message goes to its owners in the views of the last 30 s, and to the nodes whose fallback set has the user.
 //! Disagreement costs a second copy, never a miss. Each node has one bounded lane; batches form while the last one is in
-//! flight. A full lane drops the hint and marks the lane, so that the node looks into the inboxes itself.
+//! flight. A full lane drops the hint and marks the lane, so that the node looks into the inboxes itself. To a node of the same
+//! process a batch goes at once, where nothing is before it in the lane.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
@@ -267,9 +268,26 @@ impl Dispatch {
     fn put_all(&self, lots: impl IntoIterator<Item = (NodeId, Vec<Live>)>) {
         for (node, lot) in lots {
             self.inner.metrics.routed.inc_by(lot.len() as u64);
-            let dropped = self.lane(&node).put(lot);
-            self.inner.metrics.dropped.inc_by(dropped as u64);
+            let lane = self.lane(&node);
+            if let Some(service) = self.inner.directory.here(&node)
+                && lane.go_ahead()
+            {
+                self.deliver_here(&node, service, &lane, lot);
+            } else {
+                self.inner.metrics.dropped.inc_by(lane.put(lot) as u64);
+            }
         }
+    }
+
+    /// Delivers to a node of this process, on the caller's thread and past the lane.
+    fn deliver_here(&self, node: &NodeId, service: PushService, lane: &Backlog, lot: Vec<Live>) {
+        let stamp = self.inner.recent.lock().current.stamp();
+        let (request, lot) = deliver_request(lot, false, &stamp);
+        let answer = service.oneshot(request).now_or_never().unwrap_or_else(|| Err(silent(node)));
+        if !settle(&self.inner, node, &stamp, &lot, answer) {
+            lane.mark_missed();
+        }
+        lane.arrived();
     }
 
     /// Sends the messages of displaced users to where these are, beside the nodes that own them.
@@ -443,9 +461,37 @@ async fn call(
     request: PushRequest,
 ) -> Result<PushResponse, PeerFault> {
     let service = service.ok_or_else(|| PeerFault::Unavailable(format!("{node} is not known here")))?;
-    match tokio::time::timeout(CALL_DEADLINE, service.oneshot(request)).await {
-        Ok(answer) => answer,
-        Err(_) => Err(PeerFault::Unavailable(format!("{node} did not answer in time"))),
+    tokio::time::timeout(CALL_DEADLINE, service.oneshot(request)).await.unwrap_or_else(|_| Err(silent(node)))
+}
+
+fn silent(node: &NodeId) -> PeerFault {
+    PeerFault::Unavailable(format!("{node} did not answer in time"))
+}
+
+fn deliver_request(batch: Vec<Live>, sweep: bool, stamp: &Stamp) -> (PushRequest, Arc<[Live]>) {
+    let batch: Arc<[Live]> = batch.into();
+    (PushRequest::Deliver { batch: Arc::clone(&batch), sweep, stamp: stamp.clone() }, batch)
+}
+
+/// What follows from a node's answer to a batch; whether the node took it.
+fn settle(
+    dispatch: &Inner,
+    node: &NodeId,
+    stamp: &Stamp,
+    batch: &[Live],
+    answer: Result<PushResponse, PeerFault>,
+) -> bool {
+    match answer {
+        Ok(PushResponse::Done(theirs)) if theirs.is_news_to(stamp) => {
+            dispatch.heard_of(theirs, batch.to_vec());
+            true
+        }
+        Ok(_) => true,
+        Err(fault) => {
+            tracing::debug!(%node, %fault, "a batch was not taken; the node will look into the inboxes");
+            dispatch.metrics.dropped.inc_by(batch.len() as u64);
+            false
+        }
     }
 }
 
@@ -454,22 +500,15 @@ async fn run_lane(node: NodeId, backlog: Arc<Backlog>, dispatch: Weak<Inner>) {
         let (batch, sweep) = backlog.take().await;
         let Some(inner) = dispatch.upgrade() else { return };
         let stamp = inner.recent.lock().current.stamp();
-        let (service, metrics) = (inner.directory.find(&node), Arc::clone(&inner.metrics));
+        let service = inner.directory.find(&node);
         drop(inner);
-        let batch: Arc<[Live]> = batch.into();
-        let request = PushRequest::Deliver { batch: Arc::clone(&batch), sweep, stamp: stamp.clone() };
-        match call(service, &node, request).await {
-            Ok(PushResponse::Done(theirs)) if theirs.is_news_to(&stamp) => {
-                let Some(inner) = dispatch.upgrade() else { return };
-                inner.heard_of(theirs, batch.to_vec());
-            }
-            Ok(_) => {}
-            Err(fault) => {
-                tracing::debug!(%node, %fault, "a batch was not taken; the node will look into the inboxes");
-                metrics.dropped.inc_by(batch.len() as u64);
-                tokio::time::sleep(FAILURE_REST).await;
-                backlog.mark_missed();
-            }
+        let (request, batch) = deliver_request(batch, sweep, &stamp);
+        let answer = call(service, &node, request).await;
+        let Some(inner) = dispatch.upgrade() else { return };
+        if !settle(&inner, &node, &stamp, &batch, answer) {
+            drop(inner);
+            tokio::time::sleep(FAILURE_REST).await;
+            backlog.mark_missed();
         }
     }
 }

@@ -12,14 +12,23 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tower::util::BoxCloneSyncService;
 
+/// Calls that nobody has looked at yet; with more, a node does not answer.
+const CALLS: usize = 64;
+
 /// Every node of the test, each call with the node's name.
 struct Nodes {
     calls: mpsc::Sender<(NodeId, Vec<u64>, bool)>,
     gone: mpsc::Sender<NodeId>,
     silent: Mutex<bool>,
+    /// Whether they are in this process.
+    here: Mutex<bool>,
 }
 
 impl Directory for Nodes {
+    fn here(&self, node: &NodeId) -> Option<PushService> {
+        if *self.here.lock() { self.find(node) } else { None }
+    }
+
     fn find(&self, node: &NodeId) -> Option<PushService> {
         if *self.silent.lock() {
             return None;
@@ -58,9 +67,10 @@ async fn bench(names: &[&str]) -> Bench {
         membership.join(info(name)).await.unwrap();
     }
     let fallback = LocalFallback::default();
-    let (sender, calls) = mpsc::channel(64);
+    let (sender, calls) = mpsc::channel(CALLS);
     let (told, gone) = mpsc::channel(8);
-    let nodes = Arc::new(Nodes { calls: sender, gone: told, silent: Mutex::new(false) });
+    let nodes =
+        Arc::new(Nodes { calls: sender, gone: told, silent: Mutex::default(), here: Mutex::default() });
     let mut tasks = JoinSet::new();
     let dispatch = Dispatch::start(
         Arc::new(membership.clone()),
@@ -177,6 +187,64 @@ async fn a_full_lane_drops_the_hint_and_says_so() {
     let (first, sweep) = backlog.take().await;
     assert_eq!((first.len(), sweep), (BATCH, true));
     assert!(!backlog.take().await.1, "it is said once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_goes_past_what_is_before_it() {
+    let backlog = Arc::new(Backlog::default());
+    assert!(backlog.go_ahead());
+    assert!(!backlog.go_ahead() && !backlog.is_idle(), "one is on its way");
+    backlog.put(vec![live("alice", 2)]);
+    let taking = tokio::spawn({
+        let backlog = Arc::clone(&backlog);
+        async move { backlog.take().await }
+    });
+    tokio::task::yield_now().await;
+    assert!(!taking.is_finished(), "it waits for what went ahead");
+    backlog.arrived();
+    assert_eq!(taking.await.unwrap().0.len(), 1);
+    assert!(!backlog.go_ahead() && !backlog.is_idle(), "what was taken is on its way");
+    backlog.put(vec![live("alice", 3)]);
+    assert_eq!(backlog.take().await.0.len(), 1);
+    assert!(backlog.take().now_or_never().is_none());
+    assert!(backlog.go_ahead(), "all has arrived");
+    backlog.mark_missed();
+    backlog.arrived();
+    assert!(!backlog.go_ahead(), "somebody has to be told of a miss before");
+    assert!(backlog.take().await.1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_of_this_process_has_a_batch_at_once_and_in_order() {
+    let mut bench = bench(&["push-0"]).await;
+    *bench.nodes.here.lock() = true;
+    bench.deliver(vec![live("alice", 7), live("bob", 1)]).await;
+    assert_eq!(bench.calls.try_recv().unwrap().1, [7, 1], "no other task had a turn yet");
+    let lane = bench.dispatch.lane(&NodeId::parse("push-0").unwrap());
+    assert!(lane.go_ahead());
+    bench.deliver(vec![live("alice", 8)]).await;
+    bench.deliver(vec![live("alice", 9)]).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    bench.calls.try_recv().unwrap_err();
+    lane.arrived();
+    assert_eq!(bench.next().await.1, [8, 9]);
+    tokio::task::yield_now().await;
+    bench.deliver(vec![live("alice", 10)]).await;
+    assert_eq!(bench.calls.try_recv().unwrap().1, [10]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_of_this_process_that_does_not_answer_at_once_is_told_to_look_for_itself() {
+    let mut bench = bench(&["push-0"]).await;
+    *bench.nodes.here.lock() = true;
+    for seq in 0..=CALLS as u64 {
+        bench.deliver(vec![live("alice", seq)]).await;
+    }
+    assert_eq!(bench.dispatch.inner.metrics.dropped.get(), 1);
+    for seq in 0..CALLS as u64 {
+        assert_eq!(bench.next().await, ("push-0".to_owned(), vec![seq], false));
+    }
+    assert_eq!(bench.next().await, ("push-0".to_owned(), vec![], true));
 }
 
 #[tokio::test(start_paused = true)]

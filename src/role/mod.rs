@@ -29,4 +29,9 @@ pub type PushService = BoxCloneSyncService<PushRequest, PushResponse, PeerFault>
 pub trait Directory: Send + Sync + 'static {
     /// The service of `node`, if it is known.
     fn find(&self, node: &NodeId) -> Option<PushService>;
+
+    /// The service of `node`, if the role is in this process and answers without waiting.
+    fn here(&self, _node: &NodeId) -> Option<PushService> {
+        None
+    }
 }
