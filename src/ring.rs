@@ -79,8 +79,14 @@ impl Ring {
     /// without points.
     #[must_use]
     pub fn owner(&self, key: u64) -> Option<&str> {
+        self.owner_index(key).map(|index| self.names[index].as_str())
+    }
+
+    /// The same, as its place among the names in their order, each counted once.
+    #[must_use]
+    pub fn owner_index(&self, key: u64) -> Option<usize> {
         let arc = key.checked_shr(self.shift).unwrap_or(0) as usize;
-        self.arcs.get(arc)?.get(&key).map(|p| self.names[p.name_index as usize].as_str())
+        self.arcs.get(arc)?.get(&key).map(|p| p.name_index as usize)
     }
 
     /// The name that owns `user`.

@@ -175,6 +175,8 @@ pub struct View {
     pub routers: Vec<Router>,
     /// Over the active members.
     pub ring: Ring,
+    /// The position among the members of each name on the ring, in the order of the names.
+    on_ring: Vec<usize>,
     /// Over ids, weights and states: two views that differ in any of them differ here.
     pub digest: u64,
     /// The registry shows something else, and this older view is kept on purpose.
@@ -204,6 +206,8 @@ impl View {
         members.retain(|member| member.info.push);
         let active = members.iter().filter(|m| m.state == NodeState::Active);
         let ring = Ring::build(active.map(|m| (m.info.node.as_str(), m.info.weight)));
+        let position = |(name, _): (&str, f64)| members.partition_point(|m| m.info.node.as_str() < name);
+        let on_ring = ring.shares().into_iter().map(position).collect();
         let mut digest = Xxh3::new();
         digest.update(SCHEME);
         for member in &members {
@@ -211,7 +215,8 @@ impl View {
             digest.update(&[0, u8::from(member.state == NodeState::Active)]);
             digest.update(&member.info.weight.to_le_bytes());
         }
-        Self { generation, epoch, members, routers, ring, digest: digest.digest(), held, absent: Vec::new() }
+        let (digest, absent) = (digest.digest(), Vec::new());
+        Self { generation, epoch, members, routers, ring, on_ring, digest, held, absent }
     }
 
     /// Who sees what, in three words.
@@ -235,8 +240,7 @@ impl View {
     /// The same, as its position among the members.
     #[must_use]
     pub fn owner_position(&self, key: u64) -> Option<usize> {
-        let name = self.ring.owner(key)?;
-        self.members.binary_search_by(|m| m.info.node.as_str().cmp(name)).ok()
+        self.on_ring.get(self.ring.owner_index(key)?).copied()
     }
 
     /// This view without some of its members: what is left owns their users.
@@ -252,5 +256,34 @@ impl View {
     pub fn member(&self, node: &NodeId) -> Option<&Member> {
         let at = self.members.binary_search_by(|m| m.info.node.cmp(node)).ok()?;
         self.members.get(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn member((n, weight, push, active): (u8, f64, bool, bool)) -> Member {
+        let node = NodeId::parse(&format!("push-{n}")).unwrap();
+        let info = NodeInfo { node, weight, accept_per_s: 1, peer: "".into(), push, dispatch: true };
+        let state = if active { NodeState::Active } else { NodeState::Draining };
+        Member { info, incarnation: 1, state }
+    }
+
+    proptest! {
+        #[test]
+        fn the_owner_is_the_member_that_the_ring_names(
+            nodes in prop::collection::btree_map(any::<u8>(), (0.0..2.0, any::<bool>(), any::<bool>()), 0..12),
+            keys in prop::collection::vec(any::<u64>(), 20),
+        ) {
+            let nodes = nodes.into_iter().map(|(n, (weight, push, active))| member((n, weight, push, active)));
+            let view = View::new("g".into(), 1, nodes.collect(), false);
+            for key in keys {
+                let owner = view.owner_at(key);
+                prop_assert_eq!(owner.map(|owner| owner.info.node.as_str()), view.ring.owner(key));
+                prop_assert!(owner.is_none_or(|owner| owner.info.push && owner.state == NodeState::Active));
+            }
+        }
     }
 }
