@@ -60,24 +60,15 @@ impl Backlog {
         self.filled.notify_one();
     }
 
-    /// Whether a batch may go past the queue: nothing waits, and nothing is on its way. If so, what is put into the queue stays
-    /// there until [`Self::arrived`].
-    pub(super) fn go_ahead(&self) -> bool {
+    /// Lets a batch go past the queue, if nothing waits and nothing is on its way. What is put into the queue stays there until the
+    /// answer is dropped, which says that the batch has arrived, or was given up.
+    pub(super) fn go_ahead(&self) -> Option<Ahead<'_>> {
         let mut queue = self.queue.lock();
-        let free = queue.is_idle() && !queue.missed;
-        queue.ahead |= free;
-        free
-    }
-
-    /// What went past the queue has arrived, or was given up.
-    pub(super) fn arrived(&self) {
-        let mut queue = self.queue.lock();
-        queue.ahead = false;
-        let next = !queue.waiting.is_empty() || queue.missed;
-        drop(queue);
-        if next {
-            self.filled.notify_one();
+        if !queue.is_idle() || queue.missed {
+            return None;
         }
+        queue.ahead = true;
+        Some(Ahead(self))
     }
 
     /// Waits for a batch, and whether something before it was dropped. What it took before has arrived then, or was given up.
@@ -110,6 +101,21 @@ impl Backlog {
         }
         queue.busy = true;
         Some((batch, std::mem::take(&mut queue.missed)))
+    }
+}
+
+/// Something is on its way past a queue.
+pub(super) struct Ahead<'a>(&'a Backlog);
+
+impl Drop for Ahead<'_> {
+    fn drop(&mut self) {
+        let mut queue = self.0.queue.lock();
+        queue.ahead = false;
+        let next = !queue.waiting.is_empty() || queue.missed;
+        drop(queue);
+        if next {
+            self.0.filled.notify_one();
+        }
     }
 }
 

@@ -270,7 +270,7 @@ impl Dispatch {
             self.inner.metrics.routed.inc_by(lot.len() as u64);
             let lane = self.lane(&node);
             if let Some(service) = self.inner.directory.here(&node)
-                && lane.go_ahead()
+                && let Some(_ahead) = lane.go_ahead()
             {
                 self.deliver_here(&node, service, &lane, lot);
             } else {
@@ -287,7 +287,6 @@ impl Dispatch {
         if !settle(&self.inner, node, &stamp, &lot, answer) {
             lane.mark_missed();
         }
-        lane.arrived();
     }
 
     /// Sends the messages of displaced users to where these are, beside the nodes that own them.

@@ -192,8 +192,8 @@ async fn a_full_lane_drops_the_hint_and_says_so() {
 #[tokio::test(start_paused = true)]
 async fn nothing_goes_past_what_is_before_it() {
     let backlog = Arc::new(Backlog::default());
-    assert!(backlog.go_ahead());
-    assert!(!backlog.go_ahead() && !backlog.is_idle(), "one is on its way");
+    let ahead = backlog.go_ahead().unwrap();
+    assert!(backlog.go_ahead().is_none() && !backlog.is_idle(), "one is on its way");
     backlog.put(vec![live("alice", 2)]);
     let taking = tokio::spawn({
         let backlog = Arc::clone(&backlog);
@@ -201,16 +201,17 @@ async fn nothing_goes_past_what_is_before_it() {
     });
     tokio::task::yield_now().await;
     assert!(!taking.is_finished(), "it waits for what went ahead");
-    backlog.arrived();
+    drop(ahead);
     assert_eq!(taking.await.unwrap().0.len(), 1);
-    assert!(!backlog.go_ahead() && !backlog.is_idle(), "what was taken is on its way");
+    assert!(backlog.go_ahead().is_none() && !backlog.is_idle(), "what was taken is on its way");
     backlog.put(vec![live("alice", 3)]);
     assert_eq!(backlog.take().await.0.len(), 1);
     assert!(backlog.take().now_or_never().is_none());
-    assert!(backlog.go_ahead(), "all has arrived");
+    let ahead = backlog.go_ahead().unwrap();
     backlog.mark_missed();
-    backlog.arrived();
-    assert!(!backlog.go_ahead(), "somebody has to be told of a miss before");
+    assert!(backlog.take().now_or_never().is_none());
+    drop(ahead);
+    assert!(backlog.go_ahead().is_none(), "somebody has to be told of a miss before");
     assert!(backlog.take().await.1);
 }
 
@@ -221,12 +222,12 @@ async fn a_node_of_this_process_has_a_batch_at_once_and_in_order() {
     bench.deliver(vec![live("alice", 7), live("bob", 1)]).await;
     assert_eq!(bench.calls.try_recv().unwrap().1, [7, 1], "no other task had a turn yet");
     let lane = bench.dispatch.lane(&NodeId::parse("push-0").unwrap());
-    assert!(lane.go_ahead());
+    let ahead = lane.go_ahead().unwrap();
     bench.deliver(vec![live("alice", 8)]).await;
     bench.deliver(vec![live("alice", 9)]).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     bench.calls.try_recv().unwrap_err();
-    lane.arrived();
+    drop(ahead);
     assert_eq!(bench.next().await.1, [8, 9]);
     tokio::task::yield_now().await;
     bench.deliver(vec![live("alice", 10)]).await;
