@@ -6,7 +6,8 @@
 
 use std::fmt;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use jiff::fmt::temporal::DateTimePrinter;
 use smol_str::SmolStr;
 
 /// Longest user id and message id, in bytes (PROTOCOL.md, Collect HTTP).
@@ -147,6 +148,21 @@ impl fmt::Display for Seq {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Millis(pub u64);
 
+/// As [`Millis::rfc3339`] says it.
+const RFC3339: DateTimePrinter = DateTimePrinter::new().precision(Some(3));
+/// And its length.
+const RFC3339_BYTES: usize = "2026-11-22T20:49:26.123Z".len();
+
+/// Bytes that text is written into.
+struct Text<'a>(&'a mut BytesMut);
+
+impl jiff::fmt::Write for Text<'_> {
+    fn write_str(&mut self, text: &str) -> Result<(), jiff::Error> {
+        self.0.extend_from_slice(text.as_bytes());
+        Ok(())
+    }
+}
+
 impl Millis {
     /// This moment and `seconds` more.
     #[must_use]
@@ -163,8 +179,16 @@ impl Millis {
     /// RFC 3339 in UTC with milliseconds, such as `2026-11-22T20:49:26.123Z`.
     #[must_use]
     pub fn rfc3339(self) -> String {
+        let mut out = BytesMut::with_capacity(RFC3339_BYTES);
+        self.put_rfc3339(&mut out);
+        String::from_utf8_lossy(&out).into_owned()
+    }
+
+    /// The same, written where every message's frame needs it twice.
+    pub fn put_rfc3339(self, out: &mut BytesMut) {
         let moment = i64::try_from(self.0).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
-        format!("{:.3}", moment.unwrap_or(jiff::Timestamp::MAX))
+        let printed = RFC3339.print_timestamp(&moment.unwrap_or(jiff::Timestamp::MAX), Text(out));
+        debug_assert!(printed.is_ok(), "memory takes every text");
     }
 
     /// The reverse, of any offset and precision; None where it is no such text, or before the epoch.

@@ -285,7 +285,9 @@ impl Collect {
 
 fn new_id() -> MessageId {
     // A ULID is 26 printable characters, which is always an id.
-    MessageId::parse(&ulid::Ulid::generate().to_string()).unwrap_or_else(|_| unreachable!("a ULID is an id"))
+    let mut characters = [0; ulid::ULID_LEN];
+    let text = ulid::Ulid::generate().array_to_str(&mut characters);
+    MessageId::parse(text).unwrap_or_else(|_| unreachable!("a ULID is an id"))
 }
 
 fn refusal(status: u16, detail: impl Into<String>) -> Refusal {

@@ -260,9 +260,9 @@ fn put_message_fields(out: &mut BytesMut, message: &Message) {
     out.put_slice(br#","id":"#);
     put_id(out, message.id.as_str());
     out.put_slice(br#","accepted_at":""#);
-    out.put_slice(message.accepted_at.rfc3339().as_bytes());
+    message.accepted_at.put_rfc3339(out);
     out.put_slice(br#"","expires_at":""#);
-    out.put_slice(message.expires_at.rfc3339().as_bytes());
+    message.expires_at.put_rfc3339(out);
     out.put_slice(br#"","payload":"#);
     out.put_slice(&message.payload);
     out.put_u8(b'}');
