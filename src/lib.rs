@@ -21,7 +21,7 @@
 //! - [`inbox`]: the truth, with its contract; on `fjall`, and in memory as the model.
 //! - [`membership`], [`fallback`]: which nodes there are, and who is displaced.
 //! - [`transport`]: hyper and tungstenite. [`client`]: the client library.
-//! - [`clock`], [`telemetry`]: the time of day; logs, metrics, health.
+//! - [`clock`], [`telemetry`], [`thread`]: the time of day; logs, metrics, health; a thread that many wait for.
 //!
 //! Tier 2 says what should happen: [`role`], four of them, which never import one another.
 //!
@@ -42,6 +42,7 @@ pub mod ring;
 pub mod role;
 pub mod session;
 pub mod telemetry;
+pub mod thread;
 pub mod ticket;
 pub mod transport;
 pub mod wire;

@@ -26,6 +26,7 @@ use crate::inbox::{Append, Appended, Change, Gathering, Inbox, InboxError, PageL
 use crate::membership::View;
 use crate::message::{Message, MessageId, NodeId, Recipients, Seq, UserId};
 use crate::telemetry::{Metrics, WAY};
+use crate::thread::Awaited;
 use crate::wire::http::{Publish, Published, Refusal, Stored};
 use crate::wire::peer::{DispatchRequest, DispatchResponse, Live, Presence, Revocation};
 
@@ -37,6 +38,8 @@ pub const WAITING_BYTES: usize = 32 * 1024 * 1024;
 const BATCH: usize = 1_000;
 /// How long a publish may take before it is answered 503: it may be stored all the same, and is safe to repeat.
 pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(10);
+/// A write of a few messages takes less on most disks; where it takes more, its thread is looked after for nothing.
+const SYNC: Duration = Duration::from_micros(500);
 /// Rest after no dispatch could be reached.
 const HAND_ON_REST: Duration = Duration::from_millis(200);
 /// Largest page of history, in messages and bytes.
@@ -94,6 +97,8 @@ struct Inner {
     /// The writer waits for appends, or for enough of them.
     filled: Condvar,
     metrics: CollectMetrics,
+    /// The thread that writes.
+    writer: Awaited,
 }
 
 #[derive(Default)]
@@ -147,6 +152,7 @@ impl Collect {
             waiting: Mutex::default(),
             filled: Condvar::new(),
             metrics: CollectMetrics::register(metrics),
+            writer: Awaited::default(),
         });
         let (writer, runtime) = (Arc::clone(&inner), Handle::current());
         tasks.spawn_blocking(move || write(&writer, &runtime));
@@ -209,7 +215,10 @@ impl Collect {
         drop(waiting);
         // A writer that knows when to look again would only be woken for nothing.
         if resting || count == self.inner.gathering.enough {
+            self.inner.writer.expect_in(Duration::ZERO);
             self.inner.filled.notify_one();
+        } else {
+            self.inner.writer.fetch_if_late();
         }
         Ok(waiter)
     }
@@ -308,16 +317,21 @@ async fn wait_until(deadline: Instant, waiter: oneshot::Receiver<Outcome>) -> Ou
 /// else every answer of a database would wake this thread by way of another.
 fn write(inner: &Arc<Inner>, runtime: &Handle) {
     let mut last_began = None;
+    inner.writer.is_this_thread();
     while let Some(batch) = inner.next_batch(last_began) {
         last_began = Some(Instant::now());
         inner.metrics.batch.observe(batch.len() as f64);
         let writing = write_batch(Arc::clone(inner), batch);
         if inner.inbox.blocks() {
+            inner.writer.expect_in(SYNC);
             runtime.block_on(writing);
-        } else if let Err(error) = runtime.block_on(runtime.spawn(writing))
-            && let Ok(panic) = error.try_into_panic()
-        {
-            std::panic::resume_unwind(panic);
+        } else {
+            inner.writer.expect_nothing();
+            if let Err(error) = runtime.block_on(runtime.spawn(writing))
+                && let Ok(panic) = error.try_into_panic()
+            {
+                std::panic::resume_unwind(panic);
+            }
         }
     }
 }
@@ -329,6 +343,9 @@ async fn write_batch(inner: Arc<Inner>, batch: Vec<Queued>) {
     };
     let (appends, to): (Vec<Append>, Vec<_>) = batch.into_iter().map(with_user).unzip();
     let outcomes = inner.inbox.append(appends).await;
+    if inner.inbox.blocks() {
+        inner.writer.expect_in(Duration::ZERO);
+    }
     answer(&inner, to, outcomes);
 }
 
@@ -341,9 +358,11 @@ impl Inner {
         while !waiting.over {
             let left = last_began.map_or(Duration::ZERO, |began| every.saturating_sub(began.elapsed()));
             if waiting.appends.len() < enough && !left.is_zero() {
+                self.writer.expect_in(left);
                 self.filled.wait_for(&mut waiting, left);
             } else if waiting.appends.is_empty() {
                 waiting.resting = true;
+                self.writer.expect_nothing();
                 self.filled.wait(&mut waiting);
             } else {
                 let batch = waiting.take();

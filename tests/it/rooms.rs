@@ -15,6 +15,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     // Tier 1: one door per foreign system.
     ("clock", &["message"]),
     ("telemetry", &[]),
+    ("thread", &[]),
     ("membership", &["message", "ring", "clock", "backoff", "wire", "transport"]),
     ("fallback", &["message", "clock", "backoff", "transport"]),
     ("inbox", &["message", "clock", "backoff"]),
@@ -32,6 +33,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "session",
             "clock",
             "telemetry",
+            "thread",
             "membership",
             "fallback",
             "inbox",
