@@ -150,7 +150,7 @@ mod tests {
         sched_setaffinity(None, &only_here).unwrap();
         fetch(id).unwrap();
         assert_eq!(sched_getaffinity(Some(id)).unwrap(), allowed);
-        // One that may not run here is left alone.
+        // One that may not run here keeps to where it may.
         if let Some(other) = (0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu) && *cpu != here) {
             let mut elsewhere = CpuSet::new();
             elsewhere.set(other);
