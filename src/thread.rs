@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fetched_thread_runs_where_it_was_fetched() {
+    fn a_fetched_thread_keeps_to_where_it_may_run() {
         let (awaited, wake, thread) = asleep();
         let id = Pid::from_raw(awaited.thread.load(Ordering::Relaxed)).unwrap();
         // This thread stays where it is from here on, so that "here" means something.
