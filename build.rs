@@ -1,5 +1,7 @@
 //! Compiles the `.proto` files without a system `protoc`: messages for the room `wire`, calls for `transport`.
 
+#![allow(clippy::print_stdout)]
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     let files = protox::compile(["proto/peer.proto", "proto/collect.proto"], ["proto"])?;

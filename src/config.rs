@@ -2,6 +2,7 @@
 //! built, and every fault is reported, not only the first.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -235,12 +236,31 @@ impl Sources {
                 Some((name, text))
             }
         };
-        // What is not UTF-8 is none of ours.
-        let environment = std::env::vars_os()
-            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-            .collect();
-        Ok(Self { file, environment, ..Self::default() })
+        Ok(Self { file, environment: read_environment(std::env::vars_os())?, ..Self::default() })
     }
+}
+
+/// Variables besides `RINGPUSH_…` that say how this process is to behave.
+const READ_TOO: [&str; 3] = ["POD_NAME", "POD_IP", "RUST_LOG"];
+
+/// The environment as text. What is not UTF-8 is a fault where it is meant for this program, and of no interest elsewhere.
+fn read_environment(
+    all: impl Iterator<Item = (OsString, OsString)>,
+) -> Result<Vec<(String, String)>, Faults> {
+    let (mut environment, mut faults) = (Vec::new(), Vec::new());
+    for (name, value) in all {
+        let shown = name.to_string_lossy().into_owned();
+        let is_ours = shown.starts_with("RINGPUSH_") || READ_TOO.contains(&shown.as_str());
+        match (name.into_string(), value.into_string()) {
+            (Ok(name), Ok(value)) => environment.push((name, value)),
+            (Err(_), _) if is_ours => faults.push(format!("{shown}: the name of this variable is not UTF-8")),
+            (_, Err(_)) if is_ours => {
+                faults.push(format!("{shown}: the value of this variable is not UTF-8"))
+            }
+            _ => {}
+        }
+    }
+    if faults.is_empty() { Ok(environment) } else { Err(Faults(faults)) }
 }
 
 impl Config {
@@ -571,6 +591,7 @@ impl Reader {
         let (mode, url, jwks) = (self.text("auth.mode"), self.text("auth.url"), self.text("auth.jwks_url"));
         let mut checked = |name: &str, url: String| {
             if !url.starts_with("http://") && !url.starts_with("https://") {
+                let url = without_passwords(&url);
                 self.faults.push(format!("{name}: {url:?} must begin with http:// or https://"));
             }
             url.trim_end_matches('/').to_owned()
@@ -658,6 +679,7 @@ impl Reader {
             let scheme = origin.starts_with("http://") || origin.starts_with("https://");
             let path = origin.splitn(4, '/').nth(3).is_some();
             if !scheme || path {
+                let origin = without_passwords(origin);
                 self.faults.push(format!(
                     "push.origins: {origin:?} must be scheme, host and port only, such as https://shop.example.com"
                 ));
@@ -704,6 +726,17 @@ impl Reader {
         if secrets.api_keys.iter().any(|key| key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic())) {
             self.faults.push("collect.api_keys: each key is printable ASCII without spaces".to_owned());
         }
+        let admin = [("auth.admin_key", &secrets.admin_key), ("peer.secret", &secrets.peer_secret)];
+        let all = secrets.api_keys.iter().map(|key| ("collect.api_keys", key)).chain(admin);
+        for (name, secret) in all.filter(|(_, secret)| !secret.is_empty()) {
+            if secret.len() < SECRET_MIN_BYTES {
+                self.faults.push(format!(
+                    "{name}: is {} bytes long; at least {SECRET_MIN_BYTES} are needed, or it can be guessed (make one with: \
+                     openssl rand -base64 32)",
+                    secret.len()
+                ));
+            }
+        }
         if development || self.for_command {
             return secrets;
         }
@@ -722,7 +755,8 @@ impl Reader {
             if missing {
                 let variable = name.to_uppercase().replace('.', "__");
                 self.faults.push(format!(
-                    "{name}: is required outside development (in the environment: RINGPUSH_{variable})"
+                    "{name}: is required outside development (in the environment: RINGPUSH_{variable}; make one with: openssl \
+                     rand -base64 32)"
                 ));
             }
         }
@@ -772,7 +806,11 @@ impl Reader {
         KEYS.iter()
             .map(|key| {
                 let set = self.values.contains_key(key.name);
-                let value = self.value(key.name);
+                let mut value = self.value(key.name);
+                if key.name == "push.origins" && !set && !development {
+                    // Outside development nothing is allowed that is not listed.
+                    value = Some(toml::Value::Array(Vec::new()));
+                }
                 let shown = match key.kind {
                     Kind::Secret if value.as_ref().and_then(toml::Value::as_str) == Some("") => {
                         "\"\"".to_owned()
@@ -783,7 +821,7 @@ impl Reader {
                         "[]".to_owned()
                     }
                     Kind::Secret | Kind::SecretList => "\"(set)\"".to_owned(),
-                    _ => value.map_or_else(String::new, |value| value.to_string()),
+                    _ => value.map_or_else(String::new, |value| without_passwords(&value.to_string())),
                 };
                 let elsewhere = !development && !set && key.name.ends_with(".listen");
                 (key.name, if elsewhere { shown.replace("127.0.0.1", "0.0.0.0") } else { shown })
@@ -806,6 +844,26 @@ fn rule_of(kind: Kind) -> &'static str {
         Kind::Fraction => "must be a number",
         Kind::Switch => "must be true or false",
     }
+}
+
+/// The shortest key or secret that is taken, in bytes: as long as the digest that is made with it. Whoever sees a ticket can try
+/// secrets at leisure.
+const SECRET_MIN_BYTES: usize = 32;
+
+/// The text with user and password of every URL in it left out.
+fn without_passwords(text: &str) -> String {
+    let mut parts = text.split("://");
+    let mut shown = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let end = part.find(['/', '?', '#', '"', ' ', ',']).unwrap_or(part.len());
+        let (authority, rest) = part.split_at(end);
+        shown.push_str("://");
+        match authority.rsplit_once('@') {
+            Some((_, host)) => shown.push_str(&format!("(set)@{host}{rest}")),
+            None => shown.push_str(part),
+        }
+    }
+    shown
 }
 
 /// A JSON array, or values with commas between.

@@ -22,11 +22,11 @@ public_url = "wss://push.example.com/n/{node}/v1/ws"
 origins = ["https://shop.example.com"]
 [auth]
 token_key = "0123456789abcdef0123456789abcdef"
-admin_key = "admin"
+admin_key = "admin-key-of-at-least-thirty-two-bytes"
 [collect]
-api_keys = ["one"]
+api_keys = ["api-key-one-of-at-least-thirty-two-bytes"]
 [peer]
-secret = "peer"
+secret = "peer-secret-of-at-least-thirty-two-bytes"
 [mongo]
 uri = "mongodb://mongo"
 [redis]
@@ -51,14 +51,17 @@ fn the_environment_wins_over_the_file_and_only_double_underscores_are_keys() {
             ("RINGPUSH_PUSH__ACCEPT_PER_S", "2"),
             ("RINGPUSH_PORT", "tcp://10.0.0.1:80"),
             ("RINGPUSH_NODE__ROLES", "push, collect"),
-            ("RINGPUSH_COLLECT__API_KEYS", r#"["a,b","c"]"#),
+            (
+                "RINGPUSH_COLLECT__API_KEYS",
+                r#"["a,b-0123456789abcdef0123456789abcdef","c-0123456789abcdef0123456789abcdef"]"#,
+            ),
             ("POD_NAME", "push-7"),
         ],
     )
     .unwrap();
     assert_eq!(config.accept_per_s, 2);
     assert_eq!(config.roles, [RoleName::Collect, RoleName::Push]);
-    assert_eq!(config.api_keys, ["a,b", "c"]);
+    assert_eq!(config.api_keys, ["a,b", "c"].map(|key| format!("{key}-0123456789abcdef0123456789abcdef")));
     assert_eq!(config.node.as_str(), "push-7");
 }
 
@@ -135,7 +138,9 @@ fn outside_development_keys_and_public_names_are_required() {
 fn what_is_printed_reads_back_and_holds_no_secret() {
     let config = load(CLUSTER, &[("RINGPUSH_NODE__NAME", "push-0")]).unwrap();
     let printed = config.to_toml();
-    for secret in ["0123456789abcdef", "\"admin\"", "\"one\"", "\"peer\"", "mongodb://", "redis://"] {
+    for secret in
+        ["0123456789abcdef", "admin-key-of", "api-key-one", "peer-secret-of", "mongodb://", "redis://"]
+    {
         assert!(!printed.contains(secret), "{secret} in:\n{printed}");
     }
     printed.parse::<toml::Table>().unwrap();
@@ -152,9 +157,9 @@ fn the_samples_are_read_and_say_every_default_rightly() {
             include_str!("../config/cluster.toml"),
             &[
                 ("RINGPUSH_AUTH__TOKEN_KEY", "0123456789abcdef0123456789abcdef"),
-                ("RINGPUSH_AUTH__ADMIN_KEY", "admin"),
-                ("RINGPUSH_COLLECT__API_KEYS", "one"),
-                ("RINGPUSH_PEER__SECRET", "peer"),
+                ("RINGPUSH_AUTH__ADMIN_KEY", "admin-key-of-at-least-thirty-two-bytes"),
+                ("RINGPUSH_COLLECT__API_KEYS", "api-key-one-of-at-least-thirty-two-bytes"),
+                ("RINGPUSH_PEER__SECRET", "peer-secret-of-at-least-thirty-two-bytes"),
             ][..],
         ),
     ] {
@@ -179,4 +184,52 @@ fn the_samples_are_read_and_say_every_default_rightly() {
             }
         }
     }
+}
+
+#[test]
+fn a_key_that_can_be_guessed_is_refused_wherever_it_stands() {
+    for (name, good, short) in [
+        ("auth.admin_key", "admin-key-of-at-least-thirty-two-bytes", "a"),
+        ("collect.api_keys", "api-key-one-of-at-least-thirty-two-bytes", "31-bytes-are-one-too-few-for-it"),
+        ("peer.secret", "peer-secret-of-at-least-thirty-two-bytes", "p"),
+    ] {
+        assert!(load(CLUSTER, &[]).is_ok());
+        let said = faults(&CLUSTER.replace(good, short), &[]);
+        assert!(said.starts_with(name) && said.contains("openssl rand -base64 32"), "{said}");
+        assert!(!said.contains("31-bytes-are"), "a key is told: {said}");
+    }
+    let development = faults("[peer]\nsecret = \"p\"", &[]);
+    assert!(development.contains("peer.secret"), "{development}");
+}
+
+#[test]
+fn no_password_of_any_url_is_printed() {
+    let file =
+        CLUSTER.replace("[auth]", "[auth]\nmode = \"remote\"\nurl = \"https://me:pass@word@auth.example/x\"");
+    let file = file.replace("https://shop.example.com", "https://user:hunter2@shop.example.com");
+    let file = file.replace("wss://push.example.com", "wss://u:secret-of-a-url@push.example.com");
+    let printed = load(&file, &[]).unwrap().to_toml();
+    for password in ["pass@word", "word@", "hunter2", "secret-of-a-url"] {
+        assert!(!printed.contains(password), "{password} in:\n{printed}");
+    }
+    assert!(printed.contains("https://(set)@auth.example/x"), "{printed}");
+    let said = faults("[auth]\nmode = \"remote\"\nurl = \"ftp://me:hunter2@auth\"", &[]);
+    assert!(said.contains("auth.url") && !said.contains("hunter2"), "{said}");
+    let said = faults("[push]\norigins = [\"ftp://me:hunter2@shop\"]", &[]);
+    assert!(said.contains("push.origins") && !said.contains("hunter2"), "{said}");
+}
+
+#[test]
+fn a_variable_that_is_not_utf8_is_a_fault_where_it_is_ours() {
+    use std::os::unix::ffi::OsStringExt;
+    let variable = |name: &str, bytes: &[u8]| (OsString::from(name), OsString::from_vec(bytes.to_vec()));
+    let read = |name, bytes| read_environment([variable(name, bytes)].into_iter());
+    assert_eq!(read("RINGPUSH_PEER__SECRET", b"x").unwrap().len(), 1);
+    assert!(read("LESSOPEN", b"\xff").unwrap().is_empty(), "of somebody else");
+    for name in ["RINGPUSH_PEER__SECRET", "RINGPUSH_DATA", "POD_NAME", "RUST_LOG"] {
+        let Faults(faults) = read(name, b"a\xff").unwrap_err();
+        assert!(faults.len() == 1 && faults[0].starts_with(name), "{faults:?}");
+    }
+    let odd = (OsString::from_vec(b"RINGPUSH_PEER__SECRET\xff".to_vec()), OsString::from("x"));
+    assert!(read_environment([odd].into_iter()).is_err());
 }

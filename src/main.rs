@@ -6,12 +6,14 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use ringpush::app::audit::{AuditPlan, audit};
 use ringpush::app::commands::{self, Addressed};
+use ringpush::app::terminal::{OutputError, print, print_line, say};
 use ringpush::app::{App, Ended, PUSH_NODES_MAX};
 use ringpush::config::{Config, Faults, Sources};
 use ringpush::telemetry::{LogFormat, start_logging};
 use ringpush::wire::frame::Since;
+use rustix::fs::Mode;
 use rustix::io::fcntl_dupfd_cloexec;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 
 /// Messages live from one thread to another, and stores free them by the thousand: both are what it is made for.
 #[global_allocator]
@@ -185,28 +187,36 @@ fn main() -> ExitCode {
     make_room_for_files();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => {
-            let _ = error.print();
-            return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        Err(error) if error.use_stderr() => {
+            say(error.render().ansi());
+            return ExitCode::from(USAGE);
+        }
+        // Help, or the version.
+        Err(text) => {
+            return print(text.render()).map_or_else(|error| ended(&error.into()), |()| ExitCode::SUCCESS);
         }
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return failed(&anyhow::anyhow!("the runtime cannot start: {error}")),
+        Err(error) => return ended(&anyhow::anyhow!("the runtime cannot start: {error}")),
     };
     let outcome = runtime.block_on(run(cli));
     // Blocking work that is still under way has nobody left to answer to.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
-    match outcome {
-        Ok(code) => code,
-        Err(error) => match error.downcast_ref::<Faults>() {
-            Some(faults) => {
-                faults.0.iter().for_each(|fault| eprintln!("ringpush: {fault}"));
-                ExitCode::from(USAGE)
-            }
-            None => failed(&error),
-        },
+    outcome.unwrap_or_else(|error| ended(&error))
+}
+
+/// Says why a command ended, unless whoever read its output has gone, and with what code it ends.
+fn ended(error: &anyhow::Error) -> ExitCode {
+    if let Some(faults) = error.downcast_ref::<Faults>() {
+        faults.0.iter().for_each(|fault| say(format_args!("ringpush: {fault}")));
+        return ExitCode::from(USAGE);
     }
+    if let Some(OutputError::Closed) = error.downcast_ref() {
+        return ExitCode::SUCCESS;
+    }
+    say(format_args!("ringpush: {error:#}"));
+    ExitCode::FAILURE
 }
 
 /// As many open files as the system grants, and room for them in the kernel's table while this process has one thread: later,
@@ -218,11 +228,6 @@ fn make_room_for_files() {
     let granted = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let last = i32::try_from(granted.min(FILES_AT_FIRST)).unwrap_or(i32::MAX) - 1;
     drop(fcntl_dupfd_cloexec(std::io::stderr(), last));
-}
-
-fn failed(error: &anyhow::Error) -> ExitCode {
-    eprintln!("ringpush: {error:#}");
-    ExitCode::FAILURE
 }
 
 async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
@@ -245,7 +250,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Config { command: ConfigCommand::Check { file } }) => {
             let common = Common { config: file.or(common.config), data: common.data };
             let config = Config::load(&sources(&common)?)?;
-            print!("{}", config.to_toml());
+            print(config.to_toml())?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -286,8 +291,8 @@ fn command_config(common: &Common) -> Result<Config, Faults> {
 /// All sources of the configuration.
 fn sources(common: &Common) -> Result<Sources, Faults> {
     let mut sources = Sources::of_process(common.config.as_deref())?;
-    if let Ok(data) = std::env::var("RINGPUSH_DATA") {
-        sources.flags.push(("data.dir", data));
+    if let Some((_, data)) = sources.environment.iter().find(|(name, _)| name == "RINGPUSH_DATA") {
+        sources.flags.push(("data.dir", data.clone()));
     }
     if let Some(data) = &common.data {
         sources.flags.push(("data.dir", data.display().to_string()));
@@ -296,13 +301,17 @@ fn sources(common: &Common) -> Result<Sources, Faults> {
 }
 
 async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
+    ignore_other_signals()?;
+    // Messages and keys are for their owner alone.
+    umask(Mode::RWXG | Mode::RWXO);
     let mut sources = sources(common)?;
     sources.flags.extend(options.roles.map(|roles| ("node.roles", roles)));
     let config = Config::load(&sources)?;
     let format = if options.log == "json" { LogFormat::Json } else { LogFormat::Text };
     let filter =
         options.log_filter.or_else(|| std::env::var("RUST_LOG").ok()).unwrap_or_else(|| "info".to_owned());
-    start_logging(format, &filter).map_err(|error| Faults(vec![format!("--log-filter: {error}")]))?;
+    let _logging =
+        start_logging(format, &filter).map_err(|error| Faults(vec![format!("--log-filter: {error}")]))?;
     // Before anything is bound: a signal that comes early must not be lost.
     let stop = stop_signal()?;
     let development = config.development;
@@ -313,7 +322,8 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
         () = &mut stop => return Ok(ExitCode::SUCCESS),
     };
     if development {
-        println!("{}", app.greeting(&commands::own_command(common.data.as_deref())));
+        // A server has its listeners to speak for it.
+        let _ = print_line(app.greeting(&commands::own_command(common.data.as_deref())));
     }
     match app.run(stop).await? {
         Ended::Stopped => Ok(ExitCode::SUCCESS),
@@ -323,6 +333,18 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
             )
         }
     }
+}
+
+/// Signals that mean nothing here yet and would end the process without a drain. SIGXFSZ comes where a log file has reached the
+/// size that it may have; the write fails then, which is dealt with.
+fn ignore_other_signals() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let file_size = SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
+    for kind in [SignalKind::hangup(), SignalKind::user_defined1(), SignalKind::user_defined2(), file_size] {
+        // What is installed here stays for as long as the process lives, whether anybody listens or not.
+        drop(signal(kind)?);
+    }
+    Ok(())
 }
 
 /// Resolves at the first SIGTERM or SIGINT; the second ends the process at once.

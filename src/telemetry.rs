@@ -1,10 +1,14 @@
 //! What is told about the process: logs, metrics and health. A token or a payload is in none of them.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::io::{self, IsTerminal};
 use std::sync::atomic::AtomicI64;
+use std::sync::{Arc, LazyLock, mpsc};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 pub use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tracing_subscriber::EnvFilter;
@@ -23,20 +27,88 @@ pub enum LogFormat {
 const NEVER_VERBOSE: &str =
     "tungstenite=info,tokio_tungstenite=info,hyper=info,hyper_util=info,fjall=warn,lsm_tree=warn";
 
+/// Log lines that wait to be written, about 250 bytes each: 8 MB. A reader of standard error that has stopped reading costs this
+/// much memory, and then the lines.
+const LOG_LINES_MAX: usize = 32_768;
+/// How long the last lines may take to be written when the process ends.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Log lines that nobody will ever see. A process has one standard error, and so one of these.
+static LINES_DROPPED: LazyLock<Counter> = LazyLock::new(Counter::default);
+
+/// Writes the log on a thread of its own. Standard error may be a pipe whose reader has gone or has stopped reading, or a file on a
+/// full disk: a line that cannot be written is dropped and counted, and nothing else notices.
+#[derive(Clone)]
+struct LogQueue(mpsc::SyncSender<Vec<u8>>);
+
+impl io::Write for LogQueue {
+    /// Takes one whole line, as the formatter hands it over. Never fails.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if self.0.try_send(line.to_vec()).is_err() {
+            LINES_DROPPED.inc();
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Logging, for as long as this lives. Dropping it waits up to a second for the last lines to be written.
+#[must_use]
+pub struct Logging {
+    queue: LogQueue,
+    written: mpsc::Receiver<()>,
+}
+
+impl Drop for Logging {
+    fn drop(&mut self) {
+        // An empty line is the writer's sign to end. Where the queue is full, the reader of the log has stopped reading.
+        if self.queue.0.try_send(Vec::new()).is_ok() {
+            let _ = self.written.recv_timeout(LAST_LINES);
+        }
+    }
+}
+
+/// Starts the thread that writes log lines to `out`.
+fn write_lines(mut out: impl io::Write + Send + 'static) -> io::Result<Logging> {
+    let (queue, lines) = mpsc::sync_channel::<Vec<u8>>(LOG_LINES_MAX);
+    let (done, written) = mpsc::sync_channel(1);
+    std::thread::Builder::new().name("log".to_owned()).spawn(move || {
+        while let Ok(line) = lines.recv() {
+            if line.is_empty() {
+                break;
+            }
+            if out.write_all(&line).is_err() {
+                LINES_DROPPED.inc();
+            }
+        }
+        let _ = done.send(());
+    })?;
+    Ok(Logging { queue: LogQueue(queue), written })
+}
+
 /// Starts logging to standard error; `filter` is as in `RUST_LOG`, such as `info` or `ringpush=debug`.
 ///
 /// # Errors
-/// The filter's fault, or that logging was started before.
-pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<()> {
+/// The filter's fault, that there is no thread for it, or that logging was started before.
+pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<Logging> {
+    let filter = EnvFilter::try_new(format!("{filter},{NEVER_VERBOSE}"))?;
+    let logging = write_lines(io::stderr())?;
+    let queue = logging.queue.clone();
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_new(format!("{filter},{NEVER_VERBOSE}"))?)
-        .with_writer(std::io::stderr)
-        .with_target(false);
+        .with_env_filter(filter)
+        .with_writer(move || queue.clone())
+        .with_target(false)
+        // It would tell of itself on standard error, by a macro that panics where that fails.
+        .log_internal_errors(false);
     let started = match format {
-        LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init(),
+        LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };
-    started.map_err(|error| anyhow::anyhow!("logging was started before: {error}"))
+    started.map_err(|error| anyhow::anyhow!("logging was started before: {error}"))?;
+    Ok(logging)
 }
 
 /// The target of the log lines that follow one user's messages through all processes: `RUST_LOG=ringpush::way=debug`.
@@ -50,7 +122,10 @@ pub struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
-        Self { registry: Arc::new(Mutex::new(Registry::with_prefix("ringpush"))) }
+        let mut registry = Registry::with_prefix("ringpush");
+        let dropped = LINES_DROPPED.clone();
+        registry.register("log_lines_dropped", "Log lines that could not be written", dropped);
+        Self { registry: Arc::new(Mutex::new(registry)) }
     }
 }
 
@@ -67,6 +142,93 @@ impl Metrics {
         // Writing to a string cannot fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry.lock());
         ("application/openmetrics-text; version=1.0.0; charset=utf-8", text)
+    }
+}
+
+/// What somebody shows to prove who it is, or is judged by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Credential {
+    /// Of a business system, at collect.
+    ApiKey,
+    /// Of whoever issues tokens, at auth.
+    AdminKey,
+    /// Of a user.
+    Token,
+    /// Of a client that `connect` has placed.
+    Ticket,
+    /// Of another role.
+    PeerProof,
+    /// Of the page that a browser shows.
+    Origin,
+}
+
+impl Credential {
+    const ALL: [Self; 6] =
+        [Self::ApiKey, Self::AdminKey, Self::Token, Self::Ticket, Self::PeerProof, Self::Origin];
+
+    /// As metrics and log lines name it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::ApiKey => "api_key",
+            Self::AdminKey => "admin_key",
+            Self::Token => "token",
+            Self::Ticket => "ticket",
+            Self::PeerProof => "peer_proof",
+            Self::Origin => "origin",
+        }
+    }
+}
+
+/// The least time between two warnings of refusals of one kind.
+const WARN_EVERY: Duration = Duration::from_secs(1);
+
+/// Counts credentials that were refused, by kind, and warns of each kind at most once a second. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Refusals {
+    counts: Family<[(&'static str, &'static str); 1], Counter>,
+    warned: Arc<Mutex<[Warned; Credential::ALL.len()]>>,
+}
+
+/// When a kind was warned of last, and how many were refused since.
+#[derive(Clone, Copy, Default)]
+struct Warned {
+    at: Option<Instant>,
+    since: u64,
+}
+
+impl Refusals {
+    /// Registers the counts.
+    #[must_use]
+    pub fn register(metrics: &Metrics) -> Self {
+        let this = Self::default();
+        let counts = this.counts.clone();
+        metrics.register(|r| r.register("credentials_refused", "Credentials refused, by kind", counts));
+        for kind in Credential::ALL {
+            // Shown from the start: a rate is judged by what it was before.
+            drop(this.counts.get_or_create(&[("kind", kind.as_str())]));
+        }
+        this
+    }
+
+    /// One was refused; `why` holds no piece of it.
+    pub fn note(&self, kind: Credential, why: &str) {
+        self.counts.get_or_create(&[("kind", kind.as_str())]).inc();
+        if let Some(refused) = self.to_warn_of(kind, Instant::now()) {
+            tracing::warn!(kind = kind.as_str(), why, refused, "credentials are refused");
+        }
+    }
+
+    /// How many were refused since the last warning, where another is due.
+    fn to_warn_of(&self, kind: Credential, now: Instant) -> Option<u64> {
+        let mut warned = self.warned.lock();
+        let warned = &mut warned[kind as usize];
+        warned.since += 1;
+        if warned.at.is_some_and(|at| now.saturating_duration_since(at) < WARN_EVERY) {
+            return None;
+        }
+        warned.at = Some(now);
+        Some(std::mem::take(&mut warned.since))
     }
 }
 
@@ -123,5 +285,82 @@ impl Health {
     pub fn report(&self) -> (bool, BTreeMap<&'static str, Condition>) {
         let conditions = self.conditions.lock().clone();
         (conditions.values().all(|condition| condition.holds || !condition.decides), conditions)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    /// Takes what is written, as long as it may.
+    struct Paper {
+        lines: mpsc::SyncSender<Vec<u8>>,
+        torn: bool,
+    }
+
+    impl Write for Paper {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if std::mem::replace(&mut self.torn, false) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            // Blocks while nobody reads.
+            self.lines.send(bytes.to_vec()).map_err(|_| io::ErrorKind::BrokenPipe)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_line_that_cannot_be_written_is_dropped_and_counted_and_nobody_waits_for_it() {
+        let (lines, read) = mpsc::sync_channel(0);
+        let before = LINES_DROPPED.get();
+        let logging = write_lines(Paper { lines, torn: true }).unwrap();
+        let mut queue = logging.queue.clone();
+        // The first meets a full disk; then one is being written, for ever, and the queue fills up behind it.
+        queue.write_all(b"0").unwrap();
+        for n in 0..LOG_LINES_MAX + 100 {
+            queue.write_all(format!("{n} ").as_bytes()).unwrap();
+        }
+        let dropped = LINES_DROPPED.get() - before;
+        assert!((99..=101).contains(&dropped), "{dropped}");
+        assert_eq!(read.recv().unwrap(), b"0 ", "the one after it is written when there is room");
+        let began = std::time::Instant::now();
+        drop(logging);
+        assert!(began.elapsed() < LAST_LINES * 5, "the end does not wait for a reader that has stopped");
+    }
+
+    #[test]
+    fn refusals_are_counted_by_kind_and_warned_of_once_a_second() {
+        let metrics = Metrics::default();
+        let refusals = Refusals::register(&metrics);
+        let begin = Instant::now();
+        let due = |kind, ms| refusals.to_warn_of(kind, begin + Duration::from_millis(ms));
+        assert_eq!(due(Credential::Token, 0), Some(1));
+        assert!((0..50).all(|n| due(Credential::Token, n * 10).is_none()));
+        assert_eq!(due(Credential::Ticket, 500), Some(1), "another kind");
+        assert_eq!(due(Credential::Token, 1_000), Some(51));
+        for kind in Credential::ALL {
+            refusals.note(kind, "a test");
+        }
+        let text = metrics.expose().1;
+        for kind in Credential::ALL {
+            let line = format!("ringpush_credentials_refused_total{{kind=\"{}\"}} 1", kind.as_str());
+            assert!(text.contains(&line), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_last_lines_are_written_before_the_end() {
+        let (lines, read) = mpsc::sync_channel(1_000);
+        let logging = write_lines(Paper { lines, torn: false }).unwrap();
+        for n in 0..100 {
+            logging.queue.clone().write_all(&[n]).unwrap();
+        }
+        drop(logging);
+        assert_eq!(read.try_iter().count(), 100);
     }
 }

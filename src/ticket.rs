@@ -88,6 +88,13 @@ fn derived(peer_secret: &str, usage: &[u8]) -> Hmac<Sha256> {
     keyed(&derivation.finalize().into_bytes())
 }
 
+/// The code that opens the page of development: the same for as long as the secret is.
+#[must_use]
+pub fn page_code(peer_secret: &str) -> String {
+    let code = derived(peer_secret, b"ringpush development page, version 1").finalize().into_bytes();
+    URL_SAFE_NO_PAD.encode(&code[..16])
+}
+
 /// How far the clocks of two peers may differ for a proof to be good, in seconds.
 pub const PROOF_LIFE_S: u64 = 60;
 

@@ -17,6 +17,14 @@ const kept = {
   set device(name) { sessionStorage.setItem('device', name); },
 };
 
+// The server prints the page's URL with a code that lets it make tokens and publish. It is kept in this browser, out of the
+// address bar, and sent with each such request.
+const given = new URL(location.href).searchParams.get('code');
+if (given) {
+  localStorage.setItem('code', given);
+  history.replaceState(null, '', '/');
+}
+
 let development = false;
 let client = null;
 
@@ -182,10 +190,14 @@ class Client {
   }
 }
 
+function code() {
+  return { 'x-ringpush-code': localStorage.getItem('code') ?? '' };
+}
+
 async function post(path, body) {
   const answer = await fetch(path, {
     method: 'POST',
-    headers: { 'content-type': 'application/json' },
+    headers: { 'content-type': 'application/json', ...code() },
     body: JSON.stringify(body),
   });
   return [answer, await answer.json()];
@@ -229,7 +241,9 @@ $('publish').addEventListener('submit', async (event) => {
 });
 
 $('device').value = kept.device;
-({ development } = await (await fetch('/dev')).json());
+const mode = await (await fetch('/dev', { headers: code() })).json();
+development = mode.development;
+if (development && !mode.code) log('code', 'open this page by the URL that ringpush printed at start: it has a code');
 for (const element of document.querySelectorAll('.development')) element.hidden = !development;
 for (const element of document.querySelectorAll('.production')) element.hidden = development;
 document.documentElement.dataset.ready = '';

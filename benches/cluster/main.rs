@@ -4,7 +4,14 @@
 //!
 //! Scenarios: `peers` (B1 to B4), `mongo` (B5), `ring` (B6), `router` (B7, B8), `moves` (B9, B10), `growth` (B11), `slow` (B12);
 //! without any, all. Targets are those of the table in docs/benchmarks.md. Exits 1 if anything was lost.
-#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, unreachable_pub, clippy::print_stdout)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    unreachable_pub,
+    clippy::print_stdout,
+    clippy::print_stderr
+)]
 // A bench lets time pass on purpose, and its orders are few.
 #![allow(clippy::disallowed_methods, clippy::large_enum_variant)]
 

@@ -173,13 +173,14 @@ pub fn ringpush(mongo: Option<&str>) -> Server {
     for role in ["PUSH", "COLLECT", "AUTH", "DISPATCH", "OPS"] {
         command.env(format!("RINGPUSH_{role}__LISTEN"), "127.0.0.1:0");
     }
-    let (token_key, api_key) = ("0123456789abcdef0123456789abcdef", "bench-api-key");
+    let (token_key, api_key) =
+        ("0123456789abcdef0123456789abcdef", "bench-api-key-0123456789abcdef0123456789");
     for (key, value) in [
         ("PUSH__ACCEPT_PER_S", "0"),
         ("AUTH__TOKEN_KEY", token_key),
-        ("AUTH__ADMIN_KEY", "bench-admin-key"),
+        ("AUTH__ADMIN_KEY", "bench-admin-key-0123456789abcdef0123456789"),
         ("COLLECT__API_KEYS", api_key),
-        ("PEER__SECRET", "bench-peer-secret"),
+        ("PEER__SECRET", "bench-peer-secret-0123456789abcdef0123456789"),
         ("PUSH__PUBLIC_URL", "ws://127.0.0.1/n/{node}/v1/ws"),
         ("MONGO__URI", mongo.unwrap_or_default()),
     ] {

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 
 use super::commands::signer;
 use super::keys::Keys;
+use super::terminal::{OutputError, print, print_line, say};
 use crate::backoff::between;
 use crate::client::{Client, ClientConfig, Event};
 use crate::config::{Config, Faults};
@@ -176,14 +177,14 @@ pub async fn audit(mut config: Config, plan: AuditPlan) -> Result<ExitCode> {
         }
     }
     bench.until_connected().await?;
-    eprintln!("audit {}: {} users connected, seed {}", bench.run, bench.users.len(), bench.plan.seed);
+    say(format_args!("audit {}: {} users connected, seed {}", bench.run, bench.users.len(), bench.plan.seed));
     let began = Instant::now();
     publish_all(&bench).await;
     let settled = bench.settle().await;
     let after = bench.cluster().await.unwrap_or_default();
     let verdict = bench.verdict().await?;
     let report = bench.report(&verdict, settled, &bench.placement(began, &before, &after));
-    bench.show(&report);
+    bench.show(&report)?;
     let failed = verdict.lost + verdict.again + verdict.out_of_order + verdict.late > 0;
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
@@ -373,7 +374,7 @@ impl Bench {
                     (true, _) if !users[user].ready || users[user].refused.is_some() => verdict.queued += 1,
                     (false, true) => verdict.expired += 1,
                     _ => {
-                        eprintln!("lost: {id}, {seq} of {}", self.users[user]);
+                        say(format_args!("lost: {id}, {seq} of {}", self.users[user]));
                         verdict.lost += 1;
                     }
                 }
@@ -435,13 +436,13 @@ impl Bench {
             placement.stayed_though_changed += usize::from(changed && !moved);
             if moved && !changed && placement.moved_though_stayed <= MOVES_PRINTED {
                 for one in &user.moves {
-                    eprintln!(
+                    say(format_args!(
                         "{name}, of {owner:?}, moved from {} to {} by {:?}, {:?} after the first message",
                         one.from,
                         one.to,
                         one.reason,
                         one.at.saturating_duration_since(began),
-                    );
+                    ));
                 }
             }
         }
@@ -478,16 +479,14 @@ impl Bench {
         })
     }
 
-    fn show(&self, report: &Value) {
+    fn show(&self, report: &Value) -> Result<(), OutputError> {
         if self.plan.json {
-            println!("{report}");
-            return;
+            return print_line(report);
         }
         // The series is for programs.
         let shown = report.as_object().into_iter().flatten().filter(|(name, _)| *name != "delay_series");
-        for (name, value) in shown {
-            println!("{name:<28} {value}");
-        }
+        let lines = shown.map(|(name, value)| format!("{name:<28} {value}\n"));
+        print(lines.collect::<String>())
     }
 }
 

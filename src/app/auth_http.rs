@@ -11,11 +11,13 @@ use serde_json::json as value;
 use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse, same_secret};
 use crate::message::Millis;
 use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S, TokenFault};
+use crate::telemetry::{Credential, Refusals};
 use crate::wire::http::{parse_token_request, parse_verify_request};
 
 pub(super) struct AuthEdge {
     pub(super) auth: Auth,
     pub(super) admin_key: String,
+    pub(super) refusals: Refusals,
 }
 
 type Edge = State<Arc<AuthEdge>>;
@@ -34,10 +36,14 @@ pub(super) fn routes(edge: Arc<AuthEdge>) -> Routes {
 async fn verify(State(edge): Edge, request: Request<Body>) -> Answer {
     let body = json_body(request, SMALL_BODY).await?;
     let token = parse_verify_request(&body)?;
-    let identity = edge
-        .auth
-        .verify(&token)
-        .map_err(|fault| refuse(if fault == TokenFault::NoKeys { 503 } else { 401 }, fault.to_string()))?;
+    let identity = edge.auth.verify(&token).map_err(|fault| match fault {
+        TokenFault::NoKeys => refuse(503, fault.to_string()),
+        TokenFault::Bad(_) | TokenFault::UnknownKey => {
+            let why = fault.to_string();
+            edge.refusals.note(Credential::Token, &why);
+            refuse(401, why)
+        }
+    })?;
     let claims: serde_json::Value = serde_json::from_slice(&identity.claims).unwrap_or_default();
     let expires_at = Millis(identity.expires_at_s.saturating_mul(1000)).rfc3339();
     let answer = value!({"user": identity.user.as_str(), "expires_at": expires_at, "claims": claims});
@@ -47,7 +53,9 @@ async fn verify(State(edge): Edge, request: Request<Body>) -> Answer {
 async fn issue(State(edge): Edge, request: Request<Body>) -> Answer {
     let given = bearer(request.headers()).unwrap_or_default();
     if !same_secret(given, &edge.admin_key) {
-        return Err(refuse(401, "the admin key is needed: Authorization: Bearer <admin key>"));
+        let why = "the admin key is needed: Authorization: Bearer <admin key>";
+        edge.refusals.note(Credential::AdminKey, why);
+        return Err(refuse(401, why));
     }
     issue_body(&edge.auth, request).await
 }

@@ -43,11 +43,7 @@ impl Edge {
             Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => key.trim(),
             _ => given,
         });
-        if self.edge.knows_key(key.unwrap_or_default()) {
-            Ok(())
-        } else {
-            Err(Status::unauthenticated("an API key is needed: authorization: Bearer <api key>"))
-        }
+        self.edge.check_key(key).map_err(Status::unauthenticated)
     }
 }
 

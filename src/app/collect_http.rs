@@ -15,12 +15,13 @@ use serde_json::{Value, json as value};
 use tokio::sync::Semaphore;
 use tower::ServiceExt;
 
-use super::edge::{Refused, Routes, bearer, closed, json, json_body, refuse, same_secret};
+use super::edge::{Refused, Routes, bearer, closed, json, json_body, refuse, root, same_secret};
 use crate::inbox::InboxError;
 use crate::membership::{Counts, Membership};
 use crate::message::{NodeId, Seq, UserId};
 use crate::role::collect::{Collect, HISTORY_PAGE, UserReport};
 use crate::role::connect::PublicUrls;
+use crate::telemetry::{Credential, Refusals};
 use crate::transport::http::{Answers, RequestBody};
 use crate::wire::http::{
     Problem, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish,
@@ -43,6 +44,7 @@ pub(super) struct CollectEdge {
     pub(super) urls: PublicUrls,
     pub(super) api_keys: Vec<String>,
     pub(super) limits: PublishLimits,
+    refusals: Refusals,
     batches: Semaphore,
 }
 
@@ -53,20 +55,28 @@ impl CollectEdge {
         urls: PublicUrls,
         api_keys: Vec<String>,
         limits: PublishLimits,
+        refusals: Refusals,
     ) -> Arc<Self> {
         let batches = Semaphore::new(BATCHES_AT_ONCE);
-        Arc::new(Self { collect, membership, urls, api_keys, limits, batches })
+        Arc::new(Self { collect, membership, urls, api_keys, limits, refusals, batches })
     }
 
     /// Whether this is one of the API keys.
-    pub(super) fn knows_key(&self, given: &str) -> bool {
-        self.api_keys.iter().any(|key| same_secret(key, given))
+    ///
+    /// # Errors
+    /// What to say to whoever has none.
+    pub(super) fn check_key(&self, given: Option<&str>) -> Result<(), &'static str> {
+        let why = match given {
+            Some(given) if self.api_keys.iter().any(|key| same_secret(key, given)) => return Ok(()),
+            Some(given) if !given.is_empty() => "this API key is not known",
+            _ => "an API key is needed: Authorization: Bearer <key>",
+        };
+        self.refusals.note(Credential::ApiKey, why);
+        Err(why)
     }
 
     fn authorize(&self, headers: &HeaderMap) -> Result<(), Refused> {
-        let given = bearer(headers)
-            .ok_or_else(|| refuse(401, "an API key is needed: Authorization: Bearer <key>"))?;
-        if self.knows_key(given) { Ok(()) } else { Err(refuse(401, "this API key is not known")) }
+        self.check_key(bearer(headers)).map_err(|why| refuse(401, why))
     }
 }
 
@@ -101,7 +111,8 @@ pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
             .route("/v1/users/{user}", get(user))
             .route("/v1/users/{user}/sessions", axum::routing::delete(disconnect))
             .route("/v1/cluster", get(cluster))
-            .with_state(edge),
+            .with_state(edge)
+            .merge(root("ringpush collect: POST /v1/messages\n")),
     )
 }
 

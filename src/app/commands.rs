@@ -1,6 +1,6 @@
 //! The commands that speak to a server: token, publish, listen, ring.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use super::keys::Keys;
+use super::terminal::{print, print_line, say};
 use crate::client::{Client, ClientConfig, Event, TokenSource};
 use crate::clock::Clock;
 use crate::config::{Config, Faults};
@@ -98,7 +99,7 @@ pub fn token(mut config: Config, user: &str, ttl: &str) -> Result<ExitCode> {
     let rule =
         || Faults(vec![format!("--ttl: {ttl:?} must be a time from 1s to 90d, such as 90s, 15m, 1h or 7d")]);
     let ttl_s = seconds(ttl).filter(|s| TOKEN_TTL_S.contains(s)).ok_or_else(rule)?;
-    println!("{}", signer(&mut config)?.issue(&user, ttl_s)?.0);
+    print_line(signer(&mut config)?.issue(&user, ttl_s)?.0)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -193,7 +194,7 @@ pub async fn publish(mut config: Config, at: Addressed, user: &str, payload: &st
     let body = publish_json(&user, payload, &new_id());
     match collector.send("POST", "/v1/messages", body.into()).await? {
         (202, answer) => {
-            println!("{}", String::from_utf8_lossy(&answer));
+            print_line(String::from_utf8_lossy(&answer))?;
             Ok(ExitCode::SUCCESS)
         }
         (status, answer) => bail!("{}", problem_of(status, &answer)),
@@ -233,7 +234,7 @@ async fn publish_lines(collector: &Collector, user: &UserId) -> Result<ExitCode>
                 continue;
             }
             if serde_json::from_str::<&serde_json::value::RawValue>(&line).is_err() {
-                eprintln!("ringpush: line {number} is not JSON and was not sent");
+                say(format_args!("ringpush: line {number} is not JSON and was not sent"));
                 refused += 1;
                 continue;
             }
@@ -250,7 +251,7 @@ async fn publish_lines(collector: &Collector, user: &UserId) -> Result<ExitCode>
         }
     }
     progress.finish_and_clear();
-    eprintln!("ringpush: {} published, {refused} refused", progress.position());
+    say(format_args!("ringpush: {} published, {refused} refused", progress.position()));
     Ok(if refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -274,10 +275,10 @@ async fn send_batch(collector: &Collector, batch: &[(u64, String)], progress: &P
                 Some(503) if tried < TRIES => again.push(*item),
                 Some(status) => {
                     refused += 1;
-                    eprintln!(
+                    say(format_args!(
                         "ringpush: line {} was refused: {status} {}",
                         item.0, result["error"]["detail"]
-                    );
+                    ));
                 }
             }
         }
@@ -341,18 +342,13 @@ pub async fn listen(
         };
         match event {
             None => return Ok(ExitCode::SUCCESS),
-            Some(event) => {
-                if !show(&client, event).await? {
-                    // Whoever read our output has gone: that ends a listener in good order.
-                    return Ok(ExitCode::SUCCESS);
-                }
-            }
+            Some(event) => show(&client, event)?,
         }
     }
 }
 
-/// Prints one event: messages to standard output, all else to standard error. False when nobody reads any more.
-async fn show(client: &Client, event: Event) -> Result<bool> {
+/// Prints one event: messages to standard output, all else to standard error.
+fn show(client: &Client, event: Event) -> Result<()> {
     match event {
         Event::Message(message) => {
             let line = format!(
@@ -363,23 +359,21 @@ async fn show(client: &Client, event: Event) -> Result<bool> {
                 message.expires_at,
                 message.payload.get().replace(['\n', '\r'], " "),
             );
-            let mut out = std::io::stdout().lock();
-            if writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
-                return Ok(false);
-            }
-            drop(out);
+            print_line(line)?;
             client.ack(message.seq);
         }
-        Event::Welcome { node, since } => eprintln!("ringpush: connected to {node}, after {since}"),
-        Event::CaughtUp(seq) => eprintln!("ringpush: caught up at {seq}; what follows is live"),
+        Event::Welcome { node, since } => say(format_args!("ringpush: connected to {node}, after {since}")),
+        Event::CaughtUp(seq) => say(format_args!("ringpush: caught up at {seq}; what follows is live")),
         Event::Gap { after, before, reason } => {
-            eprintln!("ringpush: what was between {after} and {before} is gone ({reason:?})");
+            say(format_args!("ringpush: what was between {after} and {before} is gone ({reason:?})"));
         }
-        Event::Moving { node, reason } => eprintln!("ringpush: moving to {node} ({reason:?})"),
-        Event::Waiting { why, rest } => eprintln!("ringpush: {why}; next try in {} ms", rest.as_millis()),
+        Event::Moving { node, reason } => say(format_args!("ringpush: moving to {node} ({reason:?})")),
+        Event::Waiting { why, rest } => {
+            say(format_args!("ringpush: {why}; next try in {} ms", rest.as_millis()))
+        }
         Event::Refused { code } => bail!("the server refused with {code}; see the table of close codes"),
     }
-    Ok(true)
+    Ok(())
 }
 
 /// Prints members, shares and epoch; with a user, its owner by the same arithmetic.
@@ -400,30 +394,33 @@ pub async fn ring(mut config: Config, at: Addressed, user: Option<&str>) -> Resu
         let named: Vec<(&str, f64)> =
             active.filter_map(|node| Some((node["node"].as_str()?, node["weight"].as_f64()?))).collect();
         let ring = Ring::build(named);
-        println!("{}", ring.owner_of(user.as_str()).ok_or_else(|| anyhow!("there is no push node"))?);
+        print_line(ring.owner_of(user.as_str()).ok_or_else(|| anyhow!("there is no push node"))?)?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!(
-        "generation {}  epoch {}  held {}",
+    let mut table = format!(
+        "generation {}  epoch {}  held {}\n{:<20} {:<9} {:>6} {:>7} {:>9} {:>9}\n",
         text(&cluster["generation"]),
         cluster["epoch"],
-        cluster["held"]
-    );
-    println!(
-        "{:<20} {:<9} {:>6} {:>7} {:>9} {:>9}",
-        "node", "state", "weight", "share", "sessions", "displaced"
+        cluster["held"],
+        "node",
+        "state",
+        "weight",
+        "share",
+        "sessions",
+        "displaced"
     );
     for node in &nodes {
-        println!(
-            "{:<20} {:<9} {:>6} {:>6.1}% {:>9} {:>9}",
+        table.push_str(&format!(
+            "{:<20} {:<9} {:>6} {:>6.1}% {:>9} {:>9}\n",
             text(&node["node"]),
             text(&node["state"]),
             node["weight"],
             node["share"].as_f64().unwrap_or(0.0) * 100.0,
             node["sessions"],
             node["displaced"],
-        );
+        ));
     }
+    print(table)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,16 +1,24 @@
 //! What all HTTP edges share: problems as answers, bearers, bodies.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use axum::body::Body;
+use axum::extract::State;
 use axum::http::header::{
-    AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE,
+    ALLOW, AUTHORIZATION, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST,
+    RETRY_AFTER, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
+use axum::middleware::Next;
 use axum::response::IntoResponse;
+use axum::routing::get;
 use bytes::Bytes;
+use hyper::body::Incoming;
+use tower::ServiceExt;
 
-use crate::transport::http::{BodyFault, RequestBody, read_body};
+use crate::transport::http::{Answers, BodyFault, RequestBody, read_body};
+use crate::transport::request::check_head;
 use crate::wire::http::Problem;
 
 /// How long a sender may take to send a body.
@@ -59,21 +67,97 @@ pub(super) fn json(status: StatusCode, body: impl Into<Body>) -> Response<Body> 
     response
 }
 
+/// What a page of ours may load and speak to, and that no other page may show it in a frame. A socket may be on any host: where a
+/// client is told to move is named by the template of the public URL.
+const PAGE_POLICY: &str = "default-src 'self'; img-src 'self' data:; connect-src 'self' ws: wss:; base-uri 'none'; \
+                           form-action 'none'; frame-ancestors 'none'";
+
 /// A page or a script of ours.
 pub(super) fn asset(kind: &'static str, text: &'static str) -> Response<Body> {
     let mut response = Response::new(Body::from(text));
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    headers.insert(HeaderName::from_static("x-content-type-options"), HeaderValue::from_static("nosniff"));
+    headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(PAGE_POLICY));
     response
 }
 
-/// The token of `Authorization: Bearer`.
+/// Wraps what answers on a listener in what holds on each of them: a head that is not well formed is refused, and no answer may be
+/// taken for something else than its type says.
+pub(super) fn guarded(service: impl Answers<Body>) -> impl Answers<Body> {
+    tower::service_fn(move |request: Request<Incoming>| {
+        let service = service.clone();
+        async move {
+            let mut response = match check_head(&request) {
+                Err(why) => refuse(400, why).into_response(),
+                // About the server as a whole (RFC 9110, section 9.3.7).
+                Ok(()) if request.method() == Method::OPTIONS && request.uri().path() == "*" => options(),
+                Ok(()) => service.oneshot(request).await?,
+            };
+            response.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+            Ok(response)
+        }
+    })
+}
+
+/// The answer to `OPTIONS /`, by which load balancers look whether anybody is there.
+pub(super) fn options() -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD, OPTIONS"));
+    response
+}
+
+/// The root of a listener that has no page: a word for a person, and an answer for a load balancer.
+pub(super) fn root(word: &'static str) -> Routes {
+    axum::Router::new().route("/", get(async move || word).options(async || options()))
+}
+
+/// Refuses requests for another host on a listener that only this machine can reach. Any web site that somebody here visits can make
+/// a name of its own resolve to this machine, and would then read what is answered (DNS rebinding).
+pub(super) async fn own_host(
+    State(loopback): State<bool>,
+    request: Request<Body>,
+    next: Next,
+) -> Response<Body> {
+    // What a load balancer asks for has nothing in it to be read.
+    let reads = request.method() != Method::HEAD && request.method() != Method::OPTIONS;
+    if loopback && reads && !is_for_loopback(request.headers()) {
+        return refuse(403, "this listener is for this machine: ask for it as 127.0.0.1 or localhost")
+            .into_response();
+    }
+    next.run(request).await
+}
+
+/// Whether the host that a request names is this machine; one that names none comes from no browser.
+pub(super) fn is_for_loopback(headers: &HeaderMap) -> bool {
+    headers.get(HOST).is_none_or(|host| host.to_str().is_ok_and(is_loopback))
+}
+
+/// Whether the host of a URL or of a header, with a port or without, is this machine.
+pub(super) fn is_loopback(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    };
+    name.eq_ignore_ascii_case("localhost")
+        || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// Whether a request came through a proxy that says so: then it need not be of this machine.
+pub(super) fn is_forwarded(headers: &HeaderMap) -> bool {
+    headers.keys().any(|name| {
+        let name = name.as_str();
+        name == "forwarded" || name == "via" || name.starts_with("x-forwarded-") || name == "x-real-ip"
+    })
+}
+
+/// The token of `Authorization: Bearer`: None where there is no such header, empty where nothing that can be a token stands behind it.
 pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
-    let (scheme, token) = value.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+    let value = headers.get(AUTHORIZATION)?.as_bytes();
+    let scheme = value.split(|byte| *byte == b' ').next().unwrap_or_default();
+    let token = std::str::from_utf8(&value[scheme.len()..]).unwrap_or_default().trim();
+    scheme.eq_ignore_ascii_case(b"bearer").then_some(token)
 }
 
 /// Whether two secrets are the same, in a time that does not tell where they differ.
@@ -83,6 +167,11 @@ pub(super) fn same_secret(one: &str, other: &str) -> bool {
 
 /// Reads a JSON body of at most `limit` bytes.
 pub(super) async fn json_body<B: RequestBody>(request: Request<B>, limit: usize) -> Result<Bytes, Refused> {
+    if let Some(coding) = request.headers().get(CONTENT_ENCODING)
+        && !coding.as_bytes().eq_ignore_ascii_case(b"identity")
+    {
+        return Err(refuse(415, format!("the body must not be encoded: Content-Encoding is {coding:?}")));
+    }
     if let Some(kind) = request.headers().get(CONTENT_TYPE) {
         let kind = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
         if !kind.eq_ignore_ascii_case("application/json") && !kind.to_ascii_lowercase().ends_with("+json") {
@@ -111,4 +200,45 @@ pub(super) type Routes = axum::Router;
 /// Ends a router in the answers that every edge gives to what it does not know.
 pub(super) fn closed(routes: Routes) -> Routes {
     routes.fallback(not_found).method_not_allowed_fallback(wrong_method)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(name: &'static str, value: &str) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(name, HeaderValue::from_str(value).unwrap());
+        headers
+    }
+
+    #[test]
+    fn a_bearer_with_nothing_behind_it_is_an_empty_token_and_not_none() {
+        for (value, token) in [
+            ("Bearer abc", Some("abc")),
+            ("bearer  abc ", Some("abc")),
+            ("Bearer", Some("")),
+            ("Bearer ", Some("")),
+            ("Bearer \u{e9}", Some("\u{e9}")),
+            ("Basic abc", None),
+            ("Bearerabc", None),
+        ] {
+            assert_eq!(bearer(&with("authorization", value)), token, "{value:?}");
+        }
+        assert_eq!(bearer(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn this_machine_is_told_from_names_that_resolve_to_it_and_from_proxies() {
+        for host in ["127.0.0.1:8080", "localhost", "LocalHost:1", "[::1]:8080", "127.9.9.9"] {
+            assert!(is_for_loopback(&with("host", host)), "{host}");
+        }
+        for host in ["evil.example:8080", "localhost.evil.example", "10.0.0.1", "", "[::2]:1"] {
+            assert!(!is_for_loopback(&with("host", host)), "{host:?}");
+        }
+        for name in ["forwarded", "via", "x-forwarded-for", "x-forwarded-proto", "x-real-ip"] {
+            assert!(is_forwarded(&with(name, "x")), "{name}");
+        }
+        assert!(!is_forwarded(&with("host", "127.0.0.1")));
+    }
 }

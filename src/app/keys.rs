@@ -1,7 +1,8 @@
 //! The keys of development: made once, kept in `<data>/dev-keys.toml`, readable by their owner alone.
 
+use std::fs::Permissions;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
@@ -18,6 +19,9 @@ pub(super) struct Keys {
     pub(super) api_key: String,
     pub(super) admin_key: String,
     pub(super) peer_secret: String,
+    /// None of them was configured.
+    #[serde(skip)]
+    pub(super) self_made: bool,
 }
 
 impl Keys {
@@ -28,7 +32,9 @@ impl Keys {
             api_key: config.api_keys.first().cloned().unwrap_or_default(),
             admin_key: config.admin_key.clone(),
             peer_secret: config.peer_secret.clone(),
+            self_made: false,
         };
+        keys.self_made = config.development && keys == Self::default();
         if config.development {
             keys.complete(&config.data_dir)?;
         }
@@ -55,6 +61,7 @@ impl Keys {
             api_key: shown(&self.api_key, API),
             admin_key: shown(&self.admin_key, ADMIN),
             peer_secret: shown(&self.peer_secret, PEER),
+            self_made: self.self_made,
         }
     }
 
@@ -99,6 +106,17 @@ fn make(prefix: &str) -> String {
 }
 
 fn read(path: &Path) -> Result<Option<Keys>> {
+    if let Ok(about) = std::fs::metadata(path)
+        && about.permissions().mode() & 0o077 != 0
+    {
+        let shown = path.display();
+        let tightened = std::fs::set_permissions(path, Permissions::from_mode(0o600));
+        tightened
+            .with_context(|| format!("{shown} can be read by others; make it yours alone (chmod 600)"))?;
+        tracing::warn!(
+            "{shown} could be read by others of this machine, and no longer can: delete it to have new keys made"
+        );
+    }
     match std::fs::read_to_string(path) {
         Ok(text) => toml::from_str(&text).map(Some).map_err(|_| {
             anyhow!(
@@ -143,7 +161,6 @@ fn write(path: &Path, keys: &Keys, fresh: bool) -> Result<bool> {
 mod tests {
     use super::*;
     use crate::config::Sources;
-    use std::os::unix::fs::PermissionsExt;
 
     fn config(data: &Path, file: &str) -> Config {
         let text = format!("{file}\n[data]\ndir = \"{}\"", data.display());
@@ -157,8 +174,12 @@ mod tests {
         assert_eq!(Keys::of(&mut config(data.path(), "")).unwrap(), first);
         assert!(first.token_key.len() >= 32 && first.api_key != first.admin_key);
         let path = data.path().join("dev-keys.toml");
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        let table: toml::Table = std::fs::read_to_string(path).unwrap().parse().unwrap();
+        let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(), 0o600);
+        std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(Keys::of(&mut config(data.path(), "")).unwrap(), first);
+        assert_eq!(mode(), 0o600, "tightened");
+        let table: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
         assert_eq!(table["token_key"].as_str(), Some(first.token_key.as_str()));
     }
 
@@ -180,15 +201,20 @@ mod tests {
         assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
     }
 
+    const MINE: [&str; 2] = ["a-key-of-mine-with-32-bytes-in-it", "another-one-with-at-least-32-bytes"];
+
     #[test]
     fn a_configured_key_is_used_and_not_written() {
         let data = tempfile::tempdir().unwrap();
-        let mut configured = config(data.path(), "[collect]\napi_keys = [\"mine\", \"other\"]");
+        let mut configured = config(
+            data.path(),
+            "[collect]\napi_keys = [\"a-key-of-mine-with-32-bytes-in-it\", \"another-one-with-at-least-32-bytes\"]",
+        );
         let keys = Keys::of(&mut configured).unwrap();
-        assert_eq!(keys.api_key, "mine");
+        assert_eq!(keys.api_key, MINE[0]);
         assert_eq!(keys.to_show().api_key, "(configured)");
         assert_eq!(keys.to_show().admin_key, keys.admin_key);
-        assert_eq!(configured.api_keys, ["mine", "other"]);
+        assert_eq!(configured.api_keys, MINE);
         let text = std::fs::read_to_string(data.path().join("dev-keys.toml")).unwrap();
         assert!(text.contains("api_key = \"\""), "{text}");
     }

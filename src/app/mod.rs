@@ -12,6 +12,7 @@ mod page;
 mod peers;
 mod push_http;
 mod stores;
+pub mod terminal;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -38,15 +39,15 @@ use crate::role::dispatch::Dispatch;
 use crate::role::push::{Drain, Push, PushConfig, PushMetrics, PushParts};
 use crate::role::reach::Reach;
 use crate::role::{DispatchService, VerifyService};
-use crate::telemetry::{Health, Metrics};
-use crate::ticket::TicketKey;
+use crate::telemetry::{Health, Metrics, Refusals};
+use crate::ticket::{TicketKey, page_code};
 use crate::transport::http::{Answers, HttpLimits, Listener, Sockets, bind, serve};
 use crate::transport::peer::{self, FindPush, Sign, Verify};
 use crate::wire::address::{RedisServers, RedisUrl};
 use crate::wire::frame::ReconnectHint;
 
 use collect_http::CollectEdge;
-use edge::{Routes, closed};
+use edge::{closed, guarded, root};
 use keys::Keys;
 use peers::{PushNodes, proofs, routers};
 use push_http::{ConnectEdge, PushEdge};
@@ -143,6 +144,7 @@ struct Shared {
     peer: Arc<str>,
     /// Where this process verifies tokens at all.
     own_auth: Option<Auth>,
+    refusals: Refusals,
 }
 
 impl App {
@@ -176,6 +178,7 @@ impl App {
             health.set(name, !needed, if needed { "not reached yet" } else { "not needed here" });
         }
         let (membership, fallback) = stores::registry(&config, &clock, &metrics, &mut tasks).await?;
+        let refusals = Refusals::register(&metrics);
         let (sign, verify) = proofs(&config.peer_secret, &clock);
         let nodes = Arc::new(PushNodes::new(membership.views(), Arc::clone(&sign)));
         let urls = match &config.public_url {
@@ -196,6 +199,7 @@ impl App {
             sign,
             peer: peer.into(),
             own_auth,
+            refusals,
         };
         let (_, never) = watch::channel(false);
         let mut app = Self {
@@ -236,7 +240,8 @@ impl App {
         let fetches = matches!(config.verify_by, VerifyBy::Jwks(_)) && config.runs(RoleName::Auth);
         let verify = if fetches || config.runs(RoleName::Push) || config.runs(RoleName::Dispatch) {
             let own = shared.own_auth.as_ref();
-            Some(stores::verify(config, own, &shared.clock, &self.health, &mut self.tasks)?)
+            let told = (&self.health, &shared.metrics);
+            Some(stores::verify(config, own, &shared.clock, told, &mut self.tasks)?)
         } else {
             None
         };
@@ -294,6 +299,7 @@ impl App {
                 ticket_key: shared.ticket_key.clone(),
                 clock: shared.clock.clone(),
                 metrics: metrics.clone(),
+                refusals: shared.refusals.clone(),
             };
             let push = PushConfig {
                 info: node_info(config, shared, node.clone(), true),
@@ -345,6 +351,7 @@ impl App {
             shared.urls.clone(),
             config.api_keys.clone(),
             config.publish,
+            shared.refusals.clone(),
         )
     }
 
@@ -395,7 +402,8 @@ impl App {
             urls: shared.urls.clone(),
         };
         if let Some(listening) = listeners.ops.take() {
-            self.serve(listening, ops_http::routes(Arc::new(ops)), HttpLimits::default());
+            let loopback = listening.at.ip().is_loopback();
+            self.serve(listening, ops_http::routes(Arc::new(ops), loopback), HttpLimits::default());
         }
     }
 
@@ -408,13 +416,19 @@ impl App {
         listeners: Listeners,
     ) {
         let development = shared.own_auth.clone().zip(collect.clone());
-        let development = development.map(|(auth, collect)| Arc::new(page::Development { auth, collect }));
+        // Only where nobody has configured a key: whoever did has users of its own.
+        let development = development.filter(|_| self.keys.self_made && config.verify_by == VerifyBy::Key);
+        let code = page_code(&config.peer_secret);
+        let development =
+            development.map(|(auth, collect)| Arc::new(page::Development { auth, collect, code }));
         for (push, listening) in self.pushes.clone().into_iter().zip(listeners.push) {
             let Some(verify) = &verify else { break };
-            let edge = PushEdge { connect: connect_edge(config, shared, verify, Some(push.clone())), push };
+            let connect = connect_edge(config, shared, verify, Some(push.clone()));
+            let edge = PushEdge { connect, push: push.clone() };
             // Whoever can reach the port could have anybody's token: only where that is this machine alone.
-            let own = config.development && listening.at.ip().is_loopback();
-            let page = page::routes(development.clone().filter(|_| own));
+            let loopback = listening.at.ip().is_loopback();
+            let development = development.clone().filter(|_| config.development && loopback);
+            let page = page::routes(page::Page { development, push, loopback });
             let edge = Arc::new(edge);
             let routes = closed(push_http::push_routes(Arc::clone(&edge)).merge(page));
             self.serve_sockets(listening, routes, edge);
@@ -425,12 +439,18 @@ impl App {
             self.serve(listening, collect_http::front(edge, routes), plain);
         }
         if let (Some(listening), Some(auth)) = (listeners.auth, &shared.own_auth) {
-            let edge = auth_http::AuthEdge { auth: auth.clone(), admin_key: config.admin_key.clone() };
-            self.serve(listening, auth_http::routes(Arc::new(edge)), plain);
+            let edge = auth_http::AuthEdge {
+                auth: auth.clone(),
+                admin_key: config.admin_key.clone(),
+                refusals: shared.refusals.clone(),
+            };
+            let routes = auth_http::routes(Arc::new(edge)).merge(root("ringpush auth: POST /v1/verify\n"));
+            self.serve(listening, routes, plain);
         }
         if let (Some(listening), Some(verify)) = (listeners.dispatch, &verify) {
             let edge = connect_edge(config, shared, verify, None);
-            self.serve(listening, push_http::dispatch_routes(Arc::new(edge)), plain);
+            let routes = push_http::dispatch_routes(Arc::new(edge));
+            self.serve(listening, routes.merge(root("ringpush dispatch: POST /v1/connect\n")), plain);
         }
     }
 
@@ -440,11 +460,17 @@ impl App {
     }
 
     fn serve(&mut self, listening: Listening, service: impl Answers<Body>, limits: HttpLimits) {
+        let service = guarded(service);
         self.servers.spawn(serve(listening.listener, service, None, limits, self.stop.clone()));
     }
 
-    fn serve_sockets(&mut self, listening: Listening, routes: Routes, edge: Arc<dyn Sockets<Body>>) {
-        let (service, limits) = (routes.into_service(), push_http_limits());
+    fn serve_sockets(
+        &mut self,
+        listening: Listening,
+        service: impl Answers<Body>,
+        edge: Arc<dyn Sockets<Body>>,
+    ) {
+        let (service, limits) = (guarded(service), push_http_limits());
         let serving = serve(listening.listener, service, Some(edge), limits, self.stop.clone());
         self.servers.spawn(serving);
     }
@@ -523,10 +549,15 @@ impl App {
         let page = self.bound.push.first().map_or_else(String::new, |(_, at)| at.to_string());
         let pushes: Vec<String> =
             self.bound.push.iter().map(|(node, at)| format!("{node} ws://{at}/v1/ws")).collect();
-        let Keys { token_key, api_key, admin_key, peer_secret } = self.keys.to_show();
+        let code = if self.keys.self_made {
+            format!("?code={}", page_code(&self.keys.peer_secret))
+        } else {
+            String::new()
+        };
+        let Keys { token_key, api_key, admin_key, peer_secret, .. } = self.keys.to_show();
         format!(
             "ringpush {version} is ready: development, embedded store\n\n\
-             \x20 page    http://{page}/\n\
+             \x20 page    http://{page}/{code}\n\
              \x20 token   {program} token alice\n\
              \x20 curl    curl http://{collect}/v1/messages -H 'Authorization: Bearer {api_key}' \
              -H 'Content-Type: application/json' -d '{{\"to\":{{\"user\":\"alice\"}},\"payload\":{{\"text\":\"hello\"}}}}'\n\n\
@@ -623,6 +654,7 @@ fn connect_edge(config: &Config, shared: &Shared, verify: &VerifyService, push: 
         ),
         origins: config.origins.clone(),
         hint: ReconnectHint { min_ms: 0, max_ms: config.push.reconnect_jitter_ms },
+        refusals: shared.refusals.clone(),
         push,
     }
 }

@@ -6,11 +6,12 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderValue, Response, StatusCode};
+use axum::middleware::from_fn_with_state;
 use axum::routing::get;
 use serde_json::{Map, Value, json as value};
 
 use super::collect_http::cluster_report;
-use super::edge::{Routes, asset, closed, json};
+use super::edge::{Routes, asset, closed, json, options, own_host};
 use crate::membership::Membership;
 use crate::role::connect::PublicUrls;
 use crate::telemetry::{Health, Metrics};
@@ -24,7 +25,7 @@ pub(super) struct OpsEdge {
 
 type Edge = State<Arc<OpsEdge>>;
 
-pub(super) fn routes(edge: Arc<OpsEdge>) -> Routes {
+pub(super) fn routes(edge: Arc<OpsEdge>, loopback: bool) -> Routes {
     closed(
         axum::Router::new()
             .route("/livez", get(async || "ok\n"))
@@ -33,7 +34,8 @@ pub(super) fn routes(edge: Arc<OpsEdge>) -> Routes {
             .route("/cluster", get(cluster))
             .route(
                 "/",
-                get(async || asset("text/html; charset=utf-8", include_str!("../../web/dashboard.html"))),
+                get(async || asset("text/html; charset=utf-8", include_str!("../../web/dashboard.html")))
+                    .options(async || options()),
             )
             .route(
                 "/dashboard.js",
@@ -43,6 +45,7 @@ pub(super) fn routes(edge: Arc<OpsEdge>) -> Routes {
                 "/page.css",
                 get(async || asset("text/css; charset=utf-8", include_str!("../../web/page.css"))),
             )
+            .layer(from_fn_with_state(loopback, own_host))
             .with_state(edge),
     )
 }

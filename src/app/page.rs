@@ -1,34 +1,57 @@
 //! The page on the push port, and what only development gives it: a token for any user, and publishing.
 //!
 //! Any web site that a developer visits can send requests to a port of this machine, under any host name that it makes
-//! resolve here. So the development paths answer only to a loopback host name and to pages of that same host.
+//! resolve here, and any proxy on this machine can hand them on from elsewhere. So the development paths answer only to a
+//! loopback host name, to pages of that same host, to what no proxy has handed on, and to whoever has the code that the server
+//! printed when it started.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::header::{HOST, ORIGIN};
-use axum::http::{HeaderMap, Request, Response, StatusCode};
+use axum::http::{HeaderMap, Method, Request, Response, StatusCode};
+use axum::middleware::from_fn_with_state;
+use axum::response::IntoResponse;
 use axum::routing::{get, post};
 
 use super::auth_http::issue_body;
 use super::collect_http::{CollectEdge, publish_body};
-use super::edge::{Refused, Routes, asset, json, refuse};
+use super::edge::{
+    Refused, Routes, asset, is_for_loopback, is_forwarded, json, options, own_host, refuse, same_secret,
+};
 use crate::role::auth::Auth;
+use crate::role::push::Push;
+
+/// The header in which the page sends the code; in a query it is `code`.
+const CODE: &str = "x-ringpush-code";
 
 /// What the page may use in development.
 pub(super) struct Development {
     pub(super) auth: Auth,
     pub(super) collect: Arc<CollectEdge>,
+    /// Stands in the page's URL that the greeting prints.
+    pub(super) code: String,
 }
 
-type Edge = State<Option<Arc<Development>>>;
+/// What the page's paths need.
+#[derive(Clone)]
+pub(super) struct Page {
+    /// None outside development.
+    pub(super) development: Option<Arc<Development>>,
+    /// A load balancer that looks at `/` hears whether this node takes sockets.
+    pub(super) push: Push,
+    /// Whether only this machine can reach the listener.
+    pub(super) loopback: bool,
+}
+
+type Edge = State<Page>;
 type Answer = Result<Response<Body>, Refused>;
 
-pub(super) fn routes(development: Option<Arc<Development>>) -> Routes {
+pub(super) fn routes(page: Page) -> Routes {
+    let loopback = page.loopback;
     axum::Router::new()
-        .route("/", get(async || asset("text/html; charset=utf-8", include_str!("../../web/index.html"))))
+        .route("/", get(index).options(index))
         .route(
             "/page.js",
             get(async || asset("text/javascript; charset=utf-8", include_str!("../../web/page.js"))),
@@ -40,43 +63,64 @@ pub(super) fn routes(development: Option<Arc<Development>>) -> Routes {
         .route("/dev", get(is_development))
         .route("/dev/token", post(token))
         .route("/dev/publish", post(publish))
-        .with_state(development)
+        .layer(from_fn_with_state(loopback, own_host))
+        .with_state(page)
 }
 
-/// Tells the page whether it may choose a user.
-async fn is_development(State(edge): Edge, headers: HeaderMap) -> Answer {
-    let development = edge.is_some() && from_this_machine(&headers);
-    Ok(json(StatusCode::OK, format!(r#"{{"development":{development}}}"#)))
-}
-
-async fn token(State(edge): Edge, request: Request<Body>) -> Answer {
-    issue_body(&allowed(edge, &request)?.auth, request).await
-}
-
-async fn publish(State(edge): Edge, request: Request<Body>) -> Answer {
-    publish_body(&allowed(edge, &request)?.collect, request).await
-}
-
-fn allowed(edge: Option<Arc<Development>>, request: &Request<Body>) -> Result<Arc<Development>, Refused> {
-    match edge {
-        Some(edge) if from_this_machine(request.headers()) => Ok(edge),
-        Some(_) => Err(refuse(403, "only this machine's own page may use this")),
-        None => Err(refuse(404, "there is nothing at this path")),
+/// The page for a browser; for a load balancer, whether the node takes sockets.
+async fn index(State(page): Edge, method: Method) -> Response<Body> {
+    if method != Method::GET && !page.push.takes_sockets() {
+        return refuse(503, "this node is leaving; another one takes sockets").into_response();
     }
+    if method == Method::OPTIONS {
+        return options();
+    }
+    asset("text/html; charset=utf-8", include_str!("../../web/index.html"))
+}
+
+/// Tells the page whether it may choose a user, and whether it has the code for it.
+async fn is_development(State(page): Edge, request: Request<Body>) -> Answer {
+    let here = page.development.as_ref().filter(|_| from_this_machine(request.headers()));
+    let code = here.is_some_and(|development| has_code(development, &request));
+    let development = here.is_some();
+    Ok(json(StatusCode::OK, format!(r#"{{"development":{development},"code":{code}}}"#)))
+}
+
+async fn token(State(page): Edge, request: Request<Body>) -> Answer {
+    issue_body(&allowed(page, &request)?.auth, request).await
+}
+
+async fn publish(State(page): Edge, request: Request<Body>) -> Answer {
+    publish_body(&allowed(page, &request)?.collect, request).await
+}
+
+fn allowed(page: Page, request: &Request<Body>) -> Result<Arc<Development>, Refused> {
+    let development = page.development.ok_or_else(|| refuse(404, "there is nothing at this path"))?;
+    if !from_this_machine(request.headers()) {
+        return Err(refuse(403, "only this machine's own page may use this, and through no proxy"));
+    }
+    if !has_code(&development, request) {
+        return Err(refuse(
+            403,
+            "open the page by the URL that the server printed at start: it has the code",
+        ));
+    }
+    Ok(development)
+}
+
+fn has_code(development: &Development, request: &Request<Body>) -> bool {
+    let header = request.headers().get(CODE).and_then(|code| code.to_str().ok());
+    let pairs = request.uri().query().unwrap_or_default().split('&');
+    let given = header.or_else(|| pairs.filter_map(|pair| pair.strip_prefix("code=")).next());
+    given.is_some_and(|given| same_secret(given, &development.code))
 }
 
 fn from_this_machine(headers: &HeaderMap) -> bool {
     let text = |name| headers.get(name).and_then(|value: &axum::http::HeaderValue| value.to_str().ok());
     let Some(host) = text(HOST) else { return false };
-    is_loopback(host) && text(ORIGIN).is_none_or(|origin| origin == format!("http://{host}"))
-}
-
-fn is_loopback(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(rest) => rest.split(']').next().unwrap_or_default(),
-        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
-    };
-    name == "localhost" || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+    is_for_loopback(headers)
+        && !is_forwarded(headers)
+        && text(ORIGIN).is_none_or(|origin| origin == format!("http://{host}"))
 }
 
 #[cfg(test)]
@@ -99,5 +143,10 @@ mod tests {
         assert!(!with("evil.example:8080", Some("http://evil.example:8080")), "a name that resolves here");
         assert!(!with("127.0.0.1:8080", Some("https://evil.example")));
         assert!(!with("127.0.0.1:8080", Some("null")));
+        let mut forwarded = HeaderMap::new();
+        forwarded.insert(HOST, HeaderValue::from_static("127.0.0.1:8080"));
+        assert!(from_this_machine(&forwarded));
+        forwarded.insert("x-forwarded-for", HeaderValue::from_static("192.0.2.1"));
+        assert!(!from_this_machine(&forwarded), "a proxy on this machine");
     }
 }

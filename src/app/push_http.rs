@@ -15,9 +15,10 @@ use axum::routing::{get, post};
 use futures_util::future::{BoxFuture, FutureExt, ready};
 use serde_json::json as value;
 
-use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse};
+use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, not_found, refuse};
 use crate::role::connect::{Connect, ConnectFault};
 use crate::role::push::{Admission, Origins, Push, Rejection, SocketRequest};
+use crate::telemetry::{Credential, Refusals};
 use crate::ticket::TICKET_LIFE_MS;
 use crate::transport::http::{Sockets, Taken};
 use crate::transport::line::Line;
@@ -40,6 +41,7 @@ pub(super) struct ConnectEdge {
     pub(super) connect: Connect,
     pub(super) origins: Origins,
     pub(super) hint: ReconnectHint,
+    pub(super) refusals: Refusals,
     /// Told to go away while this node leaves.
     pub(super) push: Option<Push>,
 }
@@ -67,6 +69,9 @@ async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -
     let upgrade = hyper::upgrade::on(&mut request);
     let (parts, _) = request.into_parts();
     let request = Request::from_parts(parts, ());
+    if request.uri().path() != SOCKET_PATH && node_in_path(request.uri().path()).is_none() {
+        return not_found().await.into_response();
+    }
     match decide(&edge.push, &request).await {
         Ok((answer, admission)) => {
             let socket = ServerSocket::upgraded(upgrade, UPGRADE_DEADLINE);
@@ -100,7 +105,7 @@ impl Sockets<Body> for PushEdge {
 /// Whether a request gets its socket: with what answer, or what else to answer.
 async fn decide(push: &Push, request: &Request<()>) -> Result<(Handshake, Admission), Box<Response<Body>>> {
     let refused = |refused: Refused| Box::new(refused.into_response());
-    let answer = match handshake(request.headers()) {
+    let answer = match handshake(request) {
         Ok(answer) => answer,
         Err(NoHandshake::Bad(why)) => return Err(refused(refuse(400, why))),
         Err(NoHandshake::Upgrade(why)) => return Err(Box::new(upgrade_required(why))),
@@ -208,22 +213,28 @@ async fn connect(edge: &ConnectEdge, request: Request<Body>) -> Response<Body> {
 
 async fn place(edge: &ConnectEdge, request: Request<Body>) -> Answer {
     if !edge.origins.allows(origin_of(request.headers())) {
-        return Err(refuse(403, "pages of this origin may not connect (push.origins)"));
+        let why = "pages of this origin may not connect (push.origins)";
+        edge.refusals.note(Credential::Origin, why);
+        return Err(refuse(403, why));
     }
     if edge.push.as_ref().is_some_and(|push| !push.takes_sockets()) {
         return Err(refuse(503, "this node is leaving; another one answers"));
     }
-    let token = bearer(request.headers()).map(str::to_owned);
-    let token = token.ok_or_else(|| refuse(401, "a token is needed: Authorization: Bearer <token>"))?;
+    let token = bearer(request.headers()).filter(|token| !token.is_empty()).map(str::to_owned);
+    let unauthorized = |why: &str| {
+        edge.refusals.note(Credential::Token, why);
+        refuse(401, why)
+    };
+    let token = token.ok_or_else(|| unauthorized("a token is needed: Authorization: Bearer <token>"))?;
     let device = parse_connect(&json_body(request, SMALL_BODY).await?)?;
     let place = edge.connect.place(&token, device).await.map_err(|fault| match fault {
-        ConnectFault::Unauthorized(why) => refuse(401, why),
+        ConnectFault::Unauthorized(why) => unauthorized(&why),
         ConnectFault::Unavailable(why) => refuse(503, why),
     })?;
     if let Some(push) = &edge.push
         && push.has_revoked(&place.user, place.token_iat_s).await
     {
-        return Err(refuse(401, "the token was revoked"));
+        return Err(unauthorized("the token was revoked"));
     }
     let hint = edge.push.as_ref().map_or(edge.hint, Push::reconnect_hint);
     let answer = value!({

@@ -1,5 +1,7 @@
 //! The adapters that a configuration names: waited for where waiting helps, refused with the key where it does not.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,6 +40,21 @@ const SKEW_EVERY: Duration = Duration::from_secs(2);
 /// Between two looks at the keys of another issuer, and the least between two that a token asked for.
 const JWKS_EVERY: Duration = Duration::from_secs(300);
 const JWKS_REST: Duration = Duration::from_secs(10);
+
+/// Largest answer of another issuer or of auth that is read, in bytes.
+const ISSUER_ANSWER: usize = 1024 * 1024;
+
+/// A client for an issuer, which is trusted with who somebody is, and with nothing else. Warns where anybody on the way could
+/// answer in its place.
+fn issuer_client(key: &str, url: &str) -> HttpClient {
+    let host = url.strip_prefix("http://").map(|rest| rest.split(['/', '?']).next().unwrap_or_default());
+    if host.is_some_and(|host| !super::edge::is_loopback(host)) {
+        tracing::warn!(
+            "{key}: http:// goes over the network in the clear: whoever can change what passes there can be anybody"
+        );
+    }
+    HttpClient::default().reading_at_most(ISSUER_ANSWER)
+}
 
 fn refused(why: impl Into<String>) -> anyhow::Error {
     Faults(vec![why.into()]).into()
@@ -113,10 +130,27 @@ pub(super) async fn inbox(config: &Config, clock: &Clock, tasks: &mut JoinSet<()
 
 fn embedded(data: &Path, clock: Clock) -> Result<EmbeddedInbox> {
     let directory = data.join("inbox");
-    std::fs::create_dir_all(&directory).with_context(|| {
-        format!("data.dir: {} cannot be written; choose another with --data DIR", data.display())
-    })?;
+    let problem =
+        || format!("data.dir: {} cannot be written; choose another with --data DIR", data.display());
+    std::fs::create_dir_all(&directory).with_context(problem)?;
+    keep_to_owner(&directory).with_context(problem)?;
     EmbeddedInbox::open(&directory, clock).map_err(|error| anyhow!("data.dir: {}: {error}", data.display()))
+}
+
+/// Messages are for their users: what an earlier version let others of this machine read is tightened. What is made from now on is
+/// the owner's alone by the process's umask.
+fn keep_to_owner(directory: &Path) -> std::io::Result<()> {
+    std::fs::set_permissions(directory, Permissions::from_mode(0o700))?;
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            keep_to_owner(&entry.path())?;
+        } else if kind.is_file() {
+            std::fs::set_permissions(entry.path(), Permissions::from_mode(0o600))?;
+        }
+    }
+    Ok(())
 }
 
 /// How push and connect verify tokens; `own` is this process's auth, where it has a key.
@@ -124,7 +158,7 @@ pub(super) fn verify(
     config: &Config,
     own: Option<&Auth>,
     clock: &Clock,
-    health: &Health,
+    (health, metrics): (&Health, &Metrics),
     tasks: &mut JoinSet<()>,
 ) -> Result<VerifyService> {
     match (&config.verify_by, own) {
@@ -138,19 +172,24 @@ pub(super) fn verify(
             Ok(BoxCloneSyncService::new(auth))
         }
         (VerifyBy::Asking(url), _) => {
-            let (client, url) = (HttpClient::default(), format!("{url}/v1/verify"));
+            let (client, url) = (issuer_client("auth.url", url), format!("{url}/v1/verify"));
             let ask = tower::service_fn(move |body: Bytes| {
                 let (client, url) = (client.clone(), url.clone());
                 async move { client.send("POST", &url, None, body, VERIFY_DEADLINE).await }
             });
-            Ok(BoxCloneSyncService::new(RemoteAuth::new(BoxCloneSyncService::new(ask), clock.clone())))
+            Ok(BoxCloneSyncService::new(RemoteAuth::new(
+                BoxCloneSyncService::new(ask),
+                clock.clone(),
+                health.clone(),
+                metrics,
+            )))
         }
     }
 }
 
 /// Fetches an issuer's keys again and again, and sooner when a token names one that is not known.
 async fn fetch_keys(auth: Auth, url: String, health: Health) {
-    let client = HttpClient::default();
+    let client = issuer_client("auth.jwks_url", &url);
     loop {
         let answer = client.send("GET", &url, None, Bytes::new(), VERIFY_DEADLINE).await;
         let taken = match answer {

@@ -5,11 +5,11 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 
 use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use futures_util::future::{Ready, ready};
 use hmac::{Hmac, KeyInit, Mac};
-use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet};
+use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, KeyOperations, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use parking_lot::RwLock;
 use serde::Deserialize;
@@ -18,6 +18,7 @@ use serde_json::value::RawValue;
 use sha2::Sha256;
 use tokio::sync::Notify;
 
+use super::issued_at_s;
 use crate::clock::Clock;
 use crate::message::{Millis, UserId};
 use crate::telemetry::WAY;
@@ -52,6 +53,12 @@ pub enum KeyFault {
     /// It looks like PEM and is no key that we verify with.
     #[error("is PEM, but not a public key for RS256, ES256 or EdDSA; give the public half, BEGIN PUBLIC KEY")]
     NotAPublicKey,
+    /// It is a key in a form that is not read here. Taken for a secret it would be one that everybody may know.
+    #[error(
+        "looks like a key in {0}; give the public key as PEM, from its first line on (BEGIN PUBLIC KEY), or make a \
+         secret with: openssl rand -base64 32"
+    )]
+    Disguised(&'static str),
 }
 
 /// Why a token is not good; the text is for the client, and holds no piece of it.
@@ -163,8 +170,15 @@ impl Key {
         Self { algorithm, verifying, validation, again: None, signing }
     }
 
-    /// The key decides the algorithm.
+    /// The key decides the algorithm. None where we do not verify with such a key, or its owner has made it for something else
+    /// (RFC 7517, sections 4.2 to 4.4).
     fn of_jwk(jwk: &Jwk) -> Option<Self> {
+        let common = &jwk.common;
+        let signs = common.public_key_use.as_ref().is_none_or(|usage| *usage == PublicKeyUse::Signature);
+        let verifies = common.key_operations.as_ref().is_none_or(|all| all.contains(&KeyOperations::Verify));
+        if !signs || !verifies {
+            return None;
+        }
         let algorithm = match &jwk.algorithm {
             AlgorithmParameters::RSA(_) => Algorithm::RS256,
             AlgorithmParameters::EllipticCurve(curve) if curve.curve == EllipticCurve::P256 => {
@@ -173,11 +187,18 @@ impl Key {
             AlgorithmParameters::OctetKeyPair(_) => Algorithm::EdDSA,
             _ => return None,
         };
+        let named = common.key_algorithm.map(|named| named.to_string());
+        if named.is_some_and(|named| named != format!("{algorithm:?}")) {
+            return None;
+        }
         Some(Self::new(algorithm, DecodingKey::from_jwk(jwk).ok()?, None))
     }
 
     fn read(text: &str) -> Result<Self, KeyFault> {
         if !text.trim_start().starts_with("-----BEGIN") {
+            if let Some(form) = disguise(text.as_bytes(), 0) {
+                return Err(KeyFault::Disguised(form));
+            }
             return if text.len() < SECRET_MIN_BYTES {
                 Err(KeyFault::Short(text.len()))
             } else {
@@ -206,6 +227,9 @@ impl Key {
         use jsonwebtoken::errors::ErrorKind;
         if let Some(claims) = self.again.as_ref().and_then(|again| again.claims(token)) {
             return Ok(claims);
+        }
+        if has_critical_extension(token) {
+            return Err(TokenFault::Bad("the token has a crit header, which names what is not known here"));
         }
         let decoded = jsonwebtoken::decode(token, &self.verifying, &self.validation);
         let data = decoded.map_err(|error| match error.kind() {
@@ -287,7 +311,11 @@ impl Auth {
     /// # Errors
     /// What is wrong with it, for the client: never a piece of it.
     pub fn verify(&self, token: &str) -> Result<Identity, TokenFault> {
-        let raw = self.claims(token)?;
+        let raw = self.claims(token).inspect_err(|fault| {
+            if *fault == TokenFault::UnknownKey {
+                self.inner.unknown_key.notify_one();
+            }
+        })?;
         // serde would take an array for a struct; claims are an object.
         let claims = Some(raw.get()).filter(|text| text.trim_start().starts_with('{'));
         let claims: Option<Claims> = claims.and_then(|text| serde_json::from_str(text).ok());
@@ -296,7 +324,7 @@ impl Auth {
         let user = claims.sub.as_ref().and_then(Value::as_str).and_then(|sub| UserId::parse(sub).ok());
         let user = user.ok_or("the token's sub is not a user id")?;
         tracing::debug!(target: WAY, step = 2, %user, "token verified");
-        let issued_at_s = seconds(claims.iat.as_ref())?.unwrap_or(0);
+        let issued_at_s = issued_at_s(seconds(claims.iat.as_ref())?, self.inner.clock.now())?;
         let claims = Bytes::from(String::from(Box::<str>::from(raw)));
         Ok(Identity { user, issued_at_s, expires_at_s, claims })
     }
@@ -360,6 +388,63 @@ impl Auth {
     }
 }
 
+/// Whether a token's header has `crit`: whoever does not know what it names must refuse the token (RFC 7515, section 4.1.11).
+fn has_critical_extension(token: &str) -> bool {
+    let header = token.split('.').next().and_then(|header| URL_SAFE_NO_PAD.decode(header).ok());
+    let header = header.and_then(|header| serde_json::from_slice::<Value>(&header).ok());
+    header.is_some_and(|header| header.get("crit").is_some())
+}
+
+/// Encodings around a key that are looked through.
+const WRAPPINGS: u32 = 3;
+/// The shortest public key in DER, in bytes: that of Ed25519. Secrets of 32 random bytes are shorter.
+const DER_MIN_BYTES: usize = 44;
+
+/// The form of a key that is no plain secret: what anybody may have must not sign tokens.
+fn disguise(text: &[u8], depth: u32) -> Option<&'static str> {
+    let trimmed = text.strip_prefix("\u{feff}".as_bytes()).unwrap_or(text).trim_ascii();
+    let has = |word: &str| trimmed.windows(word.len()).any(|window| window == word.as_bytes());
+    if has("-----BEGIN") || (has("BEGIN ") && has(" KEY")) {
+        return Some("PEM that does not begin with its first line");
+    }
+    if trimmed.starts_with(b"{") && serde_json::from_slice::<serde_json::Map<String, Value>>(trimmed).is_ok()
+    {
+        return Some("JSON (a JWK)");
+    }
+    if ["ssh-", "ecdsa-sha2-", "sk-ssh-"].iter().any(|kind| trimmed.starts_with(kind.as_bytes())) {
+        return Some("the form of SSH");
+    }
+    if is_der(trimmed) {
+        return Some("DER");
+    }
+    if depth == WRAPPINGS {
+        return None;
+    }
+    let one_line: Vec<u8> = trimmed.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
+    let bare = String::from_utf8_lossy(&one_line);
+    let bare = bare.trim_end_matches('=');
+    let decoded = [STANDARD_NO_PAD.decode(bare).ok(), URL_SAFE_NO_PAD.decode(bare).ok(), from_hex(bare)];
+    decoded.iter().flatten().find_map(|inner| disguise(inner, depth + 1)).map(|_| "base64 or hexadecimal")
+}
+
+/// Whether these are a SEQUENCE of DER over all of their length, with an INTEGER or another SEQUENCE first, as in every form of key and
+/// certificate.
+fn is_der(bytes: &[u8]) -> bool {
+    let (length, content) = match bytes {
+        [0x30, short @ 0..=0x7f, rest @ ..] => (usize::from(*short), rest),
+        [0x30, 0x81, one, rest @ ..] => (usize::from(*one), rest),
+        [0x30, 0x82, high, low, rest @ ..] => (usize::from(*high) << 8 | usize::from(*low), rest),
+        _ => return false,
+    };
+    bytes.len() >= DER_MIN_BYTES && content.len() == length && matches!(content.first(), Some(0x30 | 0x02))
+}
+
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let digits = text.as_bytes();
+    let pair = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+    digits.len().is_multiple_of(2).then(|| digits.chunks(2).map(pair).collect()).flatten()
+}
+
 /// A claim in whole seconds, as RFC 7519 has it: a number, perhaps with a fraction.
 fn seconds(claim: Option<&Value>) -> Result<Option<u64>, &'static str> {
     match claim {
@@ -393,11 +478,7 @@ impl tower::Service<VerifyRequest> for Auth {
     fn call(&mut self, request: VerifyRequest) -> Self::Future {
         ready(self.verify(&request.token).map_err(|fault| match fault {
             TokenFault::NoKeys => PeerFault::Unavailable(fault.to_string()),
-            TokenFault::UnknownKey => {
-                self.inner.unknown_key.notify_one();
-                PeerFault::Unauthorized(fault.to_string())
-            }
-            TokenFault::Bad(reason) => PeerFault::Unauthorized(reason.to_owned()),
+            TokenFault::UnknownKey | TokenFault::Bad(_) => PeerFault::Unauthorized(fault.to_string()),
         }))
     }
 }

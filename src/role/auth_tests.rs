@@ -136,6 +136,107 @@ fn keys_that_cannot_serve_are_named() {
     assert_eq!(public.issue(&UserId::parse("alice").unwrap(), 60), Err(CannotSign));
 }
 
+/// A public key, in forms that a person might paste.
+#[test]
+fn a_public_key_in_any_dress_is_no_secret() {
+    use base64::engine::general_purpose::{STANDARD, URL_SAFE};
+    for pem in [
+        include_str!("../../tests/keys/rsa-public.pem"),
+        include_str!("../../tests/keys/ec-public.pem"),
+        include_str!("../../tests/keys/ed-public.pem"),
+    ] {
+        let body: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
+        let der = STANDARD.decode(&body).unwrap();
+        let hex: String = der.iter().map(|byte| format!("{byte:02x}")).collect();
+        let jwk = auth(pem).jwks()["keys"][0].to_string();
+        for dress in [
+            format!("\u{feff}{pem}"),
+            format!("Bag Attributes\n    friendlyName: key\n{pem}"),
+            format!("# the key of the issuer\n{pem}"),
+            pem.replace('\n', "\\n").replacen("-----BEGIN", "\"-----BEGIN", 1),
+            body.clone(),
+            pem.lines().filter(|line| !line.starts_with("-----")).collect::<Vec<_>>().join("\n"),
+            body.trim_end_matches('=').to_owned(),
+            URL_SAFE.encode(&der),
+            hex.clone(),
+            hex.to_uppercase(),
+            jwk.clone(),
+            format!("{{\"keys\": [{jwk}]}}"),
+            STANDARD.encode(pem),
+            STANDARD.encode(&jwk),
+            format!("ssh-ed25519 {body} somebody"),
+        ] {
+            let config = AuthConfig { token_key: dress.clone(), ..AuthConfig::default() };
+            let made = Auth::new(config, Clock::standing(NOW)).err();
+            assert!(matches!(made, Some(KeyFault::Disguised(_))), "{dress}: {made:?}");
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_random_secret_is_one_in_every_encoding(secret in prop::array::uniform32(any::<u8>())) {
+        use base64::engine::general_purpose::STANDARD;
+        let hex: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+        for text in [STANDARD.encode(secret), URL_SAFE_NO_PAD.encode(secret), hex] {
+            prop_assert!(Key::read(&text).is_ok(), "{}", text);
+        }
+    }
+}
+
+#[test]
+fn a_token_from_the_future_is_refused_and_one_from_a_clock_a_little_ahead_counts_from_now() {
+    let auth = auth(SECRET);
+    let issued = |ahead: u64| auth.verify(&hs256(&with("iat", (NOW.seconds() + ahead).into())));
+    assert_eq!(issued(0).unwrap().issued_at_s, NOW.seconds());
+    assert_eq!(
+        issued(60).unwrap().issued_at_s,
+        NOW.seconds(),
+        "a disconnect in the next second counts for it"
+    );
+    assert!(matches!(issued(61), Err(TokenFault::Bad(reason)) if reason.contains("iat")));
+    assert!(issued(NOW.0 - NOW.seconds()).is_err(), "milliseconds");
+}
+
+#[test]
+fn a_header_that_must_be_understood_and_is_not_refuses_the_token() {
+    let signed = |header: &str| {
+        let key = EncodingKey::from_secret(SECRET.as_bytes());
+        let message =
+            format!("{}.{}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(good().to_string()));
+        let signature = jsonwebtoken::crypto::sign(message.as_bytes(), &key, Algorithm::HS256).unwrap();
+        format!("{message}.{signature}")
+    };
+    let auth = auth(SECRET);
+    assert!(auth.verify(&signed(r#"{"alg":"HS256","typ":"JWT","x":1}"#)).is_ok());
+    for crit in [r#"["exp"]"#, r#"["b64"]"#, "[]", "null", "7"] {
+        let token = signed(&format!(r#"{{"alg":"HS256","crit":{crit}}}"#));
+        // Twice: what was refused must not be remembered as good.
+        for _ in 0..2 {
+            assert!(
+                matches!(auth.verify(&token), Err(TokenFault::Bad(why)) if why.contains("crit")),
+                "{crit}"
+            );
+        }
+    }
+}
+
+#[test]
+fn keys_of_a_jwks_that_are_for_something_else_do_not_verify() {
+    let issuer = auth(include_str!("../../tests/keys/ec-public.pem"));
+    let fetched = |name: &str, value: Value| {
+        let fetched = Auth::fetched(AuthConfig::default(), Clock::standing(NOW));
+        let mut set = issuer.jwks();
+        set["keys"][0][name] = value;
+        fetched.take_jwks(set.to_string().as_bytes()).is_ok()
+    };
+    assert!(fetched("use", "sig".into()) && fetched("key_ops", serde_json::json!(["verify"])));
+    assert!(fetched("alg", "ES256".into()));
+    assert!(!fetched("use", "enc".into()) && !fetched("use", "other".into()));
+    assert!(!fetched("key_ops", serde_json::json!(["sign", "wrapKey"])));
+    assert!(!fetched("alg", "ES384".into()));
+}
+
 #[test]
 fn fetched_keys_verify_by_kid_and_the_key_decides_the_algorithm() {
     let fetched = Auth::fetched(AuthConfig::default(), Clock::standing(NOW));

@@ -13,10 +13,13 @@ pub mod verify;
 
 use tower::util::BoxCloneSyncService;
 
-use crate::message::NodeId;
+use crate::message::{Millis, NodeId};
 use crate::wire::peer::{
     DispatchRequest, DispatchResponse, Identity, PeerFault, PushRequest, PushResponse, VerifyRequest,
 };
+
+/// How far ahead of this clock an `iat` may lie, in seconds. A token from further ahead would outlive the disconnects until then.
+pub const IAT_AHEAD_MAX_S: u64 = 60;
 
 /// Auth, as push and connect see it.
 pub type VerifyService = BoxCloneSyncService<VerifyRequest, Identity, PeerFault>;
@@ -24,6 +27,18 @@ pub type VerifyService = BoxCloneSyncService<VerifyRequest, Identity, PeerFault>
 pub type DispatchService = BoxCloneSyncService<DispatchRequest, DispatchResponse, PeerFault>;
 /// One push node, as dispatch sees it.
 pub type PushService = BoxCloneSyncService<PushRequest, PushResponse, PeerFault>;
+
+/// When a token was issued, as disconnects judge it: by a clock that is ahead, not before now. Zero where the token does not say.
+///
+/// # Errors
+/// That it lies more than [`IAT_AHEAD_MAX_S`] ahead.
+fn issued_at_s(iat: Option<u64>, now: Millis) -> Result<u64, &'static str> {
+    let iat = iat.unwrap_or(0);
+    if iat > now.seconds().saturating_add(IAT_AHEAD_MAX_S) {
+        return Err("the token's iat lies in the future (it counts seconds, by a clock that is right)");
+    }
+    Ok(iat.min(now.seconds()))
+}
 
 /// Finds the service of a push node: the role itself in this process, its peer port elsewhere.
 pub trait Directory: Send + Sync + 'static {

@@ -1,7 +1,6 @@
 //! Verifying by asking another process: known tokens pass from a cache until they expire, and an auth that does not answer
 //! is left alone for a while (a circuit breaker), so that a crowd of new sockets does not wait for it one by one.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -10,18 +9,27 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, TryFutureExt};
 use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 use tower::ServiceExt;
 use tower::util::BoxCloneSyncService;
 
+use super::issued_at_s;
 use crate::clock::Clock;
 use crate::message::{Millis, UserId};
+use crate::telemetry::{Health, Metrics};
 use crate::wire::peer::{Identity, PeerFault, VerifyRequest};
 
-/// Tokens remembered, about 600 bytes each: 60 MB.
+/// Bytes of identities remembered: of 100,000 tokens with claims of 500 bytes. Those that are not asked for go first.
+const CACHED_BYTES: u64 = 64 * 1024 * 1024;
+/// How many that may be, for the size of the table.
 const CACHED: usize = 100_000;
+/// What an entry costs besides its claims and the user's name, in bytes.
+const ENTRY_BYTES: u64 = 160;
 /// Failures in a row after which auth is left alone.
 const FAILURES: u32 = 5;
 /// For how long, at first and at the most.
@@ -40,8 +48,23 @@ pub struct RemoteAuth {
 struct Inner {
     ask: Ask,
     clock: Clock,
-    known: Mutex<HashMap<[u8; 32], Identity>>,
+    known: Cache<[u8; 32], Identity, Weight>,
     breaker: Mutex<Breaker>,
+    health: Health,
+    /// Whether it answered when it was asked last.
+    answers: Mutex<Option<bool>>,
+    /// Calls that auth did not answer, or answered with nothing that can be read.
+    unavailable: Counter,
+}
+
+/// What a remembered identity costs.
+#[derive(Clone)]
+struct Weight;
+
+impl Weighter<[u8; 32], Identity> for Weight {
+    fn weight(&self, _: &[u8; 32], identity: &Identity) -> u64 {
+        ENTRY_BYTES + (identity.claims.len() + identity.user.as_str().len()) as u64
+    }
 }
 
 /// Closed until [`FAILURES`] in a row; then open for a time that doubles with each further failure, when one call is let
@@ -80,10 +103,23 @@ impl Breaker {
 }
 
 impl RemoteAuth {
-    /// Asks by `ask`.
+    /// Asks by `ask`; that nobody answers shows in `health`, in a metric and in the log.
     #[must_use]
-    pub fn new(ask: Ask, clock: Clock) -> Self {
-        let inner = Inner { ask, clock, known: Mutex::default(), breaker: Mutex::default() };
+    pub fn new(ask: Ask, clock: Clock, health: Health, metrics: &Metrics) -> Self {
+        let unavailable = Counter::default();
+        let shown = unavailable.clone();
+        metrics.register(|r| r.register("auth_unavailable", "Verifications that auth did not answer", shown));
+        health.note("auth", true, "not asked yet");
+        let known = Cache::with_weighter(CACHED, CACHED_BYTES, Weight);
+        let inner = Inner {
+            ask,
+            clock,
+            known,
+            breaker: Mutex::default(),
+            health,
+            answers: Mutex::default(),
+            unavailable,
+        };
         Self { inner: Arc::new(inner) }
     }
 
@@ -91,58 +127,80 @@ impl RemoteAuth {
         let inner = &self.inner;
         let digest: [u8; 32] = Sha256::digest(token.as_bytes()).into();
         let now_s = inner.clock.now().seconds();
-        if let Some(known) = inner.known.lock().get(&digest).filter(|known| known.expires_at_s > now_s) {
-            return Ok(known.clone());
+        if let Some(known) = inner.known.get(&digest) {
+            if known.expires_at_s > now_s {
+                return Ok(known);
+            }
+            inner.known.remove(&digest);
         }
         if !inner.breaker.lock().allows(Instant::now()) {
             return Err(PeerFault::Unavailable("auth did not answer a moment ago (auth.url)".to_owned()));
         }
         let body = Bytes::from(json!({ "token": &*token }).to_string());
         let answer = inner.ask.clone().oneshot(body).map_err(PeerFault::Unavailable).await;
-        let answer = answer.and_then(|(status, body)| read(status, &body));
-        let answered = !matches!(answer, Err(PeerFault::Unavailable(_)));
-        inner.breaker.lock().note(answered, Instant::now());
+        let answer = answer.and_then(|(status, body)| read(status, &body, inner.clock.now()));
+        inner.note(&answer);
         if let Ok(identity) = &answer {
-            inner.remember(digest, identity.clone(), now_s);
+            inner.known.insert(digest, identity.clone());
         }
         answer
     }
 }
 
 impl Inner {
-    fn remember(&self, digest: [u8; 32], identity: Identity, now_s: u64) {
-        let mut known = self.known.lock();
-        if known.len() >= CACHED {
-            known.retain(|_, identity| identity.expires_at_s > now_s);
-            if known.len() >= CACHED {
-                known.clear();
+    /// Counts, and tells once when auth goes away and once when it is there, or there again.
+    fn note(&self, answer: &Result<Identity, PeerFault>) {
+        let away = match answer {
+            Err(PeerFault::Unavailable(why)) => Some(why),
+            _ => None,
+        };
+        self.breaker.lock().note(away.is_none(), Instant::now());
+        let before = self.answers.lock().replace(away.is_none());
+        match away {
+            Some(why) => {
+                self.unavailable.inc();
+                if before != Some(false) {
+                    tracing::warn!(
+                        why,
+                        "tokens cannot be verified: auth (auth.url) is away; known ones still pass"
+                    );
+                }
+                self.health.note("auth", false, format!("auth (auth.url) is away: {why}"));
+            }
+            None if before == Some(true) => {}
+            None => {
+                tracing::info!("auth (auth.url) answers");
+                self.health.note("auth", true, "answers");
             }
         }
-        known.insert(digest, identity);
     }
 }
 
-fn read(status: u16, body: &[u8]) -> Result<Identity, PeerFault> {
+fn read(status: u16, body: &[u8], now: Millis) -> Result<Identity, PeerFault> {
     let bad =
         || PeerFault::Unavailable(format!("auth (auth.url) answered {status} and nothing that can be read"));
-    let answer: Value = serde_json::from_slice(body).map_err(|_| bad())?;
+    let answer = serde_json::from_slice::<Value>(body);
+    // Whatever it says besides: a refusal needs no body, and a proxy's has one of its own.
+    // 413: a token too large to be looked at is at fault itself. Any other answer is of something that is not auth.
+    if matches!(status, 401 | 413) {
+        let answer = answer.unwrap_or_default();
+        let why = answer["detail"].as_str().unwrap_or("the token is not good");
+        return Err(PeerFault::Unauthorized(why.to_owned()));
+    }
+    let answer = answer.map_err(|_| bad())?;
     match status {
         200 => {
             let claims = &answer["claims"];
             let user = answer["user"].as_str().and_then(|user| UserId::parse(user).ok()).ok_or_else(bad)?;
             let seconds = |name: &str| claims[name].as_f64().map(|seconds| seconds.max(0.0) as u64);
             let expires_at = answer["expires_at"].as_str().and_then(Millis::parse_rfc3339);
+            let refused = |why: &str| PeerFault::Unauthorized(why.to_owned());
             Ok(Identity {
                 user,
-                issued_at_s: seconds("iat").unwrap_or(0),
+                issued_at_s: issued_at_s(seconds("iat"), now).map_err(refused)?,
                 expires_at_s: expires_at.map(Millis::seconds).or_else(|| seconds("exp")).ok_or_else(bad)?,
                 claims: Bytes::from(claims.to_string()),
             })
-        }
-        // 413: a token too large to be looked at is at fault itself. Any other answer is of something that is not auth.
-        401 | 413 => {
-            let why = answer["detail"].as_str().unwrap_or("the token is not good");
-            Err(PeerFault::Unauthorized(why.to_owned()))
         }
         _ => Err(bad()),
     }
@@ -173,11 +231,14 @@ mod tests {
         down: Arc<AtomicBool>,
         asked: Arc<AtomicU32>,
         clock: Clock,
+        health: Health,
+        metrics: Metrics,
     }
 
     fn bench() -> Bench {
         let (down, asked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
         let clock = Clock::standing(Millis(1_000_000));
+        let (health, metrics) = (Health::default(), Metrics::default());
         let ask = tower::service_fn({
             let (down, asked) = (Arc::clone(&down), Arc::clone(&asked));
             move |body: Bytes| {
@@ -187,6 +248,12 @@ mod tests {
                     let token = serde_json::from_slice::<Value>(&body).unwrap()["token"].clone();
                     match token.as_str() {
                         _ if down => Err("connection refused".to_owned()),
+                        Some("html") => Ok((401, Bytes::from_static(b"<html>who are you?</html>"))),
+                        Some("empty") => Ok((401, Bytes::new())),
+                        Some("early") => {
+                            let claims = json!({"iat": 1061, "exp": 2000});
+                            Ok((200, Bytes::from(json!({"user": "early", "claims": claims}).to_string())))
+                        }
                         Some("bad") => Ok((401, Bytes::from_static(b"{\"detail\":\"expired\"}"))),
                         Some("huge") => Ok((413, Bytes::from_static(b"{\"detail\":\"too large\"}"))),
                         Some("bare") => Ok((
@@ -203,8 +270,8 @@ mod tests {
                 }
             }
         });
-        let remote = RemoteAuth::new(BoxCloneSyncService::new(ask), clock.clone());
-        Bench { remote, down, asked, clock }
+        let remote = RemoteAuth::new(BoxCloneSyncService::new(ask), clock.clone(), health.clone(), &metrics);
+        Bench { remote, down, asked, clock, health, metrics }
     }
 
     impl Bench {
@@ -223,6 +290,53 @@ mod tests {
         assert_eq!(bench.asked.load(Ordering::Relaxed), 1);
         bench.clock.advance(1_000_000);
         assert!(matches!(bench.verify("alice").await, Err(PeerFault::Unavailable(_))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn any_401_refuses_its_token_and_is_no_outage() {
+        let bench = bench();
+        for token in ["html", "empty", "bad", "early"].repeat(10) {
+            let refused = bench.verify(token).await;
+            assert!(matches!(refused, Err(PeerFault::Unauthorized(_))), "{token}: {refused:?}");
+        }
+        assert!(bench.verify("alice").await.is_ok(), "good ones are not shut out");
+        assert!(bench.health.report().1["auth"].holds);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn that_auth_is_away_is_told_and_counted() {
+        let bench = bench();
+        assert!(bench.health.report().1["auth"].holds, "not asked yet");
+        bench.down.store(true, Ordering::Relaxed);
+        assert!(bench.verify("alice").await.is_err());
+        let (ready, conditions) = bench.health.report();
+        assert!(ready && !conditions["auth"].holds && conditions["auth"].word.contains("auth.url"));
+        assert!(bench.metrics.expose().1.contains("ringpush_auth_unavailable_total 1"));
+        bench.down.store(false, Ordering::Relaxed);
+        assert!(bench.verify("alice").await.is_ok());
+        assert!(bench.health.report().1["auth"].holds);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_remembered_is_bounded_in_bytes_and_never_forgotten_whole() {
+        let bench = bench();
+        for n in 0..2 * CACHED_BYTES / ENTRY_BYTES {
+            let identity = Identity {
+                user: UserId::parse("somebody").unwrap(),
+                issued_at_s: 0,
+                expires_at_s: u64::MAX,
+                claims: Bytes::from_static(&[b'x'; 5_000]),
+            };
+            let mut digest = [0; 32];
+            digest[..8].copy_from_slice(&n.to_le_bytes());
+            bench.remote.inner.known.insert(digest, identity);
+        }
+        let known = &bench.remote.inner.known;
+        assert!(
+            known.weight() <= CACHED_BYTES && known.len() > CACHED_BYTES as usize / 10_000,
+            "{}",
+            known.len()
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -39,8 +39,9 @@ use super::websocket::request_head;
 
 /// Connections that the kernel may hold for us while we are busy: a tenth of a second of 40,000/s.
 const BACKLOG: u32 = 4_096;
-/// A connection's read buffer, in bytes, at the most: a request head must fit.
-const READ_BUFFER: usize = 64 * 1024;
+/// A connection's read buffer, in bytes, at the most: a request head must fit. More than the 64 KiB that hyper takes for a target, so
+/// that one which is too long is told so (414) rather than that its head is (431).
+const READ_BUFFER: usize = 80 * 1024;
 /// A first request head for a WebSocket is looked for in so many bytes; a token is at most 8 KiB of them.
 const SOCKET_HEAD: usize = 16 * 1024;
 /// Read at once of it.
@@ -169,13 +170,7 @@ pub async fn serve<S, B>(
     S: Answers<B>,
     B: AnswerBody,
 {
-    let server = Arc::new(Server {
-        http: http(&limits, sockets.is_none()),
-        service,
-        sockets,
-        limits,
-        stop: stop.clone(),
-    });
+    let server = Arc::new(Server { http: http(&limits), service, sockets, limits, stop: stop.clone() });
     let connections = TaskTracker::new();
     let tracked = connections.clone();
     let begin = {
@@ -191,16 +186,16 @@ pub async fn serve<S, B>(
     let _ = tokio::time::timeout(limits.shutdown, connections.wait()).await;
 }
 
-/// `answers_together`: those to requests that came together. Not where one may be the last that is HTTP: hyper would lose it, if
-/// frames came right behind the request for a socket.
-fn http(limits: &HttpLimits, answers_together: bool) -> auto::Builder<TokioExecutor> {
+/// hyper is told neither to gather the answers to requests that came together (`pipeline_flush`: an answer would wait for the rest of
+/// whatever else has begun to come, and a refusal for ever), nor to give up a request whose sender has closed its own half.
+fn http(limits: &HttpLimits) -> auto::Builder<TokioExecutor> {
     let mut server = auto::Builder::new(TokioExecutor::new());
     server
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.idle)
         .max_buf_size(READ_BUFFER)
-        .pipeline_flush(answers_together);
+        .half_close(true);
     server
         .http2()
         .timer(TokioTimer::new())
@@ -395,9 +390,11 @@ pub async fn read_body<B: RequestBody>(
 #[derive(Clone)]
 pub struct HttpClient {
     client: Client<hyper_rustls::HttpsConnector<HttpConnector>, Full<Bytes>>,
+    /// Largest answer that it reads, in bytes.
+    answer_max: usize,
 }
 
-/// Largest answer that the client reads.
+/// Largest answer that the client reads where nothing else is said: a page of history of the largest messages.
 const ANSWER_MAX: usize = 64 * 1024 * 1024;
 
 impl Default for HttpClient {
@@ -422,11 +419,17 @@ impl Default for HttpClient {
         };
         // Shorter than servers keep theirs, this one's included: a request must not meet a connection that is just closed.
         let client = Client::builder(TokioExecutor::new()).pool_idle_timeout(CLIENT_IDLE).build(connector);
-        Self { client }
+        Self { client, answer_max: ANSWER_MAX }
     }
 }
 
 impl HttpClient {
+    /// The same, which reads no more than so many bytes of an answer.
+    #[must_use]
+    pub fn reading_at_most(self, bytes: usize) -> Self {
+        Self { answer_max: bytes, ..self }
+    }
+
     /// Sends one request and reads the answer; `body` is JSON.
     ///
     /// # Errors
@@ -448,7 +451,7 @@ impl HttpClient {
         let exchange = async {
             let response = self.client.request(request).await.map_err(|error| words(&error))?;
             let status = response.status().as_u16();
-            let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
+            let body = Limited::new(response.into_body(), self.answer_max).collect().await;
             Ok((status, body.map_err(|error| error.to_string())?.to_bytes()))
         };
         tokio::time::timeout(deadline, exchange).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))

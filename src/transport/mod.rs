@@ -5,4 +5,5 @@ pub mod http;
 pub mod line;
 pub mod peer;
 pub mod redis;
+pub mod request;
 pub mod websocket;

@@ -8,13 +8,14 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use http::header::{
-    CONNECTION, HeaderMap, HeaderName, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
-    SEC_WEBSOCKET_VERSION, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, HeaderName, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
+    SEC_WEBSOCKET_VERSION, TRANSFER_ENCODING, UPGRADE,
 };
-use http::{HeaderValue, Request, Response, StatusCode};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use hyper_util::server::conn::auto;
@@ -32,6 +33,7 @@ use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
 use super::line::Line;
+use super::request::check_head;
 use crate::wire::frame::SUBPROTOCOL;
 use crate::wire::socket::{Incoming, Outgoing, SocketFault};
 
@@ -41,6 +43,8 @@ pub const CLIENT_FRAME_MAX: usize = 4 * 1024;
 const READ_BUFFER: usize = 256;
 /// Framed and not written: above this a socket takes no more text, and no more answers to a client's pings.
 const HELD_MAX: usize = 16 * 1024;
+/// The nonce of a handshake, in bytes (RFC 6455, section 4.1).
+const KEY_BYTES: usize = 16;
 /// The answer to a handshake, with the subprotocol, and the welcome that leaves with it.
 const ANSWER_ROOM: usize = 640;
 
@@ -112,28 +116,48 @@ impl Handshake {
     }
 }
 
-/// Whether a request asks for a WebSocket; if so, the answer to it.
+/// Whether a request asks for a WebSocket (RFC 6455, section 4.2.1); if so, the answer to it.
 ///
 /// # Errors
 /// [`NoHandshake`], with what is missing, for a person who opened the URL in a browser.
-pub fn handshake(headers: &HeaderMap) -> Result<Handshake, NoHandshake> {
-    let has = |name, token: &str| {
+pub fn handshake<B>(request: &Request<B>) -> Result<Handshake, NoHandshake> {
+    check_head(request).map_err(NoHandshake::Bad)?;
+    let headers = request.headers();
+    let has = |name, is: &dyn Fn(&str) -> bool| {
         headers
             .get_all(name)
             .iter()
             .filter_map(|value| value.to_str().ok())
-            .any(|value| value.split(',').any(|part| part.trim().eq_ignore_ascii_case(token)))
+            .any(|value| value.split(',').any(|part| is(part.trim())))
     };
-    if !has(CONNECTION, "upgrade") || !has(UPGRADE, "websocket") {
+    if !has(CONNECTION, &|token| token.eq_ignore_ascii_case("upgrade"))
+        || !has(UPGRADE, &|token| token.eq_ignore_ascii_case("websocket"))
+    {
         return Err(NoHandshake::Upgrade("this is a WebSocket: open it with a WebSocket client"));
     }
-    if !has(SEC_WEBSOCKET_VERSION, "13") {
+    if request.method() != Method::GET || request.version() != Version::HTTP_11 {
+        return Err(NoHandshake::Bad("a handshake is a GET of HTTP/1.1"));
+    }
+    if headers.get(CONTENT_LENGTH).is_some_and(|length| length != "0")
+        || headers.contains_key(TRANSFER_ENCODING)
+    {
+        return Err(NoHandshake::Bad("a handshake has no body"));
+    }
+    let one = |name| {
+        let mut all = headers.get_all(name).iter();
+        all.next().filter(|_| all.next().is_none())
+    };
+    if one(SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
         return Err(NoHandshake::Upgrade("Sec-WebSocket-Version must be 13"));
     }
-    let key = headers.get(SEC_WEBSOCKET_KEY).ok_or(NoHandshake::Bad("Sec-WebSocket-Key is missing"))?;
+    let key = one(SEC_WEBSOCKET_KEY).ok_or(NoHandshake::Bad("there must be one Sec-WebSocket-Key"))?;
+    if STANDARD.decode(key).map_or(true, |nonce| nonce.len() != KEY_BYTES) {
+        return Err(NoHandshake::Bad("Sec-WebSocket-Key must be the base64 of 16 bytes"));
+    }
     let accept = HeaderValue::from_str(&derive_accept_key(key.as_bytes()))
         .map_err(|_| NoHandshake::Bad("Sec-WebSocket-Key is bad"))?;
-    let subprotocol = has(SEC_WEBSOCKET_PROTOCOL, SUBPROTOCOL);
+    // Names of subprotocols are compared as they stand.
+    let subprotocol = has(SEC_WEBSOCKET_PROTOCOL, &|offered| offered == SUBPROTOCOL);
     if !subprotocol && headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
         return Err(NoHandshake::Bad("the only subprotocol here is ringpush.v1.json"));
     }
@@ -561,25 +585,75 @@ mod tests {
         assert_eq!(server.inner.line.more_held(0).capacity(), 0);
     }
 
+    /// The example of RFC 6455, section 1.3, with headers left out or added.
+    fn asked(version: Version, method: Method, without: &str, with: &[(&'static str, &str)]) -> Request<()> {
+        let mut request = Request::builder().version(version).method(method).uri("/v1/ws");
+        for (name, value) in [
+            ("host", "push.example.com"),
+            ("connection", "keep-alive, Upgrade"),
+            ("upgrade", "websocket"),
+            ("sec-websocket-version", "13"),
+            ("sec-websocket-protocol", SUBPROTOCOL),
+            ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+        ] {
+            if name != without {
+                request = request.header(name, value);
+            }
+        }
+        for (name, value) in with {
+            request = request.header(*name, *value);
+        }
+        request.body(()).unwrap()
+    }
+
     #[test]
     fn the_answer_is_the_same_with_and_without_hyper() {
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
-            (CONNECTION, "keep-alive, Upgrade"),
-            (UPGRADE, "websocket"),
-            (SEC_WEBSOCKET_VERSION, "13"),
-            (SEC_WEBSOCKET_PROTOCOL, SUBPROTOCOL),
-            // The example of RFC 6455, section 1.3.
-            (SEC_WEBSOCKET_KEY, "dGhlIHNhbXBsZSBub25jZQ=="),
-        ] {
-            headers.insert(name, HeaderValue::from_static(value));
-        }
-        let answer = handshake(&headers).unwrap();
+        let answer = handshake(&asked(Version::HTTP_11, Method::GET, "", &[])).unwrap();
         let mut head = Vec::new();
         answer.write(&mut head);
         let (length, read) = Response::try_parse(&head).unwrap().unwrap();
         assert_eq!((length, read.status()), (head.len(), answer.response().status()));
         assert_eq!(read.headers(), answer.response().headers());
         assert_eq!(read.headers()[SEC_WEBSOCKET_ACCEPT], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+    }
+
+    #[test]
+    fn what_is_no_handshake_is_refused_with_400_and_another_version_with_426() {
+        let key = |value: &'static str| {
+            handshake(&asked(
+                Version::HTTP_11,
+                Method::GET,
+                "sec-websocket-key",
+                &[("sec-websocket-key", value)],
+            ))
+        };
+        for bad in
+            ["", "c2hvcnQ=", "not base64 at all!!!!!!", "dGhlIHNhbXBsZSBub25jZQ", "dGhlIHNhbXBsZSBub25jZSE="]
+        {
+            assert!(matches!(key(bad), Err(NoHandshake::Bad(_))), "{bad}");
+        }
+        let with = |without, with: &[(&'static str, &str)]| {
+            handshake(&asked(Version::HTTP_11, Method::GET, without, with)).map(drop)
+        };
+        for twice in ["host", "sec-websocket-key", "origin"] {
+            let headers = [(twice, "dGhlIHNhbXBsZSBub25jZQ=="), ("origin", "https://a.example")];
+            assert!(matches!(with("", &headers), Err(NoHandshake::Bad(_))), "{twice}");
+        }
+        for missing in ["host", "sec-websocket-key"] {
+            assert!(matches!(with(missing, &[]), Err(NoHandshake::Bad(_))), "{missing}");
+        }
+        for version in ["13, 8", "8", "", "013"] {
+            let other = with("sec-websocket-version", &[("sec-websocket-version", version)]);
+            assert!(matches!(other, Err(NoHandshake::Upgrade(_))), "{version}");
+        }
+        for other in ["RINGPUSH.v1.json", "ringpush.v1"] {
+            let offered = with("sec-websocket-protocol", &[("sec-websocket-protocol", other)]);
+            assert!(matches!(offered, Err(NoHandshake::Bad(_))), "{other}");
+        }
+        assert!(matches!(with("", &[("content-length", "5")]), Err(NoHandshake::Bad(_))));
+        for (version, method) in [(Version::HTTP_10, Method::GET), (Version::HTTP_11, Method::HEAD)] {
+            let refused = handshake(&asked(version, method, "", &[]));
+            assert!(matches!(refused, Err(NoHandshake::Bad(_))));
+        }
     }
 }

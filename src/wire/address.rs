@@ -228,10 +228,10 @@ impl SocketQuery {
     }
 }
 
-/// The node named in the path of a socket's request: `/n/{node}/v1/ws`.
+/// The node named in the path of a socket's request: `/n/{node}/v1/ws`. None where no node can have that name.
 #[must_use]
 pub fn node_in_path(path: &str) -> Option<&str> {
-    path.strip_prefix("/n/")?.strip_suffix("/v1/ws").filter(|node| !node.contains('/'))
+    path.strip_prefix("/n/")?.strip_suffix("/v1/ws").filter(|node| NodeId::parse(node).is_ok())
 }
 
 #[cfg(test)]
@@ -300,7 +300,9 @@ mod tests {
     fn the_path_names_a_node() {
         assert_eq!(node_in_path("/n/push-2/v1/ws"), Some("push-2"));
         assert_eq!(node_in_path("/v1/ws"), None);
-        assert_eq!(node_in_path("/n/a/b/v1/ws"), None);
+        for no_node in ["a/b", "", "..", "VM", "%70ush-0", "push_0"] {
+            assert_eq!(node_in_path(&format!("/n/{no_node}/v1/ws")), None, "{no_node}");
+        }
     }
 
     proptest! {

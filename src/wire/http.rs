@@ -300,7 +300,7 @@ pub fn history_body(messages: &[Message], next: Option<Seq>) -> Bytes {
     out.freeze()
 }
 
-/// Keeps `null` apart from an absent field.
+/// Keeps `null` apart from an absent field, where it is a value; elsewhere the two are the same.
 fn present<'de: 'a, 'a, D: Deserializer<'de>>(from: D) -> Result<Option<&'a RawValue>, D::Error> {
     <&RawValue>::deserialize(from).map(Some)
 }
@@ -311,17 +311,17 @@ struct RawPublish<'a> {
     to: Option<&'a RawValue>,
     #[serde(default, borrow, deserialize_with = "present")]
     payload: Option<&'a RawValue>,
-    #[serde(default, borrow, deserialize_with = "present")]
+    #[serde(default, borrow)]
     ttl_s: Option<&'a RawValue>,
-    #[serde(default, borrow, deserialize_with = "present")]
+    #[serde(default, borrow)]
     id: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
 struct RawTo<'a> {
-    #[serde(default, borrow, deserialize_with = "present")]
+    #[serde(default, borrow)]
     user: Option<&'a RawValue>,
-    #[serde(default, borrow, deserialize_with = "present")]
+    #[serde(default, borrow)]
     users: Option<&'a RawValue>,
 }
 
@@ -521,7 +521,7 @@ pub fn parse_token_request(
     struct Raw<'a> {
         #[serde(default, borrow, deserialize_with = "present")]
         user: Option<&'a RawValue>,
-        #[serde(default, borrow, deserialize_with = "present")]
+        #[serde(default, borrow)]
         ttl_s: Option<&'a RawValue>,
     }
     let raw: Raw<'_> = parse_object(body, "")?;

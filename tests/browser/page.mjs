@@ -11,6 +11,8 @@ import { DEADLINE, launch } from './launch.mjs';
 
 const data = await mkdtemp(join(tmpdir(), 'ringpush-page-'));
 let server;
+// Of the page's URL, as the greeting prints it.
+let code;
 
 async function start(ports) {
   await rm(join(data, 'listen.json'), { force: true });
@@ -18,10 +20,14 @@ async function start(ports) {
   for (const role of ['push', 'collect', 'auth', 'dispatch', 'ops']) {
     env[`RINGPUSH_${role.toUpperCase()}__LISTEN`] = ports?.[role] ?? '127.0.0.1:0';
   }
-  server = spawn(process.env.RINGPUSH_PROGRAM, ['serve', '--data', data], { env, stdio: ['ignore', 'ignore', 'inherit'] });
+  server = spawn(process.env.RINGPUSH_PROGRAM, ['serve', '--data', data], { env, stdio: ['ignore', 'pipe', 'inherit'] });
+  let greeting = '';
+  server.stdout.on('data', (text) => { greeting += text; });
   for (const end = Date.now() + DEADLINE; Date.now() < end; await pause(20)) {
     try {
-      return JSON.parse(await readFile(join(data, 'listen.json'), 'utf8'));
+      const ports = JSON.parse(await readFile(join(data, 'listen.json'), 'utf8'));
+      code = greeting.match(/^ *page +http:\S+\?code=(\S+)$/m)?.[1];
+      if (code) return ports;
     } catch { /* not ready yet */ }
   }
   throw new Error('the server did not start');
@@ -49,7 +55,7 @@ async function publish(page, user, payload) {
 }
 
 async function connect(page, user, address) {
-  await page.goto(`http://${address}/`);
+  await page.goto(`http://${address}/?code=${code}`);
   await page.waitForSelector('html[data-ready]', { timeout: DEADLINE });
   await page.fill('#user', user);
   await page.click('#toggle');

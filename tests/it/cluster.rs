@@ -128,9 +128,9 @@ pub(crate) async fn started(keys: &[(&str, &str)]) -> (Option<i32>, String) {
     let secret = "0123456789abcdef0123456789abcdef";
     let all = [
         ("AUTH__TOKEN_KEY", secret),
-        ("AUTH__ADMIN_KEY", "a"),
-        ("COLLECT__API_KEYS", "k"),
-        ("PEER__SECRET", "p"),
+        ("AUTH__ADMIN_KEY", crate::support::ADMIN_KEY),
+        ("COLLECT__API_KEYS", crate::support::API_KEY),
+        ("PEER__SECRET", crate::support::PEER_SECRET),
         ("PUSH__PUBLIC_URL", "ws://127.0.0.1/n/{node}/v1/ws"),
         ("NODE__NAME", "push-0"),
     ];

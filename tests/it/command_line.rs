@@ -160,16 +160,16 @@ fn a_configuration_is_checked_and_shown_without_secrets() {
     let mut complete = ringpush(None, &["config", "check", &file]);
     for (name, value) in [
         ("RINGPUSH_AUTH__TOKEN_KEY", "a-secret-of-more-than-32-bytes-in-length"),
-        ("RINGPUSH_AUTH__ADMIN_KEY", "admin-secret"),
-        ("RINGPUSH_COLLECT__API_KEYS", "api-secret"),
-        ("RINGPUSH_PEER__SECRET", "peer-secret"),
+        ("RINGPUSH_AUTH__ADMIN_KEY", "admin-secret-0123456789abcdef0123456789"),
+        ("RINGPUSH_COLLECT__API_KEYS", "api-secret-0123456789abcdef0123456789"),
+        ("RINGPUSH_PEER__SECRET", "peer-secret-0123456789abcdef0123456789"),
     ] {
         complete.env(name, value);
     }
     let (code, shown, said) = output(&mut complete);
     assert_eq!(code, 0, "{said}");
     assert!(
-        shown.contains("[push]") && !shown.contains("secret-of") && !shown.contains("-secret\""),
+        shown.contains("[push]") && !shown.contains("secret-of") && !shown.contains("-secret-0"),
         "{shown}"
     );
 }
@@ -199,6 +199,8 @@ async fn the_three_lines_that_are_printed_work_as_printed() {
     let token = sh(&line("token"));
     let published = sh(&line("curl"));
     assert!(published.contains("\"accepted\""), "{published}");
+    let (page, code) = page.split_once("?code=").expect("the page's code");
+    assert!(code.len() > 20, "{code}");
     let url = format!("{}v1/ws", page.replace("http", "ws"));
     let mut socket = Socket::open(&url, Some(token.trim())).await;
     assert_eq!(socket.caught_up().await, [json!({"text": "hello"})]);

@@ -1,5 +1,5 @@
 //! Story tests: each file is named by a behaviour, and each test starts the real program on free loopback ports.
-#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, unreachable_pub)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs, unreachable_pub)]
 
 mod support;
 
@@ -14,10 +14,12 @@ mod command_line;
 mod crash;
 mod limits;
 mod manifests;
+mod outputs;
 mod placement;
 mod publishing;
 mod registry;
 mod replica_set;
+mod requests;
 mod rooms;
 mod scenarios;
 mod sockets;

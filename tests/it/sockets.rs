@@ -454,14 +454,45 @@ async fn a_revoked_token_drives_nobody_out() {
 async fn a_port_that_others_can_reach_hands_out_no_tokens() {
     let server = Server::with(Options::default().with("push.listen", "0.0.0.0:0")).await;
     let at = server.at("push").replace("0.0.0.0", "127.0.0.1");
-    let headers = [("host", "localhost"), ("content-type", "application/json")];
+    let headers = [("content-type", "application/json")];
     let token = http::request(&at, "POST", "/dev/token", None, &headers, br#"{"user":"admin"}"#).await;
     assert_eq!(token.status, 404, "{token:?}");
     let local = Server::start().await;
-    let own = http::post(&local.at("push"), "/dev/token", None, &json!({"user": "alice"})).await;
-    assert_eq!(own.status, 200, "{own:?}");
-    let evil = [("origin", "http://evil.example"), ("content-type", "application/json")];
-    let stranger =
-        http::request(&local.at("push"), "POST", "/dev/token", None, &evil, br#"{"user":"a"}"#).await;
-    assert_eq!(stranger.status, 403);
+    let (at, code) = (local.at("push"), ringpush::ticket::page_code(&local.key("peer_secret")));
+    let asked = async |path: &str, more: &[(&str, &str)]| {
+        let headers = [&[("content-type", "application/json")], more].concat();
+        http::request(&at, "POST", path, None, &headers, br#"{"user":"alice"}"#).await.status
+    };
+    let with = format!("/dev/token?code={code}");
+    assert_eq!(asked("/dev/token", &[("x-ringpush-code", &code)]).await, 200);
+    assert_eq!(asked(&with, &[]).await, 200);
+    assert_eq!(asked("/dev/token", &[]).await, 403, "without the code that the greeting prints");
+    assert_eq!(asked("/dev/token?code=guessed", &[]).await, 403);
+    // A proxy on this machine hands on what comes from elsewhere.
+    for header in ["forwarded", "x-forwarded-for", "x-forwarded-host", "via"] {
+        assert_eq!(asked(&with, &[(header, "192.0.2.1")]).await, 403, "{header}");
+    }
+    assert_eq!(asked(&with, &[("origin", "http://evil.example")]).await, 403);
+    let publish = json!({"to": {"user": "alice"}, "payload": 1});
+    let published = http::post(&at, &format!("/dev/publish?code={code}"), None, &publish).await;
+    assert_eq!(published.status, 202);
+    assert_eq!(http::post(&at, "/dev/publish", None, &publish).await.status, 403);
+}
+
+/// Whoever has configured a key has users of its own, whatever the stores are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_with_keys_of_somebody_hands_out_no_tokens() {
+    for (key, value) in [
+        ("auth.token_key", "0123456789abcdef0123456789abcdef"),
+        ("collect.api_keys", crate::support::API_KEY),
+        ("peer.secret", crate::support::PEER_SECRET),
+    ] {
+        let server = Server::with(Options::default().with(key, value)).await;
+        let secret = if key == "peer.secret" { value.to_owned() } else { server.key("peer_secret") };
+        let path = format!("/dev/token?code={}", ringpush::ticket::page_code(&secret));
+        let answer = http::post(&server.at("push"), &path, None, &json!({"user": "alice"})).await;
+        assert_eq!(answer.status, 404, "{key}");
+        let shown = http::get(&server.at("push"), "/dev", None).await.json();
+        assert_eq!(shown["development"], false);
+    }
 }

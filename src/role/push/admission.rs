@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tower::ServiceExt;
 
 use super::Node;
 use super::registry::Arrival;
 use crate::message::{DeviceId, UserId};
-use crate::telemetry::WAY;
+use crate::telemetry::{Credential, WAY};
 use crate::ticket::{Ticket, TicketFault};
 use crate::wire::address::{SocketQuery, escape};
 use crate::wire::frame::Since;
@@ -102,18 +103,15 @@ pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Adm
         return Err(Rejection::Unavailable("this node is leaving; another one takes sockets"));
     }
     if !node.config.origins.allows(request.origin) {
+        node.refusals.note(Credential::Origin, "pages of this origin may not open sockets (push.origins)");
         return Err(Rejection::ForbiddenOrigin);
     }
     let query = SocketQuery::parse(request.query).map_err(Rejection::BadQuery)?;
-    if !node.accepts.lock().take(Instant::now()) {
-        return Err(Rejection::Unavailable("this node takes no more sockets this second"));
-    }
     let mut arrival = arrival(node, request.node_in_path, &query);
     let mut device = query.device.clone();
     let identity = match &query.ticket {
         Some(ticket) => {
-            let ticket =
-                take_ticket(node, ticket).map_err(|fault| Rejection::Unauthorized(fault.to_string()))?;
+            let ticket = take_ticket(node, ticket)?;
             if ticket.keep {
                 arrival.keep_at = Some(node.views.borrow().digest);
             }
@@ -141,10 +139,17 @@ fn arrival(node: &Node, node_in_path: Option<&str>, query: &SocketQuery) -> Arri
     Arrival { hops: query.hops, client_epoch: query.epoch, keep_at: keep.then(|| node.views.borrow().digest) }
 }
 
-fn take_ticket(node: &Node, text: &str) -> Result<Ticket, TicketFault> {
+fn take_ticket(node: &Node, text: &str) -> Result<Ticket, Rejection> {
     let now = node.clock.now();
-    let ticket = node.ticket_key.verify(text, node.name(), node.holder.incarnation, now)?;
-    node.used_tickets.lock().take(&ticket, now)?;
+    let refused = |fault: TicketFault| {
+        let why = fault.to_string();
+        node.refusals.note(Credential::Ticket, &why);
+        Rejection::Unauthorized(why)
+    };
+    let ticket = node.ticket_key.verify(text, node.name(), node.holder.incarnation, now).map_err(refused)?;
+    // A ticket that cannot be served now is not used up.
+    node.accepts.take(Who::Known)?;
+    node.used_tickets.lock().take(&ticket, now).map_err(refused)?;
     Ok(ticket)
 }
 
@@ -154,10 +159,24 @@ async fn verify_token(
     query: &SocketQuery,
 ) -> Result<Option<Known>, Rejection> {
     let in_url = query.access_token.as_deref().filter(|_| node.config.token_in_url);
-    let Some(token) = request.bearer.or(in_url) else { return Ok(None) };
+    let Some(token) = request.bearer.or(in_url) else {
+        node.accepts.take(Who::Stranger)?;
+        return Ok(None);
+    };
+    if token.is_empty() {
+        let why = "a token is needed: Authorization: Bearer <token>";
+        node.refusals.note(Credential::Token, why);
+        return Err(Rejection::Unauthorized(why.to_owned()));
+    }
     match node.verify.clone().oneshot(VerifyRequest { token: token.into() }).await {
-        Ok(identity) => Ok(Some(identity.into())),
-        Err(PeerFault::Unauthorized(reason)) => Err(Rejection::Unauthorized(reason)),
+        Ok(identity) => {
+            node.accepts.take(Who::Known)?;
+            Ok(Some(identity.into()))
+        }
+        Err(PeerFault::Unauthorized(reason)) => {
+            node.refusals.note(Credential::Token, &reason);
+            Err(Rejection::Unauthorized(reason))
+        }
         Err(PeerFault::Unavailable(_)) => Err(Rejection::Unavailable("tokens cannot be verified now")),
     }
 }
@@ -191,9 +210,42 @@ fn elsewhere(
     Some(url)
 }
 
+/// Who asks for a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Who {
+    /// It brought a good token or ticket with the request.
+    Known,
+    /// It has yet to say who it is.
+    Stranger,
+}
+
+/// How many new sockets a node takes: so many of each kind, for strangers must not spend what those have who are known.
+#[derive(Debug)]
+pub(super) struct AcceptBudgets {
+    known: Mutex<AcceptBudget>,
+    strangers: Mutex<AcceptBudget>,
+}
+
+impl AcceptBudgets {
+    /// `per_s` of each kind; zero is no limit.
+    pub(super) fn new(per_s: u32) -> Self {
+        let budget = || Mutex::new(AcceptBudget::new(per_s));
+        Self { known: budget(), strangers: budget() }
+    }
+
+    fn take(&self, who: Who) -> Result<(), Rejection> {
+        let budget = match who {
+            Who::Known => &self.known,
+            Who::Stranger => &self.strangers,
+        };
+        let taken = budget.lock().take(Instant::now());
+        taken.then_some(()).ok_or(Rejection::Unavailable("this node takes no more sockets this second"))
+    }
+}
+
 /// A token bucket over new sockets.
 #[derive(Debug)]
-pub(super) struct AcceptBudget {
+struct AcceptBudget {
     per_s: f64,
     left: f64,
     at: Option<Instant>,
@@ -201,7 +253,7 @@ pub(super) struct AcceptBudget {
 
 impl AcceptBudget {
     /// `per_s` of zero is no limit.
-    pub(super) fn new(per_s: u32) -> Self {
+    fn new(per_s: u32) -> Self {
         Self { per_s: f64::from(per_s), left: f64::from(per_s) * BURST_S, at: None }
     }
 
@@ -233,6 +285,14 @@ mod tests {
             assert!(!listed.allows(Some(other)), "{other}");
         }
         assert!(Origins::Any.allows(Some("https://anywhere")));
+    }
+
+    #[test]
+    fn strangers_do_not_spend_what_those_have_who_are_known() {
+        let budgets = AcceptBudgets::new(10);
+        let strangers = (0..1_000).filter(|_| budgets.take(Who::Stranger).is_ok()).count();
+        let known = (0..20).filter(|_| budgets.take(Who::Known).is_ok()).count();
+        assert!((20..=21).contains(&strangers) && known == 20, "{strangers} {known}");
     }
 
     #[test]

@@ -42,11 +42,11 @@ use super::admission::{Admission, Known};
 use super::mailbox::Mail;
 use super::registry::{AtOnce, Registered, Seat};
 use super::{Node, rebalance};
-use crate::backoff::between;
+use crate::backoff::{Backoff, between};
 use crate::inbox::{Answer, From};
-use crate::message::{DeviceId, Millis, Seq};
+use crate::message::{DeviceId, Millis, Seq, UserId};
 use crate::session::{Input, Item, Output, Session, Standing};
-use crate::telemetry::{Counted, WAY};
+use crate::telemetry::{Counted, Credential, WAY};
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{ClientFrame, ServerFrame, Since};
 use crate::wire::peer::{PeerFault, VerifyRequest};
@@ -63,6 +63,9 @@ const FEED_BYTES: usize = 4 * 1024;
 pub(super) const FAREWELL: Duration = Duration::from_secs(2);
 /// How long the answer to the handshake, where it is held back, waits for the welcome to come with it.
 const WELCOME_PATIENCE: Duration = Duration::from_millis(50);
+/// Between two questions whether a new token was revoked, while the inbox cannot be asked.
+const REVOKED_RETRY_FIRST: Duration = Duration::from_millis(200);
+const REVOKED_RETRY_MAX: Duration = Duration::from_secs(5);
 /// Pings that may go unanswered.
 const UNANSWERED_PINGS: u32 = 2;
 
@@ -213,7 +216,10 @@ async fn first_text<S: Socket>(socket: &mut S) -> Result<Bytes, End> {
 async fn verify(node: &Node, token: String) -> Result<Known, End> {
     match node.verify.clone().oneshot(VerifyRequest { token: token.into() }).await {
         Ok(identity) => Ok(identity.into()),
-        Err(PeerFault::Unauthorized(why)) => Err(End::close(CloseCode::Unauthorized, why)),
+        Err(PeerFault::Unauthorized(why)) => {
+            node.refusals.note(Credential::Token, &why);
+            Err(End::close(CloseCode::Unauthorized, why))
+        }
         Err(PeerFault::Unavailable(_)) => {
             Err(End::close(CloseCode::Overloaded, "tokens cannot be verified now"))
         }
@@ -629,8 +635,7 @@ impl<S: Socket> Serving<S> {
                 if known.user != user {
                     return Err(End::close(CloseCode::Unauthorized, "the new token is of another user"));
                 }
-                let answer = node.asks.ask(user, From::After(position)).await;
-                let not_before_s = answer.map_or(0, |answer| answer.not_before_s);
+                let not_before_s = not_before_s(&node, user, position).await;
                 if known.issued_at_s < not_before_s {
                     return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));
                 }
@@ -653,7 +658,11 @@ impl<S: Socket> Serving<S> {
     fn timer(&mut self) -> Result<(), End> {
         let now = Instant::now();
         if self.token_ends <= now {
-            return Err(End::close(CloseCode::Unauthorized, "the token has expired"));
+            return Err(match self.refresh {
+                None => End::close(CloseCode::Unauthorized, "the token has expired"),
+                // The client has done its part.
+                Some(_) => End::close(CloseCode::Overloaded, "the new token cannot be checked now"),
+            });
         }
         if self.close_at.is_some_and(|at| at <= now) {
             return Err(End::close(CloseCode::Draining, "the node is leaving"));
@@ -763,6 +772,20 @@ fn welcome(node: &Node, seat: &Seat, start: Seq) -> Bytes {
         reconnect: node.hint(),
     }
     .encode()
+}
+
+/// From when on tokens of this user count. Asked again, ever more slowly, while the inbox cannot say: until then a new token is not
+/// known to be good, and the one before it goes on.
+async fn not_before_s(node: &Node, user: UserId, position: Seq) -> u64 {
+    let mut backoff = Backoff::new(REVOKED_RETRY_FIRST, REVOKED_RETRY_MAX);
+    loop {
+        match node.asks.ask(user.clone(), From::After(position)).await {
+            Ok(answer) => return answer.not_before_s,
+            Err(error) => tracing::debug!(%error, "whether a new token was revoked cannot be asked now"),
+        }
+        let pause = backoff.next(&mut rand::rng());
+        tokio::time::sleep(pause).await;
+    }
 }
 
 /// From now until this second of the epoch; a year where it is further, for timers have a horizon.

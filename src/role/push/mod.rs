@@ -45,13 +45,13 @@ use crate::fallback::{Fallback, Holder, Which};
 use crate::inbox::{From, Inbox};
 use crate::membership::{Counts, Departure, Membership, MembershipError, NodeInfo, View};
 use crate::message::{NodeId, UserId};
-use crate::telemetry::{Health, Metrics, WAY};
+use crate::telemetry::{Health, Metrics, Refusals, WAY};
 use crate::ticket::{TicketKey, UsedNonces};
 use crate::wire::frame::ReconnectHint;
 use crate::wire::peer::{Live, PeerFault, Presence, PushRequest, PushResponse, Revocation, Stamp};
 use crate::wire::socket::{Incoming, Outgoing, SocketFault};
 
-use admission::AcceptBudget;
+use admission::AcceptBudgets;
 use registry::{Registry, Seat};
 
 /// Messages of one batch that are sent to their sockets by who brings them, some hundreds of microseconds of one processor; of a larger
@@ -129,6 +129,8 @@ pub struct PushParts {
     pub clock: Clock,
     /// Where to register what is counted.
     pub metrics: PushMetrics,
+    /// Counts who was refused for what.
+    pub refusals: Refusals,
 }
 
 /// What push counts; shared by the push nodes of one process.
@@ -199,7 +201,7 @@ pub(crate) struct Node {
     urls: PublicUrls,
     ticket_key: TicketKey,
     used_tickets: Mutex<UsedNonces>,
-    accepts: Mutex<AcceptBudget>,
+    accepts: AcceptBudgets,
     clock: Clock,
     asks: sweep::Asks,
     reads: sweep::Reads,
@@ -208,6 +210,7 @@ pub(crate) struct Node {
     displaced: Arc<rebalance::Displaced>,
     moves: rebalance::Moves,
     metrics: PushMetrics,
+    refusals: Refusals,
     /// Set once, when the node begins to leave.
     draining: CancellationToken,
     /// Why the node takes no sockets though it does not leave.
@@ -333,7 +336,7 @@ impl Push {
             urls: parts.urls,
             ticket_key: parts.ticket_key,
             used_tickets: Mutex::default(),
-            accepts: Mutex::new(AcceptBudget::new(config.info.accept_per_s)),
+            accepts: AcceptBudgets::new(config.info.accept_per_s),
             clock: parts.clock,
             asks,
             reads: sweep::Reads::default(),
@@ -342,6 +345,7 @@ impl Push {
             displaced: Arc::default(),
             moves: rebalance::Moves::default(),
             metrics: parts.metrics,
+            refusals: parts.refusals,
             draining: CancellationToken::new(),
             barred: watch::Sender::new(None),
             told_gone: Mutex::new(None),

@@ -222,6 +222,7 @@ impl Cluster {
             ticket_key: TicketKey::derive("secret"),
             clock: self.clock.clone(),
             metrics: PushMetrics::default(),
+            refusals: Refusals::default(),
         };
         let node = Push::start(config, parts, &mut self.tasks).await.unwrap();
         let service = BoxCloneSyncService::new(node.clone());

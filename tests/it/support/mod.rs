@@ -20,6 +20,11 @@ pub const DEADLINE: Duration = Duration::from_secs(20);
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_ringpush");
 
+/// Keys of servers that are not in development.
+pub const API_KEY: &str = "api-key-of-the-tests-0123456789abcdef";
+pub const ADMIN_KEY: &str = "admin-key-of-the-tests-0123456789abcdef";
+pub const PEER_SECRET: &str = "peer-secret-of-the-tests-0123456789abcdef";
+
 /// How a server is started.
 #[derive(Default, Clone)]
 pub struct Options {
@@ -43,10 +48,10 @@ impl Options {
             .with("node.name", "push-0")
             .with("push.public_url", "ws://127.0.0.1/n/{node}/v1/ws")
             .with("peer.listen", "127.0.0.1:0")
-            .with("peer.secret", "p")
+            .with("peer.secret", PEER_SECRET)
             .with("auth.token_key", "0123456789abcdef0123456789abcdef")
-            .with("auth.admin_key", "a")
-            .with("collect.api_keys", "k")
+            .with("auth.admin_key", ADMIN_KEY)
+            .with("collect.api_keys", API_KEY)
     }
 
     pub fn nodes(count: usize) -> Self {
@@ -85,10 +90,20 @@ impl Server {
 
     /// On a directory that may have been used before.
     pub async fn on(directory: std::sync::Arc<tempfile::TempDir>, options: Options) -> Self {
+        let command = command(directory.path(), &options);
+        Self::from(directory, options, command).await
+    }
+
+    /// By a command that serves on the directory.
+    pub async fn from(
+        directory: std::sync::Arc<tempfile::TempDir>,
+        options: Options,
+        mut command: Command,
+    ) -> Self {
         let data = directory.path().to_owned();
         // What a killed process left would be taken for this one's, until this one has the store's lock.
         let _ = std::fs::remove_file(data.join("listen.json"));
-        let mut child = command(&data, &options).spawn().expect("the program starts");
+        let mut child = command.spawn().expect("the program starts");
         let began = Instant::now();
         let listening = loop {
             if let Ok(text) = std::fs::read(data.join("listen.json")) {

@@ -1,0 +1,41 @@
+//! What the commands print. Standard output and standard error may be a pipe whose reader has gone, or a file on a full disk; the
+//! macros of the standard library panic there.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+
+/// Standard output took no more.
+#[derive(Debug, thiserror::Error)]
+pub enum OutputError {
+    /// Its reader has gone: it has all that it wanted, and the command ends quietly.
+    #[error("nobody reads standard output any more")]
+    Closed,
+    /// It cannot be written, as on a full disk.
+    #[error("standard output cannot be written: {0}")]
+    Failed(io::Error),
+}
+
+/// Writes text to standard output, as it stands.
+///
+/// # Errors
+/// [`OutputError`].
+pub fn print(text: impl Display) -> Result<(), OutputError> {
+    let mut out = io::stdout().lock();
+    write!(out, "{text}").and_then(|()| out.flush()).map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => OutputError::Closed,
+        _ => OutputError::Failed(error),
+    })
+}
+
+/// Writes a line to standard output.
+///
+/// # Errors
+/// [`OutputError`].
+pub fn print_line(text: impl Display) -> Result<(), OutputError> {
+    print(format_args!("{text}\n"))
+}
+
+/// Writes a line for a person to standard error. Where that cannot be written, there is nobody to tell.
+pub fn say(text: impl Display) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
