@@ -8,16 +8,20 @@ use axum::http::{Request, Response, StatusCode};
 use axum::routing::{get, post};
 use serde_json::json as value;
 
-use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse, same_secret};
+use super::edge::{
+    Budgets, Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse, same_secret,
+};
 use crate::message::Millis;
 use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S, TokenFault};
 use crate::telemetry::{Credential, Refusals};
+use crate::transport::held::Held;
 use crate::wire::http::{parse_token_request, parse_verify_request};
 
 pub(super) struct AuthEdge {
     pub(super) auth: Auth,
     pub(super) admin_key: String,
     pub(super) refusals: Refusals,
+    pub(super) budgets: Budgets,
 }
 
 type Edge = State<Arc<AuthEdge>>;
@@ -34,7 +38,8 @@ pub(super) fn routes(edge: Arc<AuthEdge>) -> Routes {
 }
 
 async fn verify(State(edge): Edge, request: Request<Body>) -> Answer {
-    let body = json_body(request, SMALL_BODY).await?;
+    let mut held = edge.budgets.strangers.hold();
+    let body = json_body(request, SMALL_BODY, &mut held).await?;
     let token = parse_verify_request(&body)?;
     let identity = edge.auth.verify(&token).map_err(|fault| match fault {
         TokenFault::NoKeys => refuse(503, fault.to_string()),
@@ -57,12 +62,12 @@ async fn issue(State(edge): Edge, request: Request<Body>) -> Answer {
         edge.refusals.note(Credential::AdminKey, why);
         return Err(refuse(401, why));
     }
-    issue_body(&edge.auth, request).await
+    issue_body(&edge.auth, request, edge.budgets.known.hold()).await
 }
 
 /// Issues a token to somebody who may have one.
-pub(super) async fn issue_body(auth: &Auth, request: Request<Body>) -> Answer {
-    let body = json_body(request, SMALL_BODY).await?;
+pub(super) async fn issue_body(auth: &Auth, request: Request<Body>, mut held: Held) -> Answer {
+    let body = json_body(request, SMALL_BODY, &mut held).await?;
     let (user, ttl_s) = parse_token_request(&body, TOKEN_TTL_S)?;
     let issued = auth.issue(&user, ttl_s.unwrap_or(TOKEN_TTL_DEFAULT_S));
     let (token, expires_at) = issued.map_err(|fault| refuse(403, fault.to_string()))?;

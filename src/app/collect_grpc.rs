@@ -2,14 +2,24 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
+use axum::body::{Body, HttpBody};
+use axum::http::Request as HttpRequest;
+use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
+use hyper::body::Frame;
+use prost::Message;
+use tokio::time::Sleep;
+use tonic::codegen::InterceptedService;
 use tonic::{Request, Response, Status, Streaming};
+use tower::{ServiceExt, service_fn};
 
 use super::collect_http::CollectEdge;
-use super::edge::Routes;
+use super::edge::{BODY_DEADLINE, Routes};
 use crate::message::{MessageId, Recipients, UserId};
-use crate::wire::http::{FieldFault, Problem, Publish, Published, TTL_S};
+use crate::transport::held::Held;
+use crate::wire::http::{FieldFault, Problem, Publish, Published, TOO_DEEP, TTL_S, is_shallow};
 use crate::wire::proto::collect as message;
 
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
@@ -24,27 +34,35 @@ const IN_FLIGHT: usize = 1_000;
 /// Room for ids and users around a payload.
 const AROUND_PAYLOAD: usize = 256 * 1024;
 
-/// Adds the service to the routes of collect.
+/// Adds the service to the routes of collect. The key is looked at before anything of a message is read.
 pub(super) fn with_grpc(routes: Routes, edge: Arc<CollectEdge>) -> Routes {
     let largest = edge.limits.message_bytes + AROUND_PAYLOAD;
-    let service = CollectServer::new(Edge { edge }).max_decoding_message_size(largest);
-    routes.route_service("/ringpush.v1.Collect/{call}", service)
+    let server = CollectServer::new(Edge { edge: Arc::clone(&edge) }).max_decoding_message_size(largest);
+    let check = {
+        let edge = Arc::clone(&edge);
+        move |request: Request<()>| authorize(&edge, &request).map(|()| request)
+    };
+    let service = InterceptedService::new(server, check);
+    let watched = service_fn(move |request: HttpRequest<Body>| {
+        let one = request.uri().path().ends_with("/Publish");
+        let held = edge.budget.hold();
+        service.clone().oneshot(request.map(|body| Watched::new(body, one, held)))
+    });
+    routes.route_service("/ringpush.v1.Collect/{call}", watched)
+}
+
+fn authorize(edge: &CollectEdge, request: &Request<()>) -> Result<(), Status> {
+    let given = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
+    // As over HTTP the scheme is of any case; a key alone is one too, for metadata knows no schemes.
+    let key = given.map(|given| match given.split_once(' ') {
+        Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => key.trim(),
+        _ => given,
+    });
+    edge.check_key(key).map_err(Status::unauthenticated)
 }
 
 struct Edge {
     edge: Arc<CollectEdge>,
-}
-
-impl Edge {
-    fn authorize<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        let given = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
-        // As over HTTP the scheme is of any case; a key alone is one too, for metadata knows no schemes.
-        let key = given.map(|given| match given.split_once(' ') {
-            Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => key.trim(),
-            _ => given,
-        });
-        self.edge.check_key(key).map_err(Status::unauthenticated)
-    }
 }
 
 #[tonic::async_trait]
@@ -53,7 +71,6 @@ impl Collect for Edge {
         &self,
         request: Request<message::PublishRequest>,
     ) -> Result<Response<message::PublishResult>, Status> {
-        self.authorize(&request)?;
         Ok(Response::new(publish(&self.edge, request.into_inner()).await))
     }
 
@@ -63,7 +80,6 @@ impl Collect for Edge {
         &self,
         request: Request<Streaming<message::PublishRequest>>,
     ) -> Result<Response<Self::PublishStreamStream>, Status> {
-        self.authorize(&request)?;
         let edge = Arc::clone(&self.edge);
         let results = request
             .into_inner()
@@ -78,9 +94,131 @@ impl Collect for Edge {
 
 async fn publish(edge: &CollectEdge, request: message::PublishRequest) -> message::PublishResult {
     let id = request.id.clone();
+    let failed =
+        |problem: &Problem| message::PublishResult { id, accepted: Vec::new(), error: Some(told(problem)) };
+    let mut held = edge.budget.hold();
+    if let Err(spent) = held.add(request.encoded_len()) {
+        return failed(&Problem::new(503, spent.to_string()));
+    }
     match read(edge, request) {
         Ok(publish) => result(&edge.collect.publish(publish).await),
-        Err(problem) => message::PublishResult { id, accepted: Vec::new(), error: Some(told(&problem)) },
+        Err(problem) => failed(&problem),
+    }
+}
+
+/// The body of a call while it is read: what has come of a message that is not whole counts as held, and must become whole in time.
+struct Watched {
+    body: Body,
+    /// There is one message, and then the end.
+    one: bool,
+    held: Held,
+    message: Prefix,
+    /// Set while something is due.
+    due: Option<Pin<Box<Sleep>>>,
+}
+
+impl Watched {
+    fn new(body: Body, one: bool, held: Held) -> Self {
+        let due = one.then(|| Box::pin(tokio::time::sleep(BODY_DEADLINE)));
+        Self { body, one, held, message: Prefix::default(), due }
+    }
+
+    /// Something has come.
+    ///
+    /// # Errors
+    /// The requests under way hold as much as they may together.
+    fn note(&mut self, data: &[u8]) -> Result<(), Status> {
+        let Passed { ended, open } = self.message.pass(data);
+        if ended {
+            self.held.release();
+        }
+        self.held.add(open).map_err(|spent| Status::unavailable(spent.to_string()))?;
+        if !self.one && (ended || open == 0) {
+            self.due = None;
+        }
+        if !self.one && open > 0 && self.due.is_none() {
+            // From when the message began; not anew with each piece of it.
+            self.due = Some(Box::pin(tokio::time::sleep(BODY_DEADLINE)));
+        }
+        Ok(())
+    }
+}
+
+impl HttpBody for Watched {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let next = Pin::new(&mut self.body).poll_frame(cx);
+        match next {
+            Poll::Ready(Some(Ok(frame))) => {
+                if let Some(data) = frame.data_ref() {
+                    self.note(data)?;
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(Status::cancelled(error.to_string())))),
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending => match &mut self.due {
+                Some(due) => due.as_mut().poll(cx).map(|()| {
+                    Some(Err(Status::deadline_exceeded("the message did not come whole and in time")))
+                }),
+                None => Poll::Pending,
+            },
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+}
+
+/// How far the messages of a body have come: each is five bytes, a flag and its length, and so many more.
+#[derive(Default)]
+struct Prefix {
+    head: [u8; 5],
+    seen: usize,
+    left: usize,
+}
+
+/// What a piece of a body was.
+#[derive(Debug, PartialEq, Eq)]
+struct Passed {
+    /// A message ended in it.
+    ended: bool,
+    /// So many bytes of it are of a message that has not ended.
+    open: usize,
+}
+
+impl Prefix {
+    /// Counts what has come.
+    fn pass(&mut self, mut data: &[u8]) -> Passed {
+        let mut passed = Passed { ended: false, open: 0 };
+        while !data.is_empty() {
+            let count = if self.seen < self.head.len() {
+                self.head[self.seen] = data[0];
+                self.seen += 1;
+                if self.seen == self.head.len() {
+                    let [_, length @ ..] = self.head;
+                    self.left = u32::from_be_bytes(length) as usize;
+                }
+                1
+            } else {
+                let count = self.left.min(data.len());
+                self.left -= count;
+                count
+            };
+            data = &data[count..];
+            passed.open += count;
+            if self.seen == self.head.len() && self.left == 0 {
+                self.seen = 0;
+                passed = Passed { ended: true, open: 0 };
+            }
+        }
+        passed
     }
 }
 
@@ -95,6 +233,9 @@ fn read(edge: &CollectEdge, request: message::PublishRequest) -> Result<Publish,
     }
     if serde_json::from_slice::<&serde_json::value::RawValue>(&request.payload_json).is_err() {
         return Err(fault("/payload_json", "must be JSON text".to_owned()));
+    }
+    if !is_shallow(&request.payload_json) {
+        return Err(fault("/payload_json", TOO_DEEP.to_owned()));
     }
     if request.users.is_empty() || request.users.len() > limits.recipients {
         return Err(fault("/users", format!("must be 1 to {} users", limits.recipients)));
@@ -143,5 +284,38 @@ fn result(published: &Published) -> message::PublishResult {
         id: published.id.as_str().to_owned(),
         accepted: accepted.collect(),
         error: published.problem().as_ref().map(told),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// However the bytes are cut, it is known which message they are of.
+        #[test]
+        fn the_end_of_a_message_is_seen_however_it_comes(
+            lengths in prop::collection::vec(0usize..300, 1..6), cuts in prop::collection::vec(1usize..80, 1..40),
+        ) {
+            let (mut body, mut ends) = (Vec::new(), vec![0]);
+            for length in lengths {
+                body.push(0);
+                body.extend_from_slice(&(length as u32).to_be_bytes());
+                body.extend(std::iter::repeat_n(7u8, length));
+                ends.push(body.len());
+            }
+            let (mut prefix, mut at) = (Prefix::default(), 0);
+            for cut in cuts.into_iter().cycle() {
+                let end = (at + cut).min(body.len());
+                let ended = ends.iter().any(|one| (at + 1..=end).contains(one));
+                let open = end - ends.iter().copied().filter(|one| *one <= end).max().unwrap_or(0).max(at);
+                prop_assert_eq!(prefix.pass(&body[at..end]), Passed { ended, open });
+                at = end;
+                if at == body.len() {
+                    break;
+                }
+            }
+        }
     }
 }

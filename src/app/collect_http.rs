@@ -22,9 +22,10 @@ use crate::message::{NodeId, Seq, UserId};
 use crate::role::collect::{Collect, HISTORY_PAGE, UserReport};
 use crate::role::connect::PublicUrls;
 use crate::telemetry::{Credential, Refusals};
+use crate::transport::held::Budget;
 use crate::transport::http::{Answers, RequestBody};
 use crate::wire::http::{
-    Problem, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish,
+    Problem, Publish, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish,
 };
 
 /// Where to publish.
@@ -35,6 +36,10 @@ const PUBLISH_BODY: usize = 1024 * 1024;
 const BATCH_BODY: usize = 16 * 1024 * 1024;
 /// Batches read and written at once: eight times the largest is 128 MiB.
 const BATCHES_AT_ONCE: usize = 8;
+/// Recipients of a batch that wait to be stored at once. All batches together leave others a fifth of what may wait
+/// ([`WAITING_APPENDS`](crate::role::collect::WAITING_APPENDS)).
+const PART_RECIPIENTS: usize = 1_000;
+const _: () = assert!(BATCHES_AT_ONCE * PART_RECIPIENTS <= crate::role::collect::WAITING_APPENDS / 5 * 4);
 /// Messages of a page of history where none are asked for.
 const HISTORY_LIMIT: usize = 100;
 
@@ -45,6 +50,8 @@ pub(super) struct CollectEdge {
     pub(super) api_keys: Vec<String>,
     pub(super) limits: PublishLimits,
     refusals: Refusals,
+    /// What unanswered requests may hold.
+    pub(super) budget: Budget,
     batches: Semaphore,
 }
 
@@ -55,10 +62,10 @@ impl CollectEdge {
         urls: PublicUrls,
         api_keys: Vec<String>,
         limits: PublishLimits,
-        refusals: Refusals,
+        (refusals, budget): (Refusals, Budget),
     ) -> Arc<Self> {
         let batches = Semaphore::new(BATCHES_AT_ONCE);
-        Arc::new(Self { collect, membership, urls, api_keys, limits, refusals, batches })
+        Arc::new(Self { collect, membership, urls, api_keys, limits, refusals, budget, batches })
     }
 
     /// Whether this is one of the API keys.
@@ -123,7 +130,8 @@ async fn publish<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Ans
 
 /// A publish whose sender is known already.
 pub(super) async fn publish_body<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Answer {
-    let body = json_body(request, PUBLISH_BODY).await?;
+    let mut held = edge.budget.hold();
+    let body = json_body(request, PUBLISH_BODY, &mut held).await?;
     let publish = parse_publish(&body, &edge.limits)?;
     // A large payload is a slice of the body: nothing else may keep that alive.
     drop(body);
@@ -146,16 +154,43 @@ async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
     let Ok(_permit) = edge.batches.acquire().await else {
         return Err(refuse(503, "the server is stopping"));
     };
-    let body = json_body(request, BATCH_BODY).await?;
+    let mut held = edge.budget.hold();
+    let body = json_body(request, BATCH_BODY, &mut held).await?;
     let items = parse_batch(&body, &edge.limits)?;
-    let under_way = items.into_iter().map(|item| async {
-        match item {
-            Ok(publish) => Ok(edge.collect.publish(publish).await),
-            Err(problem) => Err(problem),
-        }
-    });
-    let results: Vec<Result<Published, Problem>> = futures_util::future::join_all(under_way).await;
+    let mut results = Vec::with_capacity(items.len());
+    for part in parts(items) {
+        let under_way = part.into_iter().map(|item| async {
+            match item {
+                Ok(publish) => Ok(edge.collect.publish(publish).await),
+                Err(problem) => Err(problem),
+            }
+        });
+        results.extend(futures_util::future::join_all(under_way).await);
+    }
     Ok(json(StatusCode::ACCEPTED, batch_body(&results)))
+}
+
+/// A publish of a batch, or why it is none.
+type Item = Result<Publish, Problem>;
+
+/// A batch in parts of at most [`PART_RECIPIENTS`] recipients.
+fn parts(items: Vec<Item>) -> Vec<Vec<Item>> {
+    let mut parts: Vec<Vec<Item>> = Vec::new();
+    let mut left = 0usize;
+    for item in items {
+        let count = item.as_ref().map_or(0, |publish| publish.to.users().len());
+        match parts.last_mut() {
+            Some(part) if count <= left => {
+                part.push(item);
+                left -= count;
+            }
+            _ => {
+                parts.push(vec![item]);
+                left = PART_RECIPIENTS.saturating_sub(count);
+            }
+        }
+    }
+    parts
 }
 
 async fn history(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) -> Answer {

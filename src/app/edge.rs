@@ -17,6 +17,7 @@ use bytes::Bytes;
 use hyper::body::Incoming;
 use tower::ServiceExt;
 
+use crate::transport::held::{Budget, Held, Spent};
 use crate::transport::http::{Answers, BodyFault, RequestBody, read_body};
 use crate::transport::request::check_head;
 use crate::wire::http::Problem;
@@ -25,6 +26,26 @@ use crate::wire::http::Problem;
 pub(super) const BODY_DEADLINE: Duration = Duration::from_secs(10);
 /// Body of anything small: a token, a device.
 pub(super) const SMALL_BODY: usize = 16 * 1024;
+
+/// What the bodies of unanswered requests may hold in one process, in bytes: eight batches of 16 MiB, and as much again for single
+/// publishes, 2,000 of 64 KiB.
+const KNOWN_HELD: usize = 256 * 1024 * 1024;
+/// The same of requests whose sender is not known before they are read (`POST /v1/verify`, `POST /v1/connect`): 4,096 of 16 KiB. Apart,
+/// so that strangers hold up nobody who has a key.
+const STRANGERS_HELD: usize = 64 * 1024 * 1024;
+
+/// The two budgets of a process.
+#[derive(Clone)]
+pub(super) struct Budgets {
+    pub(super) known: Budget,
+    pub(super) strangers: Budget,
+}
+
+impl Default for Budgets {
+    fn default() -> Self {
+        Self { known: Budget::of(KNOWN_HELD), strangers: Budget::of(STRANGERS_HELD) }
+    }
+}
 
 /// A problem as an answer.
 pub(super) struct Refused(pub(super) Problem);
@@ -165,8 +186,12 @@ pub(super) fn same_secret(one: &str, other: &str) -> bool {
     one.len() == other.len() && one.bytes().zip(other.bytes()).fold(0, |sum, (a, b)| sum | (a ^ b)) == 0
 }
 
-/// Reads a JSON body of at most `limit` bytes.
-pub(super) async fn json_body<B: RequestBody>(request: Request<B>, limit: usize) -> Result<Bytes, Refused> {
+/// Reads a JSON body of at most `limit` bytes; `held` is to live until the request is answered.
+pub(super) async fn json_body<B: RequestBody>(
+    request: Request<B>,
+    limit: usize,
+    held: &mut Held,
+) -> Result<Bytes, Refused> {
     if let Some(coding) = request.headers().get(CONTENT_ENCODING)
         && !coding.as_bytes().eq_ignore_ascii_case(b"identity")
     {
@@ -178,9 +203,10 @@ pub(super) async fn json_body<B: RequestBody>(request: Request<B>, limit: usize)
             return Err(refuse(415, format!("the body must be application/json, not {kind:?}")));
         }
     }
-    read_body(request.into_body(), limit, BODY_DEADLINE).await.map_err(|fault| match fault {
+    read_body(request.into_body(), limit, BODY_DEADLINE, held).await.map_err(|fault| match fault {
         BodyFault::TooLarge => refuse(413, format!("the body is larger than {limit} bytes")),
         BodyFault::Incomplete => refuse(408, "the body did not come whole and in time"),
+        BodyFault::Spent => refuse(503, Spent.to_string()),
     })
 }
 

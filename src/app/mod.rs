@@ -47,7 +47,7 @@ use crate::wire::address::{RedisServers, RedisUrl};
 use crate::wire::frame::ReconnectHint;
 
 use collect_http::CollectEdge;
-use edge::{closed, guarded, root};
+use edge::{Budgets, closed, guarded, root};
 use keys::Keys;
 use peers::{PushNodes, proofs, routers};
 use push_http::{ConnectEdge, PushEdge};
@@ -145,6 +145,7 @@ struct Shared {
     /// Where this process verifies tokens at all.
     own_auth: Option<Auth>,
     refusals: Refusals,
+    budgets: Budgets,
 }
 
 impl App {
@@ -200,6 +201,7 @@ impl App {
             peer: peer.into(),
             own_auth,
             refusals,
+            budgets: Budgets::default(),
         };
         let (_, never) = watch::channel(false);
         let mut app = Self {
@@ -351,7 +353,7 @@ impl App {
             shared.urls.clone(),
             config.api_keys.clone(),
             config.publish,
-            shared.refusals.clone(),
+            (shared.refusals.clone(), shared.budgets.known.clone()),
         )
     }
 
@@ -443,6 +445,7 @@ impl App {
                 auth: auth.clone(),
                 admin_key: config.admin_key.clone(),
                 refusals: shared.refusals.clone(),
+                budgets: shared.budgets.clone(),
             };
             let routes = auth_http::routes(Arc::new(edge)).merge(root("ringpush auth: POST /v1/verify\n"));
             self.serve(listening, routes, plain);
@@ -655,6 +658,7 @@ fn connect_edge(config: &Config, shared: &Shared, verify: &VerifyService, push: 
         origins: config.origins.clone(),
         hint: ReconnectHint { min_ms: 0, max_ms: config.push.reconnect_jitter_ms },
         refusals: shared.refusals.clone(),
+        budgets: shared.budgets.clone(),
         push,
     }
 }

@@ -87,7 +87,9 @@ async fn is_development(State(page): Edge, request: Request<Body>) -> Answer {
 }
 
 async fn token(State(page): Edge, request: Request<Body>) -> Answer {
-    issue_body(&allowed(page, &request)?.auth, request).await
+    let development = allowed(page, &request)?;
+    let held = development.collect.budget.hold();
+    issue_body(&development.auth, request, held).await
 }
 
 async fn publish(State(page): Edge, request: Request<Body>) -> Answer {

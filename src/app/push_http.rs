@@ -15,7 +15,7 @@ use axum::routing::{get, post};
 use futures_util::future::{BoxFuture, FutureExt, ready};
 use serde_json::json as value;
 
-use super::edge::{Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, not_found, refuse};
+use super::edge::{Budgets, Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, not_found, refuse};
 use crate::role::connect::{Connect, ConnectFault};
 use crate::role::push::{Admission, Origins, Push, Rejection, SocketRequest};
 use crate::telemetry::{Credential, Refusals};
@@ -42,6 +42,7 @@ pub(super) struct ConnectEdge {
     pub(super) origins: Origins,
     pub(super) hint: ReconnectHint,
     pub(super) refusals: Refusals,
+    pub(super) budgets: Budgets,
     /// Told to go away while this node leaves.
     pub(super) push: Option<Push>,
 }
@@ -226,7 +227,8 @@ async fn place(edge: &ConnectEdge, request: Request<Body>) -> Answer {
         refuse(401, why)
     };
     let token = token.ok_or_else(|| unauthorized("a token is needed: Authorization: Bearer <token>"))?;
-    let device = parse_connect(&json_body(request, SMALL_BODY).await?)?;
+    let mut held = edge.budgets.strangers.hold();
+    let device = parse_connect(&json_body(request, SMALL_BODY, &mut held).await?)?;
     let place = edge.connect.place(&token, device).await.map_err(|fault| match fault {
         ConnectFault::Unauthorized(why) => unauthorized(&why),
         ConnectFault::Unavailable(why) => refuse(503, why),

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::future::{BoxFuture, Either, FutureExt, ready};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Body, Incoming};
@@ -34,6 +34,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use tower::{Service, ServiceExt};
 
 use super::accept;
+use super::held::Held;
 use super::line::Line;
 use super::websocket::request_head;
 
@@ -364,13 +365,15 @@ pub enum BodyFault {
     TooLarge,
     /// Slower than the deadline, or cut off.
     Incomplete,
+    /// The requests under way hold as much as they may together.
+    Spent,
 }
 
 /// What a request brings.
 pub trait RequestBody: Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> {}
 impl<B> RequestBody for B where B: Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> {}
 
-/// Reads a whole body of at most `limit` bytes within `deadline`.
+/// Reads a whole body of at most `limit` bytes within `deadline`; `held` has what was read for as long as it lives.
 ///
 /// # Errors
 /// [`BodyFault`].
@@ -378,12 +381,31 @@ pub async fn read_body<B: RequestBody>(
     body: B,
     limit: usize,
     deadline: Duration,
+    held: &mut Held,
 ) -> Result<Bytes, BodyFault> {
-    match tokio::time::timeout(deadline, Limited::new(body, limit).collect()).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(BodyFault::TooLarge),
-        _ => Err(BodyFault::Incomplete),
-    }
+    let reading = async {
+        let mut body = pin!(Limited::new(body, limit));
+        let (mut first, mut all) = (Bytes::new(), BytesMut::new());
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| match error.is::<http_body_util::LengthLimitError>() {
+                true => BodyFault::TooLarge,
+                false => BodyFault::Incomplete,
+            })?;
+            let Ok(data) = frame.into_data() else { continue };
+            held.add(data.len()).map_err(|_| BodyFault::Spent)?;
+            // Nearly all come in one piece, which is then not copied.
+            match (first.is_empty(), all.is_empty()) {
+                (true, true) => first = data,
+                (_, true) => {
+                    all.extend_from_slice(&std::mem::take(&mut first));
+                    all.extend_from_slice(&data);
+                }
+                _ => all.extend_from_slice(&data),
+            }
+        }
+        Ok(if all.is_empty() { first } else { all.freeze() })
+    };
+    tokio::time::timeout(deadline, reading).await.unwrap_or(Err(BodyFault::Incomplete))
 }
 
 /// An HTTP client: pooled connections, TLS where the URL says so.

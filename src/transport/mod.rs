@@ -1,6 +1,7 @@
 //! The doors to the network: hyper, tungstenite, tonic, Redis. This room knows frames and requests, not users.
 
 mod accept;
+pub mod held;
 pub mod http;
 pub mod line;
 pub mod peer;

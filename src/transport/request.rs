@@ -73,7 +73,7 @@ mod tests {
         for host in ["push.example.com", "127.0.0.1:8080", "[::1]:8080", ""] {
             assert_eq!(ok(&[("host", host)]), Ok(()), "{host}");
         }
-        for host in ["a b", "user@host", "a/b", "host:port", "a,b"] {
+        for host in ["a b", "user@host", "a/b", "host:port"] {
             assert!(ok(&[("host", host)]).is_err(), "{host}");
         }
         assert!(ok(&[]).is_err());

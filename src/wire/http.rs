@@ -392,10 +392,47 @@ fn parse_payload(
         faults.push(fault("/payload", detail));
         return None;
     }
+    if !is_shallow(text) {
+        faults.push(fault("/payload", TOO_DEEP));
+        return None;
+    }
     // A slice keeps the whole body alive, and the buffer that it was read into: only worth it for much, and where the body is little
     // more than the payload.
     let shared = text.len() >= SHARED_PAYLOAD && body.len() <= 2 * text.len();
     Some(if shared { body.slice_ref(text) } else { Bytes::copy_from_slice(text) })
+}
+
+/// Levels of a payload: as many as common parsers take by default (that of serde_json among them). Clients have parsers of all kinds, and
+/// one that dies of a payload would get it again for ever.
+pub const PAYLOAD_LEVELS: usize = 128;
+/// What is told of a payload with more.
+pub const TOO_DEEP: &str =
+    "is nested more than 128 levels deep, which the parsers of many clients do not take";
+
+/// Whether valid JSON text is nested no deeper than [`PAYLOAD_LEVELS`].
+#[must_use]
+pub fn is_shallow(json: &[u8]) -> bool {
+    let opens = |byte: &&u8| matches!(byte, b'[' | b'{');
+    // Nearly all have fewer brackets than that, in strings or not.
+    if json.iter().filter(opens).count() <= PAYLOAD_LEVELS {
+        return true;
+    }
+    let (mut level, mut in_string, mut escaped) = (0usize, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'[' | b'{' => level += 1,
+            b']' | b'}' => level = level.saturating_sub(1),
+            _ => {}
+        }
+        if level > PAYLOAD_LEVELS {
+            return false;
+        }
+    }
+    true
 }
 
 fn parse_ttl(raw: Option<&RawValue>, limits: &PublishLimits, faults: &mut Vec<FieldFault>) -> u64 {
@@ -448,16 +485,15 @@ fn parse_user(raw: &RawValue, pointer: &str, faults: &mut Vec<FieldFault>) -> Op
 }
 
 fn parse_users(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldFault>) -> Option<Recipients> {
-    let Ok(users) = serde_json::from_str::<Vec<&RawValue>>(raw.get()) else {
+    let Ok(UpTo { items: users, count }) = serde_json::from_str::<UpTo<'_>>(raw.get()) else {
         faults.push(fault("/to/users", "must be a list of user ids"));
         return None;
     };
-    if users.is_empty() || users.len() > limits.recipients {
-        let detail = format!("must have 1 to {} users, not {}", limits.recipients, users.len());
+    if users.is_empty() || count > limits.recipients {
+        let detail = format!("must have 1 to {} users, not {count}", limits.recipients);
         faults.push(fault("/to/users", detail));
         return None;
     }
-    let count = users.len();
     // A user named twice is stored once: both entries carry the publish's id, so the second is a duplicate.
     let read: Vec<UserId> = users
         .into_iter()
@@ -473,19 +509,67 @@ fn parse_users(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldFau
 /// A problem of the batch as a whole.
 pub fn parse_batch(body: &Bytes, limits: &PublishLimits) -> Result<Vec<Result<Publish, Problem>>, Problem> {
     let raw: RawBatch<'_> = parse_object(body, "")?;
-    let items = raw.messages.and_then(|raw| serde_json::from_str::<Vec<&RawValue>>(raw.get()).ok());
-    let Some(items) = items else {
+    let items = raw.messages.and_then(|raw| serde_json::from_str::<UpTo<'_>>(raw.get()).ok());
+    let Some(UpTo { items, count }) = items else {
         return Err(Problem::fields(vec![fault("/messages", "must be a list of publishes")]));
     };
-    if items.is_empty() || items.len() > limits.batch {
-        let detail = format!("must have 1 to {} messages, not {}", limits.batch, items.len());
+    if items.is_empty() || count > limits.batch {
+        let detail = format!("must have 1 to {} messages, not {count}", limits.batch);
         return Err(Problem::fields(vec![fault("/messages", detail)]));
     }
-    // Each item gets a body of its own: one that waits must not keep the whole batch alive.
-    Ok(items
-        .iter()
-        .map(|item| parse_publish(&Bytes::copy_from_slice(item.get().as_bytes()), limits))
-        .collect())
+    let (mut all, mut recipients) = (Vec::with_capacity(items.len()), 0);
+    for (n, item) in items.iter().enumerate() {
+        // Each item gets a body of its own: one that waits must not keep the whole batch alive.
+        let parsed = parse_publish(&Bytes::copy_from_slice(item.get().as_bytes()), limits);
+        recipients += parsed.as_ref().map_or(0, |publish| publish.to.users().len());
+        if recipients > BATCH_RECIPIENTS {
+            let detail =
+                format!("a batch reaches at most {BATCH_RECIPIENTS} recipients together: send it in parts");
+            return Err(Problem::fields(vec![fault(format!("/messages/{n}"), detail)]));
+        }
+        all.push(parsed);
+    }
+    Ok(all)
+}
+
+/// Recipients of all publishes of a batch together. Each costs about 400 bytes while it waits to be stored: 4 MB.
+pub const BATCH_RECIPIENTS: usize = 10_000;
+/// Items of a list that are looked at: more than any limit of a list allows.
+const LIST_ITEMS: usize = 1_000;
+
+/// A list, as far as it may be used, and how long it is. What is too long is counted and costs nothing more.
+struct UpTo<'a> {
+    items: Vec<&'a RawValue>,
+    count: usize,
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for UpTo<'a> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Visitor<'a>(std::marker::PhantomData<&'a ()>);
+        impl<'de: 'a, 'a> serde::de::Visitor<'de> for Visitor<'a> {
+            type Value = UpTo<'a>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a list")
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut list: A) -> Result<UpTo<'a>, A::Error> {
+                let mut items = Vec::new();
+                while items.len() < LIST_ITEMS {
+                    match list.next_element::<&RawValue>()? {
+                        Some(item) => items.push(item),
+                        None => return Ok(UpTo { count: items.len(), items }),
+                    }
+                }
+                let mut count = items.len();
+                while list.next_element::<serde::de::IgnoredAny>()?.is_some() {
+                    count += 1;
+                }
+                Ok(UpTo { items, count })
+            }
+        }
+        from.deserialize_seq(Visitor(std::marker::PhantomData))
+    }
 }
 
 /// The body of `POST /v1/connect`.

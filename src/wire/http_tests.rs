@@ -134,3 +134,53 @@ proptest! {
         let _ = publish(&format!(r#"{{"to":{text},"payload":{text}}}"#));
     }
 }
+
+#[test]
+fn a_batch_reaches_ten_thousand_recipients_and_names_the_first_item_beyond() {
+    let item = |count: usize| {
+        let users: Vec<String> = (0..count).map(|n| format!("\"u{n}\"")).collect();
+        format!(r#"{{"to":{{"users":[{}]}},"payload":1}}"#, users.join(","))
+    };
+    let batch = |items: &[String]| Bytes::from(format!(r#"{{"messages":[{}]}}"#, items.join(",")));
+    let ten = vec![item(1_000); 10];
+    let parsed = parse_batch(&batch(&ten), &LIMITS).unwrap();
+    assert!(parsed.len() == 10 && parsed.iter().all(Result::is_ok));
+    let eleven = [ten, vec![item(1), item(1)]].concat();
+    let problem = parse_batch(&batch(&eleven), &LIMITS).unwrap_err();
+    assert_eq!((problem.status, problem.errors[0].pointer.as_str()), (422, "/messages/10"));
+    // What is wrong anyway reaches nobody.
+    let wrong = [vec![item(1_001); 20], vec![item(1_000); 10]].concat();
+    assert!(parse_batch(&batch(&wrong), &LIMITS).is_ok());
+}
+
+#[test]
+fn a_list_that_is_far_too_long_is_counted_and_not_kept() {
+    let users = vec!["\"u\""; 200_000].join(",");
+    let body = Bytes::from(format!(r#"{{"to":{{"users":[{users}]}},"payload":1}}"#));
+    let problem = parse_publish(&body, &LIMITS).unwrap_err();
+    assert!(problem.errors[0].detail.contains("200000"), "{problem:?}");
+    let list = format!("[{users}]");
+    let UpTo { items, count } = serde_json::from_str(&list).unwrap();
+    assert_eq!((items.len(), count), (LIST_ITEMS, 200_000));
+    for no_list in ["{}", "7", "null", "[1,"] {
+        assert!(serde_json::from_str::<UpTo<'_>>(no_list).is_err(), "{no_list}");
+    }
+}
+
+#[test]
+fn a_payload_is_nested_128_levels_deep_at_the_most() {
+    let parse = |payload: &str| {
+        let body = Bytes::from(format!(r#"{{"to":{{"user":"a"}},"payload":{payload}}}"#));
+        parse_publish(&body, &LIMITS).map(drop).map_err(|problem| problem.status)
+    };
+    let lists = |n: usize| "[".repeat(n) + &"]".repeat(n);
+    let objects = |n: usize| r#"{"a":"#.repeat(n) + "1" + &"}".repeat(n);
+    for deep in [lists, objects] {
+        assert_eq!(parse(&deep(128)), Ok(()));
+        assert_eq!(parse(&deep(129)), Err(422));
+        assert_eq!(parse(&deep(5_000)), Err(422));
+    }
+    // Brackets in strings, and beside one another, are not levels.
+    assert_eq!(parse(&format!(r#""{}\"{}""#, "[".repeat(1_000), "{".repeat(1_000))), Ok(()));
+    assert_eq!(parse(&format!("[{}]", vec!["[]"; 1_000].join(","))), Ok(()));
+}

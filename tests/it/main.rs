@@ -22,5 +22,6 @@ mod replica_set;
 mod requests;
 mod rooms;
 mod scenarios;
+mod sizes;
 mod sockets;
 mod tokens;
