@@ -13,7 +13,8 @@
 //! - [`message`]: the nouns.
 //! - [`ring`]: who owns a key.
 //! - [`session`]: one session's life, the heart of it all.
-//! - [`ticket`], [`backoff`]: what `connect` hands out; jittered delays.
+//! - [`secret`], [`ticket`], [`peer_proof`]: what is signed with the secret that all roles share.
+//! - [`backoff`]: jittered delays.
 //! - [`wire`]: every byte agreed with others.
 //!
 //! Tier 1 has one door for each foreign system.
@@ -38,8 +39,10 @@ pub mod fallback;
 pub mod inbox;
 pub mod membership;
 pub mod message;
+pub mod peer_proof;
 pub mod ring;
 pub mod role;
+pub mod secret;
 pub mod session;
 pub mod telemetry;
 pub mod thread;

@@ -13,6 +13,10 @@ use xxhash_rust::xxh3::xxh3_64;
 /// (DESIGN.md section 4).
 pub const POINTS_PER_WEIGHT: f64 = 512.0;
 
+/// Points of one ring at the most: 2,097,152 x 16 bytes = 32 MB. Four times what 1000 names of weight 1.0 need. Weights that are worth
+/// more are all worth less, in the same proportion, so that whatever they say is built at once.
+pub const POINTS_MAX: f64 = 2_097_152.0;
+
 /// The place of a user on the ring: `xxh3_64` of the id's bytes.
 #[must_use]
 pub fn key(user: &str) -> u64 {
@@ -59,8 +63,13 @@ impl Ring {
     /// counts once, with its larger weight. A weight that is not above zero, or not a number, gives no points.
     #[must_use]
     pub fn build<'a>(members: impl IntoIterator<Item = (&'a str, f64)>) -> Self {
+        let members: Vec<(&str, f64)> = members.into_iter().collect();
+        // What is infinite, or no number, is worth nothing: there is no proportion to keep.
+        let weight_of = |weight: f64| if weight.is_finite() { weight.max(0.0) } else { 0.0 };
+        let total: f64 = members.iter().map(|(_, weight)| weight_of(*weight) * POINTS_PER_WEIGHT).sum();
+        let scale = if total > POINTS_MAX { POINTS_MAX / total } else { 1.0 };
         let mut members: Vec<(&str, u32)> =
-            members.into_iter().map(|(name, weight)| (name, points_of(weight))).collect();
+            members.iter().map(|(name, weight)| (*name, points_of(weight_of(*weight) * scale))).collect();
         members.sort_unstable_by(|a, b| a.0.cmp(b.0).then(b.1.cmp(&a.1)));
         members.dedup_by_key(|member| member.0);
         let points = sorted_points(&members);

@@ -1,6 +1,4 @@
-//! What is signed under keys derived from `peer.secret`: proofs between roles, and tickets.
-//!
-//! A ticket is what `connect` hands out so that a client may open one socket on one node without showing its token again.
+//! Tickets: what `connect` hands out so that a client may open one socket on one node without showing its token again.
 //!
 //! A ticket is signed under a key derived from `peer.secret` for this use alone, so it can never pass for a token, nor
 //! a token for a ticket. This room signs and verifies; that a ticket is taken only once is kept by the node it is for
@@ -9,11 +7,10 @@
 use std::collections::BTreeSet;
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use hmac::{Hmac, KeyInit, Mac};
 use serde::{Deserialize, Serialize};
-use sha2::Sha256;
 
 use crate::message::{DeviceId, Millis, NodeId, UserId};
+use crate::secret::{Keyed, derived, is_mac, mac};
 
 /// How long a ticket is good for, in ms (DESIGN.md section 12).
 pub const TICKET_LIFE_MS: u64 = 30_000;
@@ -78,65 +75,14 @@ struct Packed<'a> {
 /// Signs and verifies tickets; cheap to clone.
 #[derive(Clone)]
 pub struct TicketKey {
-    keyed: Hmac<Sha256>,
-}
-
-/// A key for one use alone, from the secret that all roles share.
-fn derived(peer_secret: &str, usage: &[u8]) -> Hmac<Sha256> {
-    let mut derivation = keyed(peer_secret.as_bytes());
-    derivation.update(usage);
-    keyed(&derivation.finalize().into_bytes())
-}
-
-/// The code that opens the page of development: the same for as long as the secret is.
-#[must_use]
-pub fn page_code(peer_secret: &str) -> String {
-    let code = derived(peer_secret, b"ringpush development page, version 1").finalize().into_bytes();
-    URL_SAFE_NO_PAD.encode(&code[..16])
-}
-
-/// How far the clocks of two peers may differ for a proof to be good, in seconds.
-pub const PROOF_LIFE_S: u64 = 60;
-
-/// Proves to a peer that one knows `peer.secret`, for about a minute; cheap to clone.
-#[derive(Clone)]
-pub struct PeerKey {
-    keyed: Hmac<Sha256>,
-}
-
-impl PeerKey {
-    /// Derives the key for peer calls.
-    #[must_use]
-    pub fn derive(peer_secret: &str) -> Self {
-        Self { keyed: derived(peer_secret, b"ringpush peer key, version 1") }
-    }
-
-    /// A proof made now.
-    #[must_use]
-    pub fn sign(&self, now: Millis) -> String {
-        let made = now.seconds().to_string();
-        let mut mac = self.keyed.clone();
-        mac.update(made.as_bytes());
-        format!("{made}.{}", URL_SAFE_NO_PAD.encode(mac.finalize().into_bytes()))
-    }
-
-    /// Whether a proof is genuine, and made within [`PROOF_LIFE_S`] of now.
-    #[must_use]
-    pub fn verify(&self, proof: &str, now: Millis) -> bool {
-        let Some((made, mac)) = proof.split_once('.') else { return false };
-        let Ok(mac) = URL_SAFE_NO_PAD.decode(mac) else { return false };
-        let mut expected = self.keyed.clone();
-        expected.update(made.as_bytes());
-        let fresh = made.parse::<u64>().is_ok_and(|made| made.abs_diff(now.seconds()) <= PROOF_LIFE_S);
-        expected.verify_slice(&mac).is_ok() && fresh
-    }
+    key: Keyed,
 }
 
 impl TicketKey {
     /// Derives the key for tickets from the secret that all roles share.
     #[must_use]
     pub fn derive(peer_secret: &str) -> Self {
-        Self { keyed: derived(peer_secret, b"ringpush ticket key, version 1") }
+        Self { key: derived(peer_secret, b"ringpush ticket key, version 1") }
     }
 
     /// The ticket as text for a URL.
@@ -155,9 +101,8 @@ impl TicketKey {
         };
         // Strings and numbers only: there is nothing in it that JSON could refuse.
         let body = URL_SAFE_NO_PAD.encode(serde_json::to_vec(&packed).unwrap_or_default());
-        let mut mac = self.keyed.clone();
-        mac.update(body.as_bytes());
-        format!("{body}.{}", URL_SAFE_NO_PAD.encode(mac.finalize().into_bytes()))
+        let mac = mac(&self.key, &body);
+        format!("{body}.{mac}")
     }
 
     /// Reads a ticket meant for `node` in its present `incarnation`.
@@ -182,10 +127,10 @@ impl TicketKey {
     }
 
     fn open(&self, text: &str) -> Option<Ticket> {
-        let (body, mac) = text.split_once('.')?;
-        let mut expected = self.keyed.clone();
-        expected.update(body.as_bytes());
-        expected.verify_slice(&URL_SAFE_NO_PAD.decode(mac).ok()?).ok()?;
+        let (body, given) = text.split_once('.')?;
+        if !is_mac(&self.key, body, given) {
+            return None;
+        }
         let json = URL_SAFE_NO_PAD.decode(body).ok()?;
         let packed: PackedOwned = serde_json::from_slice(&json).ok()?;
         Some(Ticket {
@@ -214,11 +159,6 @@ struct PackedOwned {
     k: bool,
     o: u64,
     e: u64,
-}
-
-fn keyed(key: &[u8]) -> Hmac<Sha256> {
-    // HMAC takes a key of any length; the error exists for other MACs. An unkeyed one would verify nothing of ours.
-    Hmac::<Sha256>::new_from_slice(key).unwrap_or_else(|_| Hmac::<Sha256>::new(&Default::default()))
 }
 
 /// The nonces of the tickets that were taken here and have not expired yet, in the order in which they will.
@@ -276,19 +216,6 @@ mod tests {
         assert_eq!(key.verify(&text, &node, 7, Millis(130_000)), Err(TicketFault::Expired));
         let stranger = TicketKey::derive("secret-two");
         assert_eq!(stranger.verify(&text, &node, 7, now), Err(TicketFault::Forged));
-    }
-
-    #[test]
-    fn a_proof_is_good_for_a_minute_and_for_one_secret() {
-        let key = PeerKey::derive("secret-one");
-        let proof = key.sign(Millis(100_000));
-        assert!(key.verify(&proof, Millis(100_000)) && key.verify(&proof, Millis(160_000)));
-        assert!(key.verify(&proof, Millis(45_000)), "a clock may be behind, too");
-        assert!(!key.verify(&proof, Millis(162_000)));
-        assert!(!PeerKey::derive("secret-two").verify(&proof, Millis(100_000)));
-        assert!(!key.verify("", Millis(100_000)) && !key.verify("100.x", Millis(100_000)));
-        let ticket = TicketKey::derive("secret-one").sign(&ticket());
-        assert!(!key.verify(&ticket, Millis(100_000)), "a ticket is no proof");
     }
 
     #[test]

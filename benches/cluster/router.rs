@@ -145,6 +145,7 @@ async fn dispatch_alone(seconds: f64) -> f64 {
             peer: "".into(),
             push: true,
             dispatch: false,
+            store: "".into(),
         };
         membership.join(info).await.unwrap();
     }
@@ -187,7 +188,7 @@ pub fn sink() {
             Ok(PushResponse::Done(Stamp::default()))
         }));
         let find = Arc::new(move |_: &str| Some(taker.clone()));
-        let router = routes(None, Some(find), Arc::new(|_| true)).prepare().into_axum_router();
+        let router = routes(None, Some(find), Arc::new(|_, _| Ok(())));
         tokio::select! {
             () = serve(listener, router, None, limits, Default::default()) => {}
             _ = tokio::task::spawn_blocking(|| std::io::stdin().read_line(&mut String::new())) => {}
@@ -202,7 +203,7 @@ fn to_another_process(seconds: f64, runtime: &tokio::runtime::Runtime) -> f64 {
     BufReader::new(process.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let rate = runtime.block_on(async {
         let remote =
-            RemotePush::new(line.trim(), "push-0", Arc::new(|| "proof".to_owned())).unwrap().service();
+            RemotePush::new(line.trim(), "push-0", Arc::new(|_| "proof".to_owned())).unwrap().service();
         let batches: Vec<Arc<[Live]>> = batches().into_iter().map(Arc::from).collect();
         let (began, mut sent) = (Instant::now(), 0);
         for batch in batches.iter().cycle() {

@@ -27,10 +27,12 @@ use tokio_util::sync::CancellationToken;
 use tower::util::BoxCloneSyncService;
 
 use crate::clock::Clock;
-use crate::config::{Config, RoleName, VerifyBy};
+use crate::config::{Config, Faults, RoleName, VerifyBy};
 use crate::fallback::Fallback;
 use crate::inbox::Inbox;
-use crate::membership::{Departure, Member, Membership, NodeInfo, NodeState, Standing, View};
+use crate::membership::{
+    Departure, Member, Membership, MembershipError, NodeInfo, NodeState, Reached, Standing, View,
+};
 use crate::message::NodeId;
 use crate::role::auth::Auth;
 use crate::role::collect::{Collect, run_upkeep};
@@ -38,18 +40,20 @@ use crate::role::connect::{Connect, PublicUrls};
 use crate::role::dispatch::Dispatch;
 use crate::role::push::{Drain, Push, PushConfig, PushMetrics, PushParts};
 use crate::role::reach::Reach;
+use crate::role::witness::{OwnNode, witness};
 use crate::role::{DispatchService, VerifyService};
-use crate::telemetry::{Health, Metrics, Refusals};
-use crate::ticket::{TicketKey, page_code};
-use crate::transport::http::{Answers, HttpLimits, Listener, Sockets, bind, serve};
-use crate::transport::peer::{self, FindPush, Sign, Verify};
+use crate::secret::page_code;
+use crate::telemetry::{Gauge, Health, Metrics, Refusals};
+use crate::ticket::TicketKey;
+use crate::transport::http::{AnswerBody, Answers, HttpLimits, Listener, Sockets, bind, serve};
+use crate::transport::peer::{self, FindPush};
 use crate::wire::address::{RedisServers, RedisUrl};
 use crate::wire::frame::ReconnectHint;
 
 use collect_http::CollectEdge;
 use edge::{Budgets, closed, guarded, root};
 use keys::Keys;
-use peers::{PushNodes, proofs, routers};
+use peers::{Proofs, PushNodes, routers};
 use push_http::{ConnectEdge, PushEdge};
 use stores::Opened;
 
@@ -105,6 +109,8 @@ pub struct App {
     health: Health,
     pushes: Vec<Push>,
     collect: Option<Collect>,
+    /// The nodes of this process that are registered.
+    nodes: Vec<OwnNode>,
     /// A router's name and incarnation, where it is no push node too.
     registered: Option<(NodeId, u64)>,
     membership: Arc<dyn Membership>,
@@ -139,7 +145,9 @@ struct Shared {
     nodes: Arc<PushNodes>,
     reach: Reach,
     health: Health,
-    sign: Sign,
+    proofs: Arc<Proofs>,
+    /// What tells the store of this process from every other; empty where it has none.
+    store: Arc<str>,
     /// Where other processes reach this one; empty where none need to.
     peer: Arc<str>,
     /// Where this process verifies tokens at all.
@@ -180,14 +188,14 @@ impl App {
         }
         let (membership, fallback) = stores::registry(&config, &clock, &metrics, &mut tasks).await?;
         let refusals = Refusals::register(&metrics);
-        let (sign, verify) = proofs(&config.peer_secret, &clock);
-        let nodes = Arc::new(PushNodes::new(membership.views(), Arc::clone(&sign)));
+        let proofs = Proofs::new(&config.peer_secret, clock.clone(), refusals.clone());
+        let nodes = Arc::new(PushNodes::new(membership.views(), Arc::clone(&proofs)));
         let urls = match &config.public_url {
             Some(template) => PublicUrls::Template(template.clone()),
             None => own_urls(&bound),
         };
         let peer = listeners.peer.as_ref().map_or_else(String::new, |peer| advertised(&config, peer.at));
-        let shared = Shared {
+        let mut shared = Shared {
             membership,
             fallback,
             ticket_key: TicketKey::derive(&config.peer_secret),
@@ -197,7 +205,8 @@ impl App {
             metrics,
             clock,
             urls,
-            sign,
+            proofs,
+            store: opened.as_ref().map_or_else(|| Arc::from(""), |opened| Arc::clone(&opened.identity)),
             peer: peer.into(),
             own_auth,
             refusals,
@@ -212,6 +221,7 @@ impl App {
             health,
             pushes: Vec::new(),
             collect: None,
+            nodes: Vec::new(),
             registered: None,
             membership: Arc::clone(&shared.membership),
             poisoned: opened.as_ref().map_or(never, |opened| opened.poisoned.clone()),
@@ -220,7 +230,7 @@ impl App {
             bound,
         };
         app.serve_ops(&shared, &mut listeners);
-        app.assemble(&config, &shared, opened, listeners, verify).await?;
+        app.assemble(&config, &mut shared, opened, listeners).await?;
         write_listen(&app.listen_file, &app.bound)?;
         Ok(app)
     }
@@ -229,15 +239,18 @@ impl App {
     async fn assemble(
         &mut self,
         config: &Config,
-        shared: &Shared,
+        shared: &mut Shared,
         opened: Option<Opened>,
         mut listeners: Listeners,
-        proof: Verify,
     ) -> Result<()> {
         let opened = match opened {
             None if needs_inbox(config) => Some(stores::inbox(config, &shared.clock, &mut self.tasks).await?),
             opened => opened,
         };
+        if let Some(opened) = &opened {
+            shared.store = Arc::clone(&opened.identity);
+        }
+        let shared = &*shared;
         self.health.set("inbox", true, if opened.is_some() { "reached" } else { "not needed here" });
         let fetches = matches!(config.verify_by, VerifyBy::Jwks(_)) && config.runs(RoleName::Auth);
         let verify = if fetches || config.runs(RoleName::Push) || config.runs(RoleName::Dispatch) {
@@ -268,12 +281,22 @@ impl App {
                 NodeId::parse(name).ok().and_then(|node| nodes.here.read().get(&node).cloned())
             });
             let push = config.runs(RoleName::Push).then_some(find);
-            self.serve_peers(listening, peer::routes(dispatch, push, proof));
+            let verify = Arc::clone(&shared.proofs).verify();
+            self.serve_peers(listening, peer::routes(dispatch, push, verify));
         }
         // Only now, when its peer port answers.
         if config.runs(RoleName::Dispatch) && !config.runs(RoleName::Push) && config.redis.is_some() {
             let info = node_info(config, shared, config.node.clone(), false);
-            self.registered = Some((info.node.clone(), self.register(info).await?));
+            self.registered = Some((info.node.clone(), self.register(info, shared).await?));
+        }
+        if !self.nodes.is_empty() && config.redis.is_some() {
+            let unreached = Gauge::default();
+            let shown = unreached.clone();
+            let help = "Nodes that are registered and that nobody has reached";
+            shared.metrics.register(|r| r.register("peers_unreached", help, shown));
+            self.health.set("peers", false, "not reached yet");
+            let (views, ping) = (shared.membership.views(), Arc::clone(&shared.proofs).ping());
+            self.tasks.spawn(witness(views, self.nodes.clone(), ping, self.health.clone(), unreached));
         }
         self.wait_for_view(config, shared).await;
         self.serve_all(config, shared, verify, collect, listeners);
@@ -311,7 +334,8 @@ impl App {
                 limits: config.push,
             };
             let started = Push::start(push, parts, &mut self.tasks).await;
-            let push = started.map_err(|error| anyhow!("node.name: {error}"))?;
+            let push = started.map_err(|error| unregistered(&error, "node.name"))?;
+            self.is_registered(shared, push.name(), push.incarnation(), push.reached().clone());
             shared.nodes.here.write().insert(node, BoxCloneSyncService::new(push.clone()));
             self.pushes.push(push);
         }
@@ -336,7 +360,7 @@ impl App {
         dispatch: Option<DispatchService>,
     ) -> Arc<CollectEdge> {
         let views = shared.membership.views();
-        let dispatch = dispatch.unwrap_or_else(|| routers(views.clone(), Arc::clone(&shared.sign)));
+        let dispatch = dispatch.unwrap_or_else(|| routers(views.clone(), Arc::clone(&shared.proofs)));
         let collect = Collect::start(
             Arc::clone(&opened.inbox),
             dispatch,
@@ -358,8 +382,10 @@ impl App {
     }
 
     /// A router is no push node, but it has a name and a place among the members all the same.
-    async fn register(&mut self, info: NodeInfo) -> Result<u64> {
-        let registration = self.membership.join(info).await.map_err(|error| anyhow!("redis.url: {error}"))?;
+    async fn register(&mut self, info: NodeInfo, shared: &Shared) -> Result<u64> {
+        let joined = self.membership.join(info.clone()).await;
+        let registration = joined.map_err(|error| unregistered(&error, "redis.url"))?;
+        self.is_registered(shared, &info.node, registration.incarnation, registration.proof.clone());
         let health = self.health.clone();
         let mut standing = registration.standing;
         self.tasks.spawn(async move {
@@ -370,6 +396,12 @@ impl App {
             std::future::pending::<()>().await;
         });
         Ok(registration.incarnation)
+    }
+
+    /// A node of this process: its calls are taken from now on.
+    fn is_registered(&mut self, shared: &Shared, node: &NodeId, incarnation: u64, reached: Reached) {
+        shared.proofs.is_here(node.clone(), incarnation, reached.clone());
+        self.nodes.push((node.clone(), Arc::clone(&shared.peer), reached));
     }
 
     /// Until the registry was seen once; from then on the view is kept, whatever happens.
@@ -457,7 +489,7 @@ impl App {
         }
     }
 
-    fn serve_peers(&mut self, listening: Listening, routes: peer::PeerRoutes) {
+    fn serve_peers<B: AnswerBody>(&mut self, listening: Listening, routes: impl Answers<B>) {
         let limits = HttpLimits::default();
         self.servers.spawn(serve(listening.listener, routes, None, limits, self.stop.clone()));
     }
@@ -579,6 +611,14 @@ impl App {
     }
 }
 
+/// Why a node could not be registered, under the key that is at fault.
+fn unregistered(error: &MembershipError, key: &str) -> anyhow::Error {
+    match error {
+        MembershipError::OtherStore { .. } => Faults(vec![error.to_string()]).into(),
+        _ => anyhow!("{key}: {error}"),
+    }
+}
+
 fn needs_inbox(config: &Config) -> bool {
     config.runs(RoleName::Push) || config.runs(RoleName::Collect)
 }
@@ -607,6 +647,7 @@ fn node_info(config: &Config, shared: &Shared, node: NodeId, push: bool) -> Node
         peer: Arc::clone(&shared.peer),
         push,
         dispatch: config.runs(RoleName::Dispatch),
+        store: if push { Arc::clone(&shared.store) } else { Arc::from("") },
     }
 }
 

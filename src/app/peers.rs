@@ -5,49 +5,115 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tower::ServiceExt;
 use tower::util::BoxCloneSyncService;
 
 use crate::clock::Clock;
-use crate::membership::{Router, View};
+use crate::membership::{Member, Reached, Router, View};
 use crate::message::NodeId;
+use crate::peer_proof::{Call, Calls, Signer};
+use crate::role::witness::Ping;
 use crate::role::{Directory, DispatchService, PushService};
-use crate::ticket::PeerKey;
+use crate::telemetry::{Credential, Refusals};
 use crate::transport::peer::{RemoteDispatch, RemotePush, Sign, Verify};
-use crate::wire::peer::{DispatchRequest, DispatchResponse, PeerFault};
+use crate::wire::peer::{DispatchRequest, DispatchResponse, PeerFault, PushRequest};
 
 /// How long a node that left the view is still known: longer than dispatch sends to it.
 const KEPT: Duration = Duration::from_secs(60);
 /// Routers that are tried for one request.
 const TRIES: usize = 3;
 
-/// Makes and checks proofs with the shared secret.
-pub(super) fn proofs(secret: &str, clock: &Clock) -> (Sign, Verify) {
-    let (signing, verifying) = (PeerKey::derive(secret), PeerKey::derive(secret));
-    let (now, then) = (clock.clone(), clock.clone());
-    (Arc::new(move || signing.sign(now.now())), Arc::new(move |proof| verifying.verify(proof, then.now())))
+/// Makes and takes the proofs of calls between roles.
+pub(super) struct Proofs {
+    secret: String,
+    clock: Clock,
+    calls: Mutex<Calls>,
+    /// The nodes of this process: which process of each name it is, and whether a call has reached it.
+    here: RwLock<HashMap<NodeId, (u64, Reached)>>,
+    refusals: Refusals,
+}
+
+impl Proofs {
+    pub(super) fn new(secret: &str, clock: Clock, refusals: Refusals) -> Arc<Self> {
+        let calls = Mutex::new(Calls::new(secret));
+        Arc::new(Self { secret: secret.to_owned(), clock, calls, here: RwLock::default(), refusals })
+    }
+
+    /// From now on calls of this node are taken.
+    pub(super) fn is_here(&self, node: NodeId, incarnation: u64, reached: Reached) {
+        self.here.write().insert(node, (incarnation, reached));
+    }
+
+    /// What signs the calls of one link, to a process of a node.
+    fn sign(&self, node: &NodeId, incarnation: u64) -> Sign {
+        let (signer, clock) = (Signer::new(&self.secret, rand::random()), self.clock.clone());
+        let node = node.clone();
+        Arc::new(move |method| signer.sign(Call { node: node.as_str(), incarnation, method }, clock.now()))
+    }
+
+    /// What takes the proofs of calls that come here.
+    pub(super) fn verify(self: Arc<Self>) -> Verify {
+        Arc::new(move |proof, method| {
+            let here = self.here.read();
+            let is_here = |node: &str, incarnation| {
+                here.iter().any(|(name, (own, _))| name.as_str() == node && *own == incarnation)
+            };
+            let taken = self.calls.lock().take(proof, method, self.clock.now(), is_here);
+            match taken {
+                Ok(node) => {
+                    if let Some((_, reached)) = here.get(&node) {
+                        reached.note();
+                    }
+                    Ok(())
+                }
+                Err(error) => {
+                    let why = error.to_string();
+                    self.refusals.note(Credential::PeerProof, &why);
+                    Err(why)
+                }
+            }
+        })
+    }
+
+    /// Calls a node that has yet to be reached.
+    pub(super) fn ping(self: Arc<Self>) -> Ping {
+        Arc::new(move |member| {
+            let info = &member.info;
+            let sign = self.sign(&info.node, member.incarnation);
+            if info.push {
+                let remote = RemotePush::new(&info.peer, info.node.as_str(), sign);
+                async move { remote?.service().oneshot(PushRequest::Ping).await.map(drop) }.boxed()
+            } else {
+                let remote = RemoteDispatch::new(&info.peer, sign);
+                async move { remote?.call(DispatchRequest::Ping).await.map(drop) }.boxed()
+            }
+        })
+    }
 }
 
 /// The push nodes.
 pub(super) struct PushNodes {
     pub(super) here: RwLock<HashMap<NodeId, PushService>>,
     views: watch::Receiver<Arc<View>>,
-    sign: Sign,
+    proofs: Arc<Proofs>,
     elsewhere: Mutex<HashMap<NodeId, Elsewhere>>,
 }
 
 struct Elsewhere {
     address: Arc<str>,
+    incarnation: u64,
     service: PushService,
     /// When a view had it last.
     seen: Instant,
 }
 
 impl PushNodes {
-    pub(super) fn new(views: watch::Receiver<Arc<View>>, sign: Sign) -> Self {
-        Self { here: RwLock::default(), views, sign, elsewhere: Mutex::default() }
+    pub(super) fn new(views: watch::Receiver<Arc<View>>, proofs: Arc<Proofs>) -> Self {
+        Self { here: RwLock::default(), views, proofs, elsewhere: Mutex::default() }
     }
 }
 
@@ -60,22 +126,24 @@ impl Directory for PushNodes {
         if let Some(here) = self.here(node) {
             return Some(here);
         }
-        let address = self.views.borrow().member(node).map(|member| Arc::clone(&member.info.peer));
+        let shown = |member: &Member| (Arc::clone(&member.info.peer), member.incarnation);
+        let shown = self.views.borrow().member(node).map(shown);
         let mut elsewhere = self.elsewhere.lock();
-        let Some(address) = address.filter(|address| !address.is_empty()) else {
+        let Some((address, incarnation)) = shown.filter(|(address, _)| !address.is_empty()) else {
             return elsewhere.get(node).map(|known| known.service.clone());
         };
         match elsewhere.get_mut(node) {
-            Some(known) if known.address == address => {
+            Some(known) if known.address == address && known.incarnation == incarnation => {
                 known.seen = Instant::now();
                 Some(known.service.clone())
             }
             _ => {
                 elsewhere.retain(|_, known| known.seen.elapsed() < KEPT);
-                let remote = RemotePush::new(&address, node.as_str(), Arc::clone(&self.sign));
+                let remote = RemotePush::new(&address, node.as_str(), self.proofs.sign(node, incarnation));
                 let service =
                     remote.inspect_err(|fault| tracing::warn!(%node, %fault, "no peer")).ok()?.service();
-                let made = Elsewhere { address, service: service.clone(), seen: Instant::now() };
+                let seen = Instant::now();
+                let made = Elsewhere { address, incarnation, service: service.clone(), seen };
                 elsewhere.insert(node.clone(), made);
                 Some(service)
             }
@@ -86,15 +154,15 @@ impl Directory for PushNodes {
 /// Dispatch in other processes: any of them, the same one as long as it answers.
 struct Routers {
     views: watch::Receiver<Arc<View>>,
-    sign: Sign,
-    clients: Mutex<HashMap<NodeId, (Arc<str>, RemoteDispatch)>>,
+    proofs: Arc<Proofs>,
+    clients: Mutex<HashMap<NodeId, (Router, RemoteDispatch)>>,
     preferred: AtomicUsize,
 }
 
 /// Dispatch as collect sees it where none runs in this process.
-pub(super) fn routers(views: watch::Receiver<Arc<View>>, sign: Sign) -> DispatchService {
+pub(super) fn routers(views: watch::Receiver<Arc<View>>, proofs: Arc<Proofs>) -> DispatchService {
     let preferred = AtomicUsize::new(rand::random_range(0..1024));
-    let routers = Arc::new(Routers { views, sign, clients: Mutex::default(), preferred });
+    let routers = Arc::new(Routers { views, proofs, clients: Mutex::default(), preferred });
     BoxCloneSyncService::new(tower::service_fn(move |request| {
         let routers = Arc::clone(&routers);
         async move { routers.ask(request).await }
@@ -122,14 +190,15 @@ impl Routers {
 
     fn client(&self, router: &Router, routers: &[Router]) -> Result<RemoteDispatch, PeerFault> {
         let mut clients = self.clients.lock();
-        if let Some((address, client)) = clients.get(&router.node)
-            && *address == router.peer
+        if let Some((known, client)) = clients.get(&router.node)
+            && known == router
         {
             return Ok(client.clone());
         }
         clients.retain(|node, _| routers.iter().any(|router| router.node == *node));
-        let client = RemoteDispatch::new(&router.peer, Arc::clone(&self.sign))?;
-        clients.insert(router.node.clone(), (Arc::clone(&router.peer), client.clone()));
+        let sign = self.proofs.sign(&router.node, router.incarnation);
+        let client = RemoteDispatch::new(&router.peer, sign)?;
+        clients.insert(router.node.clone(), (router.clone(), client.clone()));
         Ok(client)
     }
 }

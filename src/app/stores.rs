@@ -24,6 +24,7 @@ use crate::membership::Membership;
 use crate::membership::keeper::Times;
 use crate::membership::local::LocalMembership;
 use crate::membership::redis::RedisMembership;
+use crate::peer_proof::EntryKey;
 use crate::role::VerifyService;
 use crate::role::auth::Auth;
 use crate::role::verify::RemoteAuth;
@@ -73,7 +74,13 @@ pub(super) async fn registry(
     };
     let times = Times::default();
     let link = || RedisLink::new(url).map_err(|fault| refused(format!("redis.url: {fault}")));
-    let membership = RedisMembership::start(link()?, &config.redis_prefix, times, clock.clone());
+    let membership = RedisMembership::start(
+        link()?,
+        &config.redis_prefix,
+        times,
+        clock.clone(),
+        EntryKey::derive(&config.peer_secret),
+    );
     membership.check().await.map_err(|fault| {
         refused(format!("redis.url: {fault}; check the user, the password and their rights"))
     })?;
@@ -98,23 +105,25 @@ pub(super) struct Opened {
     pub(super) inbox: Arc<dyn Inbox>,
     pub(super) upkeep: Arc<dyn Upkeep>,
     pub(super) poisoned: watch::Receiver<bool>,
+    /// What tells this store from every other.
+    pub(super) identity: Arc<str>,
 }
 
 pub(super) async fn inbox(config: &Config, clock: &Clock, tasks: &mut JoinSet<()>) -> Result<Opened> {
     if config.mongo_uri.is_empty() {
         let inbox = embedded(&config.data_dir, clock.clone())?;
         tasks.spawn(inbox.clone().free_memory());
-        let poisoned = inbox.poisoned();
-        return Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned });
+        let (poisoned, identity) = (inbox.poisoned(), inbox.identity().into());
+        return Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned, identity });
     }
     let times = MongoTimes { head_trust: config.head_trust };
     let fault = |fault: OpenFault| refused(fault.to_string());
     let (uri, database) = (&config.mongo_uri, &config.mongo_database);
     let inbox = MongoInbox::new(uri, database, times, clock.clone()).await.map_err(fault)?;
     let mut told = false;
-    loop {
+    let identity = loop {
         match inbox.prepare().await {
-            Ok(()) => break,
+            Ok(identity) => break identity,
             Err(OpenFault::Unreachable(why)) => {
                 if !std::mem::replace(&mut told, true) {
                     tracing::warn!(why, "MongoDB cannot be reached yet; check mongo.uri");
@@ -123,9 +132,10 @@ pub(super) async fn inbox(config: &Config, clock: &Clock, tasks: &mut JoinSet<()
             }
             Err(other) => return Err(fault(other)),
         }
-    }
+    };
     let (_, poisoned) = watch::channel(false);
-    Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned })
+    let identity = identity.into();
+    Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned, identity })
 }
 
 fn embedded(data: &Path, clock: Clock) -> Result<EmbeddedInbox> {

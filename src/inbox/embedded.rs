@@ -1,6 +1,6 @@
 //! The inbox on the embedded store `fjall`, for one process alone.
 //!
-//! Four keyspaces. Keys begin with four bytes of the user's hash, the user id and a zero byte, which no id contains, so users
+//! Four keyspaces of messages, and one about the store itself. Keys begin with four bytes of the user's hash, the user id and a zero byte, which no id contains, so users
 //! never mix:
 //!
 //! | keyspace | key | value |
@@ -47,6 +47,9 @@ use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
 
 /// Heads kept in memory, twice this at the most: 2 x 100,000 x about 100 bytes = 20 MB.
 const HEADS_IN_MEMORY: usize = 100_000;
+/// What is said of the store itself: its identity.
+const ABOUT: &str = "about.1";
+const IDENTITY: &[u8] = b"identity";
 /// The layout of the keys, in the names of the keyspaces: a store of another one is refused, not misread.
 const KEYSPACES: [&str; 4] = ["messages.2", "heads.2", "fences.2", "cursors.2"];
 /// A name that the first layout had.
@@ -77,6 +80,8 @@ struct Store {
     fences: Keyspace,
     cursors: Keyspace,
     clock: Clock,
+    /// Made once, and kept in the store: tells it from every other.
+    identity: String,
     /// What the head records begin with that this process makes.
     newborn: Head,
     writer: Mutex<Writer>,
@@ -156,7 +161,19 @@ impl EmbeddedInbox {
             }
             let keyspace = |name: &str| db.keyspace(name, KeyspaceCreateOptions::default);
             let [messages, heads, fences, cursors] = KEYSPACES;
+            let about = keyspace(ABOUT)?;
+            let identity = match about.get(IDENTITY)? {
+                Some(known) => String::from_utf8_lossy(&known).into_owned(),
+                None => {
+                    let made = ulid::Ulid::generate().to_string();
+                    let mut pending = db.batch().durability(Some(PersistMode::SyncData));
+                    pending.insert(&about, IDENTITY, made.as_bytes());
+                    pending.commit()?;
+                    made
+                }
+            };
             Ok(Some(Store {
+                identity,
                 messages: keyspace(messages)?,
                 heads: keyspace(heads)?,
                 fences: keyspace(fences)?,
@@ -174,6 +191,12 @@ impl EmbeddedInbox {
             Err(fjall::Error::Locked) => Err(OpenError::Locked),
             Err(error) => Err(OpenError::Failed(error.to_string())),
         }
+    }
+
+    /// What tells this store from every other; a copy has the same.
+    #[must_use]
+    pub fn identity(&self) -> &str {
+        &self.store.identity
     }
 
     /// Turns true when a write has failed: this process must end, for what is on disk is no longer known.

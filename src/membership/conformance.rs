@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Counts, Departure, Membership, MembershipError, NodeInfo, NodeState, Standing, View};
+use super::{
+    Counts, Departure, Membership, MembershipError, NodeInfo, NodeState, Registration, Standing, View,
+};
 use crate::message::{NodeId, UserId};
 
 /// The same membership as two processes see it; in one process they may be the same.
@@ -34,7 +36,15 @@ fn info(name: &str) -> NodeInfo {
         peer: "127.0.0.1:7070".into(),
         push: true,
         dispatch: false,
+        store: "".into(),
     }
+}
+
+/// Registers a node, and says that it was reached.
+async fn join(membership: &Arc<dyn Membership>, info: NodeInfo) -> Registration {
+    let registration = membership.join(info).await.unwrap();
+    registration.proof.note();
+    registration
 }
 
 impl Bench {
@@ -49,8 +59,8 @@ impl Bench {
 async fn views_rise_and_a_draining_node_owns_nothing(bench: &Bench) {
     let alice = UserId::parse("alice").unwrap();
     assert!(bench.others.views().borrow().owner(&alice).is_none());
-    let zero = bench.own.join(info("push-0")).await.unwrap().incarnation;
-    let one = bench.own.join(info("push-1")).await.unwrap().incarnation;
+    let zero = join(&bench.own, info("push-0")).await.incarnation;
+    let one = join(&bench.own, info("push-1")).await.incarnation;
     let both = bench.until("two nodes", |view| view.members.len() == 2).await;
     assert!(!both.generation.is_empty() && both.epoch > 0 && !both.held);
     assert_eq!(both.members[0].info, info("push-0"));
@@ -67,9 +77,9 @@ async fn views_rise_and_a_draining_node_owns_nothing(bench: &Bench) {
 
 async fn the_last_to_register_has_the_name(bench: &Bench) {
     let node = info("push-2").node;
-    let mut first = bench.own.join(info("push-2")).await.unwrap();
+    let mut first = join(&bench.own, info("push-2")).await;
     assert_eq!(*first.standing.borrow(), Standing::Member(1));
-    let second = bench.others.join(info("push-2")).await.unwrap();
+    let second = join(&bench.others, info("push-2")).await;
     assert!(second.incarnation > first.incarnation);
     let fenced = first.standing.wait_for(|standing| *standing == Standing::Fenced);
     tokio::time::timeout(DEADLINE, fenced).await.expect("the first is told").unwrap();
@@ -98,7 +108,7 @@ async fn counts_never_raise_the_epoch(bench: &Bench) {
 async fn routers_are_no_members(bench: &Bench) {
     let members = bench.others.views().borrow().members.len();
     let router = NodeInfo { push: false, dispatch: true, ..info("dispatch-0") };
-    let joined = bench.own.join(router.clone()).await.unwrap();
+    let joined = join(&bench.own, router.clone()).await;
     let view = bench.until("a router", |view| !view.routers.is_empty()).await;
     assert_eq!(view.members.len(), members);
     assert_eq!((&view.routers[0].node, &view.routers[0].peer), (&router.node, &router.peer));

@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Member, NodeState, View};
+use super::{Member, NodeState, Outsiders, View};
 use crate::message::NodeId;
 
 /// Part of the push nodes that may vanish at once without a word.
@@ -77,8 +77,10 @@ pub struct Snapshot {
     pub generation: Arc<str>,
     /// Rises with every change.
     pub epoch: u64,
-    /// Every node, push or not.
+    /// Every node, push or not, that others have reached.
     pub nodes: Vec<Member>,
+    /// The others.
+    pub outsiders: Outsiders,
 }
 
 /// Holds the view in use. Moments are durations since any fixed one.
@@ -90,6 +92,8 @@ pub struct Keeper {
     hold: Option<Hold>,
     /// Nodes that vanished without a word, each with the moment, for as long as one lease.
     vanished: HashMap<NodeId, Duration>,
+    /// Members whose name a new process has that nobody has reached yet, each with the moment when it was seen first.
+    returning: HashMap<NodeId, (u64, Duration)>,
 }
 
 /// What the registry shows while another view is held.
@@ -104,7 +108,7 @@ impl Keeper {
     #[must_use]
     pub fn new(times: Times) -> Self {
         let current = Arc::new(View::new("".into(), 0, Vec::new(), false));
-        Self { times, current, heard: None, hold: None, vanished: HashMap::new() }
+        Self { times, current, heard: None, hold: None, vanished: HashMap::new(), returning: HashMap::new() }
     }
 
     /// The view in use.
@@ -117,7 +121,10 @@ impl Keeper {
     pub fn shown(&mut self, now: Duration, snapshot: Snapshot) -> bool {
         let silent = self.heard.is_some_and(|heard| now.saturating_sub(heard) > self.times.silence);
         self.heard = Some(now);
-        let next = View::new(snapshot.generation, snapshot.epoch, snapshot.nodes, false);
+        let mut nodes = snapshot.nodes;
+        nodes.extend(self.returning(now, &snapshot.outsiders));
+        let outsiders = Arc::new(snapshot.outsiders);
+        let next = View { outsiders, ..View::new(snapshot.generation, snapshot.epoch, nodes, false) };
         let same_nodes = next.digest == self.current.digest;
         self.note_vanished(now, &next);
         let first = self.current.generation.is_empty() || self.current.members.is_empty();
@@ -147,6 +154,31 @@ impl Keeper {
         true
     }
 
+    /// Members that were started again and have yet to be reached: for a lease they keep their place, or their users would be moved away
+    /// and back.
+    fn returning(&mut self, now: Duration, outsiders: &Outsiders) -> Vec<Member> {
+        let candidates = &outsiders.candidates;
+        let is_candidate = |node: &NodeId, incarnation| {
+            candidates.iter().any(|one| one.info.node == *node && one.incarnation == incarnation)
+        };
+        self.returning.retain(|node, (incarnation, _)| is_candidate(node, *incarnation));
+        let mut kept = Vec::new();
+        for candidate in candidates {
+            let node = &candidate.info.node;
+            let known = self.returning.get(node).copied();
+            let is_member = self.current.member(node).is_some();
+            let (_, since) = match known {
+                None if !is_member => continue,
+                known => known.unwrap_or((candidate.incarnation, now)),
+            };
+            self.returning.insert(node.clone(), (candidate.incarnation, since));
+            if now.saturating_sub(since) <= self.times.lease && is_member {
+                kept.push(candidate.clone());
+            }
+        }
+        kept
+    }
+
     fn note_vanished(&mut self, now: Duration, next: &View) {
         let lease = self.times.lease;
         self.vanished.retain(|node, at| now.saturating_sub(*at) <= lease && next.member(node).is_none());
@@ -170,7 +202,10 @@ impl Keeper {
 
     fn take(&mut self, next: View) -> bool {
         let held = self.hold.take().is_some();
-        let same = next.generation == self.current.generation && next.epoch == self.current.epoch;
+        // A member that is no longer waited for goes without a change in the registry.
+        let same = next.generation == self.current.generation
+            && next.epoch == self.current.epoch
+            && next.digest == self.current.digest;
         if same && !held {
             return false;
         }
@@ -188,10 +223,13 @@ impl Keeper {
         let nodes = self.current.members.iter().map(|member| &member.info.node);
         let absent: Vec<_> = nodes.filter(|node| next.member(node).is_none()).cloned().collect();
         let routers = if next.routers.is_empty() { self.current.routers.clone() } else { next.routers };
-        let current = &self.current;
-        let changed = !current.held || routers != current.routers || absent != current.absent;
+        let (current, outsiders) = (&self.current, next.outsiders);
+        let changed = !current.held
+            || routers != current.routers
+            || absent != current.absent
+            || outsiders != current.outsiders;
         if changed {
-            self.current = Arc::new(View { held: true, routers, absent, ..(**current).clone() });
+            self.current = Arc::new(View { held: true, routers, absent, outsiders, ..(**current).clone() });
         }
         changed
     }
@@ -212,13 +250,14 @@ mod tests {
             peer: "".into(),
             push: name.starts_with("push"),
             dispatch: name.starts_with("dispatch"),
+            store: "".into(),
         };
         Member { info, incarnation: 1, state }
     }
 
     fn snapshot(generation: &str, epoch: u64, names: &[&str]) -> Snapshot {
         let nodes = names.iter().map(|name| node(name, NodeState::Active)).collect();
-        Snapshot { generation: generation.into(), epoch, nodes }
+        Snapshot { generation: generation.into(), epoch, nodes, outsiders: Outsiders::default() }
     }
 
     fn at(seconds: f64) -> Duration {
@@ -326,6 +365,32 @@ mod tests {
         assert!(keeper.shown(at(1.0), snapshot("h", 1, &["push-0", "dispatch-1"])));
         assert_eq!(names(&keeper).len(), 3);
         assert_eq!(keeper.view().routers[0].node.as_str(), "dispatch-1");
+    }
+
+    #[test]
+    fn a_member_that_was_started_again_keeps_its_place_for_a_lease_until_it_is_reached() {
+        let candidate = |name: &str, incarnation| Member { incarnation, ..node(name, NodeState::Active) };
+        let shown = |epoch, names: &[&str], candidates: Vec<Member>| Snapshot {
+            outsiders: Outsiders { candidates, strangers: Vec::new() },
+            ..snapshot("g", epoch, names)
+        };
+        let mut keeper = keeper(&FIVE);
+        // A node that nobody knows is in no ring before it was reached.
+        keeper.shown(at(1.0), shown(11, &FIVE, vec![candidate("push-9", 9)]));
+        assert_eq!((names(&keeper).len(), keeper.view().outsiders.candidates.len()), (5, 1));
+        keeper.shown(at(2.0), shown(12, &FIVE[1..], vec![candidate("push-0", 2)]));
+        assert_eq!(names(&keeper).len(), 5);
+        assert_eq!(keeper.view().members[0].incarnation, 2, "it is where the new process is");
+        let mut reached = keeper;
+        keeper = Keeper { returning: reached.returning.clone(), ..Keeper::new(Times::default()) };
+        keeper.current = Arc::clone(reached.view());
+        reached.shown(at(3.0), shown(13, &FIVE, Vec::new()));
+        assert!(names(&reached).len() == 5 && reached.returning.is_empty());
+        // One that is never reached loses it, once, whatever it says meanwhile.
+        for (second, epoch) in [(8.0, 13), (12.0, 14), (12.5, 14), (40.0, 16)] {
+            keeper.shown(at(second), shown(epoch, &FIVE[1..], vec![candidate("push-0", 2)]));
+            assert_eq!(names(&keeper).len(), if second <= 12.0 { 5 } else { 4 }, "{second}");
+        }
     }
 
     proptest! {

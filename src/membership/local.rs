@@ -9,7 +9,8 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{
-    Counts, Departure, Member, Membership, MembershipError, NodeInfo, NodeState, Registration, Standing, View,
+    Counts, Departure, Member, Membership, MembershipError, NodeInfo, NodeState, Reached, Registration,
+    Standing, View,
 };
 use crate::clock::Clock;
 use crate::message::NodeId;
@@ -106,7 +107,8 @@ impl Membership for LocalMembership {
         if let Some(earlier) = self.inner.standings.lock().insert(node, told) {
             earlier.send_replace(Standing::Fenced);
         }
-        ready(Ok(Registration { incarnation, standing })).boxed()
+        // Within one process there is no address that could lead elsewhere.
+        ready(Ok(Registration { incarnation, standing, proof: Reached::new(true) })).boxed()
     }
 
     fn depart(

@@ -8,6 +8,7 @@
 //! - A node that registers under a name that is taken wins it: its incarnation is higher, and the older one is told so.
 //! - A draining node is out of the ring at once, and still a member until it leaves.
 //! - A view that is *held* is older than what the registry shows, and is kept on purpose (see [`keeper`]).
+//! - A node that nobody has reached yet at the address that it gives ([`Reached`]) is no member, and no router.
 //! - A node is told by its [`Standing`] when it lost its place, when it has it again, and when another took it for good.
 //!
 //! Every adapter passes [`conformance::suite`].
@@ -66,6 +67,36 @@ pub struct Registration {
     pub incarnation: u64,
     /// How it stands with it now, and from now on.
     pub standing: watch::Receiver<Standing>,
+    /// To be told when somebody else has reached the node.
+    pub proof: Reached,
+}
+
+/// Whether a call from outside has reached a node at the address that it advertises. Until then it is in nobody's ring: others could not
+/// hand it a message. Cloned, it is the same.
+#[derive(Debug, Clone)]
+pub struct Reached(Arc<watch::Sender<bool>>);
+
+impl Reached {
+    fn new(already: bool) -> Self {
+        Self(Arc::new(watch::Sender::new(already)))
+    }
+
+    /// A call has reached it.
+    pub fn note(&self) {
+        self.0.send_if_modified(|reached| !std::mem::replace(reached, true));
+    }
+
+    /// Whether one has.
+    #[must_use]
+    pub fn is_noted(&self) -> bool {
+        *self.0.borrow()
+    }
+
+    /// Resolves when one has.
+    pub async fn noted(&self) {
+        // The sender is here.
+        let _ = self.0.subscribe().wait_for(|reached| *reached).await;
+    }
 }
 
 /// How a registered node stands.
@@ -88,6 +119,19 @@ pub enum MembershipError {
     /// The registry cannot be reached.
     #[error("membership cannot be reached: {0}")]
     Unavailable(String),
+    /// The nodes that are registered have another store.
+    #[error(
+        "redis.prefix: {node} is registered there with another store ({theirs}; here {ours}): two clusters share one \
+         redis.prefix, or mongo.uri and mongo.database are not the same everywhere"
+    )]
+    OtherStore {
+        /// Who is registered.
+        node: String,
+        /// The identity of its store.
+        theirs: String,
+        /// Of the store of this process.
+        ours: String,
+    },
 }
 
 /// What a node says of itself.
@@ -105,6 +149,17 @@ pub struct NodeInfo {
     pub push: bool,
     /// Whether it routes.
     pub dispatch: bool,
+    /// The identity of its store; empty where it has none.
+    pub store: Arc<str>,
+}
+
+/// Who stands in the registry and is in no ring.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Outsiders {
+    /// Nodes that know our secret, and that nobody has reached yet at the address that they give.
+    pub candidates: Vec<Member>,
+    /// Nodes that do not know our secret, as far as their entries show.
+    pub strangers: Vec<NodeId>,
 }
 
 /// A node that routes.
@@ -183,6 +238,8 @@ pub struct View {
     pub held: bool,
     /// Members of a held view that the registry does not show: users are not sent there.
     pub absent: Vec<NodeId>,
+    /// Who else stands in the registry.
+    pub outsiders: Arc<Outsiders>,
 }
 
 /// The version of the arithmetic: part of the digest, so that two that count differently are seen.
@@ -215,8 +272,8 @@ impl View {
             digest.update(&[0, u8::from(member.state == NodeState::Active)]);
             digest.update(&member.info.weight.to_le_bytes());
         }
-        let (digest, absent) = (digest.digest(), Vec::new());
-        Self { generation, epoch, members, routers, ring, on_ring, digest, held, absent }
+        let (digest, absent, outsiders) = (digest.digest(), Vec::new(), Arc::default());
+        Self { generation, epoch, members, routers, ring, on_ring, digest, held, absent, outsiders }
     }
 
     /// Who sees what, in three words.
@@ -266,7 +323,15 @@ mod tests {
 
     fn member((n, weight, push, active): (u8, f64, bool, bool)) -> Member {
         let node = NodeId::parse(&format!("push-{n}")).unwrap();
-        let info = NodeInfo { node, weight, accept_per_s: 1, peer: "".into(), push, dispatch: true };
+        let info = NodeInfo {
+            node,
+            weight,
+            accept_per_s: 1,
+            peer: "".into(),
+            push,
+            dispatch: true,
+            store: "".into(),
+        };
         let state = if active { NodeState::Active } else { NodeState::Draining };
         Member { info, incarnation: 1, state }
     }

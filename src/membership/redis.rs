@@ -4,7 +4,7 @@
 //! each says of itself, of incarnations and of counts, and `meta` with the epoch and the generation. Every script first
 //! takes out whose lease is over, so that no one need watch. A change is published as a hint; polling is the truth.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -18,11 +18,13 @@ use tokio::time::Instant;
 
 use super::keeper::{Keeper, Snapshot, Times};
 use super::{
-    Counts, Departure, Member, Membership, MembershipError, NodeInfo, NodeState, Registration, Standing, View,
+    Counts, Departure, Member, Membership, MembershipError, NodeInfo, NodeState, Outsiders, Reached,
+    Registration, Standing, View,
 };
 use crate::backoff::around;
 use crate::clock::Clock;
 use crate::message::NodeId;
+use crate::peer_proof::{Entry, EntryKey};
 use crate::transport::redis::{RedisFault, RedisLink, Reply, Script};
 
 /// How far beats and polls are from their mean, so that a cluster does not beat as one.
@@ -32,6 +34,22 @@ const JOIN_RETRY: Duration = Duration::from_millis(500);
 /// Tries to find out at start what no waiting would mend, and the rest between them.
 const CHECKS: u32 = 3;
 const CHECK_REST: Duration = Duration::from_millis(50);
+/// Nodes that are looked at; the ring was measured up to as many.
+const NODES_MAX: usize = 1_000;
+/// The longest text of one node that is looked at, in bytes: an entry has about 300.
+const TEXT_MAX: usize = 2_048;
+/// The longest address of a peer port: a host name of 253 characters, a colon and a port.
+const PEER_MAX: usize = 260;
+/// The longest identity of a store, and of a generation: each is a ULID of 26 characters.
+const ID_MAX: usize = 64;
+/// What may be said of nodes: the bounds of configuration.
+const WEIGHTS: std::ops::RangeInclusive<f64> = 0.01..=100.0;
+const ACCEPTS_MAX: u32 = 1_000_000;
+/// Numbers beyond it are no longer whole in the JSON of a browser.
+const COUNT_MAX: u64 = 1 << 53;
+/// Complaints about entries that are remembered, so that each is made once.
+const COMPLAINTS_MAX: usize = 1_000;
+
 /// A clock further from the server's than this is told of: expiry and tokens are judged by it.
 pub const SKEW_MAX_MS: u64 = 2_000;
 
@@ -53,6 +71,13 @@ struct Inner {
     own: Mutex<HashMap<NodeId, Arc<Own>>>,
     hint: Arc<Notify>,
     skew_ms: AtomicI64,
+    entries: EntryKey,
+    /// The prefix, for messages.
+    prefix: String,
+    /// When Redis said last that it takes nothing for now.
+    refused: Mutex<Option<Instant>>,
+    /// What was complained about already.
+    complaints: Mutex<HashSet<String>>,
 }
 
 /// A node of this process.
@@ -61,6 +86,7 @@ struct Own {
     incarnation: u64,
     state: Mutex<(NodeState, Counts)>,
     standing: watch::Sender<Standing>,
+    proof: Reached,
     /// Held over every call about this node: a beat that overtook a leave would register it again.
     turn: tokio::sync::Mutex<Turn>,
 }
@@ -105,18 +131,36 @@ struct StoredInfo {
     push: bool,
     dispatch: bool,
     draining: bool,
+    /// Others have reached it at `peer`.
+    #[serde(default)]
+    reached: bool,
+    /// The identity of its store.
+    #[serde(default)]
+    store: String,
+    /// Made with `peer.secret` over what others act on before they have spoken to the node.
+    #[serde(default)]
+    proof: String,
 }
 
 impl StoredInfo {
-    fn text(info: &NodeInfo, state: NodeState) -> String {
-        let stored = Self {
+    fn entry<'a>(&'a self, node: &'a NodeId) -> Entry<'a> {
+        let Self { peer, push, dispatch, store, .. } = self;
+        Entry { node: node.as_str(), peer, push: *push, dispatch: *dispatch, store }
+    }
+
+    fn text(info: &NodeInfo, state: NodeState, reached: bool, key: &EntryKey) -> String {
+        let mut stored = Self {
             weight: info.weight,
             accept_per_s: info.accept_per_s,
             peer: info.peer.to_string(),
             push: info.push,
             dispatch: info.dispatch,
             draining: state == NodeState::Draining,
+            reached,
+            store: info.store.to_string(),
+            proof: String::new(),
         };
+        stored.proof = key.sign(stored.entry(&info.node));
         // Plain fields always serialise.
         serde_json::to_string(&stored).unwrap_or_default()
     }
@@ -125,7 +169,7 @@ impl StoredInfo {
 impl RedisMembership {
     /// Begins to look at the registry.
     #[must_use]
-    pub fn start(link: RedisLink, prefix: &str, times: Times, clock: Clock) -> Self {
+    pub fn start(link: RedisLink, prefix: &str, times: Times, clock: Clock, entries: EntryKey) -> Self {
         let keeper = Keeper::new(times);
         let inner = Arc::new(Inner {
             link: link.clone(),
@@ -137,6 +181,10 @@ impl RedisMembership {
             own: Mutex::default(),
             hint: Arc::new(Notify::new()),
             skew_ms: AtomicI64::new(0),
+            entries,
+            prefix: prefix.to_owned(),
+            refused: Mutex::new(None),
+            complaints: Mutex::default(),
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(link.listen(inner.keys.channel.clone(), Arc::clone(&inner.hint)));
@@ -159,7 +207,7 @@ impl RedisMembership {
         for _ in 0..CHECKS {
             match self.inner.snapshot().await {
                 Err(refused @ RedisFault::Refused(_)) => return Err(refused),
-                Err(RedisFault::Unreachable(_)) => tokio::time::sleep(CHECK_REST).await,
+                Err(_) => tokio::time::sleep(CHECK_REST).await,
                 Ok(_) => break,
             }
         }
@@ -167,13 +215,20 @@ impl RedisMembership {
     }
 
     async fn first_beat(&self, info: &NodeInfo) -> Result<u64, MembershipError> {
+        let mut told = false;
         loop {
-            let said = StoredInfo::text(info, NodeState::Active);
-            match self.inner.beat(&info.node, 0, &said, Counts::default()).await {
-                Ok(beaten) => return Ok(beaten.incarnation),
+            let said = StoredInfo::text(info, NodeState::Active, false, &self.inner.entries);
+            match self.inner.beat(info, 0, &said, Counts::default()).await {
+                Ok(Beaten::Renewed { incarnation, .. }) => return Ok(incarnation),
+                Ok(Beaten::OtherStore { node, theirs }) => {
+                    return Err(MembershipError::OtherStore { node, theirs, ours: info.store.to_string() });
+                }
+                Ok(Beaten::Fenced) => return Err(MembershipError::Fenced(info.node.clone())),
                 Err(RedisFault::Refused(why)) => return Err(MembershipError::Unavailable(why)),
-                Err(RedisFault::Unreachable(why)) => {
-                    tracing::debug!(why, "the node cannot be registered yet");
+                Err(fault) => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!(%fault, "the node cannot be registered yet (redis.url)");
+                    }
                     tokio::time::sleep(JOIN_RETRY).await;
                 }
             }
@@ -182,25 +237,39 @@ impl RedisMembership {
 }
 
 /// The answer to a beat.
-struct Beaten {
-    fenced: bool,
-    incarnation: u64,
-    was_member: bool,
+enum Beaten {
+    /// The lease is renewed, or begins.
+    Renewed { incarnation: u64, was_member: bool },
+    /// A later process has the name.
+    Fenced,
+    /// A node that is registered has another store.
+    OtherStore { node: String, theirs: String },
 }
 
 impl Inner {
     async fn run(&self, script: &Script, own: &[&str]) -> Result<Reply, RedisFault> {
         let lease = self.times.lease.as_millis().to_string();
         let generation = ulid::Ulid::generate().to_string();
-        let mut args = vec![self.keys.channel.as_bytes(), lease.as_bytes(), generation.as_bytes()];
+        let refused = if self.was_refused() { "1" } else { "0" };
+        let channel = self.keys.channel.as_bytes();
+        let mut args = vec![channel, lease.as_bytes(), generation.as_bytes(), refused.as_bytes()];
         args.extend(own.iter().map(|arg| arg.as_bytes()));
         let keys: Vec<&str> = self.keys.names.iter().map(String::as_str).collect();
-        self.link.run(script, &keys, &args).await
+        let answer = self.link.run(script, &keys, &args).await;
+        if let Err(RedisFault::ForNow(_)) = &answer {
+            *self.refused.lock() = Some(Instant::now());
+        }
+        answer
+    }
+
+    /// Whether renewals were refused so lately that leases may have run out for that alone.
+    fn was_refused(&self) -> bool {
+        self.refused.lock().is_some_and(|at| at.elapsed() < self.times.lease)
     }
 
     async fn beat(
         &self,
-        node: &NodeId,
+        info: &NodeInfo,
         incarnation: u64,
         said: &str,
         counts: Counts,
@@ -208,16 +277,16 @@ impl Inner {
         let Counts { sessions, displaced, delivered, moves } = counts;
         let held = format!("{sessions} {displaced} {delivered} {moves}");
         let sent = self.clock.now().0;
-        let own = [node.as_str(), &incarnation.to_string(), said, &held];
+        let own = [info.node.as_str(), &incarnation.to_string(), said, &held, &info.store];
         let reply = self.run(&self.keys.beat, &own).await?;
-        let [fenced, incarnation, now, was_member] = reply.items() else {
+        let [outcome, incarnation, now, was_member, node, theirs] = reply.items() else {
             return Err(RedisFault::Refused(format!("a beat was answered {reply:?}")));
         };
         self.note_skew(sent, now.int(), self.clock.now().0);
-        Ok(Beaten {
-            fenced: fenced.int() == 1,
-            incarnation: incarnation.int(),
-            was_member: was_member.int() == 1,
+        Ok(match outcome.int() {
+            0 => Beaten::Renewed { incarnation: incarnation.int(), was_member: was_member.int() == 1 },
+            1 => Beaten::Fenced,
+            _ => Beaten::OtherStore { node: node.text().to_owned(), theirs: theirs.text().to_owned() },
         })
     }
 
@@ -239,28 +308,117 @@ impl Inner {
     }
 
     async fn snapshot(&self) -> Result<(Snapshot, HashMap<NodeId, Counts>), RedisFault> {
-        let reply = self.run(&self.keys.snapshot, &[]).await?;
-        let [generation, epoch, all] = reply.items() else {
-            return Err(RedisFault::Refused(format!("a snapshot was answered {reply:?}")));
-        };
-        let mut nodes = Vec::new();
-        let mut counts = HashMap::new();
-        for entry in all.items() {
-            let [name, info, incarnation, held] = entry.items() else { continue };
-            // What another version wrote and this one cannot read is no node of this one's.
-            let Ok(node) = NodeId::parse(name.text()) else { continue };
-            let Ok(stored) = serde_json::from_str::<StoredInfo>(info.text()) else {
-                tracing::debug!(%node, "what this node says of itself cannot be read");
-                continue;
-            };
-            let mut numbers = held.text().split(' ').map(|number| number.parse().unwrap_or(0));
-            let mut next = || numbers.next().unwrap_or(0);
-            let held = Counts { sessions: next(), displaced: next(), delivered: next(), moves: next() };
-            counts.insert(node.clone(), held);
-            nodes.push(member(node, incarnation.int(), stored));
+        let (most, longest) = (NODES_MAX.to_string(), TEXT_MAX.to_string());
+        let reply = self.run(&self.keys.snapshot, &[&most, &longest]).await?;
+        let read = read_snapshot(&reply, &self.entries, &self.prefix)?;
+        read.complaints.into_iter().for_each(|complaint| self.complain(complaint));
+        if let Some(why) = read.refused {
+            *self.refused.lock() = Some(Instant::now());
+            // What it shows now it would show for ever.
+            return Err(RedisFault::ForNow(why));
         }
-        Ok((Snapshot { generation: generation.text().into(), epoch: epoch.int(), nodes }, counts))
+        Ok((read.snapshot, read.counts))
     }
+
+    /// Warns of what stands in the registry, once.
+    fn complain(&self, complaint: String) {
+        let mut made = self.complaints.lock();
+        if made.len() < COMPLAINTS_MAX && !made.contains(&complaint) {
+            tracing::warn!("redis.prefix: {complaint}");
+            made.insert(complaint);
+        }
+    }
+}
+
+/// What a look at the registry shows.
+#[derive(Debug)]
+struct Look {
+    snapshot: Snapshot,
+    counts: HashMap<NodeId, Counts>,
+    /// Why Redis renews no lease for now.
+    refused: Option<String>,
+    /// What stands there and is not as it should be, with its key.
+    complaints: Vec<String>,
+}
+
+/// Reads the answer to a look. Nothing that stands there is trusted: any program may have written it, or another version of this one.
+fn read_snapshot(reply: &Reply, key: &EntryKey, prefix: &str) -> Result<Look, RedisFault> {
+    let [generation, epoch, all, refused, count] = reply.items() else {
+        return Err(RedisFault::Refused(
+            "a look at the registry was answered with something else".to_owned(),
+        ));
+    };
+    let generation = generation.text();
+    let is_plain = generation.bytes().all(|byte| byte.is_ascii_graphic());
+    let refused = Some(refused.text()).filter(|why| !why.is_empty());
+    if refused.is_none() && (generation.is_empty() || generation.len() > ID_MAX || !is_plain) {
+        let why = format!("{{{prefix}}}:meta has no generation of ringpush: delete that key");
+        return Err(RedisFault::Refused(why));
+    }
+    let mut look = Look {
+        snapshot: Snapshot {
+            generation: generation.into(),
+            epoch: epoch.int(),
+            nodes: Vec::new(),
+            outsiders: Outsiders::default(),
+        },
+        counts: HashMap::new(),
+        refused: refused.map(str::to_owned),
+        complaints: Vec::new(),
+    };
+    if count.int() > NODES_MAX as u64 {
+        let count = count.int();
+        look.complaints.push(format!("{{{prefix}}}:nodes has {count} entries; {NODES_MAX} are looked at"));
+    }
+    for entry in all.items().iter().take(NODES_MAX) {
+        if let Err(complaint) = read_entry(entry, key, &mut look) {
+            let name = entry.items().first().map_or("", Reply::text).escape_debug().to_string();
+            look.complaints.push(format!("the entry {name:?} of {{{prefix}}}:info {complaint}"));
+        }
+    }
+    look.snapshot.outsiders.candidates.sort_by(|a, b| a.info.node.cmp(&b.info.node));
+    look.snapshot.outsiders.strangers.sort();
+    Ok(look)
+}
+
+fn read_entry(entry: &Reply, key: &EntryKey, look: &mut Look) -> Result<(), String> {
+    let [name, info, incarnation, held] = entry.items() else { return Err("is no entry".to_owned()) };
+    let node = NodeId::parse(name.text()).map_err(|rule| format!("has a name that is none: {rule}"))?;
+    let stored = serde_json::from_str::<StoredInfo>(info.text());
+    // What another version wrote and this one cannot read is no node of this one's.
+    let mut stored = stored.map_err(|_| "cannot be read".to_owned())?;
+    if stored.peer.len() > PEER_MAX || stored.store.len() > ID_MAX {
+        return Err("has a text that is too long".to_owned());
+    }
+    if !key.verify(stored.entry(&node), &stored.proof) {
+        look.snapshot.outsiders.strangers.push(node);
+        return Err(
+            "has no proof by our peer.secret: that node has another one, or another program wrote this; \
+                    it is not called, and takes no users"
+                .to_owned(),
+        );
+    }
+    let mut numbers = held.text().split(' ').map(|number| number.parse().unwrap_or(0).min(COUNT_MAX));
+    let mut next = || numbers.next().unwrap_or(0);
+    let held = Counts { sessions: next(), displaced: next(), delivered: next(), moves: next() };
+    let bad_weight = !WEIGHTS.contains(&stored.weight);
+    if bad_weight || stored.accept_per_s > ACCEPTS_MAX {
+        let (from, to) = (WEIGHTS.start(), WEIGHTS.end());
+        let told =
+            format!("has a weight or accept_per_s out of bounds ({from} to {to}, up to {ACCEPTS_MAX})");
+        look.complaints.push(format!("the entry {node} {told}: it is held to them"));
+        stored.weight = if stored.weight.is_nan() { 1.0 } else { stored.weight.clamp(*from, *to) };
+        stored.accept_per_s = stored.accept_per_s.min(ACCEPTS_MAX);
+    }
+    look.counts.insert(node.clone(), held);
+    let reached = stored.reached;
+    let member = member(node, incarnation.int(), stored);
+    if reached {
+        look.snapshot.nodes.push(member);
+    } else {
+        look.snapshot.outsiders.candidates.push(member);
+    }
+    Ok(())
 }
 
 fn member(node: NodeId, incarnation: u64, stored: StoredInfo) -> Member {
@@ -272,6 +430,7 @@ fn member(node: NodeId, incarnation: u64, stored: StoredInfo) -> Member {
             peer: stored.peer.into(),
             push: stored.push,
             dispatch: stored.dispatch,
+            store: stored.store.into(),
         },
         incarnation,
         state: if stored.draining { NodeState::Draining } else { NodeState::Active },
@@ -295,12 +454,13 @@ async fn poll(inner: Arc<Inner>, mut keeper: Keeper) {
             }
             Err(fault) => {
                 if reachable {
-                    tracing::warn!(%fault, "membership cannot be read; the view is kept (check redis.url)");
+                    tracing::warn!(%fault, "membership cannot be read or renewed; the view is kept (check redis.url)");
                 }
                 reachable = false;
                 keeper.silent(began.elapsed())
             }
         };
+        let before = inner.published.borrow().digest;
         if changed {
             let view = Arc::clone(keeper.view());
             let (members, routers) = (view.members.len(), view.routers.len());
@@ -314,8 +474,9 @@ async fn poll(inner: Arc<Inner>, mut keeper: Keeper) {
             );
             inner.published.send_replace(view);
         }
-        // A hint that comes at once after a rebuild waits for the next.
-        let rest = if changed { inner.times.rebuild } else { inner.times.rebuild / 10 };
+        // A hint that comes at once after a ring was built waits for the next.
+        let rebuilt = keeper.view().digest != before;
+        let rest = if rebuilt { inner.times.rebuild } else { inner.times.rebuild / 10 };
         tokio::time::sleep(rest).await;
         let next = around(inner.times.poll, JITTER, &mut rand::rng());
         let _ = tokio::time::timeout(next, inner.hint.notified()).await;
@@ -326,18 +487,24 @@ async fn poll(inner: Arc<Inner>, mut keeper: Keeper) {
 async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
     let mut renewed = Instant::now();
     let mut times = 1;
+    let mut said_reached = false;
     loop {
-        let rest = around(inner.times.beat, JITTER, &mut rand::rng());
-        tokio::time::sleep(rest).await;
+        let pause = around(inner.times.beat, JITTER, &mut rand::rng());
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            // Others wait to hear of it.
+            () = own.proof.noted(), if !said_reached => {}
+        }
         let turn = own.turn.lock().await;
         if *turn == Turn::Left {
             return;
         }
         let (state, counts) = *own.state.lock();
         let sent = Instant::now();
-        let said = StoredInfo::text(&own.info, state);
-        match inner.beat(&own.info.node, own.incarnation, &said, counts).await {
-            Ok(beaten) if beaten.fenced => {
+        let reached = own.proof.is_noted();
+        let said = StoredInfo::text(&own.info, state, reached, &inner.entries);
+        match inner.beat(&own.info, own.incarnation, &said, counts).await {
+            Ok(Beaten::Fenced) => {
                 tracing::warn!(
                     node = %own.info.node,
                     "another process has registered under this node's name (node.name): this one takes no more sockets"
@@ -345,9 +512,10 @@ async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
                 own.standing.send_replace(Standing::Fenced);
                 return;
             }
-            Ok(beaten) => {
+            Ok(Beaten::Renewed { was_member, .. }) => {
+                said_reached = reached;
                 // The beat that registered it again may have been one whose answer was lost.
-                let was_lost = !beaten.was_member || renewed.elapsed() > inner.times.lease;
+                let was_lost = !was_member || renewed.elapsed() > inner.times.lease;
                 renewed = sent;
                 times += u64::from(was_lost);
                 let now = Standing::Member(times);
@@ -356,14 +524,28 @@ async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
                     tracing::info!(node = %own.info.node, "registered again");
                 }
             }
+            Ok(Beaten::OtherStore { node, theirs }) => {
+                inner.complain(format!(
+                    "{node} is registered with another store ({theirs}; here {}): this node is not registered again until it \
+                     has gone (mongo.uri, mongo.database, redis.prefix)",
+                    own.info.store
+                ));
+                own.lapse(renewed.elapsed() > inner.times.lease);
+            }
             Err(fault) => {
                 tracing::debug!(%fault, "a beat was not answered");
-                if renewed.elapsed() > inner.times.lease {
-                    own.standing.send_if_modified(|known| {
-                        std::mem::replace(known, Standing::Lapsed) != Standing::Lapsed
-                    });
-                }
+                own.lapse(renewed.elapsed() > inner.times.lease);
             }
+        }
+    }
+}
+
+impl Own {
+    /// The lease could not be renewed; whether it has run out by now.
+    fn lapse(&self, over: bool) {
+        if over {
+            self.standing
+                .send_if_modified(|known| std::mem::replace(known, Standing::Lapsed) != Standing::Lapsed);
         }
     }
 }
@@ -377,17 +559,19 @@ impl Membership for RedisMembership {
         async move {
             let incarnation = self.first_beat(&info).await?;
             let (told, standing) = watch::channel(Standing::Member(1));
+            let proof = Reached::new(false);
             let own = Arc::new(Own {
                 incarnation,
                 state: Mutex::new((NodeState::Active, Counts::default())),
                 standing: told,
+                proof: proof.clone(),
                 turn: tokio::sync::Mutex::new(Turn::Beating),
                 info: info.clone(),
             });
             self.inner.own.lock().insert(info.node, Arc::clone(&own));
             self.tasks.lock().spawn(keep_beating(Arc::clone(&self.inner), own));
             self.inner.hint.notify_one();
-            Ok(Registration { incarnation, standing })
+            Ok(Registration { incarnation, standing, proof })
         }
         .boxed()
     }
@@ -410,8 +594,9 @@ impl Membership for RedisMembership {
             let answer = match how {
                 Departure::Draining => {
                     let counts = own.state.lock().1;
-                    let said = StoredInfo::text(&own.info, NodeState::Draining);
-                    self.inner.beat(&node, incarnation, &said, counts).await.map(drop)
+                    let reached = own.proof.is_noted();
+                    let said = StoredInfo::text(&own.info, NodeState::Draining, reached, &self.inner.entries);
+                    self.inner.beat(&own.info, incarnation, &said, counts).await.map(drop)
                 }
                 Departure::Left => {
                     let left = [node.as_str(), &incarnation.to_string()];
@@ -445,5 +630,113 @@ impl Membership for RedisMembership {
 
     fn refresh(&self) {
         self.inner.hint.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn key() -> EntryKey {
+        EntryKey::derive("peer-secret-of-the-tests-0123456789abcdef")
+    }
+
+    fn bytes(text: &str) -> Reply {
+        Reply::Bytes(text.as_bytes().to_vec())
+    }
+
+    fn look(entries: Vec<Reply>) -> Reply {
+        let count = Reply::Int(entries.len() as i64);
+        Reply::List(vec![bytes("01J"), bytes("7"), Reply::List(entries), bytes(""), count])
+    }
+
+    fn entry(name: &str, change: impl FnOnce(&mut StoredInfo), key: &EntryKey) -> Reply {
+        let mut stored = StoredInfo {
+            weight: 1.0,
+            accept_per_s: 4000,
+            peer: "10.0.0.1:7070".to_owned(),
+            push: true,
+            dispatch: false,
+            draining: false,
+            reached: true,
+            store: "01J".to_owned(),
+            proof: String::new(),
+        };
+        change(&mut stored);
+        stored.proof = key.sign(stored.entry(&NodeId::parse(name).unwrap()));
+        let info = serde_json::to_string(&stored).unwrap();
+        Reply::List(vec![bytes(name), bytes(&info), bytes("9"), bytes("1 2 3 4")])
+    }
+
+    fn read(entries: Vec<Reply>) -> Look {
+        read_snapshot(&look(entries), &key(), "test").unwrap()
+    }
+
+    #[test]
+    fn what_the_registry_says_is_held_to_the_bounds_of_configuration_and_told_of() {
+        for (weight, held) in [(1e308, 100.0), (1e5, 100.0), (0.0, 0.01), (-3.0, 0.01), (2.5, 2.5)] {
+            let found = read(vec![entry("push-0", |info| info.weight = weight, &key())]);
+            assert_eq!(found.snapshot.nodes[0].info.weight, held);
+            let told = found.complaints.iter().any(|one| one.contains("push-0") && one.contains("weight"));
+            assert_eq!(told, weight != held, "{weight}: {:?}", found.complaints);
+        }
+        let many = read(vec![entry("push-0", |info| info.accept_per_s = u32::MAX, &key())]);
+        assert_eq!(many.snapshot.nodes[0].info.accept_per_s, ACCEPTS_MAX);
+        for long in ["a".repeat(PEER_MAX + 1), "a".repeat(100_000)] {
+            let found = read(vec![entry("push-0", |info| info.peer = long, &key())]);
+            assert!(found.snapshot.nodes.is_empty() && found.complaints.len() == 1);
+        }
+    }
+
+    #[test]
+    fn who_was_not_reached_or_does_not_know_the_secret_is_no_member() {
+        let other = EntryKey::derive("another-secret-of-the-tests-0123456789ab");
+        let found = read(vec![
+            entry("push-0", |_| {}, &key()),
+            entry("push-1", |info| info.reached = false, &key()),
+            entry("push-2", |_| {}, &other),
+            Reply::List(vec![bytes("push-3"), bytes("{}"), bytes("1"), bytes("")]),
+            Reply::List(vec![bytes("Push 4"), bytes("{}"), bytes("1"), bytes("")]),
+            Reply::Nil,
+        ]);
+        let names = |members: &[Member]| members.iter().map(|m| m.info.node.to_string()).collect::<Vec<_>>();
+        assert_eq!(names(&found.snapshot.nodes), ["push-0"]);
+        assert_eq!(names(&found.snapshot.outsiders.candidates), ["push-1"]);
+        assert_eq!(found.snapshot.outsiders.strangers.len(), 1);
+        assert_eq!(found.complaints.len(), 4, "{:?}", found.complaints);
+        assert!(found.complaints[0].contains("push-2") && found.complaints[0].contains("peer.secret"));
+    }
+
+    fn anything() -> impl Strategy<Value = Reply> {
+        let text = prop_oneof![
+            "[ -~]{0,40}",
+            "[0-9.e+-]{1,25}",
+            Just(r#"{"weight":1e308,"accept_per_s":-1,"peer":7}"#.to_owned()),
+        ];
+        let leaf = prop_oneof![
+            Just(Reply::Nil),
+            any::<i64>().prop_map(Reply::Int),
+            text.prop_map(|text| Reply::Bytes(text.into_bytes())),
+            prop::collection::vec(any::<u8>(), 0..60).prop_map(Reply::Bytes),
+        ];
+        leaf.prop_recursive(4, 64, 6, |inner| prop::collection::vec(inner, 0..7).prop_map(Reply::List))
+    }
+
+    proptest! {
+        /// Whatever stands there, nothing panics, and whoever becomes a member is within the bounds.
+        #[test]
+        fn rubbish_in_the_registry_is_no_member(
+            rubbish in prop::collection::vec(anything(), 0..6), weight in any::<f64>(), accepts in any::<u32>(),
+        ) {
+            let _ = read_snapshot(&Reply::List(rubbish.clone()), &key(), "test");
+            let odd = entry("push-0", |info| (info.weight, info.accept_per_s) = (weight, accepts), &key());
+            if let Ok(found) = read_snapshot(&look([rubbish, vec![odd]].concat()), &key(), "test") {
+                for member in &found.snapshot.nodes {
+                    prop_assert!(WEIGHTS.contains(&member.info.weight));
+                    prop_assert!(member.info.accept_per_s <= ACCEPTS_MAX);
+                }
+            }
+        }
     }
 }

@@ -533,6 +533,7 @@ impl Service<DispatchRequest> for Dispatch {
                 DispatchRequest::Disconnect(revocation) => {
                     this.disconnect(revocation).await.map(|()| DispatchResponse::Done)
                 }
+                DispatchRequest::Ping => Ok(DispatchResponse::Done),
             }
         }
         .boxed()

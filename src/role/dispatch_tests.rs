@@ -90,6 +90,7 @@ fn info(name: &str) -> NodeInfo {
         peer: "".into(),
         push: true,
         dispatch: false,
+        store: "".into(),
     }
 }
 

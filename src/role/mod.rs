@@ -10,6 +10,7 @@ pub mod dispatch;
 pub mod push;
 pub mod reach;
 pub mod verify;
+pub mod witness;
 
 use tower::util::BoxCloneSyncService;
 

@@ -1,20 +1,22 @@
-//! gRPC between roles: clients and servers for the values of [`crate::wire::peer`]. Each call carries a short-lived proof that
-//! its sender knows the shared secret; how that is made is not this room's affair.
+//! gRPC between roles: clients and servers for the values of [`crate::wire::peer`]. Each call carries a proof that its sender knows the
+//! shared secret, for this call alone; how that is made is not this room's affair.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
+use hyper::body::Incoming;
 use tokio::sync::{Mutex, mpsc};
 use tonic::codegen::InterceptedService;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::{Interceptor, Routes};
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{GrpcMethod, Request, Response, Status, Streaming};
 use tower::ServiceExt;
 use tower::util::BoxCloneSyncService;
 
+use super::http::Answers;
 use crate::wire::peer::{
     DispatchRequest, DispatchResponse, Live, PeerFault, Presence, PushRequest, PushResponse, Revocation,
     Stamp,
@@ -46,10 +48,13 @@ const PROOF: &str = "ringpush-peer";
 /// Where the node stands that is meant.
 const NODE: &str = "ringpush-node";
 
-/// Makes the proof for one call.
-pub type Sign = Arc<dyn Fn() -> String + Send + Sync>;
-/// Whether a proof is good.
-pub type Verify = Arc<dyn Fn(&str) -> bool + Send + Sync>;
+/// Makes the proof for one call, of this method.
+pub type Sign = Arc<dyn Fn(&str) -> String + Send + Sync>;
+/// Takes the proof of a call: the proof, and the method.
+///
+/// # Errors
+/// What is wrong with it, for the caller.
+pub type Verify = Arc<dyn Fn(&str, &str) -> Result<(), String> + Send + Sync>;
 /// A role, wherever it is.
 pub type Service<Req, Res> = BoxCloneSyncService<Req, Res, PeerFault>;
 /// Finds the push node that is meant.
@@ -64,7 +69,11 @@ struct Signed {
 
 impl Interceptor for Signed {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        let proof = (self.sign)().parse().map_err(|_| Status::internal("the proof cannot be sent"))?;
+        // The generated clients say which call this is.
+        let method = request.extensions().get::<GrpcMethod<'_>>();
+        let method = method.map(|method| format!("/{}/{}", method.service(), method.method()));
+        let proof = (self.sign)(&method.unwrap_or_default());
+        let proof = proof.parse().map_err(|_| Status::internal("the proof cannot be sent"))?;
         request.metadata_mut().insert(PROOF, proof);
         if let Some(node) = &self.node {
             request.metadata_mut().insert(NODE, node.clone());
@@ -241,39 +250,41 @@ impl RemoteDispatch {
                 self.client.disconnect(asked).await.map_err(unavailable)?;
                 Ok(DispatchResponse::Done)
             }
+            DispatchRequest::Ping => {
+                self.client.ping(in_time(message::Stamp::default())).await.map_err(unavailable)?;
+                Ok(DispatchResponse::Done)
+            }
         }
     }
 }
 
-/// The routes of a process's peer port.
-pub type PeerRoutes = Routes;
-
-/// What a process offers to its peers: all calls of the roles that run there.
+/// What a process offers to its peers: all calls of the roles that run there, each looked at by `verify` before anything of it is read.
 pub fn routes(
     dispatch: Option<Service<DispatchRequest, DispatchResponse>>,
     push: Option<FindPush>,
     verify: Verify,
-) -> PeerRoutes {
-    let check = move |request: Request<()>| {
-        let proof = request.metadata().get(PROOF).and_then(|proof| proof.to_str().ok()).unwrap_or_default();
-        if verify(proof) {
-            Ok(request)
-        } else {
-            Err(Status::unauthenticated(
-                "this peer does not have our peer.secret, or its clock is far from ours",
-            ))
-        }
-    };
+) -> impl Answers<tonic::body::Body> {
     let mut routes = Routes::default();
     if let Some(role) = dispatch {
-        let server = DispatchServer::new(DispatchPeer { role }).max_decoding_message_size(MESSAGE_MAX);
-        routes = routes.add_service(InterceptedService::new(server, check.clone()));
+        routes = routes
+            .add_service(DispatchServer::new(DispatchPeer { role }).max_decoding_message_size(MESSAGE_MAX));
     }
     if let Some(find) = push {
-        let server = PushServer::new(PushPeer { find }).max_decoding_message_size(MESSAGE_MAX);
-        routes = routes.add_service(InterceptedService::new(server, check));
+        routes =
+            routes.add_service(PushServer::new(PushPeer { find }).max_decoding_message_size(MESSAGE_MAX));
     }
-    routes
+    let routes = routes.prepare();
+    tower::service_fn(move |request: http::Request<Incoming>| {
+        let proof = request.headers().get(PROOF).and_then(|proof| proof.to_str().ok()).unwrap_or_default();
+        let taken = verify(proof, request.uri().path());
+        let routes = routes.clone();
+        async move {
+            match taken {
+                Err(why) => Ok(Status::unauthenticated(why).into_http()),
+                Ok(()) => routes.oneshot(request).await,
+            }
+        }
+    })
 }
 
 fn status(fault: PeerFault) -> Status {
@@ -326,6 +337,11 @@ impl Dispatch for DispatchPeer {
     ) -> Result<Response<message::Taken>, Status> {
         let revocation = Revocation::try_from(request.into_inner()).map_err(invalid)?;
         self.ask(DispatchRequest::Disconnect(revocation)).await?;
+        Ok(Response::new(message::Taken::default()))
+    }
+
+    async fn ping(&self, _: Request<message::Stamp>) -> Result<Response<message::Taken>, Status> {
+        self.ask(DispatchRequest::Ping).await?;
         Ok(Response::new(message::Taken::default()))
     }
 }

@@ -26,9 +26,12 @@ pub enum RedisFault {
     /// It cannot be reached, or did not answer in time.
     #[error("Redis cannot be reached: {0}")]
     Unreachable(String),
-    /// It answered with an error, such as a wrong password.
+    /// It answered with an error that waiting does not mend, such as a wrong password.
     #[error("Redis refused: {0}")]
     Refused(String),
+    /// It takes nothing for now, as when its memory is full.
+    #[error("Redis takes nothing for now: {0}")]
+    ForNow(String),
 }
 
 /// A script that is sent once and then called by its digest.
@@ -212,6 +215,7 @@ impl RedisLink {
             error.code().is_some_and(|code| matches!(code, "READONLY" | "LOADING" | "MASTERDOWN"));
         match error.code() {
             Some("NOAUTH" | "WRONGPASS" | "NOPERM") => RedisFault::Refused(error.to_string()),
+            Some("OOM" | "MISCONF" | "NOREPLICAS" | "BUSY") => RedisFault::ForNow(error.to_string()),
             _ if broken || elsewhere => RedisFault::Unreachable(error.to_string()),
             _ => RedisFault::Refused(error.to_string()),
         }

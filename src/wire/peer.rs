@@ -55,6 +55,8 @@ pub enum DispatchRequest {
     Lookup(UserId),
     /// Close the sockets of this user whose token was issued before this moment.
     Disconnect(Revocation),
+    /// Are you there?
+    Ping,
 }
 
 /// The answer of dispatch.
@@ -87,7 +89,6 @@ pub enum PushRequest {
     Gone(Stamp),
     /// Are you there?
     Ping,
-
     /// Is this user here?
     Lookup(UserId),
     /// Close the sockets of this user whose token was issued before this moment.

@@ -59,7 +59,7 @@ async fn one_name_leads_to_every_node_and_nowhere_else() {
     let remote = ringpush::transport::peer::RemotePush::new(
         &format!("{host}:{peer}"),
         "push-0",
-        std::sync::Arc::new(|| "1.forged".to_owned()),
+        std::sync::Arc::new(|_| "1.forged".to_owned()),
     );
     let asked =
         tower::ServiceExt::oneshot(remote.unwrap().service(), ringpush::wire::peer::PushRequest::Ping);

@@ -15,6 +15,7 @@ mod crash;
 mod limits;
 mod manifests;
 mod outputs;
+mod peers;
 mod placement;
 mod publishing;
 mod registry;

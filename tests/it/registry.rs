@@ -8,8 +8,9 @@ use ringpush::fallback::redis::RedisFallback;
 use ringpush::fallback::{Fallback, Holder, Which};
 use ringpush::membership::keeper::Times;
 use ringpush::membership::redis::RedisMembership;
-use ringpush::membership::{Membership, NodeInfo, Standing, View, conformance};
+use ringpush::membership::{Membership, NodeInfo, Registration, Standing, View, conformance};
 use ringpush::message::{NodeId, UserId};
+use ringpush::peer_proof::EntryKey;
 use ringpush::transport::redis::RedisLink;
 use ringpush::wire::address::RedisUrl;
 
@@ -27,7 +28,18 @@ fn link(url: &str) -> RedisLink {
 
 fn membership(redis: &Foreign) -> RedisMembership {
     let link = link(&format!("redis://127.0.0.1:{}", redis.port));
-    RedisMembership::start(link, "test", times(), Clock::system())
+    RedisMembership::start(link, "test", times(), Clock::system(), entries())
+}
+
+fn entries() -> EntryKey {
+    EntryKey::derive(crate::support::PEER_SECRET)
+}
+
+/// Registers a node, and says that somebody has reached it.
+async fn join(membership: &RedisMembership, info: NodeInfo) -> Registration {
+    let registration = membership.join(info).await.unwrap();
+    registration.proof.note();
+    registration
 }
 
 fn info(name: &str) -> NodeInfo {
@@ -38,6 +50,7 @@ fn info(name: &str) -> NodeInfo {
         peer: "127.0.0.1:1".into(),
         push: true,
         dispatch: false,
+        store: "".into(),
     }
 }
 
@@ -52,7 +65,7 @@ async fn until(membership: &RedisMembership, what: &str, holds: impl Fn(&View) -
 async fn three(redis: &Foreign) -> (Vec<RedisMembership>, RedisMembership) {
     let nodes: Vec<RedisMembership> = (0..3).map(|_| membership(redis)).collect();
     for (n, node) in nodes.iter().enumerate() {
-        node.join(info(&format!("push-{n}"))).await.unwrap();
+        join(node, info(&format!("push-{n}"))).await;
     }
     let looker = membership(redis);
     until(&looker, "three nodes", |view| view.members.len() == 3).await;
@@ -80,7 +93,8 @@ async fn both_contracts_hold_in_a_redis_cluster_with_a_password() {
     cli(&["cluster", "addslotsrange", "0", "16383"]);
     eventually("the cluster", async || cli(&["cluster", "info"]).contains("cluster_state:ok")).await;
     let url = format!("redis+cluster://:secret@127.0.0.1:{}", redis.port);
-    let membership = || Arc::new(RedisMembership::start(link(&url), "test", times(), Clock::system()));
+    let membership =
+        || Arc::new(RedisMembership::start(link(&url), "test", times(), Clock::system(), entries()));
     conformance::suite(&conformance::Bench { own: membership(), others: membership() }).await;
     let fallback = || Arc::new(RedisFallback::start(link(&url), "test", times().lease, times().poll));
     fallback_contract::suite(&fallback_contract::Bench { own: fallback(), others: fallback() }).await;
@@ -96,7 +110,8 @@ async fn the_master_is_found_through_a_sentinel() {
     let sentinel =
         Foreign::start(&["redis-server", config.to_str().unwrap(), "--sentinel", "--port", port]).await;
     let url = format!("redis+sentinel://127.0.0.1:{}/main", sentinel.port);
-    let membership = || Arc::new(RedisMembership::start(link(&url), "test", times(), Clock::system()));
+    let membership =
+        || Arc::new(RedisMembership::start(link(&url), "test", times(), Clock::system(), entries()));
     conformance::suite(&conformance::Bench { own: membership(), others: membership() }).await;
 }
 
@@ -223,10 +238,103 @@ async fn a_frozen_redis_holds_the_view_and_a_thawed_one_lets_it_go() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_a_full_redis_renews_nothing_nobody_leaves_one_after_another() {
+    let redis = redis(&[]).await;
+    let (nodes, looker) = three(&redis).await;
+    let before = Arc::clone(&looker.views().borrow());
+    redis_cli(redis.port, &["config", "set", "maxmemory", "1"]);
+    let held = until(&looker, "a held view", |view| view.held).await;
+    assert_eq!(held.digest, before.digest);
+    let ends = std::time::Instant::now() + times().lease * 4;
+    while std::time::Instant::now() < ends {
+        assert_eq!(redis_cli(redis.port, &["zcard", "{test}:nodes"]), "3");
+        tokio::time::sleep(times().poll).await;
+    }
+    redis_cli(redis.port, &["config", "set", "maxmemory", "0"]);
+    let after = until(&looker, "a view that is not held", |view| !view.held).await;
+    assert_eq!(after.digest, before.digest);
+    // Whoever does not renew then is gone as ever.
+    drop(nodes);
+    let gone = |view: &View| view.held && view.absent.len() == 3;
+    until(&looker, "all of them absent", gone).await;
+}
+
+/// Three masters with a replica each, in a Redis Cluster that elects another after two seconds.
+async fn redis_cluster() -> Vec<Foreign> {
+    let mut nodes = Vec::new();
+    for _ in 0..6 {
+        nodes.push(redis(&["--cluster-enabled", "yes", "--cluster-node-timeout", "2000"]).await);
+    }
+    let hosts: Vec<String> = nodes.iter().map(|node| format!("127.0.0.1:{}", node.port)).collect();
+    let mut words = vec!["--cluster", "create"];
+    words.extend(hosts.iter().map(String::as_str));
+    words.extend(["--cluster-replicas", "1", "--cluster-yes"]);
+    redis_cli(nodes[0].port, &words);
+    for node in &nodes {
+        let ok = async || redis_cli(node.port, &["cluster", "info"]).contains("cluster_state:ok");
+        eventually("the cluster", ok).await;
+    }
+    let replicated = async || {
+        nodes.iter().all(|node| {
+            let about = redis_cli(node.port, &["info", "replication"]);
+            about.contains("role:master") || about.contains("master_link_status:up")
+        })
+    };
+    eventually("its replicas", replicated).await;
+    nodes
+}
+
+/// The place of the node that has the slot of these keys, as another one sees it.
+fn owner(nodes: &[Foreign], asked: usize) -> Option<usize> {
+    let slot: u32 = redis_cli(nodes[asked].port, &["cluster", "keyslot", "{test}:nodes"]).parse().ok()?;
+    let all = redis_cli(nodes[asked].port, &["cluster", "nodes"]);
+    let owns = |line: &&str| {
+        line.contains("master")
+            && !line.contains("fail")
+            && line.split(' ').skip(8).any(|range| {
+                let (from, to) = range.split_once('-').unwrap_or((range, range));
+                from.parse().is_ok_and(|from: u32| from <= slot) && to.parse().is_ok_and(|to: u32| slot <= to)
+            })
+    };
+    let line = all.lines().find(owns)?;
+    let port = line.split([':', '@']).nth(1)?.parse::<u16>().ok()?;
+    nodes.iter().position(|node| node.port == port)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_a_redis_cluster_the_new_owner_of_a_frozen_ones_slot_is_followed() {
+    let nodes = redis_cluster().await;
+    let hosts: Vec<String> = nodes.iter().map(|node| format!("127.0.0.1:{}", node.port)).collect();
+    let url = format!("redis+cluster://{}", hosts.join(","));
+    let start = || RedisMembership::start(link(&url), "test", Times::default(), Clock::system(), entries());
+    let (node, looker) = (start(), start());
+    let joined = join(&node, info("push-0")).await;
+    until(&looker, "one node", |view| view.members.len() == 1).await;
+    let frozen = owner(&nodes, 0).expect("somebody owns the slot");
+    let asked = (frozen + 1) % nodes.len();
+    nodes[frozen].signal("STOP");
+    let elected = async || owner(&nodes, asked).is_some_and(|owner| owner != frozen);
+    eventually("another is elected", elected).await;
+    let began = std::time::Instant::now();
+    let epoch = looker.views().borrow().epoch;
+    // What is new is seen: both write and read at the new owner.
+    let second = async {
+        let registered = join(&node, info("push-1")).await;
+        until(&looker, "two nodes", |view| view.members.len() == 2 && view.epoch > epoch && !view.held).await;
+        registered
+    };
+    let second = tokio::time::timeout(std::time::Duration::from_secs(10), second).await;
+    assert!(second.is_ok(), "the new owner is not followed within 10 s");
+    eprintln!("followed after {:?}", began.elapsed());
+    nodes[frozen].signal("CONT");
+    drop(joined);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_learns_that_its_lease_ran_out_and_that_it_has_it_again() {
     let mut redis = redis(&[]).await;
     let node = membership(&redis);
-    let mut joined = node.join(info("push-0")).await.unwrap();
+    let mut joined = join(&node, info("push-0")).await;
     assert_eq!(*joined.standing.borrow_and_update(), Standing::Member(1));
     redis.kill();
     let lapsed = joined.standing.wait_for(|standing| *standing == Standing::Lapsed);
@@ -241,14 +349,14 @@ async fn a_wrong_password_is_told_at_once_and_a_dead_redis_is_waited_for() {
     let redis = redis(&["--requirepass", "secret"]).await;
     for account in ["", ":wrong@"] {
         let link = link(&format!("redis://{account}127.0.0.1:{}", redis.port));
-        let checked = RedisMembership::start(link, "test", times(), Clock::system()).check().await;
+        let checked = RedisMembership::start(link, "test", times(), Clock::system(), entries()).check().await;
         assert!(
             checked.as_ref().is_err_and(|error| error.to_string().contains("refused")),
             "{account}: {checked:?}"
         );
     }
     let nobody = link(&format!("redis://127.0.0.1:{}", free_port()));
-    let membership = RedisMembership::start(nobody, "test", times(), Clock::system());
+    let membership = RedisMembership::start(nobody, "test", times(), Clock::system(), entries());
     assert_eq!(membership.check().await, Ok(()));
     assert!(membership.views().borrow().generation.is_empty());
 }

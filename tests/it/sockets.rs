@@ -458,7 +458,7 @@ async fn a_port_that_others_can_reach_hands_out_no_tokens() {
     let token = http::request(&at, "POST", "/dev/token", None, &headers, br#"{"user":"admin"}"#).await;
     assert_eq!(token.status, 404, "{token:?}");
     let local = Server::start().await;
-    let (at, code) = (local.at("push"), ringpush::ticket::page_code(&local.key("peer_secret")));
+    let (at, code) = (local.at("push"), ringpush::secret::page_code(&local.key("peer_secret")));
     let asked = async |path: &str, more: &[(&str, &str)]| {
         let headers = [&[("content-type", "application/json")], more].concat();
         http::request(&at, "POST", path, None, &headers, br#"{"user":"alice"}"#).await.status
@@ -489,7 +489,7 @@ async fn a_server_with_keys_of_somebody_hands_out_no_tokens() {
     ] {
         let server = Server::with(Options::default().with(key, value)).await;
         let secret = if key == "peer.secret" { value.to_owned() } else { server.key("peer_secret") };
-        let path = format!("/dev/token?code={}", ringpush::ticket::page_code(&secret));
+        let path = format!("/dev/token?code={}", ringpush::secret::page_code(&secret));
         let answer = http::post(&server.at("push"), &path, None, &json!({"user": "alice"})).await;
         assert_eq!(answer.status, 404, "{key}");
         let shown = http::get(&server.at("push"), "/dev", None).await.json();

@@ -23,7 +23,8 @@ use futures_util::{StreamExt, TryStreamExt};
 use mongodb::bson::{Bson, Document, doc};
 use mongodb::error::{Error, ErrorKind};
 use mongodb::options::{
-    Acknowledgment, ClientOptions, IndexOptions, ReadConcern, ReadPreference, SelectionCriteria, WriteConcern,
+    Acknowledgment, ClientOptions, IndexOptions, ReadConcern, ReadPreference, ReturnDocument,
+    SelectionCriteria, WriteConcern,
 };
 use mongodb::{Client, Collection, Database, IndexModel};
 
@@ -33,7 +34,7 @@ use super::{
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Seq, UserId};
-use stored::{CURSORS, HeadRecord, INBOX, StoredMessage, id, ids_above, int, place_of};
+use stored::{ABOUT, CURSORS, HeadRecord, INBOX, StoredMessage, id, ids_above, int, place_of};
 
 /// How long one command may take: a primary that fell over is replaced in about ten seconds, and a command that hangs on
 /// the old one must not wait for it.
@@ -140,11 +141,11 @@ impl MongoInbox {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Connects, and makes or checks what must be there: a replica set, and the indexes.
+    /// Connects, and makes or checks what must be there: a replica set, the indexes, and the store's identity, which is returned.
     ///
     /// # Errors
     /// [`OpenFault`].
-    pub async fn prepare(&self) -> Result<(), OpenFault> {
+    pub async fn prepare(&self) -> Result<String, OpenFault> {
         let inner = &self.inner;
         let admin = inner.database.client().database("admin");
         let hello = inner.in_time(admin.run_command(doc! { "hello": 1 }).into_future()).await;
@@ -174,7 +175,8 @@ impl MongoInbox {
         let owner = IndexOptions::builder().name("user".to_owned()).build();
         let owner = IndexModel::builder().keys(doc! { "_id.u": 1, "at": 1 }).options(owner).build();
         inner.cursors.create_indexes([unused, owner]).await.map_err(|error| index_fault(CURSORS, &error))?;
-        Ok(())
+        let made = ulid::Ulid::generate().to_string();
+        inner.identity(&made).await.map_err(|error| open_fault(&error))
     }
 }
 
@@ -232,6 +234,21 @@ impl Inner {
             Ok(answer) => answer,
             Err(_) => Err(Error::custom("no answer in time")),
         }
+    }
+
+    /// What tells this store from every other: as it stands there, or `made` if nothing stands there yet (majority).
+    async fn identity(&self, made: &str) -> mongodb::error::Result<String> {
+        let about = self.database.collection::<Document>(ABOUT);
+        let update = doc! { "$setOnInsert": { "id": made } };
+        let finding = about
+            .find_one_and_update(doc! { "_id": "store" }, update)
+            .upsert(true)
+            .return_document(ReturnDocument::After);
+        let found = self.in_time(finding.into_future()).await?.unwrap_or_default();
+        found
+            .get_str("id")
+            .map(str::to_owned)
+            .map_err(|_| Error::custom("the identity of the store is no text"))
     }
 
     /// An index that removes documents by itself would lift the fence.

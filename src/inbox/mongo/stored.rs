@@ -13,6 +13,9 @@ pub(super) const INBOX: &str = "inbox";
 /// The collection of cursors.
 pub(super) const CURSORS: &str = "cursors";
 
+/// The collection that says which store this is.
+pub(super) const ABOUT: &str = "about";
+
 /// A message. The head record of its user is at n = 0.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct StoredMessage {

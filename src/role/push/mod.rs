@@ -43,7 +43,7 @@ use super::reach::Reach;
 use crate::clock::Clock;
 use crate::fallback::{Fallback, Holder, Which};
 use crate::inbox::{From, Inbox};
-use crate::membership::{Counts, Departure, Membership, MembershipError, NodeInfo, View};
+use crate::membership::{Counts, Departure, Membership, MembershipError, NodeInfo, Reached, View};
 use crate::message::{NodeId, UserId};
 use crate::telemetry::{Health, Metrics, Refusals, WAY};
 use crate::ticket::{TicketKey, UsedNonces};
@@ -218,6 +218,8 @@ pub(crate) struct Node {
     /// When a router said last that its view has this node no more.
     told_gone: Mutex<Option<tokio::time::Instant>>,
     gone: tokio::sync::Notify,
+    /// Whether others have reached it.
+    reached: Reached,
     /// What the registry says of this node.
     standing: watch::Receiver<crate::membership::Standing>,
     connections: TaskTracker,
@@ -350,6 +352,7 @@ impl Push {
             barred: watch::Sender::new(None),
             told_gone: Mutex::new(None),
             gone: tokio::sync::Notify::new(),
+            reached: registration.proof,
             standing: registration.standing,
             connections: TaskTracker::new(),
             config,
@@ -370,6 +373,18 @@ impl Push {
     #[must_use]
     pub fn name(&self) -> &NodeId {
         self.node.name()
+    }
+
+    /// Which process of that name this is.
+    #[must_use]
+    pub fn incarnation(&self) -> u64 {
+        self.node.holder.incarnation
+    }
+
+    /// To be told when another process has reached the node.
+    #[must_use]
+    pub fn reached(&self) -> &Reached {
+        &self.node.reached
     }
 
     /// Whether the node takes sockets: it neither leaves nor has lost its place.

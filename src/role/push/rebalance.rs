@@ -566,6 +566,7 @@ mod tests {
                     peer: "".into(),
                     push: true,
                     dispatch: false,
+                    store: "".into(),
                 },
                 incarnation: 1,
                 state: NodeState::Active,

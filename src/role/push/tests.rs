@@ -193,6 +193,7 @@ impl Cluster {
                 peer: "".into(),
                 push: true,
                 dispatch: false,
+                store: "".into(),
             },
             drain_window: Duration::from_secs(60),
             origins: Origins::Any,

@@ -210,6 +210,13 @@ impl Server {
         answer.json()["accepted"][0]["seq"].as_u64().unwrap()
     }
 
+    /// Publishes to a server whose key was configured.
+    pub async fn publish_as(&self, user: &str, key: &str) {
+        let body = json!({"to": {"user": user}, "payload": 1});
+        let answer = http::post(&self.at("collect"), "/v1/messages", Some(key), &body).await;
+        assert_eq!(answer.status, 202, "{answer:?}");
+    }
+
     pub async fn try_publish(&self, body: &Value) -> http::Answer {
         http::post(&self.at("collect"), "/v1/messages", Some(&self.key("api_key")), body).await
     }

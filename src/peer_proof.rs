@@ -1,0 +1,332 @@
+//! Proofs that somebody knows `peer.secret`: of a caller, for one call; and of a node, for its entry in the registry.
+//!
+//! A call's proof names the node and the process that it is for, and the method; it carries a moment, the caller's own number and a
+//! count that rises. Whoever sees one can use it nowhere else, for nothing else, and not again: the count is taken once
+//! ([`Calls`]). Proofs do not cover what is sent: without mutual TLS whoever stands between two roles can read and change that.
+//!
+//! An entry's proof covers where a node says that it is, so that nobody is dialled who has merely written into the registry.
+
+use std::collections::HashMap;
+
+use crate::message::{Millis, NodeId};
+use crate::secret::{Keyed, derived, is_mac, mac};
+
+/// How far the clocks of two peers may differ, in seconds.
+pub const PROOF_LIFE_S: u64 = 60;
+/// Links of peers that are remembered at once, 550 bytes each: 2 MB. A process has one to each node that it calls.
+pub const LINKS_MAX: usize = 4_096;
+/// How far the proofs of one link may overtake one another: four times the streams of one HTTP/2 connection.
+const WINDOW: u64 = 4_096;
+const WORDS: usize = WINDOW as usize / 64;
+
+/// What a proof is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call<'a> {
+    /// The node that is called.
+    pub node: &'a str,
+    /// Which process of that name.
+    pub incarnation: u64,
+    /// The path of the method, such as `/ringpush.peer.v1.Push/Ping`.
+    pub method: &'a str,
+}
+
+/// Why a proof is not taken; the text names the setting that is at fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ProofError {
+    /// Not made with our secret.
+    #[error("the caller's peer.secret is not the one of this node")]
+    Secret,
+    /// Made for another node, or for another process of this one.
+    #[error(
+        "the call is for another node or process: the peer.advertise of that node leads here, or its caller is late"
+    )]
+    Elsewhere,
+    /// Too long ago, or not yet.
+    #[error("the caller's clock is more than {PROOF_LIFE_S} s from the one of this node; set both by NTP")]
+    Clock,
+    /// It was taken already.
+    #[error("this call was made already")]
+    Repeated,
+    /// More callers than are remembered.
+    #[error("too many callers at once")]
+    Crowded,
+}
+
+fn call_key(peer_secret: &str) -> Keyed {
+    derived(peer_secret, b"ringpush peer call, version 2")
+}
+
+/// Makes the proofs of one link; the counts of a link are its own.
+pub struct Signer {
+    key: Keyed,
+    link: u64,
+    count: std::sync::atomic::AtomicU64,
+}
+
+impl Signer {
+    /// `link` is a number that no other link has: random.
+    #[must_use]
+    pub fn new(peer_secret: &str, link: u64) -> Self {
+        Self { key: call_key(peer_secret), link, count: std::sync::atomic::AtomicU64::new(1) }
+    }
+
+    /// The proof of one call made now.
+    #[must_use]
+    pub fn sign(&self, call: Call<'_>, now: Millis) -> String {
+        let count = self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let Call { node, incarnation, method } = call;
+        let said = format!("2.{node}.{incarnation}.{}.{}.{count}", now.seconds(), self.link);
+        let mac = mac(&self.key, &format!("{said} {method}"));
+        format!("{said}.{mac}")
+    }
+}
+
+/// Verifies calls, and takes each once.
+pub struct Calls {
+    key: Keyed,
+    links: HashMap<u64, Window>,
+}
+
+/// Which counts of a link were taken: all below `highest - WINDOW`, and those whose bit is set.
+struct Window {
+    highest: u64,
+    bits: [u64; WORDS],
+    /// When the last of them was made, in seconds.
+    made_s: u64,
+}
+
+impl Calls {
+    /// Nothing was taken yet.
+    #[must_use]
+    pub fn new(peer_secret: &str) -> Self {
+        Self { key: call_key(peer_secret), links: HashMap::new() }
+    }
+
+    /// Takes the proof of a call of `method`; `is_here` says whether a node of this name and incarnation is in this process. Answers
+    /// which node is meant.
+    ///
+    /// # Errors
+    /// [`ProofError`].
+    pub fn take(
+        &mut self,
+        proof: &str,
+        method: &str,
+        now: Millis,
+        is_here: impl FnOnce(&str, u64) -> bool,
+    ) -> Result<NodeId, ProofError> {
+        let (said, given) = proof.rsplit_once('.').ok_or(ProofError::Secret)?;
+        if !is_mac(&self.key, &format!("{said} {method}"), given) {
+            return Err(ProofError::Secret);
+        }
+        // What follows was said by somebody who knows the secret.
+        let parts: Vec<&str> = said.split('.').collect();
+        let ["2", node, incarnation, made_s, link, count] = parts[..] else { return Err(ProofError::Secret) };
+        let number = |text: &str| text.parse::<u64>().map_err(|_| ProofError::Secret);
+        let (made_s, link, count) = (number(made_s)?, number(link)?, number(count)?);
+        let node_id = NodeId::parse(node).map_err(|_| ProofError::Secret)?;
+        if !is_here(node, number(incarnation)?) {
+            return Err(ProofError::Elsewhere);
+        }
+        if made_s.abs_diff(now.seconds()) > PROOF_LIFE_S {
+            return Err(ProofError::Clock);
+        }
+        self.take_count(link, count, made_s, now)?;
+        Ok(node_id)
+    }
+
+    fn take_count(&mut self, link: u64, count: u64, made_s: u64, now: Millis) -> Result<(), ProofError> {
+        if !self.links.contains_key(&link) {
+            if self.links.len() >= LINKS_MAX {
+                // A proof that old is refused for its age, so that its count need not be known any more.
+                let old = now.seconds().saturating_sub(2 * PROOF_LIFE_S);
+                self.links.retain(|_, window| window.made_s >= old);
+            }
+            if self.links.len() >= LINKS_MAX {
+                return Err(ProofError::Crowded);
+            }
+        }
+        let fresh = || Window { highest: 0, bits: [0; WORDS], made_s };
+        let window = self.links.entry(link).or_insert_with(fresh);
+        window.made_s = window.made_s.max(made_s);
+        if window.take(count) { Ok(()) } else { Err(ProofError::Repeated) }
+    }
+}
+
+impl Window {
+    /// Whether `count` was not taken yet; then it is now.
+    fn take(&mut self, count: u64) -> bool {
+        if count == 0 || count.saturating_add(WINDOW) <= self.highest {
+            return false;
+        }
+        if count > self.highest {
+            // What lies between was not taken.
+            for passed in (self.highest + 1..=count).rev().take(WINDOW as usize) {
+                let (word, bit) = Self::place(passed);
+                self.bits[word] &= !bit;
+            }
+            self.highest = count;
+        }
+        let (word, bit) = Self::place(count);
+        let fresh = self.bits[word] & bit == 0;
+        self.bits[word] |= bit;
+        fresh
+    }
+
+    fn place(count: u64) -> (usize, u64) {
+        let at = (count % WINDOW) as usize;
+        (at / 64, 1 << (at % 64))
+    }
+}
+
+/// What a node says of itself in the registry, as far as others act on it before they have spoken to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry<'a> {
+    /// Its name.
+    pub node: &'a str,
+    /// Where its peer port is.
+    pub peer: &'a str,
+    /// Whether it holds sockets.
+    pub push: bool,
+    /// Whether it routes.
+    pub dispatch: bool,
+    /// The identity of its store.
+    pub store: &'a str,
+}
+
+/// Signs and verifies entries of the registry; cheap to clone.
+#[derive(Clone)]
+pub struct EntryKey {
+    key: Keyed,
+}
+
+impl EntryKey {
+    /// Derives the key for entries from the secret that all roles share.
+    #[must_use]
+    pub fn derive(peer_secret: &str) -> Self {
+        Self { key: derived(peer_secret, b"ringpush registry entry, version 1") }
+    }
+
+    /// The proof that stands beside an entry.
+    #[must_use]
+    pub fn sign(&self, entry: Entry<'_>) -> String {
+        mac(&self.key, &Self::text(entry))
+    }
+
+    /// Whether an entry was made by somebody who knows the secret.
+    #[must_use]
+    pub fn verify(&self, entry: Entry<'_>, proof: &str) -> bool {
+        is_mac(&self.key, &Self::text(entry), proof)
+    }
+
+    /// No part can hold a zero byte that would let two entries have one text: JSON strings may, so their lengths stand before them.
+    fn text(entry: Entry<'_>) -> String {
+        let Entry { node, peer, push, dispatch, store } = entry;
+        format!("{}:{node} {}:{peer} {push} {dispatch} {}:{store}", node.len(), peer.len(), store.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SECRET: &str = "peer-secret-of-the-tests-0123456789abcdef";
+    const NOW: Millis = Millis(1_795_380_000_000);
+    const PING: Call<'static> =
+        Call { node: "push-0", incarnation: 7, method: "/ringpush.peer.v1.Push/Ping" };
+
+    fn here(node: &str, incarnation: u64) -> bool {
+        (node, incarnation) == ("push-0", 7)
+    }
+
+    fn taken(calls: &mut Calls, proof: &str) -> Result<NodeId, ProofError> {
+        calls.take(proof, PING.method, NOW, here)
+    }
+
+    #[test]
+    fn a_proof_is_good_once_for_one_node_process_and_method() {
+        let (signer, mut calls) = (Signer::new(SECRET, 1), Calls::new(SECRET));
+        let proof = signer.sign(PING, NOW);
+        let other_method = calls.take(&proof, "/ringpush.peer.v1.Push/Disconnect", NOW, here);
+        assert_eq!(other_method, Err(ProofError::Secret), "for another method it proves nothing");
+        assert_eq!(taken(&mut calls, &proof).unwrap().as_str(), "push-0");
+        assert_eq!(taken(&mut calls, &proof), Err(ProofError::Repeated));
+        for elsewhere in [Call { node: "push-1", ..PING }, Call { incarnation: 8, ..PING }] {
+            assert_eq!(taken(&mut calls, &signer.sign(elsewhere, NOW)), Err(ProofError::Elsewhere));
+        }
+        let other = Signer::new("another-secret-of-the-tests-0123456789ab", 2).sign(PING, NOW);
+        assert_eq!(taken(&mut calls, &other), Err(ProofError::Secret));
+        for ago in [0, 60] {
+            let then = Millis(NOW.0 - ago * 1000);
+            assert!(taken(&mut calls, &signer.sign(PING, then)).is_ok(), "{ago}");
+        }
+        for then in [Millis(NOW.0 - 61_000), Millis(NOW.0 + 61_000)] {
+            assert_eq!(taken(&mut calls, &signer.sign(PING, then)), Err(ProofError::Clock));
+        }
+        // The form of an earlier version, a signed second.
+        assert_eq!(taken(&mut calls, "1795380000.AAAA"), Err(ProofError::Secret));
+    }
+
+    #[test]
+    fn links_are_remembered_for_as_long_as_their_proofs_are_good() {
+        let mut calls = Calls::new(SECRET);
+        let of = |link: usize, now| Signer::new(SECRET, link as u64).sign(PING, now);
+        let first = of(0, NOW);
+        assert!(taken(&mut calls, &first).is_ok());
+        for link in 1..LINKS_MAX {
+            assert!(taken(&mut calls, &of(link, NOW)).is_ok());
+        }
+        assert_eq!(taken(&mut calls, &of(LINKS_MAX, NOW)), Err(ProofError::Crowded));
+        assert_eq!(taken(&mut calls, &first), Err(ProofError::Repeated), "nothing is forgotten for it");
+        let later = Millis(NOW.0 + 121_000);
+        let proof = of(LINKS_MAX, later);
+        assert!(calls.take(&proof, PING.method, later, here).is_ok());
+        assert_eq!(calls.links.len(), 1);
+        assert_eq!(calls.take(&first, PING.method, later, here), Err(ProofError::Clock));
+    }
+
+    #[test]
+    fn an_entry_is_proved_as_a_whole() {
+        let key = EntryKey::derive(SECRET);
+        let entry =
+            Entry { node: "push-0", peer: "10.0.0.1:7070", push: true, dispatch: false, store: "01J" };
+        let proof = key.sign(entry);
+        assert!(key.verify(entry, &proof));
+        for changed in [
+            Entry { node: "push-1", ..entry },
+            Entry { peer: "10.0.0.2:7070", ..entry },
+            Entry { push: false, ..entry },
+            Entry { dispatch: true, ..entry },
+            Entry { store: "01K", ..entry },
+            Entry { node: "push-0 13:10.0", peer: ".0.1:7070", ..entry },
+        ] {
+            assert!(!key.verify(changed, &proof), "{changed:?}");
+        }
+        assert!(!EntryKey::derive("another-secret-of-the-tests-0123456789ab").verify(entry, &proof));
+        assert!(!key.verify(entry, "") && !key.verify(entry, &Signer::new(SECRET, 1).sign(PING, NOW)));
+    }
+
+    proptest! {
+        /// In whatever order they come, however often: each is taken once, unless so many came before it that it counts as old.
+        #[test]
+        fn each_count_is_taken_at_most_once(counts in prop::collection::vec(1u64..20_000, 1..300)) {
+            let (mut window, mut seen) =
+                (Window { highest: 0, bits: [0; WORDS], made_s: 0 }, std::collections::HashSet::new());
+            let mut highest = 0;
+            for count in counts {
+                let expected = count + WINDOW > highest && !seen.contains(&count);
+                prop_assert_eq!(window.take(count), expected, "{} after {}", count, highest);
+                seen.insert(count);
+                highest = highest.max(count);
+            }
+        }
+
+        #[test]
+        fn what_is_no_proof_panics_nobody(text in "\\PC{0,80}", digits in "[0-9.]{0,60}") {
+            let mut calls = Calls::new(SECRET);
+            for text in [text, digits] {
+                prop_assert_eq!(calls.take(&text, PING.method, NOW, here), Err(ProofError::Secret));
+            }
+        }
+    }
+}
