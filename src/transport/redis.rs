@@ -17,6 +17,11 @@ use crate::wire::address::{RedisServers, RedisUrl};
 
 /// How long one call may take, connecting included: well below a lease, so that several tries fit into one.
 pub const CALL_DEADLINE: Duration = Duration::from_millis(1_500);
+/// The same for a Redis Cluster, which is asked who has a key's slot: nodes that do not answer are passed over one by one, each after
+/// [`CLUSTER_PATIENCE`].
+const CLUSTER_DEADLINE: Duration = Duration::from_secs(4);
+/// How long one node of a cluster may take to connect, or to answer.
+const CLUSTER_PATIENCE: Duration = Duration::from_millis(700);
 /// Rest after a subscription was lost; the poll goes on meanwhile.
 const SUBSCRIBE_REST: Duration = Duration::from_secs(2);
 
@@ -190,7 +195,11 @@ impl RedisLink {
             let connection = self.connection().await?;
             act(connection).await.map(Reply::of).map_err(|error| self.fault(&error))
         };
-        match tokio::time::timeout(CALL_DEADLINE, whole).await {
+        let deadline = match self.inner.source {
+            Source::Cluster(_) => CLUSTER_DEADLINE,
+            _ => CALL_DEADLINE,
+        };
+        match tokio::time::timeout(deadline, whole).await {
             Ok(Ok(reply)) => Ok(reply),
             Ok(Err(fault)) => {
                 if matches!(fault, RedisFault::Unreachable(_)) {
@@ -321,9 +330,9 @@ fn source(url: &RedisUrl) -> redis::RedisResult<Source> {
                 .map(|host| Ok(address(host).into_connection_info()?.set_redis_settings(account.clone())))
                 .collect();
             let mut builder = ClusterClient::builder(nodes?)
-                .connection_timeout(CALL_DEADLINE)
-                .response_timeout(CALL_DEADLINE)
-                .retries(2);
+                .connection_timeout(CLUSTER_PATIENCE)
+                .response_timeout(CLUSTER_PATIENCE)
+                .retries(1);
             if !url.username.is_empty() {
                 builder = builder.username(&url.username);
             }
