@@ -351,7 +351,7 @@ impl Actor {
                 Event::Message(message)
             }
             ReceivedFrame::Other(ServerFrame::Gap { after, before, reason }) => {
-                let known = reason == GapReason::Expired && self.last.is_some_and(|last| before <= last + 1);
+                let known = reason != GapReason::Reset && self.last.is_some_and(|last| before <= last + 1);
                 if known {
                     return Ok(Taken::Nothing);
                 }

@@ -498,7 +498,7 @@ impl Reader {
         let token_in_url = self.switch("auth.token_in_url");
         let janitor_every = self.millis("limits.janitor_ms", 100..=86_400_000);
         let data_dir = PathBuf::from(self.text("data.dir"));
-        let (redis_prefix, mongo_database) = (self.word("redis.prefix"), self.word("mongo.database"));
+        let (redis_prefix, mongo_database) = (self.word("redis.prefix"), self.database());
         let peer_advertise = self.advertise();
         let head_trust = self.millis("limits.head_trust_ms", 50..=600_000);
         let mut effective = self.effective(development);
@@ -574,6 +574,17 @@ impl Reader {
         if text.is_empty() || text.len() > 60 || !text.chars().all(plain) {
             self.faults
                 .push(format!("{name}: {text:?} must be 1 to 60 of A-Z, a-z, 0-9, '-', '_', '.' and ':'"));
+        }
+        text
+    }
+
+    /// As MongoDB allows it on every system, with room for names of collections.
+    fn database(&mut self) -> String {
+        let text = self.text("mongo.database");
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+        if text.is_empty() || text.len() > 60 || !text.chars().all(plain) {
+            self.faults
+                .push(format!("mongo.database: {text:?} must be 1 to 60 of A-Z, a-z, 0-9, '-' and '_'"));
         }
         text
     }

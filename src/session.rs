@@ -31,6 +31,8 @@ pub struct Page<F> {
     pub after: Seq,
     /// Unexpired messages, rising.
     pub items: Vec<Item<F>>,
+    /// Numbers, rising, of messages that cannot be read.
+    pub unreadable: Vec<Seq>,
     /// Every number above `after` and up to here is in `items` or will never be shown.
     pub upto: Seq,
     /// The page was cut: there is more above `upto`.
@@ -59,6 +61,9 @@ pub enum Input<F> {
     Page(Page<F>),
     /// The sweep found something after this position.
     MoreAfter(Seq),
+    /// The sweep found that the first position is above everything that stands there, for the store was restored; what came since stands
+    /// after the second.
+    Reset(Seq, Seq),
     /// The socket has no room: nothing more may be sent for now.
     Full,
     /// The socket has room again.
@@ -147,6 +152,16 @@ impl Session {
             Input::Page(page) => self.page(page, now, &mut out),
             Input::MoreAfter(position) if position == self.sent => self.fall_behind(Seq::MAX, &mut out),
             Input::MoreAfter(_) => {}
+            Input::Reset(position, to) if position == self.sent && to < position => {
+                // A client that has seen nothing has nothing to forget.
+                if !self.untouched {
+                    out(Output::Gap { after: position, before: to.next(), reason: GapReason::Reset });
+                }
+                self.sent = to;
+                self.acked = self.acked.min(to);
+                self.fall_behind(Seq::MAX, &mut out);
+            }
+            Input::Reset(..) => {}
             Input::Full => self.full = true,
             Input::Room => {
                 self.full = false;
@@ -187,15 +202,25 @@ impl Session {
     }
 
     fn page<F>(&mut self, page: Page<F>, now: Millis, out: &mut impl FnMut(Output<F>)) {
-        if self.phase != (Phase::Behind { reading: true }) || page.after != self.sent {
+        if self.phase != (Phase::Behind { reading: true }) {
             return;
         }
+        if page.after != self.sent {
+            // The position was reset while the page was read.
+            self.phase = Phase::Behind { reading: false };
+            return self.read_if_room(out);
+        }
+        let mut unreadable = page.unreadable.into_iter().peekable();
         for item in page.items {
+            while let Some(seq) = unreadable.next_if(|seq| *seq < item.seq) {
+                self.pass_unreadable(seq, out);
+            }
             if item.seq > self.sent && item.expires_at > now {
                 self.skip_to(Seq::new(item.seq.get() - 1).unwrap_or(self.sent), out);
                 self.send(item, out);
             }
         }
+        unreadable.for_each(|seq| self.pass_unreadable(seq, out));
         self.skip_to(page.upto, out);
         self.phase = Phase::Behind { reading: false };
         if page.more || self.unread > self.sent {
@@ -212,6 +237,17 @@ impl Session {
                 out(Output::Gap { after: self.sent, before: position.next(), reason: GapReason::Expired });
             }
             self.sent = position;
+        }
+    }
+
+    /// A message that nobody will ever see: told, also to a client that has seen nothing yet.
+    fn pass_unreadable<F>(&mut self, seq: Seq, out: &mut impl FnMut(Output<F>)) {
+        if seq > self.sent {
+            let after = Seq::new(seq.get() - 1).unwrap_or(self.sent);
+            self.skip_to(after, out);
+            out(Output::Gap { after, before: seq.next(), reason: GapReason::Unreadable });
+            self.sent = seq;
+            self.untouched = false;
         }
     }
 

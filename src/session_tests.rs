@@ -14,6 +14,10 @@ enum Op {
     Append,
     /// The n-th youngest message ends.
     Expire(usize),
+    /// The n-th youngest message is damaged.
+    Damage(usize),
+    /// The store is restored to what it was n messages ago; no number that was given is given again.
+    Restore(usize),
     /// A live delivery of the n-th youngest message; those never named were lost.
     Deliver(usize),
     LoseSome,
@@ -42,6 +46,8 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         6 => Just(Op::Append),
         2 => (0usize..8).prop_map(Op::Expire),
+        1 => (0usize..4).prop_map(Op::Damage),
+        1 => (1usize..6).prop_map(Op::Restore),
         8 => prop_oneof![4 => Just(0usize), 1 => 0usize..6].prop_map(Op::Deliver),
         1 => Just(Op::LoseSome),
         2 => Just(Op::Full),
@@ -55,10 +61,21 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// What a message is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Alive,
+    /// Its life is over; or it was left out, or was never there.
+    Gone,
+    Unreadable,
+}
+
 /// The world around one session.
 struct World {
-    /// Alive or expired, from `FIRST_HEAD + 1` upwards.
-    inbox: Vec<bool>,
+    /// From `FIRST_HEAD + 1` upwards.
+    inbox: Vec<State>,
+    /// The highest number that was ever given.
+    given: u64,
     page_limit: usize,
     session: Session,
     asked: Option<Seq>,
@@ -84,6 +101,7 @@ impl World {
     fn new(page_limit: usize) -> Self {
         let mut world = Self {
             inbox: Vec::new(),
+            given: FIRST_HEAD,
             page_limit,
             session: Session::start(
                 Standing { start: Seq::BEGINNING, head: Seq::at(FIRST_HEAD), more: false },
@@ -104,7 +122,12 @@ impl World {
     }
 
     fn alive(&self, seq: u64) -> bool {
-        seq > FIRST_HEAD && self.inbox.get((seq - FIRST_HEAD - 1) as usize).copied().unwrap_or(false)
+        self.state(seq) == State::Alive
+    }
+
+    fn state(&self, seq: u64) -> State {
+        let at = seq.checked_sub(FIRST_HEAD + 1).map(|at| at as usize);
+        at.and_then(|at| self.inbox.get(at)).copied().unwrap_or(State::Gone)
     }
 
     fn connect(&mut self, start: u64) {
@@ -137,13 +160,25 @@ impl World {
                     self.client.received.push(seq);
                 }
                 Output::Gap { after, before, reason } => {
-                    assert_eq!(after.get(), self.client.at, "a gap begins where the client stands");
+                    let stands = after.get() == self.client.at;
+                    // As a first message may, it comes to a client that has seen nothing without a gap before it.
+                    let first = self.client.fresh && reason == GapReason::Unreadable;
+                    assert!(
+                        stands || first,
+                        "a gap begins where the client stands: {after} {}",
+                        self.client.at
+                    );
                     match reason {
                         GapReason::Expired => {
                             assert!(before > after.next());
                             for gone in after.get() + 1..before.get() {
                                 assert!(!self.alive(gone), "{gone} was said to be gone and is not");
                             }
+                        }
+                        GapReason::Unreadable => {
+                            assert_eq!(before.get(), after.get() + 2);
+                            assert_eq!(self.state(after.get() + 1), State::Unreadable);
+                            self.client.fresh = false;
                         }
                         GapReason::Reset => assert!(before <= after && before.get() == self.head() + 1),
                     }
@@ -179,6 +214,11 @@ impl World {
         self.in_flight = Some(Page {
             after,
             items: looked_at.iter().filter(|n| self.alive(**n)).map(|n| self.item(*n)).collect(),
+            unreadable: looked_at
+                .iter()
+                .filter(|n| self.state(**n) == State::Unreadable)
+                .map(|n| Seq::at(*n))
+                .collect(),
             upto: Seq::at(looked_at.last().copied().unwrap_or(self.head())),
             more: cut,
         });
@@ -196,11 +236,27 @@ impl World {
     fn apply(&mut self, op: Op) {
         let youngest = |back: usize| self.head().checked_sub(back as u64).filter(|n| *n > FIRST_HEAD);
         match op {
-            Op::Append => self.inbox.push(true),
-            Op::Expire(back) => {
-                if let Some(seq) = youngest(back) {
-                    self.inbox[(seq - FIRST_HEAD - 1) as usize] = false;
+            Op::Append => {
+                while self.head() < self.given {
+                    self.inbox.push(State::Gone);
                 }
+                self.inbox.push(State::Alive);
+                self.given = self.head();
+            }
+            Op::Expire(back) => {
+                if let Some(seq) = youngest(back).filter(|seq| self.alive(*seq)) {
+                    self.inbox[(seq - FIRST_HEAD - 1) as usize] = State::Gone;
+                }
+            }
+            Op::Damage(back) => {
+                if let Some(seq) = youngest(back).filter(|seq| !self.client.received.contains(seq)) {
+                    self.inbox[(seq - FIRST_HEAD - 1) as usize] = State::Unreadable;
+                }
+            }
+            Op::Restore(count) => {
+                self.inbox.truncate(self.inbox.len().saturating_sub(count));
+                // What was read of the other state arrives, or not; here it does not, so that it is not told apart.
+                self.in_flight = None;
             }
             Op::Deliver(back) => {
                 if let Some(seq) = youngest(back) {
@@ -223,8 +279,13 @@ impl World {
             Op::DeliverPage => self.deliver_page(),
             Op::Sweep => {
                 let position = self.session.position();
-                if position.get() < self.head() {
-                    self.step(Input::MoreAfter(position));
+                match position.get().cmp(&self.head()) {
+                    std::cmp::Ordering::Less => self.step(Input::MoreAfter(position)),
+                    std::cmp::Ordering::Equal => {}
+                    std::cmp::Ordering::Greater if position.is_beginning() => {}
+                    std::cmp::Ordering::Greater => {
+                        self.step(Input::Reset(position, Seq::at(self.head())));
+                    }
                 }
             }
             Op::Ack(seq) => self.step(Input::Ack(seq)),
@@ -298,7 +359,13 @@ fn live(seq: u64) -> Input<u64> {
 
 fn page(after: u64, seqs: &[u64], upto: u64) -> Input<u64> {
     let items = seqs.iter().map(|n| Item { seq: Seq::at(*n), expires_at: NEVER, frame: *n }).collect();
-    Input::Page(Page { after: Seq::at(after), items, upto: Seq::at(upto), more: false })
+    Input::Page(Page {
+        after: Seq::at(after),
+        items,
+        unreadable: Vec::new(),
+        upto: Seq::at(upto),
+        more: false,
+    })
 }
 
 #[test]
@@ -359,4 +426,51 @@ fn acks_are_cumulative_never_above_what_was_sent_and_never_back() {
     assert_eq!(outputs(&mut session, Input::Ack(41)), []);
     let (mut fresh, _) = start(0, 100, false);
     assert_eq!(outputs(&mut fresh, Input::Ack(100)), [], "nothing was sent, so there is nothing to ack");
+}
+
+#[test]
+fn what_cannot_be_read_is_told_with_its_number_also_to_who_has_seen_nothing() {
+    let (mut session, began) = start(0, 3, true);
+    assert_eq!(began, [Output::Read(Seq::at(0))]);
+    let item = |n: u64| Item { seq: Seq::at(n), expires_at: NEVER, frame: n };
+    let unreadable = vec![Seq::at(11), Seq::at(13), Seq::at(14)];
+    let page = Page {
+        after: Seq::at(0),
+        items: vec![item(12), item(16)],
+        unreadable,
+        upto: Seq::at(16),
+        more: false,
+    };
+    let gap = |after: u64, before: u64, reason| Output::Gap {
+        after: Seq::at(after),
+        before: Seq::at(before),
+        reason,
+    };
+    assert_eq!(
+        outputs(&mut session, Input::Page(page)),
+        [
+            gap(10, 12, GapReason::Unreadable),
+            Output::Send(12),
+            gap(12, 14, GapReason::Unreadable),
+            gap(13, 15, GapReason::Unreadable),
+            gap(14, 16, GapReason::Expired),
+            Output::Send(16),
+            Output::CaughtUp(Seq::at(16)),
+        ]
+    );
+}
+
+#[test]
+fn a_position_above_a_restored_store_is_told_and_left_also_while_a_page_is_read() {
+    let (mut session, _) = start(100, 100, false);
+    let reset = Output::Gap { after: Seq::at(100), before: Seq::at(51), reason: GapReason::Reset };
+    let restored = || Input::Reset(Seq::at(100), Seq::at(50));
+    assert_eq!(outputs(&mut session, restored()), [reset.clone(), Output::Read(Seq::at(50))]);
+    assert_eq!(outputs(&mut session, restored()), [], "once");
+    let (mut session, _) = start(100, 100, false);
+    assert_eq!(outputs(&mut session, Input::Lost), [Output::Read(Seq::at(100))]);
+    assert_eq!(outputs(&mut session, restored()), [reset], "one read at a time");
+    assert_eq!(outputs(&mut session, page(100, &[], 100)), [Output::Read(Seq::at(50))]);
+    assert_eq!(outputs(&mut session, page(50, &[51], 51)), [Output::Send(51)]);
+    assert_eq!(outputs(&mut session, Input::Ack(100)), [Output::Cursor(Seq::at(51))]);
 }

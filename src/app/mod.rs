@@ -173,7 +173,7 @@ impl App {
         let mut tasks = JoinSet::new();
         // The embedded store's lock is what keeps a second process from this directory: it comes before the ports.
         let opened = if config.mongo_uri.is_empty() && needs_inbox(&config) {
-            Some(stores::inbox(&config, &clock, &mut tasks).await?)
+            Some(stores::inbox(&config, &clock, &Health::default(), &mut tasks).await?)
         } else {
             None
         };
@@ -244,7 +244,9 @@ impl App {
         mut listeners: Listeners,
     ) -> Result<()> {
         let opened = match opened {
-            None if needs_inbox(config) => Some(stores::inbox(config, &shared.clock, &mut self.tasks).await?),
+            None if needs_inbox(config) => {
+                Some(stores::inbox(config, &shared.clock, &self.health, &mut self.tasks).await?)
+            }
             opened => opened,
         };
         if let Some(opened) = &opened {

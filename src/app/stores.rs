@@ -38,6 +38,8 @@ const RETRY: Duration = Duration::from_secs(1);
 const VERIFY_DEADLINE: Duration = Duration::from_secs(2);
 /// Between two looks at what the last beat showed.
 const SKEW_EVERY: Duration = Duration::from_secs(2);
+/// Between two looks whether MongoDB answers.
+const INBOX_EVERY: Duration = Duration::from_secs(2);
 /// Between two looks at the keys of another issuer, and the least between two that a token asked for.
 const JWKS_EVERY: Duration = Duration::from_secs(300);
 const JWKS_REST: Duration = Duration::from_secs(10);
@@ -109,7 +111,12 @@ pub(super) struct Opened {
     pub(super) identity: Arc<str>,
 }
 
-pub(super) async fn inbox(config: &Config, clock: &Clock, tasks: &mut JoinSet<()>) -> Result<Opened> {
+pub(super) async fn inbox(
+    config: &Config,
+    clock: &Clock,
+    health: &Health,
+    tasks: &mut JoinSet<()>,
+) -> Result<Opened> {
     if config.mongo_uri.is_empty() {
         let inbox = embedded(&config.data_dir, clock.clone())?;
         tasks.spawn(inbox.clone().free_memory());
@@ -133,9 +140,29 @@ pub(super) async fn inbox(config: &Config, clock: &Clock, tasks: &mut JoinSet<()
             Err(other) => return Err(fault(other)),
         }
     };
+    tasks.spawn(watch_inbox(inbox.clone(), health.clone()));
     let (_, poisoned) = watch::channel(false);
     let identity = identity.into();
     Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned, identity })
+}
+
+/// Shows whether MongoDB answers; what is lost decides nothing about readiness, for another process would lose it too.
+async fn watch_inbox(inbox: MongoInbox, health: Health) {
+    let mut before = true;
+    loop {
+        tokio::time::sleep(INBOX_EVERY).await;
+        let (answers, word) = match inbox.alive().await {
+            Ok(()) => (true, "reached".to_owned()),
+            Err(error) => (false, error.to_string()),
+        };
+        match (before, answers) {
+            (true, false) => tracing::warn!(why = word, "MongoDB does not answer (check mongo.uri)"),
+            (false, true) => tracing::info!("MongoDB (mongo.uri) answers again"),
+            _ => {}
+        }
+        before = answers;
+        health.note("inbox", answers, word);
+    }
 }
 
 fn embedded(data: &Path, clock: Clock) -> Result<EmbeddedInbox> {

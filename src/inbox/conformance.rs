@@ -325,6 +325,16 @@ async fn revocations_only_rise(bench: &Bench) {
     let unknown = Change::NotBefore { user: user("revoked-unknown"), seconds: 7 };
     bench.inbox.update(vec![unknown]).await.unwrap();
     assert_eq!(bench.ask("revoked-unknown", From::Latest).await.not_before_s, 7);
+    // Made by a clock that was an hour ahead: it counts from when it is seen first, and stays there.
+    let seen = bench.clock.now().seconds();
+    let ahead = Change::NotBefore { user: user("revoked-ahead"), seconds: seen + 3_600 };
+    bench.inbox.update(vec![ahead]).await.unwrap();
+    assert_eq!(bench.ask("revoked-ahead", From::Latest).await.not_before_s, seen);
+    bench.clock.advance(5_000);
+    assert_eq!(bench.ask("revoked-ahead", From::Cursor(DeviceId::default())).await.not_before_s, seen);
+    let soon = Change::NotBefore { user: user("revoked-ahead"), seconds: seen + 60 };
+    bench.inbox.update(vec![soon]).await.unwrap();
+    assert_eq!(bench.ask("revoked-ahead", From::Latest).await.not_before_s, seen + 60);
 }
 
 async fn names_that_are_prefixes_of_others_do_not_mix(bench: &Bench) {

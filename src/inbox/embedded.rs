@@ -40,7 +40,7 @@ use tokio::sync::watch;
 
 use super::{
     Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Gathering, Inbox,
-    InboxError, InboxPage, PageLimit, Profile, Upkeep, payload_digest,
+    InboxError, InboxPage, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep, payload_digest,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
@@ -244,7 +244,7 @@ impl Inbox for EmbeddedInbox {
         let append = || tokio::task::block_in_place(|| self.store.append(batch));
         async move {
             match append() {
-                Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
+                Ok(outcomes) => outcomes,
                 Err(error) => vec![Err(error); count],
             }
         }
@@ -254,15 +254,22 @@ impl Inbox for EmbeddedInbox {
     fn standing(&self, lot: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>> {
         if lot.len() > ASKED_AT_ONCE {
             return self.run(move |store| {
-                let (answers, strangers) = store.standing(&lot)?;
+                let (mut answers, strangers) = store.standing(&lot)?;
                 store.make_heads(&strangers)?;
+                if store.is_ahead(&answers) {
+                    store.correct(&lot, &mut answers)?;
+                }
                 Ok(answers)
             });
         }
         async move {
-            let (answers, strangers) = self.store.standing(&lot)?;
+            let (mut answers, strangers) = self.store.standing(&lot)?;
             if !strangers.is_empty() {
                 self.run(move |store| store.make_heads(&strangers)).await?;
+            }
+            if self.store.is_ahead(&answers) {
+                let correct = move |store: &Store| store.correct(&lot, &mut answers).map(|()| answers);
+                return self.run(correct).await;
             }
             Ok(answers)
         }
@@ -305,8 +312,11 @@ impl Upkeep for EmbeddedInbox {
     }
 }
 
+/// What became of each item of a batch.
+type Outcomes = Vec<Result<Appended, InboxError>>;
+
 impl Store {
-    fn append(&self, batch: Vec<Append>) -> Result<Vec<Appended>, InboxError> {
+    fn append(&self, batch: Vec<Append>) -> Result<Outcomes, InboxError> {
         let mut writer = self.writer.lock();
         let outcomes = self.append_as(&mut writer, batch);
         if outcomes.is_err() {
@@ -316,7 +326,7 @@ impl Store {
         outcomes
     }
 
-    fn append_as(&self, writer: &mut Writer, batch: Vec<Append>) -> Result<Vec<Appended>, InboxError> {
+    fn append_as(&self, writer: &mut Writer, batch: Vec<Append>) -> Result<Outcomes, InboxError> {
         let now = self.clock.now();
         let snapshot = self.db.snapshot();
         let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
@@ -329,14 +339,25 @@ impl Store {
             if let Some((key, digest)) = &fence {
                 let known = match fences.get(key) {
                     Some(fence) => Some(*fence),
-                    None => self.fence(&snapshot, key)?,
+                    None => self.fence(&snapshot, key).unwrap_or_else(|error| {
+                        tracing::warn!(%error, user = %item.user, "what a repeat would be known by; the message is stored");
+                        None
+                    }),
                 };
                 if let Some(fence) = known.filter(|fence| fence.expires_at > now) {
-                    outcomes.push(fence.outcome(*digest));
+                    outcomes.push(Ok(fence.outcome(*digest)));
                     continue;
                 }
             }
-            let seq = self.next_number(writer, &snapshot, &item.user, &mut pending)?;
+            let seq = match self.next_number(writer, &snapshot, &item.user, &mut pending) {
+                Ok(seq) => seq,
+                // The fault of one user's record is nobody else's.
+                Err(error @ InboxError::Corrupt(_)) => {
+                    outcomes.push(Err(error));
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             put_message_key(&mut key, &item.user, seq);
             let message = item.numbered(seq);
             put_message(&mut value, &message, fence.is_some());
@@ -346,7 +367,7 @@ impl Store {
                 pending.insert(&self.fences, &*key, fence.encode());
                 fences.insert(key, fence);
             }
-            outcomes.push(Appended::Stored(Arc::new(message)));
+            outcomes.push(Ok(Appended::Stored(Arc::new(message))));
         }
         self.commit(pending)?;
         Ok(outcomes)
@@ -446,6 +467,31 @@ impl Store {
         Answer { start, head, more, not_before_s: record.not_before_s }
     }
 
+    /// Whether a disconnect lies so far ahead that a clock was wrong.
+    fn is_ahead(&self, answers: &[Answer]) -> bool {
+        let latest = self.clock.now().seconds() + REVOCATION_AHEAD_MAX_S;
+        answers.iter().any(|answer| answer.not_before_s > latest)
+    }
+
+    /// Has disconnects that lie too far ahead count from now.
+    fn correct(&self, lot: &[Ask], answers: &mut [Answer]) -> Result<(), InboxError> {
+        let now = self.clock.now().seconds();
+        let _writer = self.writer.lock();
+        let snapshot = self.db.snapshot();
+        let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
+        for (ask, answer) in lot.iter().zip(answers) {
+            if answer.not_before_s <= now + REVOCATION_AHEAD_MAX_S {
+                continue;
+            }
+            answer.not_before_s = now;
+            if let Some(mut head) = self.head(&snapshot, &ask.user)? {
+                head.not_before_s = now;
+                pending.insert(&self.heads, head_key(&ask.user), head.encode());
+            }
+        }
+        self.commit(pending)
+    }
+
     /// Puts the numbers of users that are new on stable storage.
     fn make_heads(&self, users: &[UserId]) -> Result<(), InboxError> {
         if users.is_empty() {
@@ -466,13 +512,19 @@ impl Store {
         let now = self.clock.now();
         let snapshot = self.db.snapshot();
         let head = self.head(&snapshot, user)?.map_or(0, |record| record.head);
-        let mut page = InboxPage { messages: Vec::new(), upto: after.max(Seq::at(head)), more: false };
+        let upto = after.max(Seq::at(head));
+        let mut page = InboxPage { messages: Vec::new(), unreadable: Vec::new(), upto, more: false };
         let mut bytes = 0;
         let from = message_key(user, after.get().saturating_add(1));
         let to = message_key(user, u64::MAX);
         for entry in snapshot.range(&self.messages, from..=to) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
-            let (message, _) = decode(seq_of(&key)?, Bytes::copy_from_slice(&value))?;
+            let seq = seq_of(&key)?;
+            let Ok((message, _)) = decode(seq, Bytes::copy_from_slice(&value)) else {
+                page.unreadable.push(Seq::at(seq));
+                page.upto = page.upto.max(Seq::at(seq));
+                continue;
+            };
             let full = page.messages.len() >= limit.messages || bytes + message.payload.len() > limit.bytes;
             if full && !page.messages.is_empty() {
                 page.upto = Seq::at(message.seq.get() - 1);
@@ -494,8 +546,9 @@ impl Store {
         let highest = self.highest(&snapshot, user, record)?;
         let mut cursors = Vec::new();
         for (device, cursor) in self.cursors(&snapshot, user)? {
-            let device = DeviceId::parse(&device).map_err(|fault| InboxError::Corrupt(fault.to_string()))?;
-            cursors.push((device, cursor.acked));
+            if let Ok(device) = DeviceId::parse(&device) {
+                cursors.push((device, cursor.acked));
+            }
         }
         let head = (highest > record.first).then(|| Seq::at(highest));
         Ok(Profile { head, not_before_s: record.not_before_s, cursors })
@@ -508,7 +561,8 @@ impl Store {
         device: &DeviceId,
     ) -> Result<Option<Cursor>, InboxError> {
         let raw = snapshot.get(&self.cursors, cursor_key(user, device.as_str())).map_err(unreadable)?;
-        raw.map(|raw| Cursor::decode(&raw)).transpose()
+        // Losing a cursor costs repeats.
+        Ok(raw.and_then(|raw| Cursor::decode(&raw).ok()))
     }
 
     fn cursors(&self, snapshot: &Snapshot, user: &UserId) -> Result<Vec<(String, Cursor)>, InboxError> {
@@ -519,8 +573,9 @@ impl Store {
             .map(|entry| {
                 let (key, value) = entry.into_inner().map_err(unreadable)?;
                 let device = String::from_utf8_lossy(key.get(skip..).unwrap_or_default()).into_owned();
-                Ok((device, Cursor::decode(&value)?))
+                Ok(Cursor::decode(&value).ok().map(|cursor| (device, cursor)))
             })
+            .filter_map(Result::transpose)
             .collect()
     }
 
@@ -531,7 +586,8 @@ impl Store {
         let (mut snapshot, mut pending) = (self.db.snapshot(), self.db.batch());
         let mut touched: HashSet<&UserId> = HashSet::new();
         for change in changes {
-            let (Change::Cursor { user, .. } | Change::NotBefore { user, .. }) = change;
+            let (Change::Cursor { user, .. } | Change::NotBefore { user, .. } | Change::Shown { user, .. }) =
+                change;
             if !touched.insert(user) {
                 // A later change must see what an earlier one of the same user did.
                 self.commit(std::mem::replace(&mut pending, self.db.batch()))?;
@@ -542,6 +598,8 @@ impl Store {
                 Change::Cursor { user, device, acked } => {
                     self.move_cursor(&snapshot, &mut pending, (user, device), *acked, now)?;
                 }
+                // A store is restored while no process has it: every position that is shown comes from this one.
+                Change::Shown { .. } => {}
                 Change::NotBefore { user, seconds } => {
                     let mut head = self.head(&snapshot, user)?.unwrap_or(self.newborn);
                     head.not_before_s = head.not_before_s.max(*seconds);
@@ -655,7 +713,9 @@ impl Store {
         let mut run = Vec::new();
         for entry in snapshot.prefix(&self.messages, prefix(user)).take(JANITOR_LOT) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
-            let (message, fenced) = decode(seq_of(&key)?, Bytes::copy_from_slice(&value))?;
+            let seq = seq_of(&key)?;
+            // One that cannot be read stays where it is: it was never shown, and is told of.
+            let Ok((message, fenced)) = decode(seq, Bytes::copy_from_slice(&value)) else { break };
             if !message.is_expired(now) {
                 break;
             }
@@ -670,7 +730,8 @@ impl Store {
         let mut stale = Vec::new();
         for entry in snapshot.iter(&self.cursors) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
-            if Cursor::decode(&value)?.is_stale(now) {
+            // A cursor that cannot be read is of no use to anybody.
+            if Cursor::decode(&value).map_or(true, |cursor| cursor.is_stale(now)) {
                 stale.push(key);
             }
         }
@@ -680,8 +741,8 @@ impl Store {
             for key in lot {
                 // It may have been moved since it was looked at.
                 let raw = self.cursors.get(key).map_err(unreadable)?;
-                if raw.map(|raw| Cursor::decode(&raw)).transpose()?.is_some_and(|cursor| cursor.is_stale(now))
-                {
+                let stale = |raw: &[u8]| Cursor::decode(raw).map_or(true, |cursor| cursor.is_stale(now));
+                if raw.is_some_and(|raw| stale(&raw)) {
                     pending.remove(&self.cursors, key.clone());
                 }
             }
@@ -943,19 +1004,46 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn numbers_of_a_write_that_failed_are_given_again() {
+    async fn what_cannot_be_read_is_the_fault_of_its_own_user_and_number_alone() {
         let directory = tempfile::tempdir().unwrap();
         let inbox = EmbeddedInbox::open(directory.path(), Clock::standing(START)).unwrap();
-        let (good, bad) = (item("alice", "good", false), item("bob", "bad", true));
-        inbox.store.fences.insert(fence_key(&bad.user, &bad.id), b"no fence").unwrap();
-        for n in 1..=2 {
-            let failed = inbox.append(vec![good.clone(), good.clone(), bad.clone()]).await;
-            assert!(failed.iter().all(Result::is_err));
-            let Ok(Appended::Stored(stored)) = inbox.append(vec![good.clone()]).await.remove(0) else {
-                panic!()
+        let store = &inbox.store;
+        let (good, fenced, bad) =
+            (item("alice", "good", false), item("bob", "again", true), item("eve", "x", false));
+        // What a repeat would be known by, and a head record.
+        store.fences.insert(fence_key(&fenced.user, &fenced.id), b"no fence").unwrap();
+        store.heads.insert(head_key(&bad.user), b"no head").unwrap();
+        store.cursors.insert(cursor_key(&good.user, "web"), b"no cursor").unwrap();
+        for n in 0..2 {
+            let batch = vec![good.clone(), bad.clone(), fenced.clone(), good.clone()];
+            let outcomes = inbox.append(batch).await;
+            let seq = |at: usize| match &outcomes[at] {
+                Ok(Appended::Stored(message)) => message.seq.get() - START.0,
+                other => panic!("{at}: {other:?}"),
             };
-            assert_eq!(stored.seq, Seq::at(START.0 + n));
+            assert_eq!((seq(0), seq(3)), (1 + 2 * n, 2 + 2 * n));
+            assert!(matches!(outcomes[1], Err(InboxError::Corrupt(_))));
+            assert!(n == 1 || seq(2) == 1, "{:?}", outcomes[2]);
         }
+        // Messages: one of rubbish, one cut off.
+        let value =
+            |user: &UserId, n: u64| store.messages.get(message_key(user, START.0 + n)).unwrap().unwrap();
+        let cut = value(&good.user, 3)[..5].to_vec();
+        store.messages.insert(message_key(&good.user, START.0 + 2), b"").unwrap();
+        store.messages.insert(message_key(&good.user, START.0 + 3), cut).unwrap();
+        let page =
+            inbox.page(good.user.clone(), Seq::BEGINNING, PageLimit { messages: 10, bytes: 1_000 }).await;
+        let page = page.unwrap();
+        let numbers: Vec<u64> = page.messages.iter().map(|message| message.seq.get() - START.0).collect();
+        let unreadable: Vec<u64> = page.unreadable.iter().map(|seq| seq.get() - START.0).collect();
+        assert_eq!((numbers, unreadable), (vec![1, 4], vec![2, 3]));
+        inbox.clean().await.unwrap();
+        inbox.profile(good.user.clone()).await.unwrap();
+        let ask = Ask { user: good.user, from: From::Cursor(DeviceId::parse("web").unwrap()) };
+        assert!(
+            inbox.standing(vec![ask]).await.unwrap()[0].start.is_beginning(),
+            "a lost cursor costs repeats"
+        );
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 
 use super::{
     Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError,
-    InboxPage, PageLimit, Profile, Upkeep, payload_digest,
+    InboxPage, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep, payload_digest,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
@@ -77,7 +77,7 @@ impl MemoryInbox {
     }
 
     fn answer(&self, ask: &Ask) -> Answer {
-        self.with(&ask.user, |log, _| {
+        self.with(&ask.user, |log, now| {
             let head = Seq::at(log.highest);
             let start = match &ask.from {
                 From::After(seq) => *seq,
@@ -85,6 +85,9 @@ impl MemoryInbox {
                 From::Latest if log.highest == log.first => Seq::BEGINNING,
                 From::Latest => head,
             };
+            if log.not_before_s > now.seconds() + REVOCATION_AHEAD_MAX_S {
+                log.not_before_s = now.seconds();
+            }
             Answer {
                 start,
                 head,
@@ -96,8 +99,12 @@ impl MemoryInbox {
 
     fn read(&self, user: &UserId, after: Seq, limit: PageLimit) -> InboxPage {
         self.with(user, |log, now| {
-            let mut page =
-                InboxPage { messages: Vec::new(), upto: after.max(Seq::at(log.highest)), more: false };
+            let mut page = InboxPage {
+                messages: Vec::new(),
+                unreadable: Vec::new(),
+                upto: after.max(Seq::at(log.highest)),
+                more: false,
+            };
             let mut bytes = 0;
             for message in log.messages.range(after.get() + 1..).map(|entry| entry.1) {
                 let full =
@@ -127,6 +134,8 @@ impl MemoryInbox {
                     oldest.and_then(|device| log.cursors.remove(&device));
                 }
             }),
+            // Nothing here was ever restored.
+            Change::Shown { .. } => {}
             Change::NotBefore { user, seconds } => {
                 self.with(&user, |log, _| log.not_before_s = log.not_before_s.max(seconds));
             }

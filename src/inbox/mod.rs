@@ -13,6 +13,7 @@
 //! - Expiry is applied when reading. What is removed is removed as an unbroken run from the head record upwards, and
 //!   the head record is raised over it in the same step.
 //! - [`Inbox::standing`] is exact: it says that there is more if and only if a number above the position was given.
+//! - What cannot be read is told apart by its number, and stands in nobody's way.
 //! - Cursors only rise. Losing one costs repeats, never a message.
 //!
 //! Every adapter passes [`conformance::suite`].
@@ -34,6 +35,10 @@ use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
 pub const DEVICES_PER_USER: usize = 64;
 /// A cursor that was not moved for this long goes too: 90 days, in ms.
 pub const CURSOR_LIFE_MS: u64 = 90 * 24 * 3600 * 1000;
+
+/// How far ahead a disconnect may lie, in seconds. One from further ahead was made by a clock that was wrong: it counts from when it is seen
+/// first, or new tokens would be refused until then.
+pub const REVOCATION_AHEAD_MAX_S: u64 = 60;
 
 /// The port. Five methods; see the room's contract.
 pub trait Inbox: Send + Sync + 'static {
@@ -84,6 +89,11 @@ pub struct Gathering {
 
 /// The other port: removal of what nobody can read any more. Idempotent; run by collect.
 pub trait Upkeep: Send + Sync + 'static {
+    /// Looks after the store itself for as long as it is polled: that it is the one that it was, and whole.
+    fn watch(&self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::pending())
+    }
+
     /// One pass over all users; answers how many messages it removed.
     fn clean(&self) -> BoxFuture<'_, Result<u64, InboxError>>;
 }
@@ -163,6 +173,8 @@ pub struct PageLimit {
 pub struct InboxPage {
     /// Unexpired messages, rising.
     pub messages: Vec<Message>,
+    /// Numbers, rising, of messages that stand there in a form that cannot be read.
+    pub unreadable: Vec<Seq>,
     /// Every number after the position and up to here is in `messages` or will never be shown.
     pub upto: Seq,
     /// The page was cut at `upto`.
@@ -191,6 +203,14 @@ pub enum Change {
         device: DeviceId,
         /// Up to where.
         acked: Seq,
+    },
+    /// A client was shown numbers up to here that stand there no more, for the store was restored to an earlier state: none of them is
+    /// given again.
+    Shown {
+        /// Whose inbox.
+        user: UserId,
+        /// Up to where.
+        upto: Seq,
     },
     /// Tokens issued before this are refused from now on.
     NotBefore {

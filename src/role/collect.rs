@@ -440,8 +440,12 @@ async fn hand_on(writer: EndsWriter) {
     }
 }
 
-/// Removes what nobody can read any more, again and again.
+/// Removes what nobody can read any more, again and again, and looks after the store meanwhile.
 pub async fn run_upkeep(upkeep: Arc<dyn Upkeep>, every: Duration) {
+    tokio::join!(upkeep.watch(), clean(&*upkeep, every));
+}
+
+async fn clean(upkeep: &dyn Upkeep, every: Duration) {
     loop {
         let rest = around(every, 0.2, &mut rand::rng());
         tokio::time::sleep(rest).await;

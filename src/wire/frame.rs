@@ -147,6 +147,8 @@ pub enum GapReason {
     Expired,
     /// The client's position is above everything here: this is another inbox than it knew.
     Reset,
+    /// They stand in the store, in a form that cannot be read.
+    Unreadable,
 }
 
 /// Why a client is told to move.

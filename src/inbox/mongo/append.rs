@@ -10,15 +10,15 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use mongodb::bson::{Document, doc};
 use mongodb::error::ErrorKind;
 use tokio::time::Instant;
 
 use super::stored::{HeadRecord, StoredMessage, id, int, place_of};
-use super::{Inner, unavailable, words};
+use super::{Inner, unavailable, watch, words};
 use crate::backoff::between;
 use crate::inbox::{Append, Appended, InboxError, payload_digest};
 use crate::message::{Message, Seq, UserId};
@@ -54,6 +54,8 @@ pub(super) struct Heads {
 struct Known {
     /// The highest number known to be durable.
     n: u64,
+    /// This process has written something above the head that it read.
+    wrote: bool,
     /// When the read that says so, or the insert that was acknowledged, was sent.
     sent: Duration,
 }
@@ -101,12 +103,17 @@ type Outcomes = Vec<Option<Result<Appended, InboxError>>>;
 /// Appends a batch; see the room's comment.
 pub(super) async fn append(inner: &Inner, batch: Vec<Append>) -> Vec<Result<Appended, InboxError>> {
     let mut heads = inner.appends.lock().await;
+    if let Err(error) = give_up_heads(inner, &mut heads).await {
+        return vec![Err(error); batch.len()];
+    }
     heads.make_room(inner.clock.uptime(), inner.times.head_trust);
     let mut outcomes: Outcomes = batch.iter().map(|_| None).collect();
     let fresh = |(at, append)| Item { at, append, append_id: ulid::Ulid::generate().to_string() };
     let mut pending: Vec<Item> = batch.into_iter().enumerate().map(fresh).collect();
+    refuse_ids(inner, &mut pending, &mut outcomes);
     let deadline = Instant::now() + APPEND_DEADLINE;
-    let mut why = InboxError::Unavailable("no answer until the deadline".to_owned());
+    let mut why =
+        InboxError::Unavailable("MongoDB (mongo.uri) timed out: no answer until the deadline".to_owned());
     let mut again = false;
     while !pending.is_empty() && Instant::now() < deadline {
         let before = pending.len();
@@ -125,6 +132,33 @@ pub(super) async fn append(inner: &Inner, batch: Vec<Append>) -> Vec<Result<Appe
         outcomes[item.at] = Some(Err(why.clone()));
     }
     outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| Err(why.clone()))).collect()
+}
+
+/// Where the store is not what it was, heads in memory are of another state of it.
+pub(super) async fn give_up_heads(inner: &Inner, heads: &mut Heads) -> Result<(), InboxError> {
+    if !inner.restored.load(Ordering::Acquire) {
+        return Ok(());
+    }
+    let since = inner.marker.lock().mend_since;
+    let is_since = |known: &Known| known.wrote && since.is_some_and(|since| known.sent >= since);
+    let written = heads.known.iter().filter(|(_, known)| is_since(known)).map(|(user, _)| user.clone());
+    watch::mend(inner, written.collect()).await?;
+    inner.marker.lock().mend_since = None;
+    heads.known.clear();
+    inner.restored.store(false, Ordering::Release);
+    Ok(())
+}
+
+/// While ids may be stored twice, none is.
+fn refuse_ids(inner: &Inner, pending: &mut Vec<Item>, outcomes: &mut Outcomes) {
+    let why = inner.ids_refused.lock().clone();
+    if let Some(why) = why {
+        let refused = |item: &Item| item.append.fenced;
+        for item in pending.iter().filter(|item| refused(item)) {
+            outcomes[item.at] = Some(Err(InboxError::Unavailable(why.clone())));
+        }
+        pending.retain(|item| !refused(item));
+    }
 }
 
 /// Tries all that is pending once; what is done leaves `pending`.
@@ -183,7 +217,7 @@ async fn settle(
     for n in taken {
         let item = &pending[n];
         let stored = found.get(&(item.append.user.as_str(), numbers[n]));
-        if stored.is_some_and(|stored| stored.a == item.append_id) {
+        if stored.is_some_and(|append_id| *append_id == item.append_id) {
             if acknowledge(inner, heads, item, numbers[n], None, outcomes).await? {
                 done.insert(item.at);
             }
@@ -240,10 +274,17 @@ async fn read_heads(
     }
     if !unknown.is_empty() {
         let tops = inner.tops_made(&unknown).await?;
-        heads.known.extend(
-            tops.into_iter()
-                .map(|(user, (record, top))| (user, Known { n: record.head.max(top), sent: now })),
-        );
+        let floor = watch::read(inner).await?;
+        // What was given before the store was restored is not given again.
+        let lowest = |record: &HeadRecord| floor.max(record.shown);
+        let last = |(record, top): &(HeadRecord, u64)| record.head.max(*top);
+        let below = tops.iter().filter(|(_, top)| last(top) < lowest(&top.0));
+        let below: Vec<(&UserId, u64)> = below.map(|(user, top)| (user, last(top))).collect();
+        watch::bridge(inner, &below).await?;
+        heads.known.extend(tops.iter().map(|(user, top)| {
+            let n = last(top).max(lowest(&top.0));
+            (user.clone(), Known { n, wrote: false, sent: now })
+        }));
     }
     Ok(())
 }
@@ -373,7 +414,8 @@ async fn insert_these(
         }
     }
     // Taken keys are an answer, not a fault.
-    let fault = (!acknowledged).then(|| InboxError::Unavailable(words(&error)));
+    let fault =
+        (!acknowledged).then(|| InboxError::Unavailable(format!("MongoDB (mongo.uri): {}", words(&error))));
     (tried, fault)
 }
 
@@ -400,8 +442,8 @@ async fn acknowledge(
             return Ok(false);
         }
     }
-    let known = heads.known.entry(user.clone()).or_insert(Known { n, sent: read });
-    *known = Known { n: known.n.max(n), sent: sent.unwrap_or(read) };
+    let known = heads.known.entry(user.clone()).or_insert(Known { n, wrote: true, sent: read });
+    *known = Known { n: known.n.max(n), wrote: true, sent: sent.unwrap_or(read) };
     outcomes[item.at] = Some(Ok(Appended::Stored(Arc::new(Message {
         seq: Seq::at(n),
         id: item.append.id.clone(),
@@ -412,36 +454,21 @@ async fn acknowledge(
     Ok(true)
 }
 
-/// What a majority has at the places that were taken.
+/// Which append a majority has at each of the places that were taken; what another program has put there is nobody's.
 async fn look_at<'a>(
     inner: &Inner,
     pending: &'a [Item],
     numbers: &[u64],
     taken: &[usize],
-) -> Result<HashMap<(&'a str, u64), StoredMessage>, InboxError> {
+) -> Result<HashMap<(&'a str, u64), String>, InboxError> {
     let ids: Vec<Document> = taken.iter().map(|n| id(&pending[*n].append.user, numbers[*n])).collect();
-    if ids.is_empty() {
-        return Ok(HashMap::new());
-    }
-    let reading = async {
-        let mut found = inner.messages.find(doc! { "_id": { "$in": ids } }).await?;
-        let mut all = Vec::new();
-        while let Some(message) = found.next().await {
-            all.push(message?);
-        }
-        Ok(all)
-    };
-    let mut found: HashMap<(String, u64), StoredMessage> = inner
-        .in_time(reading)
-        .await
-        .map_err(unavailable)?
-        .into_iter()
-        .map(|message| ((message.place.u.clone(), message.n()), message))
-        .collect();
+    let found = inner.by_ids(ids, doc! { "_id": 1, "a": 1 }).await?;
+    let mut found: HashMap<(&str, u64), &Document> =
+        found.iter().filter_map(|document| Some((place_of(document)?, document))).collect();
     let shown = taken.iter().filter_map(|n| {
-        let user = pending[*n].append.user.as_str();
-        let message = found.remove(&(user.to_owned(), numbers[*n]))?;
-        Some(((user, numbers[*n]), message))
+        let place = (pending[*n].append.user.as_str(), numbers[*n]);
+        let document = found.remove(&place)?;
+        Some((place, document.get_str("a").unwrap_or_default().to_owned()))
     });
     Ok(shown.collect())
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::TryStreamExt;
 use mongodb::bson::{Document, doc};
 
-use super::stored::{HeadRecord, id, ids_above, int};
+use super::stored::{HeadRecord, StoredMessage, id, ids_above, int};
 use super::{CURSOR_LIFE_MS, Inner, unavailable};
 use crate::inbox::InboxError;
 use crate::message::UserId;
@@ -62,7 +62,8 @@ async fn clean_user(
 ) -> Result<(Option<(u64, Duration)>, u64), InboxError> {
     let uptime = inner.clock.uptime();
     let record = inner.by_ids(vec![id(user, 0)], doc! {}).await?;
-    let head = record.first().map(HeadRecord::read).unwrap_or_default().head;
+    let record = record.first().map(HeadRecord::read).unwrap_or_default();
+    let (head, floor) = (record.head, record.shown.max(inner.marker.lock().floor));
     let mut count = 0;
     let mut from = head;
     if let Some((upto, since)) = earlier
@@ -72,18 +73,19 @@ async fn clean_user(
         count = remove(inner, user, upto).await?;
         from = upto;
     }
-    let run = expired_run(inner, user, from).await?;
+    let run = expired_run(inner, user, from, floor).await?;
     let kept = match (run, earlier) {
         (0, _) => None,
         // Seen before, and not yet long enough ago: the moment of the first sight counts for what was seen then.
         (_, Some(earlier)) if count == 0 && earlier.0 > from => Some(earlier),
-        (length, _) => Some((from + length, uptime)),
+        (upto, _) => Some((upto, uptime)),
     };
     Ok((kept, count))
 }
 
-/// How many messages without a hole between them are expired, from the one after `from` on.
-async fn expired_run(inner: &Inner, user: &UserId, from: u64) -> Result<u64, InboxError> {
+/// Up to which number the messages without a hole between them are expired, from the one after `from` on; 0 where none is. Numbers that were
+/// left out when the store was restored, up to `floor`, are no hole.
+async fn expired_run(inner: &Inner, user: &UserId, from: u64, floor: u64) -> Result<u64, InboxError> {
     let now = int(inner.clock.now().0);
     let reading = async {
         let mut found = inner
@@ -93,16 +95,17 @@ async fn expired_run(inner: &Inner, user: &UserId, from: u64) -> Result<u64, Inb
             .limit(RUN)
             .projection(doc! { "_id": 1, "x": 1 })
             .await?;
-        let mut length = 0;
+        let (mut last, mut after_bridge) = (from, false);
         while let Some(message) = found.try_next().await? {
+            let Some((_, n)) = super::place_of(&message) else { break };
             let expired = message.get_i64("x").is_ok_and(|x| x <= now);
-            let follows = super::place_of(&message).is_some_and(|place| place.1 == from + length + 1);
-            if !expired || !follows {
+            if !expired || !(n == last + 1 || after_bridge && last < floor) {
                 break;
             }
-            length += 1;
+            last = n;
+            after_bridge = StoredMessage::is_bridge(&message);
         }
-        Ok(length)
+        Ok(if last == from { 0 } else { last })
     };
     inner.in_time(reading).await.map_err(unavailable)
 }

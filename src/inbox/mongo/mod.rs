@@ -13,9 +13,11 @@ mod janitor;
 #[cfg(test)]
 mod model;
 mod stored;
+mod watch;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt};
@@ -23,14 +25,15 @@ use futures_util::{StreamExt, TryStreamExt};
 use mongodb::bson::{Bson, Document, doc};
 use mongodb::error::{Error, ErrorKind};
 use mongodb::options::{
-    Acknowledgment, ClientOptions, IndexOptions, ReadConcern, ReadPreference, ReturnDocument,
-    SelectionCriteria, WriteConcern,
+    Acknowledgment, ClientOptions, ReadConcern, ReadPreference, ReturnDocument, SelectionCriteria,
+    WriteConcern,
 };
-use mongodb::{Client, Collection, Database, IndexModel};
+use mongodb::{Client, Collection, Database};
+use parking_lot::Mutex;
 
 use super::{
     Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Gathering, Inbox,
-    InboxError, InboxPage, PageLimit, Profile, Upkeep,
+    InboxError, InboxPage, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Seq, UserId};
@@ -39,6 +42,8 @@ use stored::{ABOUT, CURSORS, HeadRecord, INBOX, StoredMessage, id, ids_above, in
 /// How long one command may take: a primary that fell over is replaced in about ten seconds, and a command that hangs on
 /// the old one must not wait for it.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(4);
+/// What is said where that is over.
+const TIMED_OUT: &str = "timed out: no answer within 4 s";
 /// How long the driver looks for a primary before it says that there is none.
 const SELECTION_TIMEOUT: Duration = Duration::from_secs(3);
 /// A majority that takes longer than this counts as no answer.
@@ -97,6 +102,11 @@ struct Inner {
     clock: Clock,
     times: MongoTimes,
     appends: tokio::sync::Mutex<append::Heads>,
+    marker: Mutex<watch::Marker>,
+    /// The store is not what it was: heads in memory are of another state of it.
+    restored: AtomicBool,
+    /// Why publishes with an id are refused for now.
+    ids_refused: Mutex<Option<String>>,
     removals: tokio::sync::Mutex<janitor::Seen>,
 }
 
@@ -118,6 +128,13 @@ impl MongoInbox {
     /// [`OpenFault::Refused`].
     pub async fn new(uri: &str, database: &str, times: MongoTimes, clock: Clock) -> Result<Self, OpenFault> {
         let refused = |error: Error| OpenFault::Refused("mongo.uri", words(&error));
+        let names_compressors = uri.split(['?', '&']).skip(1).any(|option| {
+            option.split('=').next().is_some_and(|name| name.eq_ignore_ascii_case("compressors"))
+        });
+        if names_compressors {
+            let why = "compressors= is not built in: leave it out".to_owned();
+            return Err(OpenFault::Refused("mongo.uri", why));
+        }
         let mut options = ClientOptions::parse(uri).await.map_err(refused)?;
         options.app_name.get_or_insert_with(|| "ringpush".to_owned());
         options.retry_writes = Some(true);
@@ -136,6 +153,9 @@ impl MongoInbox {
             clock,
             times,
             appends: tokio::sync::Mutex::default(),
+            marker: Mutex::default(),
+            restored: AtomicBool::new(false),
+            ids_refused: Mutex::default(),
             removals: tokio::sync::Mutex::default(),
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -159,24 +179,20 @@ impl MongoInbox {
             ));
         }
         inner.check_indexes().await?;
-        let unique = IndexOptions::builder()
-            .name("sender_id".to_owned())
-            .unique(true)
-            .partial_filter_expression(doc! { "f": { "$exists": true } })
-            .build();
-        let expiry = IndexOptions::builder().name("expiry".to_owned()).build();
-        let indexes = [
-            IndexModel::builder().keys(doc! { "_id.u": 1, "f": 1 }).options(unique).build(),
-            IndexModel::builder().keys(doc! { "x": 1, "_id.u": 1 }).options(expiry).build(),
-        ];
-        inner.documents.create_indexes(indexes).await.map_err(|error| index_fault(INBOX, &error))?;
-        let unused = IndexOptions::builder().name("unused".to_owned()).build();
-        let unused = IndexModel::builder().keys(doc! { "at": 1 }).options(unused).build();
-        let owner = IndexOptions::builder().name("user".to_owned()).build();
-        let owner = IndexModel::builder().keys(doc! { "_id.u": 1, "at": 1 }).options(owner).build();
-        inner.cursors.create_indexes([unused, owner]).await.map_err(|error| index_fault(CURSORS, &error))?;
+        inner.make_indexes().await?;
+        watch::look(inner).await.map_err(|error| OpenFault::Unreachable(error.to_string()))?;
         let made = ulid::Ulid::generate().to_string();
         inner.identity(&made).await.map_err(|error| open_fault(&error))
+    }
+}
+
+impl MongoInbox {
+    /// Whether the store answers: a look at one document, as a majority has it.
+    ///
+    /// # Errors
+    /// That it does not, with the reason.
+    pub async fn alive(&self) -> Result<(), InboxError> {
+        watch::read(&self.inner).await.map(drop)
     }
 }
 
@@ -184,9 +200,14 @@ fn majority() -> WriteConcern {
     WriteConcern::builder().w(Acknowledgment::Majority).journal(true).w_timeout(MAJORITY_TIMEOUT).build()
 }
 
-/// The driver's words, without the URI in them.
+/// The driver's words, without the URI in them; or ours, where the driver has none.
 fn words(error: &Error) -> String {
-    error.kind.to_string()
+    match &*error.kind {
+        ErrorKind::Custom(own) => {
+            own.downcast_ref::<&str>().copied().unwrap_or("an error of its own").to_owned()
+        }
+        kind => kind.to_string(),
+    }
 }
 
 fn open_fault(error: &Error) -> OpenFault {
@@ -197,6 +218,10 @@ fn open_fault(error: &Error) -> OpenFault {
         // 13 Unauthorized, 18 AuthenticationFailed.
         ErrorKind::Command(command) if [13, 18].contains(&command.code) => {
             OpenFault::Refused("mongo.uri", format!("the user may not do this: {}", words(error)))
+        }
+        // 73 InvalidNamespace, 13297 DatabaseDifferCase.
+        ErrorKind::Command(command) if [73, 13_297].contains(&command.code) => {
+            OpenFault::Refused("mongo.database", command.message.clone())
         }
         // A wrong password shows as a selection that found nobody.
         ErrorKind::ServerSelection { message, .. } if message.contains("uthentication") => {
@@ -221,7 +246,7 @@ fn index_fault(collection: &str, error: &Error) -> OpenFault {
 }
 
 fn unavailable(error: Error) -> InboxError {
-    InboxError::Unavailable(words(&error))
+    InboxError::Unavailable(format!("MongoDB (mongo.uri): {}", words(&error)))
 }
 
 impl Inner {
@@ -232,7 +257,7 @@ impl Inner {
     ) -> mongodb::error::Result<T> {
         match tokio::time::timeout(COMMAND_DEADLINE, command).await {
             Ok(answer) => answer,
-            Err(_) => Err(Error::custom("no answer in time")),
+            Err(_) => Err(Error::custom(TIMED_OUT)),
         }
     }
 
@@ -381,7 +406,7 @@ impl Inner {
             let id = document.get_document("_id").ok()?;
             let user = UserId::parse(id.get_str("u").ok()?).ok()?;
             let device = DeviceId::parse(id.get_str("d").ok()?).ok()?;
-            Some(((user, device), Seq::at(document.get_i64("acked").ok()?.unsigned_abs())))
+            Some(((user, device), Seq::at(u64::try_from(document.get_i64("acked").ok()?).ok()?)))
         };
         Ok(found.iter().filter_map(read).collect())
     }
@@ -416,7 +441,25 @@ impl Inner {
             answers.push(self.answer(ask, start, near, tops.get(&ask.user).copied()));
         }
         // Nearly all of them are there already; those that must be confirmed wait for one another only in part.
-        futures_util::stream::iter(answers).buffered(CONFIRMATIONS).try_collect().await
+        let mut answers: Vec<Answer> =
+            futures_util::stream::iter(answers).buffered(CONFIRMATIONS).try_collect().await?;
+        self.correct(&lot, &mut answers).await?;
+        Ok(answers)
+    }
+
+    /// Has disconnects that lie too far ahead, made by a clock that was wrong, count from now.
+    async fn correct(&self, lot: &[Ask], answers: &mut [Answer]) -> Result<(), InboxError> {
+        let now = self.clock.now().seconds();
+        for (ask, answer) in lot.iter().zip(answers) {
+            if answer.not_before_s > now + REVOCATION_AHEAD_MAX_S {
+                let filter = doc! { "_id": id(&ask.user, 0), "nb": int(answer.not_before_s) };
+                let update = doc! { "$set": { "nb": int(now) } };
+                let updated = self.documents.update_one(filter, update).into_future();
+                self.in_time(updated).await.map_err(unavailable)?;
+                answer.not_before_s = now;
+            }
+        }
+        Ok(())
     }
 
     async fn answer(
@@ -510,27 +553,43 @@ impl Inner {
         let head = record.first().map(HeadRecord::read).unwrap_or_default().head;
         let from = head.max(after.get());
         let now = self.clock.now();
-        let mut page = InboxPage { messages: Vec::new(), upto: after.max(Seq::at(head)), more: false };
+        let mut page = InboxPage {
+            messages: Vec::new(),
+            unreadable: Vec::new(),
+            upto: after.max(Seq::at(head)),
+            more: false,
+        };
         let reading = async {
             let mut found = self
-                .messages
+                .documents
                 .find(doc! { "_id": ids_above(&user, from) })
                 .sort(doc! { "_id": 1 })
                 .batch_size(PAGE_FETCH)
                 .await?;
             let mut bytes = 0;
-            while let Some(message) = found.try_next().await? {
-                let full =
-                    page.messages.len() >= limit.messages || bytes + message.p.bytes.len() > limit.bytes;
+            while found.advance().await? {
+                let raw = found.current();
+                let message = mongodb::bson::deserialize_from_slice::<StoredMessage>(raw.as_bytes());
+                let expired = message.as_ref().is_ok_and(|message| message.is_expired(now));
+                let message = message.ok().and_then(|message| message.into_message().ok());
+                let Some(message) = message else {
+                    // Another program wrote it, or it is damaged. Without a number it is nobody's.
+                    if let Some((_, n)) = Document::try_from(raw).ok().as_ref().and_then(place_of) {
+                        page.unreadable.push(Seq::at(n));
+                        page.upto = Seq::at(n);
+                    }
+                    continue;
+                };
+                let size = message.payload.len();
+                let full = page.messages.len() >= limit.messages || bytes + size > limit.bytes;
                 if full && !page.messages.is_empty() {
                     page.more = true;
                     break;
                 }
-                page.upto = Seq::at(message.n());
-                if !message.is_expired(now) {
-                    bytes += message.p.bytes.len();
-                    let message = message.into_message();
-                    page.messages.push(message.map_err(|error| Error::custom(error.to_string()))?);
+                page.upto = message.seq;
+                if !expired {
+                    bytes += size;
+                    page.messages.push(message);
                 }
             }
             Ok(())
@@ -574,6 +633,7 @@ impl Inner {
                     users.push(user);
                 }
                 Change::NotBefore { user, seconds } => self.revoke(&user, seconds).await?,
+                Change::Shown { user, upto } => self.shown(&user, upto).await?,
             }
         }
         if updates.is_empty() {
@@ -605,6 +665,20 @@ impl Inner {
         let update = doc! { "$max": { "nb": int(seconds) } };
         let updated = self.documents.update_one(doc! { "_id": id(user, 0) }, update).into_future();
         self.in_time(updated).await.map(drop).map_err(unavailable)
+    }
+
+    async fn shown(&self, user: &UserId, upto: Seq) -> Result<(), InboxError> {
+        let tops = self.tops_made(&[user]).await?;
+        let update = doc! { "$max": { "shown": int(upto.get()) } };
+        let updated = self.documents.update_one(doc! { "_id": id(user, 0) }, update).into_future();
+        self.in_time(updated).await.map_err(unavailable)?;
+        let last = tops.get(user).map_or(0, |(record, top)| record.head.max(*top));
+        if last < upto.get() {
+            watch::bridge(self, &[(user, last)]).await?;
+        }
+        // Whoever remembers a head reads it again, and what was shown with it.
+        self.restored.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// Users with more devices than are kept lose the longest unused. One look for all of them: nearly none has so many.
@@ -690,7 +764,14 @@ impl Inbox for MongoInbox {
     }
 }
 
+/// Between two looks at the store: as a part of how long a head is trusted, 2 s.
+const LOOKS_PER_TRUST: u32 = 300;
+
 impl Upkeep for MongoInbox {
+    fn watch(&self) -> BoxFuture<'_, ()> {
+        watch::watch(&self.inner, self.inner.times.head_trust / LOOKS_PER_TRUST).boxed()
+    }
+
     fn clean(&self) -> BoxFuture<'_, Result<u64, InboxError>> {
         janitor::clean(&self.inner).boxed()
     }

@@ -54,6 +54,8 @@ pub(super) struct HeadRecord {
     /// What `head` was at first: no message ever had a number up to it.
     pub(super) first: u64,
     pub(super) not_before_s: u64,
+    /// Numbers up to here were shown to a client before the store was restored.
+    pub(super) shown: u64,
 }
 
 /// A number as MongoDB keeps it.
@@ -89,8 +91,27 @@ impl StoredMessage {
         }
     }
 
+    /// A message that nobody will ever see, at a place after which numbers were left out.
+    pub(super) fn bridge(user: &UserId, n: u64) -> Self {
+        Self {
+            place: Place { u: user.as_str().to_owned(), n: int(n) },
+            a: String::new(),
+            i: "bridge".to_owned(),
+            at: 0,
+            x: 0,
+            p: binary(&[]),
+            f: None,
+            d: None,
+        }
+    }
+
+    /// Whether this is one of those.
+    pub(super) fn is_bridge(document: &Document) -> bool {
+        document.get_i64("x").is_ok_and(|x| x == 0)
+    }
+
     pub(super) fn n(&self) -> u64 {
-        self.place.n.unsigned_abs()
+        self.place.n.max(0).unsigned_abs()
     }
 
     pub(super) fn is_expired(&self, now: Millis) -> bool {
@@ -102,8 +123,8 @@ impl StoredMessage {
         Ok(Message {
             seq: Seq::new(self.n()).ok_or_else(corrupt)?,
             id: MessageId::parse(&self.i).map_err(|_| corrupt())?,
-            accepted_at: Millis(self.at.unsigned_abs()),
-            expires_at: Millis(self.x.unsigned_abs()),
+            accepted_at: Millis(self.at.max(0).unsigned_abs()),
+            expires_at: Millis(self.x.max(0).unsigned_abs()),
             payload: Bytes::from(self.p.bytes),
         })
     }
@@ -111,13 +132,14 @@ impl StoredMessage {
 
 impl HeadRecord {
     pub(super) fn read(document: &Document) -> Self {
-        let number = |name: &str| document.get_i64(name).unwrap_or(0).unsigned_abs();
-        Self { head: number("head"), first: number("first"), not_before_s: number("nb") }
+        let number = |name: &str| document.get_i64(name).unwrap_or(0).max(0).unsigned_abs();
+        let (head, first) = (number("head"), number("first"));
+        Self { head, first, not_before_s: number("nb"), shown: number("shown") }
     }
 }
 
 /// The user and number of a document's `_id`.
 pub(super) fn place_of(document: &Document) -> Option<(&str, u64)> {
     let place = document.get_document("_id").ok()?;
-    Some((place.get_str("u").ok()?, place.get_i64("n").ok()?.unsigned_abs()))
+    Some((place.get_str("u").ok()?, u64::try_from(place.get_i64("n").ok()?).ok()?))
 }

@@ -584,6 +584,9 @@ impl<S: Socket> Serving<S> {
         if mail.lost {
             self.step(Input::Lost);
         }
+        if let Some((position, to)) = mail.reset {
+            self.step(Input::Reset(position, to));
+        }
         if let Some(position) = mail.more_after {
             self.step(Input::MoreAfter(position));
         }

@@ -32,6 +32,8 @@ pub(super) struct Mail {
     pub(super) page: Option<Page<Bytes>>,
     /// The sweep found something after this position.
     pub(super) more_after: Option<Seq>,
+    /// The first position is above everything that stands there; the session goes on after the second.
+    pub(super) reset: Option<(Seq, Seq)>,
     /// Orders of the node, the rarest of all.
     pub(super) orders: Option<Box<Orders>>,
 }
@@ -89,6 +91,11 @@ impl Mailbox {
     /// There is something after this position.
     pub(super) fn more_after(&self, position: Seq) {
         self.put(|mail| mail.more_after = mail.more_after.max(Some(position)));
+    }
+
+    /// The first position is above everything that stands there: go on after the second.
+    pub(super) fn reset(&self, position: Seq, to: Seq) {
+        self.put(|mail| mail.reset = Some((position, to)));
     }
 
     /// Ends the session. The first reason stands.

@@ -146,6 +146,8 @@ pub struct PushMetrics {
     pub delivered: Counter,
     /// Pages read from the inbox for sessions that were behind.
     pub pages: Counter,
+    /// Messages that could not be read, each time that one was to be shown.
+    pub unreadable: Counter,
     /// Sessions that the sweep asked for.
     pub swept: Counter,
     /// Sweeps out of turn, since hints were dropped.
@@ -169,6 +171,11 @@ impl PushMetrics {
             r.register("welcomed", "Sockets that got their welcome", own.welcomed.clone());
             r.register("delivered", "Message frames handed to sockets", own.delivered.clone());
             r.register("inbox_pages", "Pages read for sessions that were behind", own.pages.clone());
+            r.register(
+                "unreadable",
+                "Messages passed over since they cannot be read",
+                own.unreadable.clone(),
+            );
             r.register("swept", "Sessions looked at by the sweep", own.swept.clone());
             r.register("forced_sweeps", "Sweeps out of turn", own.forced_sweeps.clone());
             r.register("moves", "Move frames sent", own.moves.clone());

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::Node;
 use super::registry::Seat;
 use crate::backoff::{Backoff, around};
-use crate::inbox::{Answer, Ask, Change, From, Inbox, InboxError, PageLimit};
+use crate::inbox::{Answer, Ask, Change, From, Inbox, InboxError, InboxPage, PageLimit};
 use crate::message::{DeviceId, Message, Seq, UserId};
 use crate::session::{Item, Page};
 use crate::telemetry::WAY;
@@ -43,6 +43,10 @@ const READ_RETRY_MAX: Duration = Duration::from_secs(5);
 pub const SWEEP_EVERY: Duration = Duration::from_secs(30);
 /// The same on a node that was cut off.
 pub const SWEEP_CUT_OFF: Duration = Duration::from_secs(3);
+/// What is looked through for messages that came after a store was restored.
+const RESET_PAGE: PageLimit = PageLimit { messages: 1_000, bytes: 8 * 1024 * 1024 };
+/// How far back that may be, in sweeps: one, its jitter, and as much again for the clocks.
+const RESET_SWEEPS: f64 = 2.0;
 /// Part of the period that a sweep may be early or late.
 pub const SWEEP_JITTER: f64 = 0.2;
 /// A forced sweep runs at most this often.
@@ -176,8 +180,10 @@ async fn read(node: Arc<Node>, seat: Weak<Seat>, after: Seq) {
             Ok(page) => {
                 node.metrics.pages.inc();
                 if let Some(seat) = seat.upgrade() {
+                    tell_unreadable(&node, &seat.user, &page.unreadable);
                     let items = page.messages.iter().map(item).collect();
-                    seat.mailbox.page(Page { after, items, upto: page.upto, more: page.more });
+                    let InboxPage { unreadable, upto, more, .. } = page;
+                    seat.mailbox.page(Page { after, items, unreadable, upto, more });
                 }
                 return;
             }
@@ -187,6 +193,14 @@ async fn read(node: Arc<Node>, seat: Weak<Seat>, after: Seq) {
                 tokio::time::sleep(rest).await;
             }
         }
+    }
+}
+
+/// Messages that cannot be read are told to their user as a gap, and to whoever runs the store here.
+fn tell_unreadable(node: &Node, user: &UserId, unreadable: &[Seq]) {
+    for seq in unreadable {
+        node.metrics.unreadable.inc();
+        tracing::warn!(%user, %seq, "a message in the store cannot be read, and is passed over");
     }
 }
 
@@ -269,9 +283,27 @@ async fn look_after(
         node.metrics.swept.inc();
         if answer.more {
             tell_of_more(seat, position);
+        } else if answer.head < position {
+            reset(node, seat, position, answer.head).await?;
         }
         close_if_revoked(seat, answer.not_before_s);
     }
+    Ok(())
+}
+
+/// The store was restored to a state below what a session was shown. It goes on before what was accepted since it was last known to be
+/// well, a sweep ago, and none of the numbers that it was shown is given again.
+async fn reset(node: &Node, seat: &Seat, position: Seq, head: Seq) -> Result<(), InboxError> {
+    let shown = Change::Shown { user: seat.user.clone(), upto: position };
+    node.inbox.update(vec![shown]).await?;
+    let after = Seq::at(head.get().saturating_sub(RESET_PAGE.messages as u64));
+    let page = node.inbox.page(seat.user.clone(), after, RESET_PAGE).await?;
+    let since = node.config.limits.sweep_every.mul_f64(RESET_SWEEPS);
+    let since = node.clock.now().0.saturating_sub(u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
+    let newer = page.messages.iter().find(|message| message.accepted_at.0 >= since);
+    let to = newer.map_or(head, |message| Seq::at(message.seq.get() - 1));
+    tracing::warn!(user = %seat.user, %position, %head, "a client was shown more than stands in the store: it is told");
+    seat.mailbox.reset(position, to);
     Ok(())
 }
 

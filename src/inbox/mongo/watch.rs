@@ -1,0 +1,299 @@
+//! What is looked at again and again while this process writes: whether the store is the one that it was, and whether the indexes are
+//! there.
+//!
+//! # A store that was restored
+//!
+//! A *marker* stands among the messages, at the place of a user without a name: `pulse`, a moment that every writer raises; `lineage`, which
+//! changes when somebody finds the pulse below what he has seen there; and `floor`, the moment when that was. A backup that was put
+//! back, or a collection that was dropped, takes the pulse with it. Then
+//!
+//! - heads in memory are given up: they are of another state of the store;
+//! - numbers go on above the floor, for all that were given before are below it: a number is a moment in ms plus the count of a
+//!   user's messages. None of them is given twice;
+//! - where that leaves numbers out, a *bridge* stands after the last one before: a message that has expired. So the rule holds by which
+//!   readers find out whether there is more: the next number is there.
+//!
+//! Whoever reads a head that it does not remember looks at the marker too, so that it cannot miss a state that it should know of.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::TryStreamExt;
+use futures_util::future::try_join_all;
+use mongodb::bson::{Bson, Document, doc};
+use mongodb::error::ErrorKind;
+use mongodb::options::{IndexOptions, ReturnDocument};
+use mongodb::{Collection, IndexModel};
+
+use super::append::DUPLICATE_KEY;
+use super::stored::{CURSORS, HeadRecord, INBOX, StoredMessage, id, int, place_of};
+use super::{Inner, OpenFault, index_fault, unavailable, words};
+use crate::inbox::InboxError;
+use crate::message::UserId;
+
+/// Looks between two at the indexes: a minute.
+const LOOKS_PER_INDEX_LOOK: u32 = 30;
+/// Messages of one user that are looked through for numbers that were left out.
+const RUN: i64 = 5_000;
+/// Users looked after at once.
+const AT_ONCE: usize = 16;
+/// Ids that stand twice, as far as they are named.
+const NAMED: i64 = 5;
+
+/// What is known of the marker.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Marker {
+    /// The highest pulse seen.
+    pulse: i64,
+    lineage: String,
+    /// Numbers up to here may have been given, and are not there any more.
+    pub(super) floor: u64,
+    /// When the last look was sent that found all as it was.
+    well: Duration,
+    /// What was written since then has yet to be mended.
+    pub(super) mend_since: Option<Duration>,
+}
+
+/// The place of the marker. No user has that name.
+fn place() -> Document {
+    doc! { "u": "", "n": 0i64 }
+}
+
+/// Looks for as long as the process runs; `every` is the time between two looks.
+pub(super) async fn watch(inner: &Inner, every: Duration) {
+    let mut looks = 0u32;
+    loop {
+        if let Err(error) = look(inner).await {
+            tracing::debug!(%error, "the store could not be looked at");
+        }
+        // Also where nobody publishes: readers wait for what is to be mended.
+        if inner.restored.load(Ordering::Acquire)
+            && let Err(error) = super::append::give_up_heads(inner, &mut *inner.appends.lock().await).await
+        {
+            tracing::warn!(%error, "what was written while the store was restored cannot be mended yet");
+        }
+        looks = (looks + 1) % LOOKS_PER_INDEX_LOOK;
+        if looks == 0
+            && let Err(fault) = inner.make_indexes().await
+        {
+            tracing::debug!(%fault, "the indexes could not be looked at");
+        }
+        tokio::time::sleep(every).await;
+    }
+}
+
+/// Raises the pulse, and acts on a store that is not what it was. Answers the floor.
+pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
+    let sent = inner.clock.uptime();
+    let (last, now) = (inner.marker.lock().pulse, int(inner.clock.now().0));
+    let fresh = ulid::Ulid::generate().to_string();
+    let fallen = doc! { "$lt": [{ "$ifNull": ["$pulse", 0i64] }, last] };
+    let update = vec![
+        doc! { "$set": { "fallen": fallen } },
+        doc! { "$set": {
+            "lineage": { "$cond": ["$fallen", &fresh, { "$ifNull": ["$lineage", &fresh] }] },
+            "floor": { "$cond": ["$fallen", now, { "$ifNull": ["$floor", 0i64] }] },
+            "pulse": { "$max": ["$pulse", now] },
+        } },
+        doc! { "$unset": "fallen" },
+    ];
+    let looking = inner
+        .documents
+        .find_one_and_update(doc! { "_id": place() }, update)
+        .upsert(true)
+        .return_document(ReturnDocument::After);
+    let found = inner.in_time(looking.into_future()).await.map_err(unavailable)?.unwrap_or_default();
+    Ok(take(inner, &found, Some(sent)))
+}
+
+/// The marker as it stands there, for one who reads heads.
+pub(super) async fn read(inner: &Inner) -> Result<u64, InboxError> {
+    let found = inner.by_ids(vec![place()], doc! {}).await?;
+    let found = found.first().cloned().unwrap_or_default();
+    if found.get_i64("pulse").unwrap_or(0) < inner.marker.lock().pulse {
+        return look(inner).await;
+    }
+    Ok(take(inner, &found, None))
+}
+
+/// Takes up what the marker says; `sent` is when it was asked for by a look.
+fn take(inner: &Inner, found: &Document, sent: Option<Duration>) -> u64 {
+    let lineage = found.get_str("lineage").unwrap_or_default();
+    let floor = found.get_i64("floor").unwrap_or(0).max(0).unsigned_abs();
+    let restored = {
+        let mut marker = inner.marker.lock();
+        marker.pulse = marker.pulse.max(found.get_i64("pulse").unwrap_or(0));
+        marker.floor = marker.floor.max(floor);
+        let known = std::mem::replace(&mut marker.lineage, lineage.to_owned());
+        let restored = !known.is_empty() && known != lineage;
+        if restored {
+            let well = marker.well;
+            marker.mend_since.get_or_insert(well);
+        } else if let Some(sent) = sent {
+            marker.well = sent;
+        }
+        restored
+    };
+    if restored {
+        tracing::warn!(
+            "the store (mongo.uri, mongo.database) was restored to an earlier state, or its messages were dropped: numbers go on \
+             above all that were given before, and clients are told what is gone"
+        );
+        inner.restored.store(true, Ordering::Release);
+    }
+    inner.marker.lock().floor
+}
+
+/// Mends what this process has written above heads that are no longer there: below its messages stands a bridge, or the head record that
+/// went missing.
+pub(super) async fn mend(inner: &Inner, written: Vec<UserId>) -> Result<(), InboxError> {
+    let mut written = written;
+    while !written.is_empty() {
+        let part: Vec<UserId> = written.split_off(written.len().saturating_sub(AT_ONCE));
+        try_join_all(part.into_iter().map(|user| mend_user(inner, user))).await?;
+    }
+    Ok(())
+}
+
+async fn mend_user(inner: &Inner, user: UserId) -> Result<(), InboxError> {
+    let user = &user;
+    let record = inner.by_ids(vec![id(user, 0)], doc! {}).await?;
+    let reading = async {
+        let all = doc! { "_id": super::stored::ids_above(user, 0) };
+        let found =
+            inner.documents.find(all).sort(doc! { "_id": -1 }).limit(RUN).projection(doc! { "_id": 1 });
+        found.await?.try_collect::<Vec<Document>>().await
+    };
+    let found = inner.in_time(reading).await.map_err(unavailable)?;
+    let mut numbers = found.iter().filter_map(place_of).map(|place| place.1);
+    let Some(mut lowest) = numbers.next() else { return Ok(()) };
+    let mut below = None;
+    for n in numbers {
+        if n + 1 < lowest {
+            below = Some(n);
+            break;
+        }
+        lowest = n;
+    }
+    match (record.first().map(HeadRecord::read), below) {
+        (None, None) => {
+            let record =
+                doc! { "_id": id(user, 0), "head": int(lowest - 1), "first": int(lowest - 1), "nb": 0i64 };
+            let made = inner.in_time(inner.documents.insert_one(record).into_future()).await;
+            if_not_taken(made.map(drop))
+        }
+        (Some(record), None) if record.head + 1 >= lowest => Ok(()),
+        (record, below) => {
+            let below = below.unwrap_or(0).max(record.map_or(0, |record| record.head));
+            bridge(inner, &[(user, below)]).await
+        }
+    }
+}
+
+/// Puts a bridge after the last number of each of these users, so that what comes further above is found.
+pub(super) async fn bridge(inner: &Inner, last: &[(&UserId, u64)]) -> Result<(), InboxError> {
+    if last.is_empty() {
+        return Ok(());
+    }
+    let bridges: Vec<StoredMessage> =
+        last.iter().map(|(user, n)| StoredMessage::bridge(user, n + 1)).collect();
+    let made = inner.in_time(inner.messages.insert_many(&bridges).ordered(false).into_future()).await;
+    if_not_taken(made.map(drop))
+}
+
+/// What stands there already need not be written.
+fn if_not_taken(written: mongodb::error::Result<()>) -> Result<(), InboxError> {
+    let error = match written {
+        Ok(()) => return Ok(()),
+        Err(error) => error,
+    };
+    let taken = match &*error.kind {
+        ErrorKind::InsertMany(many) => {
+            many.write_concern_error.is_none()
+                && many.write_errors.iter().flatten().all(|one| one.code == DUPLICATE_KEY)
+        }
+        ErrorKind::Write(mongodb::error::WriteFailure::WriteError(one)) => one.code == DUPLICATE_KEY,
+        _ => false,
+    };
+    if taken { Ok(()) } else { Err(unavailable(error)) }
+}
+
+impl Inner {
+    /// Makes the indexes that are not there. Where ids that stand twice are in the way, publishes with an id are refused until they are
+    /// gone: another one could be stored twice.
+    pub(super) async fn make_indexes(&self) -> Result<(), OpenFault> {
+        let unique = IndexOptions::builder()
+            .name("sender_id".to_owned())
+            .unique(true)
+            .partial_filter_expression(doc! { "f": { "$exists": true } })
+            .build();
+        let unique = IndexModel::builder().keys(doc! { "_id.u": 1, "f": 1 }).options(unique).build();
+        let made = self.in_time(self.documents.create_index(unique).into_future()).await;
+        let in_the_way = match &made {
+            Err(error) if matches!(&*error.kind, ErrorKind::Command(one) if one.code == DUPLICATE_KEY) => {
+                true
+            }
+            Err(error) => return Err(index_fault(INBOX, error)),
+            Ok(_) => false,
+        };
+        let why = if in_the_way { Some(self.ids_that_stand_twice().await) } else { None };
+        let before = std::mem::replace(&mut *self.ids_refused.lock(), why.clone());
+        match (before, why) {
+            (None, Some(why)) => tracing::warn!("mongo.database: publishes with an id are refused: {why}"),
+            (Some(_), None) => tracing::info!("publishes with an id are taken again"),
+            _ => {}
+        }
+        let named = |name: &str| IndexOptions::builder().name(name.to_owned()).build();
+        let index =
+            |keys: Document, name: &str| IndexModel::builder().keys(keys).options(named(name)).build();
+        let all: [(&Collection<Document>, &str, Document, &str); 3] = [
+            (&self.documents, INBOX, doc! { "x": 1, "_id.u": 1 }, "expiry"),
+            (&self.cursors, CURSORS, doc! { "at": 1 }, "unused"),
+            (&self.cursors, CURSORS, doc! { "_id.u": 1, "at": 1 }, "user"),
+        ];
+        for (collection, shown, keys, name) in all {
+            let made = self.in_time(collection.create_index(index(keys, name)).into_future()).await;
+            made.map_err(|error| index_fault(shown, &error))?;
+        }
+        Ok(())
+    }
+
+    /// What to do about ids that stand twice, with some of them.
+    async fn ids_that_stand_twice(&self) -> String {
+        let group =
+            doc! { "_id": { "u": "$_id.u", "f": "$f" }, "at": { "$push": "$_id.n" }, "count": { "$sum": 1 } };
+        let pipeline = [
+            doc! { "$match": { "f": { "$exists": true } } },
+            doc! { "$group": group },
+            doc! { "$match": { "count": { "$gt": 1 } } },
+            doc! { "$limit": NAMED },
+        ];
+        let reading = async {
+            self.documents
+                .aggregate(pipeline)
+                .allow_disk_use(true)
+                .await?
+                .try_collect::<Vec<Document>>()
+                .await
+        };
+        let found = match self.in_time(reading).await {
+            Ok(found) => found,
+            Err(error) => {
+                return format!("ids stand twice in {INBOX}, and cannot be listed: {}", words(&error));
+            }
+        };
+        let show = |one: &Document| {
+            let key = one.get_document("_id").cloned().unwrap_or_default();
+            let at = one.get_array("at").map(|all| all.iter().map(Bson::to_string).collect::<Vec<_>>());
+            let part = |name: &str| key.get_str(name).unwrap_or_default().to_owned();
+            format!("{:?} of user {:?} at {}", part("f"), part("u"), at.unwrap_or_default().join(", "))
+        };
+        let shown: Vec<String> = found.iter().map(show).collect();
+        format!(
+            "the index sender_id of {INBOX} is missing and cannot be made, for these ids stand twice: {}; unset f of all but the \
+             first of each (db.{INBOX}.updateOne({{_id: {{u: USER, n: NUMBER}}}}, {{$unset: {{f: \"\"}}}}), and they are taken \
+             again within a minute",
+            shown.join("; ")
+        )
+    }
+}
