@@ -399,9 +399,10 @@ enum Taken {
     Move(MoveOrder),
 }
 
-/// Two pings may be lost on the way; a third that does not come means that the network has gone without a word.
+/// The server pings on schedule, whatever else it sends: one ping that does not come means that its host, or the network, has gone without
+/// a word.
 fn silence(ping_every: Duration) -> Duration {
-    ping_every * 2 + PING_GRACE
+    ping_every + PING_GRACE
 }
 
 struct MoveOrder {

@@ -760,7 +760,11 @@ impl Reader {
             ("auth.token_key", verifies && no_key),
             ("auth.admin_key", runs(RoleName::Auth) && secrets.admin_key.is_empty()),
             ("collect.api_keys", runs(RoleName::Collect) && secrets.api_keys.is_empty()),
-            ("peer.secret", secrets.peer_secret.is_empty()),
+            // Auth alone speaks to nobody who would ask for it.
+            (
+                "peer.secret",
+                roles.iter().any(|role| *role != RoleName::Auth) && secrets.peer_secret.is_empty(),
+            ),
         ];
         for (name, missing) in missing {
             if missing {

@@ -62,6 +62,29 @@ async fn receives_acks_and_resumes(script: &str, interpreter: std::path::PathBuf
     .await;
 }
 
+/// A host that vanishes closes nothing: that no ping comes is all that tells.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_hears_nothing_for_a_ping_and_five_seconds_comes_back() {
+    let server = Server::with(Options::default().with("limits.ping_ms", "4000")).await;
+    let mut listening = Command::new(crate::support::PROGRAM);
+    crate::support::clean(&mut listening);
+    listening.args(["listen", "alice", "--data"]).arg(server.directory.path());
+    let mut listening = listening.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(listening.stderr.take().unwrap()).lines();
+    let mut until = |word: &str| while !said.next().expect("it goes on").unwrap().contains(word) {};
+    until("caught up");
+    crate::support::signal(server.pid(), "STOP");
+    let began = std::time::Instant::now();
+    until("next try");
+    let silent = began.elapsed();
+    crate::support::signal(server.pid(), "CONT");
+    // The last thing heard may be as old as a ping; twice a ping would be 13 s.
+    assert!((5.0..11.0).contains(&silent.as_secs_f64()), "{silent:?}");
+    until("connected");
+    listening.kill().unwrap();
+    listening.wait().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_python_client_of_ten_lines_misses_nothing() {
     receives_acks_and_resumes("client.py", tool("venv/bin/python"), None).await;

@@ -8,6 +8,7 @@ mod wire {
     pub use ringpush::wire::proto;
 }
 
+mod broken_stores;
 mod clients;
 mod cluster;
 mod command_line;

@@ -96,3 +96,53 @@ fn nginx_on_kubernetes_is_the_one_that_is_tested() {
         !read("config/nginx.conf").contains("$request_uri") && !read("config/nginx.conf").contains("$args")
     );
 }
+
+/// Each role is given the secrets that it uses and no others.
+#[test]
+fn each_role_has_its_own_secrets_and_a_limit_of_memory() {
+    let text = rendered("prod");
+    let mut pods = of_kind(&text, "Deployment");
+    pods.extend(of_kind(&text, "StatefulSet"));
+    for (name, secrets) in [
+        ("auth", &["token-key", "admin-key"][..]),
+        ("collect", &["api-keys", "peer-secret", "redis-url", "mongo-uri"]),
+        ("dispatch", &["peer-secret", "redis-url"]),
+        ("push", &["peer-secret", "redis-url", "mongo-uri"]),
+        ("nginx", &[]),
+    ] {
+        let pod = pods.iter().find(|pod| pod.contains(&format!("  name: {name}\n"))).unwrap();
+        let given: Vec<&str> = pod
+            .lines()
+            .zip(pod.lines().skip(1))
+            .filter(|(_, next)| next.trim() == "name: ringpush-secrets")
+            .map(|(key, _)| key.trim().trim_start_matches("key: "))
+            .collect();
+        let (mut given, mut secrets) = (given, secrets.to_vec());
+        given.sort_unstable();
+        secrets.sort_unstable();
+        assert_eq!(given, secrets, "{name}");
+        assert!(pod.contains("limits:"), "{name} may use all memory of its node");
+    }
+}
+
+#[test]
+fn ports_are_open_to_those_who_need_them_both_ways() {
+    let text = rendered("prod");
+    let policies = of_kind(&text, "NetworkPolicy");
+    for policy in &policies {
+        assert!(policy.contains("- Ingress") && policy.contains("- Egress"), "{policy}");
+        let (egress, ingress) = policy.split_once("  ingress:").unwrap();
+        assert!(egress.contains("  egress:"), "{policy}");
+        // Metrics are for Prometheus.
+        for rule in ingress.split("  - from:").skip(1).filter(|rule| rule.contains("9090")) {
+            assert!(rule.contains("app.kubernetes.io/name: prometheus"), "{rule}");
+        }
+        let open: Vec<&str> = ingress.split("  - from:").next().unwrap().lines().collect();
+        assert!(
+            !open.iter().any(|line| line.contains("9090") || line.contains("8083") || line.contains("7070"))
+        );
+    }
+    let auth = policies.iter().find(|policy| policy.contains("  name: auth\n")).unwrap();
+    let client = auth.split("- from:").find(|rule| rule.contains("ringpush.io/auth-client")).unwrap();
+    assert!(!client.contains("namespaceSelector"), "of the own namespace alone: {client}");
+}

@@ -43,10 +43,6 @@ const READ_RETRY_MAX: Duration = Duration::from_secs(5);
 pub const SWEEP_EVERY: Duration = Duration::from_secs(30);
 /// The same on a node that was cut off.
 pub const SWEEP_CUT_OFF: Duration = Duration::from_secs(3);
-/// What is looked through for messages that came after a store was restored.
-const RESET_PAGE: PageLimit = PageLimit { messages: 1_000, bytes: 8 * 1024 * 1024 };
-/// How far back that may be, in sweeps: one, its jitter, and as much again for the clocks.
-const RESET_SWEEPS: f64 = 2.0;
 /// Part of the period that a sweep may be early or late.
 pub const SWEEP_JITTER: f64 = 0.2;
 /// A forced sweep runs at most this often.
@@ -291,19 +287,12 @@ async fn look_after(
     Ok(())
 }
 
-/// The store was restored to a state below what a session was shown. It goes on before what was accepted since it was last known to be
-/// well, a sweep ago, and none of the numbers that it was shown is given again.
+/// The store was restored to a state below what a session was shown. It goes on from there: what is accepted from now on stands above
+/// all that was shown.
 async fn reset(node: &Node, seat: &Seat, position: Seq, head: Seq) -> Result<(), InboxError> {
-    let shown = Change::Shown { user: seat.user.clone(), upto: position };
-    node.inbox.update(vec![shown]).await?;
-    let after = Seq::at(head.get().saturating_sub(RESET_PAGE.messages as u64));
-    let page = node.inbox.page(seat.user.clone(), after, RESET_PAGE).await?;
-    let since = node.config.limits.sweep_every.mul_f64(RESET_SWEEPS);
-    let since = node.clock.now().0.saturating_sub(u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
-    let newer = page.messages.iter().find(|message| message.accepted_at.0 >= since);
-    let to = newer.map_or(head, |message| Seq::at(message.seq.get() - 1));
+    node.inbox.update(vec![Change::Shown { user: seat.user.clone(), upto: position }]).await?;
     tracing::warn!(user = %seat.user, %position, %head, "a client was shown more than stands in the store: it is told");
-    seat.mailbox.reset(position, to);
+    seat.mailbox.reset(position, head);
     Ok(())
 }
 
