@@ -143,3 +143,43 @@ async fn an_idle_socket_costs_little_memory() {
     eprintln!("{each:.2} KiB per idle socket");
     assert!(each <= MOST_KIB as f64, "{each:.2} KiB per idle socket");
 }
+
+/// Messages and keys are for their owner alone, whatever the umask of whoever starts the server; what an earlier version left open is
+/// tightened.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_kept_is_readable_by_its_owner_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = |path: &std::path::Path| std::fs::symlink_metadata(path).unwrap().permissions().mode() & 0o777;
+    let all = |root: &std::path::Path| {
+        let (mut folders, mut found) = (vec![root.to_owned()], Vec::new());
+        while let Some(folder) = folders.pop() {
+            found.push((folder.clone(), mode(&folder)));
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() { folders.push(path) } else { found.push((path.clone(), mode(&path))) }
+            }
+        }
+        found
+    };
+    let wrapper = ["sh", "-c", "umask 0; exec \"$0\" \"$@\""].map(str::to_owned).to_vec();
+    let mut server = Server::with(Options { wrapper, ..Options::default() }).await;
+    server.publish("alice", json!("private")).await;
+    let inbox = server.directory.path().join("inbox");
+    let closed = |found: &[(std::path::PathBuf, u32)]| {
+        found.iter().all(|(path, mode)| *mode == if path.is_dir() { 0o700 } else { 0o600 })
+    };
+    assert!(closed(&all(&inbox)), "{:?}", all(&inbox));
+    let keys = server.directory.path().join("dev-keys.toml");
+    assert_eq!(mode(&keys), 0o600);
+    assert_eq!(server.terminate().await, 0);
+    for (path, _) in all(&inbox) {
+        let open = if path.is_dir() { 0o755 } else { 0o644 };
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(open)).unwrap();
+    }
+    std::fs::set_permissions(&keys, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let again = Server::on(std::sync::Arc::clone(&server.directory), Options::default()).await;
+    assert!(closed(&all(&inbox)), "{:?}", all(&inbox));
+    assert_eq!(mode(&keys), 0o600);
+    let log = again.log();
+    assert!(log.lines().any(|line| line.contains("WARN") && line.contains("dev-keys.toml")), "{log}");
+}
