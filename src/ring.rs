@@ -248,6 +248,23 @@ mod tests {
     }
 
     #[test]
+    fn a_ring_of_many_heavy_names_is_bounded_and_keeps_its_proportions() {
+        let names: Vec<String> = (0..1_000).map(|n| format!("push-{n}")).collect();
+        let heavy = Ring::build(
+            names.iter().enumerate().map(|(n, name)| (name.as_str(), if n < 500 { 100.0 } else { 50.0 })),
+        );
+        let points: usize = heavy.arcs.iter().map(HashRing::len).sum();
+        // Each arc has one point more behind its own.
+        assert!(points as f64 <= POINTS_MAX + f64::from(1u32 << ARC_BITS_MAX), "{points} points");
+        let of_the_heavier: f64 =
+            heavy.shares.iter().zip(0..).filter(|(_, n)| heavier(&heavy.names[*n])).map(|(s, _)| s).sum();
+        assert!((of_the_heavier - 2.0 / 3.0).abs() < 0.02, "{of_the_heavier} of all keys");
+        fn heavier(name: &str) -> bool {
+            name.trim_start_matches("push-").parse::<u32>().unwrap() < 500
+        }
+    }
+
+    #[test]
     fn an_empty_ring_owns_nothing() {
         assert_eq!(Ring::build([]).owner_of("alice"), None);
         assert_eq!(Ring::build([("a", 0.0), ("b", f64::NAN), ("c", -1.0)]).owner_of("alice"), None);

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{BoxFuture, Either, FutureExt, ready};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use hyper::{Request, Response};
@@ -474,7 +474,11 @@ impl HttpClient {
             let response = self.client.request(request).await.map_err(|error| words(&error))?;
             let status = response.status().as_u16();
             let body = Limited::new(response.into_body(), self.answer_max).collect().await;
-            Ok((status, body.map_err(|error| error.to_string())?.to_bytes()))
+            let body = body.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
+                Some(_) => format!("the answer is larger than {} bytes", self.answer_max),
+                None => words(&*error),
+            })?;
+            Ok((status, body.to_bytes()))
         };
         tokio::time::timeout(deadline, exchange).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))
     }

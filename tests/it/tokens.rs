@@ -5,6 +5,7 @@ use std::time::Duration;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 
+use crate::support::foreign::Foreign;
 use crate::support::{Options, Server, Socket, eventually, http};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -117,4 +118,52 @@ async fn keys_may_be_fetched_from_the_issuer() {
     let stranger = jsonwebtoken::EncodingKey::from_secret(public.as_bytes());
     let forged = jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &stranger).unwrap();
     assert_eq!(Socket::try_open(&url, Some(&forged), &[]).await.err(), Some(401));
+}
+
+/// The keys stand in a file that a web server of somebody else shows. One that is too large is refused and named; keys that were
+/// turned are fetched because a token names one of them, also where it is only asked about.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_are_bounded_and_turned_keys_are_fetched_when_a_token_is_asked_about() {
+    let keys_of = async |pem: &str, kid: &str| {
+        let issuer = Server::with(Options::default().with("auth.token_key", pem)).await;
+        let mut keys = http::get(&issuer.at("auth"), "/.well-known/jwks.json", None).await.json();
+        keys["keys"][0]["kid"] = json!(kid);
+        keys
+    };
+    let (old, new) = (
+        keys_of(include_str!("../keys/ec-public.pem"), "old").await,
+        keys_of(include_str!("../keys/ed-public.pem"), "new").await,
+    );
+    let site =
+        Foreign::start(&["python3", "-m", "http.server", "--bind", "127.0.0.1", "-d", "{dir}", "{port}"])
+            .await;
+    let file = site.directory.path().join("keys.json");
+    let shown = |text: &[u8]| std::fs::write(&file, text).unwrap();
+    shown(format!("{old}{}", " ".repeat(1024 * 1024)).as_bytes());
+    let url = format!("http://127.0.0.1:{}/keys.json", site.port);
+    let server = Server::with(Options::default().with("auth.jwks_url", &url)).await;
+    eventually("keys that are too large are named", async || {
+        server.log().contains("larger than 1048576 bytes")
+    })
+    .await;
+    let claims = json!({"sub": "alice", "exp": 4_000_000_000u64});
+    let token = |algorithm, keys: &Value, key: &jsonwebtoken::EncodingKey| {
+        let mut header = jsonwebtoken::Header::new(algorithm);
+        header.kid = Some(keys["keys"][0]["kid"].as_str().unwrap().to_owned());
+        jsonwebtoken::encode(&header, &claims, key).unwrap()
+    };
+    let first = jsonwebtoken::EncodingKey::from_ec_pem(include_bytes!("../keys/ec-private.pem")).unwrap();
+    let first = token(jsonwebtoken::Algorithm::ES256, &old, &first);
+    let second = jsonwebtoken::EncodingKey::from_ed_pem(include_bytes!("../keys/ed-private.pem")).unwrap();
+    let second = token(jsonwebtoken::Algorithm::EdDSA, &new, &second);
+    let at = server.at("auth");
+    let answer =
+        async |token: &str| http::post(&at, "/v1/verify", None, &json!({ "token": token })).await.status;
+    assert_eq!(answer(&first).await, 503, "no key was fetched");
+    shown(old.to_string().as_bytes());
+    eventually("the keys are there", async || answer(&first).await == 200).await;
+    assert_eq!(answer(&second).await, 401, "a key that is not known");
+    shown(new.to_string().as_bytes());
+    eventually("the turned keys are fetched", async || answer(&second).await == 200).await;
+    assert_eq!(answer(&first).await, 401, "its key is no longer shown");
 }
