@@ -38,10 +38,14 @@ async fn seq(server: &Server, user: &str, n: u64) -> u64 {
     answer.json()["accepted"][0]["seq"].as_u64().unwrap()
 }
 
-async fn connect(server: &Server, user: &str, query: &str) -> Socket {
+async fn token(server: &Server, user: &str) -> String {
     let body = json!({"user": user, "ttl_s": 3600});
     let answer = http::post(&server.at("auth"), "/v1/tokens", Some(crate::support::ADMIN_KEY), &body).await;
-    let token = answer.json()["token"].as_str().unwrap().to_owned();
+    answer.json()["token"].as_str().unwrap().to_owned()
+}
+
+async fn connect(server: &Server, user: &str, query: &str) -> Socket {
+    let token = token(server, user).await;
     Socket::open(&format!("ws://{}/v1/ws{query}", server.at("push")), Some(&token)).await
 }
 
@@ -151,6 +155,26 @@ async fn a_frozen_mongod_is_shown_and_named() {
     set.members[0].signal("CONT");
     eventually("it is back", async || shown().await.json()["conditions"]["inbox"]["ok"] == true).await;
     eventually("publishes are taken", async || publish(&server, "alice", 1).await.status == 202).await;
+}
+
+/// Whether a new token was revoked is not known while MongoDB does not answer: it is taken when it does, and the old one serves
+/// until then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_inbox_cannot_be_asked_no_refresh_is_taken_for_good() {
+    let set = ReplicaSet::start(1).await;
+    let mut options = on(&set);
+    options.environment.push(("RUST_LOG".to_owned(), "info,ringpush=debug".to_owned()));
+    let server = Server::with(options).await;
+    let mut alice = connect(&server, "alice", "").await;
+    alice.caught_up().await;
+    let token = token(&server, "alice").await;
+    set.members[0].signal("STOP");
+    alice.say(&json!({"type": "refresh", "token": token})).await;
+    let asked = async || server.log().contains("whether a new token was revoked cannot be asked now");
+    eventually("it was asked", asked).await;
+    alice.is_quiet(Duration::from_millis(100)).await;
+    set.members[0].signal("CONT");
+    alice.expect("refreshed").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -496,3 +496,24 @@ async fn a_server_with_keys_of_somebody_hands_out_no_tokens() {
         assert_eq!(shown["development"], false);
     }
 }
+
+/// Strangers knock far beyond the budget, and whoever brings a good token is served all the same; what was refused is counted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_do_not_spend_the_budget_of_those_who_are_known() {
+    let server = Server::with(Options::default().with("push.accept_per_s", "5")).await;
+    let url = format!("ws://{}/v1/ws", server.at("push"));
+    let mut refused = Vec::new();
+    for n in 0..60 {
+        let token = (n % 2 == 0).then_some("not-a-token");
+        match Socket::try_open(&url, token, &[]).await {
+            Ok(_) => assert_eq!(token, None, "a bad token is refused"),
+            Err(status) => refused.push(status),
+        }
+    }
+    assert!(refused.contains(&401) && refused.contains(&503), "strangers were too many: {refused:?}");
+    for n in 0..8 {
+        let mut known = server.connect(&format!("user-{n}"), "").await;
+        known.expect("welcome").await;
+    }
+    assert!(server.metric("ringpush_credentials_refused_total{kind=\"token\"}").await >= 1.0);
+}
