@@ -99,11 +99,20 @@ pub enum Event {
     },
 }
 
+/// What the application has taken: up to `seq`, in the numbers that hold since so many resets. After one, smaller numbers count again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Acked {
+    resets: u64,
+    seq: u64,
+}
+
 /// See the room's comment. Dropping it ends the connection.
 pub struct Client {
     events: mpsc::Receiver<Event>,
     /// Acks are cumulative, so only the newest counts, and saying one never waits.
-    acks: watch::Sender<u64>,
+    acks: watch::Sender<Acked>,
+    /// Resets that the application was told of.
+    resets: u64,
     task: JoinHandle<()>,
 }
 
@@ -112,21 +121,26 @@ impl Client {
     #[must_use]
     pub fn start(config: ClientConfig) -> Self {
         let (to_app, events) = mpsc::channel(EVENTS);
-        let (acks, from_app) = watch::channel(0);
-        let actor = Actor { last: None, hint: FIRST_HINT, config, events: to_app, acks: from_app };
-        Self { events, acks, task: tokio::spawn(actor.run()) }
+        let (acks, from_app) = watch::channel(Acked::default());
+        let actor = Actor { last: None, resets: 0, hint: FIRST_HINT, config, events: to_app, acks: from_app };
+        Self { events, acks, resets: 0, task: tokio::spawn(actor.run()) }
     }
 
     /// The next event; None after the last one.
     pub async fn next(&mut self) -> Option<Event> {
-        self.events.recv().await
+        let event = self.events.recv().await;
+        if let Some(Event::Gap { reason: GapReason::Reset, .. }) = &event {
+            self.resets += 1;
+        }
+        event
     }
 
     /// Says that everything up to `seq` was taken by the application.
     pub fn ack(&self, seq: u64) {
+        let acked = Acked { resets: self.resets, seq };
         self.acks.send_if_modified(|newest| {
-            let newer = seq > *newest;
-            *newest = seq.max(*newest);
+            let newer = acked > *newest;
+            *newest = acked.max(*newest);
             newer
         });
     }
@@ -142,9 +156,11 @@ struct Actor {
     config: ClientConfig,
     /// The last number handed on, or told to be gone.
     last: Option<u64>,
+    /// Resets that were handed on.
+    resets: u64,
     hint: ReconnectHint,
     events: mpsc::Sender<Event>,
-    acks: watch::Receiver<u64>,
+    acks: watch::Receiver<Acked>,
 }
 
 /// How serving one socket, and those it moved to, ended.
@@ -296,8 +312,9 @@ impl Actor {
     /// Acks are cumulative: the newest says it all, also to a socket that has not heard the earlier ones.
     async fn repeat_ack(&mut self, socket: &mut ClientSocket) {
         let newest = *self.acks.borrow_and_update();
-        if newest > 0 {
-            socket.say(ClientFrame::Ack(newest).encode()).await;
+        // What was acked before a reset was of other numbers.
+        if newest.resets == self.resets && newest.seq > 0 {
+            socket.say(ClientFrame::Ack(newest.seq).encode()).await;
         }
     }
 
@@ -356,6 +373,7 @@ impl Actor {
                     return Ok(Taken::Nothing);
                 }
                 self.last = Some(before.saturating_sub(1));
+                self.resets += u64::from(reason == GapReason::Reset);
                 Event::Gap { after, before, reason }
             }
             ReceivedFrame::Other(ServerFrame::CaughtUp { seq }) => {

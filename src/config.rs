@@ -870,10 +870,11 @@ fn without_passwords(text: &str) -> String {
     let mut parts = text.split("://");
     let mut shown = parts.next().unwrap_or_default().to_owned();
     for part in parts {
-        let end = part.find(['/', '?', '#', '"', ' ', ',']).unwrap_or(part.len());
-        let (authority, rest) = part.split_at(end);
+        // Passwords may hold what should stand there encoded: all before the last @ of the URL is left out.
+        let end = part.find(['"', ' ']).unwrap_or(part.len());
+        let (url, rest) = part.split_at(end);
         shown.push_str("://");
-        match authority.rsplit_once('@') {
+        match url.rsplit_once('@') {
             Some((_, host)) => shown.push_str(&format!("(set)@{host}{rest}")),
             None => shown.push_str(part),
         }

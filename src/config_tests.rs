@@ -204,12 +204,14 @@ fn a_key_that_can_be_guessed_is_refused_wherever_it_stands() {
 
 #[test]
 fn no_password_of_any_url_is_printed() {
-    let file =
-        CLUSTER.replace("[auth]", "[auth]\nmode = \"remote\"\nurl = \"https://me:pass@word@auth.example/x\"");
+    let file = CLUSTER.replace(
+        "[auth]",
+        "[auth]\nmode = \"remote\"\nurl = \"https://me:pa/ss,wo?rd@pass@word@auth.example/x\"",
+    );
     let file = file.replace("https://shop.example.com", "https://user:hunter2@shop.example.com");
     let file = file.replace("wss://push.example.com", "wss://u:secret-of-a-url@push.example.com");
     let printed = load(&file, &[]).unwrap().to_toml();
-    for password in ["pass@word", "word@", "hunter2", "secret-of-a-url"] {
+    for password in ["pa/ss", "wo?rd", "pass@word", "word@", "hunter2", "secret-of-a-url"] {
         assert!(!printed.contains(password), "{password} in:\n{printed}");
     }
     assert!(printed.contains("https://(set)@auth.example/x"), "{printed}");

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::rejection::RawPathParamsRejection;
@@ -13,6 +14,7 @@ use bytes::BytesMut;
 use hyper::body::Incoming;
 use serde_json::{Value, json as value};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use tower::ServiceExt;
 
 use super::edge::{Refused, Routes, bearer, closed, json, json_body, refuse, root, same_secret};
@@ -36,6 +38,8 @@ const PUBLISH_BODY: usize = 1024 * 1024;
 const BATCH_BODY: usize = 16 * 1024 * 1024;
 /// Batches read and written at once: eight times the largest is 128 MiB.
 const BATCHES_AT_ONCE: usize = 8;
+/// How long a batch may wait for others, whose senders may have gone, before it is read.
+const BATCH_WAIT: Duration = Duration::from_secs(5);
 /// Recipients of a batch that wait to be stored at once. All batches together leave others a fifth of what may wait
 /// ([`WAITING_APPENDS`](crate::role::collect::WAITING_APPENDS)).
 const PART_RECIPIENTS: usize = 1_000;
@@ -151,8 +155,8 @@ fn published(published: &Published) -> Response<Body> {
 
 async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
     edge.authorize(request.headers())?;
-    let Ok(_permit) = edge.batches.acquire().await else {
-        return Err(refuse(503, "the server is stopping"));
+    let Ok(Ok(_permit)) = timeout(BATCH_WAIT, edge.batches.acquire()).await else {
+        return Err(refuse(503, "too many batches are under way: send this one again"));
     };
     let mut held = edge.budget.hold();
     let body = json_body(request, BATCH_BODY, &mut held).await?;

@@ -30,7 +30,7 @@ pub(super) const SMALL_BODY: usize = 16 * 1024;
 /// What the bodies of unanswered requests may hold in one process, in bytes: eight batches of 16 MiB, and as much again for single
 /// publishes, 2,000 of 64 KiB.
 const KNOWN_HELD: usize = 256 * 1024 * 1024;
-/// The same of requests whose sender is not known before they are read (`POST /v1/verify`, `POST /v1/connect`): 4,096 of 16 KiB. Apart,
+/// The same of requests whose sender is not known before they are read (`POST /v1/verify`): 4,096 of 16 KiB. Apart,
 /// so that strangers hold up nobody who has a key.
 const STRANGERS_HELD: usize = 64 * 1024 * 1024;
 

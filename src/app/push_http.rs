@@ -227,12 +227,14 @@ async fn place(edge: &ConnectEdge, request: Request<Body>) -> Answer {
         refuse(401, why)
     };
     let token = token.ok_or_else(|| unauthorized("a token is needed: Authorization: Bearer <token>"))?;
-    let mut held = edge.budgets.strangers.hold();
-    let device = parse_connect(&json_body(request, SMALL_BODY, &mut held).await?)?;
-    let place = edge.connect.place(&token, device).await.map_err(|fault| match fault {
+    let fault = |fault| match fault {
         ConnectFault::Unauthorized(why) => unauthorized(&why),
         ConnectFault::Unavailable(why) => refuse(503, why),
-    })?;
+    };
+    let identity = edge.connect.verify(&token).await.map_err(fault)?;
+    let mut held = edge.budgets.known.hold();
+    let device = parse_connect(&json_body(request, SMALL_BODY, &mut held).await?)?;
+    let place = edge.connect.place(identity, device).await.map_err(fault)?;
     if let Some(push) = &edge.push
         && push.has_revoked(&place.user, place.token_iat_s).await
     {

@@ -208,6 +208,7 @@ impl Inner {
             let Some(holder) = holder_of(name.text()) else { continue };
             let map = match before.remove(&holder) {
                 Some((known, map)) if known == version.text() => map,
+                _ if map.bytes().len() > BUCKETS / 8 => continue,
                 _ => Arc::from(map.bytes()),
             };
             seen.maps.insert(holder, (version.text().to_owned(), map));

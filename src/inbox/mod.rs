@@ -235,6 +235,12 @@ pub enum InboxError {
     Corrupt(String),
 }
 
+/// Whether a stored payload is what was taken: JSON text. Anything else would end each connection that it is sent on, for ever.
+pub(crate) fn is_json(payload: &[u8]) -> bool {
+    let text = std::str::from_utf8(payload).ok();
+    text.is_some_and(|text| serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok())
+}
+
 /// Tells a repeat from a conflict without keeping the payload twice: the first half of its SHA-256.
 pub(crate) fn payload_digest(payload: &[u8]) -> [u8; 16] {
     use sha2::{Digest, Sha256};

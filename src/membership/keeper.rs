@@ -223,13 +223,15 @@ impl Keeper {
         let nodes = self.current.members.iter().map(|member| &member.info.node);
         let absent: Vec<_> = nodes.filter(|node| next.member(node).is_none()).cloned().collect();
         let routers = if next.routers.is_empty() { self.current.routers.clone() } else { next.routers };
-        let (current, outsiders) = (&self.current, next.outsiders);
+        let (current, outsiders, shown) = (&self.current, next.outsiders, next.shown);
         let changed = !current.held
             || routers != current.routers
             || absent != current.absent
-            || outsiders != current.outsiders;
+            || outsiders != current.outsiders
+            || shown != current.shown;
         if changed {
-            self.current = Arc::new(View { held: true, routers, absent, outsiders, ..(**current).clone() });
+            let current = (**current).clone();
+            self.current = Arc::new(View { held: true, routers, absent, outsiders, shown, ..current });
         }
         changed
     }

@@ -240,6 +240,8 @@ pub struct View {
     pub absent: Vec<NodeId>,
     /// Who else stands in the registry.
     pub outsiders: Arc<Outsiders>,
+    /// All members and routers that the registry shows, also where this view is an older one.
+    pub shown: Arc<[NodeId]>,
 }
 
 /// The version of the arithmetic: part of the digest, so that two that count differently are seen.
@@ -259,6 +261,7 @@ impl View {
                 peer: Arc::clone(&m.info.peer),
             })
             .collect();
+        let shown = nodes.iter().map(|node| node.info.node.clone()).collect();
         let mut members = nodes;
         members.retain(|member| member.info.push);
         let active = members.iter().filter(|m| m.state == NodeState::Active);
@@ -273,7 +276,7 @@ impl View {
             digest.update(&member.info.weight.to_le_bytes());
         }
         let (digest, absent, outsiders) = (digest.digest(), Vec::new(), Arc::default());
-        Self { generation, epoch, members, routers, ring, on_ring, digest, held, absent, outsiders }
+        Self { generation, epoch, members, routers, ring, on_ring, digest, held, absent, outsiders, shown }
     }
 
     /// Who sees what, in three words.

@@ -488,12 +488,13 @@ async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
     let mut renewed = Instant::now();
     let mut times = 1;
     let mut said_reached = false;
+    let mut answered = true;
     loop {
         let pause = around(inner.times.beat, JITTER, &mut rand::rng());
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             // Others wait to hear of it.
-            () = own.proof.noted(), if !said_reached => {}
+            () = own.proof.noted(), if answered && !said_reached => {}
         }
         let turn = own.turn.lock().await;
         if *turn == Turn::Left {
@@ -503,7 +504,9 @@ async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
         let sent = Instant::now();
         let reached = own.proof.is_noted();
         let said = StoredInfo::text(&own.info, state, reached, &inner.entries);
-        match inner.beat(&own.info, own.incarnation, &said, counts).await {
+        let beaten = inner.beat(&own.info, own.incarnation, &said, counts).await;
+        answered = beaten.is_ok();
+        match beaten {
             Ok(Beaten::Fenced) => {
                 tracing::warn!(
                     node = %own.info.node,

@@ -114,13 +114,19 @@ impl Connect {
         Self { inner: Arc::new(Inner { verify, views, urls, key, reach, clock, reduced: Mutex::new(None) }) }
     }
 
-    /// Names the node for the token's user, with a ticket that opens one socket there for `device`.
+    /// Whose token this is.
     ///
     /// # Errors
     /// [`ConnectFault`].
-    pub async fn place(&self, token: &str, device: DeviceId) -> Result<Place, ConnectFault> {
-        let request = VerifyRequest { token: token.into() };
-        let identity = self.inner.verify.clone().oneshot(request).await?;
+    pub async fn verify(&self, token: &str) -> Result<Identity, ConnectFault> {
+        Ok(self.inner.verify.clone().oneshot(VerifyRequest { token: token.into() }).await?)
+    }
+
+    /// Names the node for a verified user, with a ticket that opens one socket there for `device`.
+    ///
+    /// # Errors
+    /// [`ConnectFault::Unavailable`].
+    pub async fn place(&self, identity: Identity, device: DeviceId) -> Result<Place, ConnectFault> {
         let view = Arc::clone(&self.inner.views.borrow());
         let nobody = || ConnectFault::Unavailable("no push node takes sockets now".to_owned());
         let named = self.first_that_answers(&view, &identity.user).await.ok_or_else(nobody)?;

@@ -68,8 +68,8 @@ fn candidates(view: &View, own: &[OwnNode]) -> Vec<Member> {
     let is_own = |node: &NodeId| own.iter().any(|(name, ..)| name == node);
     let outsiders = &view.outsiders;
     let alone = outsiders.strangers.is_empty()
-        && view.members.iter().all(|member| is_own(&member.info.node))
-        && view.routers.iter().all(|router| is_own(&router.node))
+        // A view may be held that shows nodes which have long gone.
+        && view.shown.iter().all(is_own)
         && outsiders.candidates.iter().all(|candidate| is_own(&candidate.info.node));
     outsiders.candidates.iter().filter(|one| alone || !is_own(&one.info.node)).cloned().collect()
 }
@@ -138,13 +138,17 @@ mod tests {
         let strangers = all(strangers).into_iter().map(|one| one.info.node).collect();
         let mut view = View::new("g".into(), 1, all(members), false);
         view.outsiders = Arc::new(Outsiders { candidates: all(candidates), strangers });
+        asked(&view)
+    }
+
+    fn asked(view: &View) -> Vec<String> {
         let membership = crate::membership::local::LocalMembership::new(crate::clock::Clock::system());
         let joined = futures_util::FutureExt::now_or_never(crate::membership::Membership::join(
             &membership,
             node("push-0").info,
         ));
         let own = vec![(node("push-0").info.node, "".into(), joined.unwrap().unwrap().proof)];
-        let found = super::candidates(&view, &own);
+        let found = super::candidates(view, &own);
         found.into_iter().map(|member| member.info.node.to_string()).collect()
     }
 
@@ -159,5 +163,11 @@ mod tests {
             "of two with different secrets, which is odd?"
         );
         assert_eq!(called(&["push-0"], &["push-1", "push-2"], &[]), ["push-1", "push-2"]);
+        // A held view shows those who have gone; the registry does not.
+        let mut held = View::new("g".into(), 1, vec![node("push-7")], true);
+        held.outsiders = Arc::new(Outsiders { candidates: vec![node("push-0")], strangers: Vec::new() });
+        assert_eq!(asked(&held), [""; 0]);
+        held.shown = Arc::new([]);
+        assert_eq!(asked(&held), ["push-0"]);
     }
 }

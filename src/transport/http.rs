@@ -188,7 +188,8 @@ pub async fn serve<S, B>(
 }
 
 /// hyper is told neither to gather the answers to requests that came together (`pipeline_flush`: an answer would wait for the rest of
-/// whatever else has begun to come, and a refusal for ever), nor to give up a request whose sender has closed its own half.
+/// whatever else has begun to come, and a refusal for ever), nor to give up a request whose sender has closed its own half. An answer is
+/// written as one piece of memory: nearly all are small, and a write of two pieces costs a single publish 5 % (docs/benchmarks.md).
 fn http(limits: &HttpLimits) -> auto::Builder<TokioExecutor> {
     let mut server = auto::Builder::new(TokioExecutor::new());
     server
@@ -196,7 +197,8 @@ fn http(limits: &HttpLimits) -> auto::Builder<TokioExecutor> {
         .timer(TokioTimer::new())
         .header_read_timeout(limits.idle)
         .max_buf_size(READ_BUFFER)
-        .half_close(true);
+        .half_close(true)
+        .writev(false);
     server
         .http2()
         .timer(TokioTimer::new())

@@ -521,7 +521,11 @@ pub fn parse_batch(body: &Bytes, limits: &PublishLimits) -> Result<Vec<Result<Pu
     for (n, item) in items.iter().enumerate() {
         // Each item gets a body of its own: one that waits must not keep the whole batch alive.
         let parsed = parse_publish(&Bytes::copy_from_slice(item.get().as_bytes()), limits);
-        recipients += parsed.as_ref().map_or(0, |publish| publish.to.users().len());
+        // Faults cost what recipients do, but for one of each item.
+        recipients += parsed.as_ref().map_or_else(
+            |problem| problem.errors.len().saturating_sub(1),
+            |publish| publish.to.users().len(),
+        );
         if recipients > BATCH_RECIPIENTS {
             let detail =
                 format!("a batch reaches at most {BATCH_RECIPIENTS} recipients together: send it in parts");

@@ -151,6 +151,10 @@ fn a_batch_reaches_ten_thousand_recipients_and_names_the_first_item_beyond() {
     // What is wrong anyway reaches nobody.
     let wrong = [vec![item(1_001); 20], vec![item(1_000); 10]].concat();
     assert!(parse_batch(&batch(&wrong), &LIMITS).is_ok());
+    // But each of its faults is told, and that has its price too.
+    let nobody = format!(r#"{{"to":{{"users":[{}]}},"payload":1}}"#, vec!["\"\""; 1_000].join(","));
+    let problem = parse_batch(&batch(&vec![nobody; 1_000]), &LIMITS).unwrap_err();
+    assert_eq!((problem.errors.len(), problem.errors[0].pointer.as_str()), (1, "/messages/10"));
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Processes that share a registry and should not, or not yet: another secret, an address that leads elsewhere, another store; and what
 //! any program may have written there.
 
-use serde_json::Value;
+use std::time::Duration;
+
+use serde_json::{Value, json};
 
 use crate::support::foreign::{Foreign, ReplicaSet, free_port, redis, redis_cli};
 use crate::support::{DEADLINE, Options, PROGRAM, Server, clean, eventually, http};
@@ -141,6 +143,14 @@ async fn two_clusters_under_one_prefix_do_not_mix() {
     for word in ["redis.prefix", "mongo.uri", "mongo.database", "push-0"] {
         assert!(said.contains(word), "{word}: {said}");
     }
+    // Nor does one that has the same name: it would close the other's sessions.
+    let mut alice = server.connect("alice", "").await;
+    alice.caught_up().await;
+    let (code, said) =
+        crate::cluster::started(&[("REDIS__URL", &url(&redis)), ("NODE__NAME", "push-0")]).await;
+    assert!(code == Some(64) && said.contains("redis.prefix"), "{code:?} {said}");
+    server.publish("alice", json!(1)).await;
+    alice.messages(1).await;
     let other = Server::with(
         Options::registered_in(&url(&redis)).with("redis.prefix", "other").with("node.name", "push-1"),
     )
@@ -152,6 +162,26 @@ async fn two_clusters_under_one_prefix_do_not_mix() {
     // The identity is kept in the store: the same one comes back as itself.
     let server = server.kill_and_restart().await;
     assert_eq!(nodes_of(&server).await, ["push-0"]);
+}
+
+/// A process dies with its cluster, and one of another name comes while the lease of the dead one runs: it is alone, though it has seen
+/// another, and takes users.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_comes_after_all_others_have_died_takes_users() {
+    let redis = redis(&[]).await;
+    let mut server = Server::with(Options::registered_in(&url(&redis))).await;
+    server.kill();
+    let directory = std::sync::Arc::clone(&server.directory);
+    let options = Options::registered_in(&url(&redis)).with("node.name", "push-1");
+    let server = Server::on(directory, options).await;
+    let ready = async || http::get(&server.at("ops"), "/readyz", None).await.status == 200;
+    let began = std::time::Instant::now();
+    // A lease, and what a view is held for.
+    while !ready().await {
+        assert!(began.elapsed() < Duration::from_secs(60), "it never became ready");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    eventually("it is in the view", async || nodes_of(&server).await == ["push-1"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

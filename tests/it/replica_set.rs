@@ -297,7 +297,11 @@ async fn all_of(collection: &mongodb::Collection<Document>) -> Vec<Document> {
 /// As a restore does it: what stands there goes, and what stood there comes.
 async fn put_back(collection: &mongodb::Collection<Document>, backup: &[Document]) {
     collection.delete_many(doc! {}).await.unwrap();
-    collection.insert_many(backup).await.unwrap();
+    for document in backup {
+        // Somebody may have looked meanwhile, and have written a new marker.
+        let place = doc! { "_id": document.get("_id").unwrap() };
+        collection.replace_one(place, document).upsert(true).await.unwrap();
+    }
 }
 
 async fn one(inbox: &MongoInbox, user: &UserId, id: &str) -> Seq {

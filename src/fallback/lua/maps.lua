@@ -17,8 +17,13 @@ for n = 2, #ARGV, 2 do
   known[ARGV[n]] = ARGV[n + 1]
 end
 local all = {}
-for _, holder in ipairs(redis.call('ZRANGE', holders, 0, -1)) do
+-- Whatever else somebody has written there is left alone: more holders than there can be nodes, and what is no bitmap.
+for _, holder in ipairs(redis.call('ZRANGE', holders, 0, 1999)) do
   local version = redis.call('HGET', versions, holder) or ''
+  if #version > 64 or #holder > 300 or redis.call('HSTRLEN', maps, holder) > 1024 then
+    version = ''
+    known[holder] = ''
+  end
   local map = ''
   if known[holder] ~= version then
     map = redis.call('HGET', maps, holder) or ''

@@ -17,7 +17,7 @@ use mongodb::bson::{Document, doc};
 use mongodb::error::ErrorKind;
 use tokio::time::Instant;
 
-use super::stored::{HeadRecord, StoredMessage, id, int, place_of};
+use super::stored::{HeadRecord, StoredMessage, id, int, integer, place_of};
 use super::{Inner, unavailable, watch, words};
 use crate::backoff::between;
 use crate::inbox::{Append, Appended, InboxError, payload_digest};
@@ -213,7 +213,7 @@ async fn settle(
     }
     // In order: what stands before an item of the same user must be settled first.
     let found = look_at(inner, pending, numbers, &taken).await?;
-    let (mut repeats, mut raised) = (Vec::new(), Vec::new());
+    let (mut repeats, mut raised, mut bridged) = (Vec::new(), Vec::new(), Vec::new());
     for n in taken {
         let item = &pending[n];
         let stored = found.get(&(item.append.user.as_str(), numbers[n]));
@@ -223,8 +223,11 @@ async fn settle(
             }
             continue;
         }
-        if stored.is_some() {
-            raised.push((&item.append.user, numbers[n]));
+        match stored {
+            // Numbers go on further above.
+            Some(append_id) if append_id.is_empty() => bridged.push(&item.append.user),
+            Some(_) => raised.push((&item.append.user, numbers[n])),
+            None => {}
         }
         if item.append.fenced {
             repeats.push(item);
@@ -237,6 +240,9 @@ async fn settle(
             // More than one number was taken meanwhile: the whole truth, not one number after another.
             heads.known.remove(user);
         }
+    }
+    for user in bridged {
+        heads.known.remove(user);
     }
     answer_repeats(inner, &repeats, outcomes, done).await
 }
@@ -290,7 +296,7 @@ async fn read_heads(
 }
 
 /// Takes up what other processes have written above the heads of these users, which are trusted; answers those who have more
-/// there than was looked at. Numbers are dense: what is above the first that is missing was not given yet.
+/// there than was looked at, or a bridge. Numbers are dense up to there: what is above the first that is missing was not given yet.
 async fn look_above<'a>(
     inner: &Inner,
     heads: &mut Heads,
@@ -299,14 +305,17 @@ async fn look_above<'a>(
 ) -> Result<Vec<&'a UserId>, InboxError> {
     let base = |heads: &Heads, user: &UserId| heads.known.get(user).map_or(0, |known| known.n);
     let ids = users.iter().flat_map(|user| (1..=AHEAD).map(|k| id(user, base(heads, user) + k))).collect();
-    let found = inner.by_ids(ids, doc! { "_id": 1 }).await?;
+    let found = inner.by_ids(ids, doc! { "_id": 1, "x": 1 }).await?;
     let mut count: HashMap<&str, u64> = HashMap::new();
-    found.iter().filter_map(place_of).for_each(|(user, _)| *count.entry(user).or_default() += 1);
+    for (document, (user, _)) in found.iter().filter_map(|one| Some((one, place_of(one)?))) {
+        let more = if StoredMessage::is_bridge(document) { AHEAD } else { 1 };
+        *count.entry(user).or_default() += more;
+    }
     let mut far = Vec::new();
     for user in users {
         match count.get(user.as_str()).copied() {
             None => {}
-            Some(AHEAD) => far.push(user),
+            Some(more) if more >= AHEAD => far.push(user),
             Some(more) => heads.raise(user, base(heads, user) + more, now),
         }
     }
@@ -504,7 +513,7 @@ async fn answer_repeats(
         let append = &item.append;
         let Some((n, stored)) = found.get(&(append.user.as_str(), append.id.as_str())) else { continue };
         let head = heads.get(append.user.as_str()).copied().unwrap_or(0);
-        if *n <= head || stored.get_i64("x").is_ok_and(|expires_at| expires_at <= now) {
+        if *n <= head || integer(stored, "x").is_some_and(|expires_at| expires_at <= now) {
             give_up_id(inner, &id(&append.user, *n), append).await?;
             continue;
         }

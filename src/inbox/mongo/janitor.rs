@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::TryStreamExt;
 use mongodb::bson::{Document, doc};
 
-use super::stored::{HeadRecord, StoredMessage, id, ids_above, int};
+use super::stored::{HeadRecord, StoredMessage, id, ids_above, int, integer};
 use super::{CURSOR_LIFE_MS, Inner, unavailable};
 use crate::inbox::InboxError;
 use crate::message::UserId;
@@ -98,7 +98,7 @@ async fn expired_run(inner: &Inner, user: &UserId, from: u64, floor: u64) -> Res
         let (mut last, mut after_bridge) = (from, false);
         while let Some(message) = found.try_next().await? {
             let Some((_, n)) = super::place_of(&message) else { break };
-            let expired = message.get_i64("x").is_ok_and(|x| x <= now);
+            let expired = integer(&message, "x").is_some_and(|x| x <= now);
             if !expired || !(n == last + 1 || after_bridge && last < floor) {
                 break;
             }

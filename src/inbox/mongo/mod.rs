@@ -37,7 +37,7 @@ use super::{
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Seq, UserId};
-use stored::{ABOUT, CURSORS, HeadRecord, INBOX, StoredMessage, id, ids_above, int, place_of};
+use stored::{ABOUT, CURSORS, HeadRecord, INBOX, StoredMessage, id, ids_above, int, integer, place_of};
 
 /// How long one command may take: a primary that fell over is replaced in about ten seconds, and a command that hangs on
 /// the old one must not wait for it.
@@ -108,6 +108,8 @@ struct Inner {
     /// Why publishes with an id are refused for now.
     ids_refused: Mutex<Option<String>>,
     removals: tokio::sync::Mutex<janitor::Seen>,
+    /// What tells this store from every other, once it was asked for.
+    identity: std::sync::OnceLock<String>,
 }
 
 /// Why the inbox cannot be used at all, and what to do about it.
@@ -157,6 +159,7 @@ impl MongoInbox {
             restored: AtomicBool::new(false),
             ids_refused: Mutex::default(),
             removals: tokio::sync::Mutex::default(),
+            identity: std::sync::OnceLock::new(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -182,7 +185,8 @@ impl MongoInbox {
         inner.make_indexes().await?;
         watch::look(inner).await.map_err(|error| OpenFault::Unreachable(error.to_string()))?;
         let made = ulid::Ulid::generate().to_string();
-        inner.identity(&made).await.map_err(|error| open_fault(&error))
+        let identity = inner.identity(&made).await.map_err(|error| open_fault(&error))?;
+        Ok(inner.identity.get_or_init(|| identity).clone())
     }
 }
 
@@ -406,7 +410,7 @@ impl Inner {
             let id = document.get_document("_id").ok()?;
             let user = UserId::parse(id.get_str("u").ok()?).ok()?;
             let device = DeviceId::parse(id.get_str("d").ok()?).ok()?;
-            Some(((user, device), Seq::at(u64::try_from(document.get_i64("acked").ok()?).ok()?)))
+            Some(((user, device), Seq::at(u64::try_from(integer(document, "acked")?).ok()?)))
         };
         Ok(found.iter().filter_map(read).collect())
     }
@@ -706,7 +710,7 @@ impl Inner {
 fn longest_unused(mut cursors: Vec<Document>) -> Vec<Document> {
     // The later one: an earlier version knows the first alone.
     let used =
-        |cursor: &Document| ["at", "t"].map(|name| cursor.get_i64(name).unwrap_or(0)).into_iter().max();
+        |cursor: &Document| ["at", "t"].map(|name| integer(cursor, name).unwrap_or(0)).into_iter().max();
     cursors.sort_by_key(|cursor| std::cmp::Reverse(used(cursor)));
     let mut kept: HashMap<String, usize> = HashMap::new();
     let mut excess = Vec::new();

@@ -5,7 +5,7 @@ use mongodb::bson::spec::BinarySubtype;
 use mongodb::bson::{Binary, Bson, Document, doc};
 use serde::{Deserialize, Serialize};
 
-use crate::inbox::{Append, InboxError, payload_digest};
+use crate::inbox::{Append, InboxError, is_json, payload_digest};
 use crate::message::{Message, MessageId, Millis, Seq, UserId};
 
 /// The collection of head records and messages.
@@ -107,7 +107,7 @@ impl StoredMessage {
 
     /// Whether this is one of those.
     pub(super) fn is_bridge(document: &Document) -> bool {
-        document.get_i64("x").is_ok_and(|x| x == 0)
+        integer(document, "x") == Some(0)
     }
 
     pub(super) fn n(&self) -> u64 {
@@ -120,6 +120,10 @@ impl StoredMessage {
 
     pub(super) fn into_message(self) -> Result<Message, InboxError> {
         let corrupt = || InboxError::Corrupt(format!("message {} of {:?}", self.place.n, self.place.u));
+        let is_bridge = self.x == 0;
+        if !is_bridge && !is_json(&self.p.bytes) {
+            return Err(corrupt());
+        }
         Ok(Message {
             seq: Seq::new(self.n()).ok_or_else(corrupt)?,
             id: MessageId::parse(&self.i).map_err(|_| corrupt())?,
@@ -132,14 +136,49 @@ impl StoredMessage {
 
 impl HeadRecord {
     pub(super) fn read(document: &Document) -> Self {
-        let number = |name: &str| document.get_i64(name).unwrap_or(0).max(0).unsigned_abs();
+        let number = |name: &str| integer(document, name).unwrap_or(0).max(0).unsigned_abs();
         let (head, first) = (number("head"), number("first"));
         Self { head, first, not_before_s: number("nb"), shown: number("shown") }
     }
 }
 
+/// A whole number, in whatever type it stands there: tools that copy documents write what was an Int64 as a Double or an Int32, and
+/// MongoDB takes the three for the same key.
+pub(super) fn integer(document: &Document, name: &str) -> Option<i64> {
+    match *document.get(name)? {
+        Bson::Int64(n) => Some(n),
+        Bson::Int32(n) => Some(i64::from(n)),
+        // As far as a Double is exact.
+        Bson::Double(n) if n.fract() == 0.0 && n.abs() <= EXACT => Some(n as i64),
+        _ => None,
+    }
+}
+
+/// 2^53.
+const EXACT: f64 = 9_007_199_254_740_992.0;
+
 /// The user and number of a document's `_id`.
 pub(super) fn place_of(document: &Document) -> Option<(&str, u64)> {
     let place = document.get_document("_id").ok()?;
-    Some((place.get_str("u").ok()?, u64::try_from(place.get_i64("n").ok()?).ok()?))
+    Some((place.get_str("u").ok()?, u64::try_from(integer(place, "n")?).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_read_in_each_type_that_mongodb_takes_for_it() {
+        let place = |n: Bson| doc! { "_id": { "u": "alice", "n": n } };
+        for n in [Bson::Int64(7), Bson::Int32(7), Bson::Double(7.0)] {
+            assert_eq!(place_of(&place(n)), Some(("alice", 7)));
+        }
+        for n in [Bson::Double(7.5), Bson::Double(f64::NAN), Bson::Double(1e300), Bson::Int32(-1), Bson::Null]
+        {
+            assert_eq!(place_of(&place(n)), None);
+        }
+        let record = HeadRecord::read(&doc! { "head": 5.0, "first": 3i32, "nb": "x" });
+        assert_eq!((record.head, record.first, record.not_before_s), (5, 3, 0));
+        assert!(StoredMessage::is_bridge(&doc! { "x": 0.0 }) && !StoredMessage::is_bridge(&doc! {}));
+    }
 }

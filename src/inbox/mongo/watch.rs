@@ -26,7 +26,7 @@ use mongodb::options::{IndexOptions, ReturnDocument};
 use mongodb::{Collection, IndexModel};
 
 use super::append::DUPLICATE_KEY;
-use super::stored::{CURSORS, HeadRecord, INBOX, StoredMessage, id, int, place_of};
+use super::stored::{CURSORS, HeadRecord, INBOX, StoredMessage, id, int, integer, place_of};
 use super::{Inner, OpenFault, index_fault, unavailable, words};
 use crate::inbox::InboxError;
 use crate::message::UserId;
@@ -66,6 +66,13 @@ pub(super) async fn watch(inner: &Inner, every: Duration) {
         if let Err(error) = look(inner).await {
             tracing::debug!(%error, "the store could not be looked at");
         }
+        if inner.restored.load(Ordering::Acquire)
+            && let Some(identity) = inner.identity.get()
+            && let Err(error) = inner.identity(identity).await
+        {
+            // It may have been dropped with the messages: whoever is started next must find the store that the others have.
+            tracing::debug!(%error, "the store's identity could not be put back");
+        }
         // Also where nobody publishes: readers wait for what is to be mended.
         if inner.restored.load(Ordering::Acquire)
             && let Err(error) = super::append::give_up_heads(inner, &mut *inner.appends.lock().await).await
@@ -85,7 +92,9 @@ pub(super) async fn watch(inner: &Inner, every: Duration) {
 /// Raises the pulse, and acts on a store that is not what it was. Answers the floor.
 pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
     let sent = inner.clock.uptime();
-    let (last, now) = (inner.marker.lock().pulse, int(inner.clock.now().0));
+    let last = inner.marker.lock().pulse;
+    // A clock that was ahead when numbers were given may have been put right since.
+    let now = int(inner.clock.now().0).max(last);
     let fresh = ulid::Ulid::generate().to_string();
     let fallen = doc! { "$lt": [{ "$ifNull": ["$pulse", 0i64] }, last] };
     let update = vec![
@@ -110,7 +119,7 @@ pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
 pub(super) async fn read(inner: &Inner) -> Result<u64, InboxError> {
     let found = inner.by_ids(vec![place()], doc! {}).await?;
     let found = found.first().cloned().unwrap_or_default();
-    if found.get_i64("pulse").unwrap_or(0) < inner.marker.lock().pulse {
+    if integer(&found, "pulse").unwrap_or(0) < inner.marker.lock().pulse {
         return look(inner).await;
     }
     Ok(take(inner, &found, None))
@@ -119,10 +128,10 @@ pub(super) async fn read(inner: &Inner) -> Result<u64, InboxError> {
 /// Takes up what the marker says; `sent` is when it was asked for by a look.
 fn take(inner: &Inner, found: &Document, sent: Option<Duration>) -> u64 {
     let lineage = found.get_str("lineage").unwrap_or_default();
-    let floor = found.get_i64("floor").unwrap_or(0).max(0).unsigned_abs();
+    let floor = integer(found, "floor").unwrap_or(0).max(0).unsigned_abs();
     let restored = {
         let mut marker = inner.marker.lock();
-        marker.pulse = marker.pulse.max(found.get_i64("pulse").unwrap_or(0));
+        marker.pulse = marker.pulse.max(integer(found, "pulse").unwrap_or(0));
         marker.floor = marker.floor.max(floor);
         let known = std::mem::replace(&mut marker.lineage, lineage.to_owned());
         let restored = !known.is_empty() && known != lineage;
@@ -165,29 +174,30 @@ async fn mend_user(inner: &Inner, user: UserId) -> Result<(), InboxError> {
         found.await?.try_collect::<Vec<Document>>().await
     };
     let found = inner.in_time(reading).await.map_err(unavailable)?;
-    let mut numbers = found.iter().filter_map(place_of).map(|place| place.1);
-    let Some(mut lowest) = numbers.next() else { return Ok(()) };
-    let mut below = None;
-    for n in numbers {
-        if n + 1 < lowest {
-            below = Some(n);
-            break;
-        }
-        lowest = n;
-    }
-    match (record.first().map(HeadRecord::read), below) {
-        (None, None) => {
-            let record =
-                doc! { "_id": id(user, 0), "head": int(lowest - 1), "first": int(lowest - 1), "nb": 0i64 };
+    let numbers: Vec<u64> = found.iter().filter_map(place_of).map(|place| place.1).collect();
+    let Some(lowest) = numbers.last().copied() else { return Ok(()) };
+    let head = match record.first() {
+        Some(record) => HeadRecord::read(record).head,
+        None => {
+            let head = int(lowest - 1);
+            let record = doc! { "_id": id(user, 0), "head": head, "first": head, "nb": 0i64 };
             let made = inner.in_time(inner.documents.insert_one(record).into_future()).await;
-            if_not_taken(made.map(drop))
+            if_not_taken(made.map(drop))?;
+            lowest - 1
         }
-        (Some(record), None) if record.head + 1 >= lowest => Ok(()),
-        (record, below) => {
-            let below = below.unwrap_or(0).max(record.map_or(0, |record| record.head));
-            bridge(inner, &[(user, below)]).await
-        }
-    }
+    };
+    let bridges: Vec<(&UserId, u64)> = holes(&numbers, head).map(|below| (user, below)).collect();
+    bridge(inner, &bridges).await
+}
+
+/// The last number below each hole in `numbers`, which fall; `head` and what is below it is there, or was removed.
+fn holes(numbers: &[u64], head: u64) -> impl Iterator<Item = u64> {
+    let below = numbers.iter().copied().skip(1).chain([head]);
+    let pairs = numbers.iter().copied().zip(below);
+    pairs
+        .map(move |(n, below)| (n, below.max(head)))
+        .filter(|(n, below)| below + 1 < *n)
+        .map(|(_, below)| below)
 }
 
 /// Puts a bridge after the last number of each of these users, so that what comes further above is found.
@@ -198,13 +208,23 @@ pub(super) async fn bridge(inner: &Inner, last: &[(&UserId, u64)]) -> Result<(),
     let bridges: Vec<StoredMessage> =
         last.iter().map(|(user, n)| StoredMessage::bridge(user, n + 1)).collect();
     let made = inner.in_time(inner.messages.insert_many(&bridges).ordered(false).into_future()).await;
-    if_not_taken(made.map(drop))
+    if if_not_taken(made.map(drop))? {
+        let ids = last.iter().map(|(user, n)| id(user, n + 1)).collect();
+        let there = inner.by_ids(ids, doc! { "_id": 1, "x": 1 }).await?;
+        if !there.iter().all(StoredMessage::is_bridge) {
+            // Somebody has written there meanwhile: what is last must be looked at again.
+            return Err(InboxError::Unavailable(
+                "another message was stored where numbers were to go on above".to_owned(),
+            ));
+        }
+    }
+    Ok(())
 }
 
-/// What stands there already need not be written.
-fn if_not_taken(written: mongodb::error::Result<()>) -> Result<(), InboxError> {
+/// What stands there already need not be written; whether something did.
+fn if_not_taken(written: mongodb::error::Result<()>) -> Result<bool, InboxError> {
     let error = match written {
-        Ok(()) => return Ok(()),
+        Ok(()) => return Ok(false),
         Err(error) => error,
     };
     let taken = match &*error.kind {
@@ -215,7 +235,7 @@ fn if_not_taken(written: mongodb::error::Result<()>) -> Result<(), InboxError> {
         ErrorKind::Write(mongodb::error::WriteFailure::WriteError(one)) => one.code == DUPLICATE_KEY,
         _ => false,
     };
-    if taken { Ok(()) } else { Err(unavailable(error)) }
+    if taken { Ok(true) } else { Err(unavailable(error)) }
 }
 
 impl Inner {
@@ -295,5 +315,35 @@ impl Inner {
              again within a minute",
             shown.join("; ")
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::holes;
+
+    #[test]
+    fn every_hole_is_found_and_what_was_removed_is_none() {
+        // 900, then what a stale head gave, then what a new one gave.
+        assert_eq!(holes(&[5_001, 1_002, 1_001, 900], 899).collect::<Vec<_>>(), [1_002, 900]);
+        assert_eq!(holes(&[5_001], 900).collect::<Vec<_>>(), [900]);
+        assert_eq!(holes(&[903, 902, 901], 900).count(), 0);
+        assert_eq!(holes(&[903, 902, 895, 890], 900).collect::<Vec<_>>(), [900], "below the head record");
+    }
+
+    proptest! {
+        #[test]
+        fn with_a_bridge_after_each_every_number_follows_or_has_one_below(
+            given in proptest::collection::btree_set(1u64..200, 1..50), head in 0u64..100,
+        ) {
+            let falling: Vec<u64> = given.iter().rev().copied().collect();
+            let found: Vec<u64> = holes(&falling, head).collect();
+            for n in given.iter().copied().filter(|n| *n > head) {
+                let below = given.range(..n).next_back().copied().unwrap_or(0).max(head);
+                prop_assert_eq!(found.contains(&below), below + 1 < n);
+            }
+        }
     }
 }

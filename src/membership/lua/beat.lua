@@ -10,12 +10,13 @@ if incarnation ~= 0 and incarnation < known then
   return {1, text(known), text(now), 1, '', ''}
 end
 local member = redis.call('ZSCORE', nodes, node)
-if store ~= '' and not member then
-  -- Who comes, or comes back, must have the store of those who are here.
+if store ~= '' and (not member or incarnation == 0) then
+  -- Who comes, or comes back, must have the store of those who are here; also of the process that has its name, or it would
+  -- close that one's sessions.
   for _, other in ipairs(redis.call('ZRANGE', nodes, 0, 999)) do
     local read, theirs = pcall(cjson.decode, redis.call('HGET', info, other) or '')
     theirs = read and type(theirs) == 'table' and theirs['store']
-    if other ~= node and type(theirs) == 'string' and theirs ~= '' and theirs ~= store then
+    if type(theirs) == 'string' and theirs ~= '' and theirs ~= store then
       return {2, '0', text(now), 0, other, string.sub(theirs, 1, 100)}
     end
   end

@@ -575,6 +575,10 @@ impl<S: Socket> Serving<S> {
                 }
             }
         }
+        // First: what came after it is of the store as it is now, and would move the position that it is about.
+        if let Some((position, to)) = mail.reset {
+            self.step(Input::Reset(position, to));
+        }
         if let Some(page) = mail.page {
             self.step(Input::Page(page));
         }
@@ -583,9 +587,6 @@ impl<S: Socket> Serving<S> {
         }
         if mail.lost {
             self.step(Input::Lost);
-        }
-        if let Some((position, to)) = mail.reset {
-            self.step(Input::Reset(position, to));
         }
         if let Some(position) = mail.more_after {
             self.step(Input::MoreAfter(position));

@@ -131,7 +131,13 @@ impl Server {
     }
 
     pub fn key(&self, name: &str) -> String {
-        self.keys[name].as_str().unwrap().to_owned()
+        let variable = format!("__{}", name.to_uppercase());
+        let given =
+            self.options.environment.iter().find(|(key, _)| key.trim_end_matches('S').ends_with(&variable));
+        match given {
+            Some((_, value)) => value.clone(),
+            None => self.keys[name].as_str().unwrap().to_owned(),
+        }
     }
 
     /// The address of a role; of push, the first node.
