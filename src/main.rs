@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use ringpush::app::audit::{AuditPlan, audit};
 use ringpush::app::commands::{self, Addressed};
-use ringpush::app::terminal::{OutputError, print, print_line, say};
+use ringpush::app::terminal::{OutputError, print, print_line, say, say_last};
 use ringpush::app::{App, Ended, PUSH_NODES_MAX};
 use ringpush::config::{Config, Faults, Sources};
 use ringpush::telemetry::{LogFormat, start_logging};
@@ -209,13 +209,14 @@ fn main() -> ExitCode {
 /// Says why a command ended, unless whoever read its output has gone, and with what code it ends.
 fn ended(error: &anyhow::Error) -> ExitCode {
     if let Some(faults) = error.downcast_ref::<Faults>() {
-        faults.0.iter().for_each(|fault| say(format_args!("ringpush: {fault}")));
+        let lines: Vec<String> = faults.0.iter().map(|fault| format!("ringpush: {fault}")).collect();
+        say_last(lines.join("\n"));
         return ExitCode::from(USAGE);
     }
     if let Some(OutputError::Closed) = error.downcast_ref() {
         return ExitCode::SUCCESS;
     }
-    say(format_args!("ringpush: {error:#}"));
+    say_last(format_args!("ringpush: {error:#}"));
     ExitCode::FAILURE
 }
 

@@ -35,12 +35,24 @@ pub(super) struct Proofs {
     /// The nodes of this process: which process of each name it is, and whether a call has reached it.
     here: RwLock<HashMap<NodeId, (u64, Reached)>>,
     refusals: Refusals,
+    /// What signs the calls of nodes that were not reached: one link to each, for whoever is called remembers every link.
+    pings: Mutex<HashMap<(NodeId, u64), Sign>>,
 }
+
+/// Links of calls to nodes that were not reached, as far as they are kept: as many as a registry has nodes.
+const PINGS_MAX: usize = 1_000;
 
 impl Proofs {
     pub(super) fn new(secret: &str, clock: Clock, refusals: Refusals) -> Arc<Self> {
         let calls = Mutex::new(Calls::new(secret));
-        Arc::new(Self { secret: secret.to_owned(), clock, calls, here: RwLock::default(), refusals })
+        Arc::new(Self {
+            secret: secret.to_owned(),
+            clock,
+            calls,
+            here: RwLock::default(),
+            refusals,
+            pings: Mutex::default(),
+        })
     }
 
     /// From now on calls of this node are taken.
@@ -79,11 +91,20 @@ impl Proofs {
         })
     }
 
+    fn ping_sign(&self, node: &NodeId, incarnation: u64) -> Sign {
+        let mut pings = self.pings.lock();
+        if pings.len() >= PINGS_MAX {
+            pings.clear();
+        }
+        let new = || self.sign(node, incarnation);
+        pings.entry((node.clone(), incarnation)).or_insert_with(new).clone()
+    }
+
     /// Calls a node that has yet to be reached.
     pub(super) fn ping(self: Arc<Self>) -> Ping {
         Arc::new(move |member| {
             let info = &member.info;
-            let sign = self.sign(&info.node, member.incarnation);
+            let sign = self.ping_sign(&info.node, member.incarnation);
             if info.push {
                 let remote = RemotePush::new(&info.peer, info.node.as_str(), sign);
                 async move { remote?.service().oneshot(PushRequest::Ping).await.map(drop) }.boxed()

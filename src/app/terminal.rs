@@ -3,6 +3,7 @@
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::time::Duration;
 
 /// Standard output took no more.
 #[derive(Debug, thiserror::Error)]
@@ -39,3 +40,19 @@ pub fn print_line(text: impl Display) -> Result<(), OutputError> {
 pub fn say(text: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
+
+/// The same for the last line of a process, which ends also where nobody reads.
+pub fn say_last(text: impl Display) {
+    let text = text.to_string();
+    let (done, written) = std::sync::mpsc::sync_channel(1);
+    let writing = move || {
+        say(text);
+        let _ = done.send(());
+    };
+    if std::thread::Builder::new().name("say".to_owned()).spawn(writing).is_ok() {
+        let _ = written.recv_timeout(PATIENCE);
+    }
+}
+
+/// How long whoever reads the last line may take.
+const PATIENCE: Duration = Duration::from_secs(1);

@@ -302,3 +302,19 @@ async fn ops_and_pages_of_this_machine_are_not_for_other_hosts() {
     let at = open.at("ops").replace("0.0.0.0", "127.0.0.1");
     assert_eq!(status(&at, b"GET /livez HTTP/1.1\r\nHost: pod-7\r\n\r\n").await, 200);
 }
+
+/// A stranger's body is not waited for: the token decides before a byte of it is read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_asks_for_a_place_is_known_before_the_body_is_read() {
+    let server = Server::start().await;
+    let head = |token: &str| {
+        format!(
+            "POST /v1/connect HTTP/1.1\r\nHost: c\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n\
+             Content-Length: 100\r\n\r\n{{"
+        )
+    };
+    assert_eq!(status(&server.at("push"), head("x").as_bytes()).await, 401);
+    // A good one has until its deadline.
+    let whole = head(&server.token("alice").await).replace("100", "2") + "}";
+    assert_eq!(status(&server.at("push"), whole.as_bytes()).await, 200);
+}

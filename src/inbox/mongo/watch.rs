@@ -35,6 +35,8 @@ use crate::message::UserId;
 const LOOKS_PER_INDEX_LOOK: u32 = 30;
 /// Messages of one user that are looked through for numbers that were left out.
 const RUN: i64 = 5_000;
+/// The code of MongoDB's error where there is no such collection.
+const NO_COLLECTION: i32 = 26;
 /// Users looked after at once.
 const AT_ONCE: usize = 16;
 /// Ids that stand twice, as far as they are named.
@@ -83,7 +85,10 @@ pub(super) async fn watch(inner: &Inner, every: Duration) {
         if looks == 0
             && let Err(fault) = inner.make_indexes().await
         {
-            tracing::debug!(%fault, "the indexes could not be looked at");
+            match fault {
+                OpenFault::Refused(..) => tracing::warn!("{fault}"),
+                OpenFault::Unreachable(_) => tracing::debug!(%fault, "the indexes could not be looked at"),
+            }
         }
         tokio::time::sleep(every).await;
     }
@@ -239,9 +244,43 @@ fn if_not_taken(written: mongodb::error::Result<()>) -> Result<bool, InboxError>
 }
 
 impl Inner {
+    /// Whether the index stands there by which an id is stored once.
+    async fn tells_ids_apart(&self) -> Result<bool, OpenFault> {
+        let all = async { self.documents.list_indexes().await?.try_collect::<Vec<IndexModel>>().await };
+        let all = match self.in_time(all).await {
+            Err(error) if matches!(&*error.kind, ErrorKind::Command(one) if one.code == NO_COLLECTION) => {
+                Vec::new()
+            }
+            all => all.map_err(|error| index_fault(INBOX, &error))?,
+        };
+        let is_it = |options: &IndexOptions| {
+            options.name.as_deref() == Some("sender_id") && options.unique == Some(true)
+        };
+        Ok(all.iter().filter_map(|index| index.options.as_ref()).any(is_it))
+    }
+
+    fn refuse_ids(&self, why: Option<String>) {
+        let before = std::mem::replace(&mut *self.ids_refused.lock(), why.clone());
+        // A store that is opened has yet to get its indexes.
+        let is_open = self.identity.get().is_some();
+        match (before, why) {
+            (before, Some(why)) if is_open && before.as_ref() != Some(&why) => {
+                tracing::warn!("mongo.database: publishes with an id are refused: {why}");
+            }
+            (Some(_), None) if is_open => tracing::info!("publishes with an id are taken again"),
+            _ => {}
+        }
+    }
+
     /// Makes the indexes that are not there. Where ids that stand twice are in the way, publishes with an id are refused until they are
     /// gone: another one could be stored twice.
     pub(super) async fn make_indexes(&self) -> Result<(), OpenFault> {
+        let missing = !self.tells_ids_apart().await?;
+        if missing && self.ids_refused.lock().is_none() {
+            // However long it takes to make it, or whatever is in the way.
+            let why = "the index sender_id of the collection inbox is not there, or is not unique";
+            self.refuse_ids(Some(why.to_owned()));
+        }
         let unique = IndexOptions::builder()
             .name("sender_id".to_owned())
             .unique(true)
@@ -257,12 +296,7 @@ impl Inner {
             Ok(_) => false,
         };
         let why = if in_the_way { Some(self.ids_that_stand_twice().await) } else { None };
-        let before = std::mem::replace(&mut *self.ids_refused.lock(), why.clone());
-        match (before, why) {
-            (None, Some(why)) => tracing::warn!("mongo.database: publishes with an id are refused: {why}"),
-            (Some(_), None) => tracing::info!("publishes with an id are taken again"),
-            _ => {}
-        }
+        self.refuse_ids(why);
         let named = |name: &str| IndexOptions::builder().name(name.to_owned()).build();
         let index =
             |keys: Document, name: &str| IndexModel::builder().keys(keys).options(named(name)).build();
