@@ -189,7 +189,7 @@ pub async fn serve<S, B>(
 
 /// hyper is told neither to gather the answers to requests that came together (`pipeline_flush`: an answer would wait for the rest of
 /// whatever else has begun to come, and a refusal for ever), nor to give up a request whose sender has closed its own half. An answer is
-/// written as one piece of memory: nearly all are small, and a write of two pieces costs a single publish 5 % (docs/benchmarks.md).
+/// written as one piece of memory: nearly all are small, and a write of two pieces costs a single publish 5 to 7 % (docs/benchmarks.md).
 fn http(limits: &HttpLimits) -> auto::Builder<TokioExecutor> {
     let mut server = auto::Builder::new(TokioExecutor::new());
     server
