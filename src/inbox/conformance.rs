@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::{
     Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxPage,
-    PageLimit, Upkeep,
+    PASSED_OVER, PageLimit, Upkeep,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Seq, UserId};
@@ -35,6 +35,7 @@ pub async fn suite(bench: &Bench) {
     an_expired_original_gives_up_its_id(bench).await;
     pages_are_cut_by_count_and_by_bytes(bench).await;
     expired_messages_are_not_shown_and_not_renumbered(bench).await;
+    a_page_passes_over_no_more_than_is_said(bench).await;
     removal_keeps_numbers_dense_for_ever(bench).await;
     removal_stops_at_the_first_that_lives(bench).await;
     standing_is_exact(bench).await;
@@ -205,6 +206,18 @@ async fn expired_messages_are_not_shown_and_not_renumbered(bench: &Bench) {
     assert_eq!(numbers(&page), [first, third]);
     assert_eq!((page.upto, page.more), (fourth, false), "numbers that expired at the end count as read");
     assert_eq!(bench.put("expiring", "5", 5).await, fourth.next());
+}
+
+async fn a_page_passes_over_no_more_than_is_said(bench: &Bench) {
+    for _ in 0..PASSED_OVER.div_ceil(1_000) + 1 {
+        bench.append((0..1_000).map(|_| bench.message("passed", "m", "1", 5)).collect()).await;
+    }
+    let living = bench.put("passed", "2", DAY_S).await;
+    bench.clock.advance(5_000);
+    let first = bench.page("passed", Seq::BEGINNING, WIDE).await;
+    assert!(first.messages.is_empty() && first.more && first.upto < living, "{first:?}");
+    let second = bench.page("passed", first.upto, WIDE).await;
+    assert_eq!((numbers(&second), second.upto, second.more), (vec![living], living, false));
 }
 
 async fn removal_keeps_numbers_dense_for_ever(bench: &Bench) {

@@ -40,7 +40,8 @@ use tokio::sync::watch;
 
 use super::{
     Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Gathering, Inbox,
-    InboxError, InboxPage, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep, is_json, payload_digest,
+    InboxError, InboxPage, PASSED_OVER, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep, is_json,
+    payload_digest,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
@@ -529,12 +530,17 @@ impl Store {
         let head = self.head(&snapshot, user)?.map_or(0, |record| record.head);
         let upto = after.max(Seq::at(head));
         let mut page = InboxPage { messages: Vec::new(), unreadable: Vec::new(), upto, more: false };
-        let mut bytes = 0;
+        let (mut bytes, mut looked_at) = (0, 0);
         let from = message_key(user, after.get().saturating_add(1));
         let to = message_key(user, u64::MAX);
         for entry in snapshot.range(&self.messages, from..=to) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
             let seq = seq_of(&key)?;
+            if looked_at == limit.messages + PASSED_OVER {
+                page.more = true;
+                break;
+            }
+            looked_at += 1;
             let Ok((message, _)) = decode(seq, Bytes::copy_from_slice(&value)) else {
                 page.unreadable.push(Seq::at(seq));
                 page.upto = page.upto.max(Seq::at(seq));
@@ -707,14 +713,14 @@ impl Store {
         let snapshot = self.db.snapshot();
         let run = self.expired_run(&snapshot, user)?;
         let (Some(mut head), Some(top)) = (self.head(&snapshot, user)?, run.last()) else { return Ok(0) };
-        head.head = head.head.max(top.0.seq.get());
+        head.head = head.head.max(top.seq);
         let mut pending = self.db.batch();
         pending.insert(&self.heads, head_key(user), head.encode());
-        for (message, fenced) in &run {
-            pending.remove(&self.messages, message_key(user, message.seq.get()));
-            if *fenced {
-                let key = fence_key(user, &message.id);
-                if self.fence(&snapshot, &key)?.is_some_and(|fence| fence.seq == message.seq) {
+        for expired in &run {
+            pending.remove(&self.messages, message_key(user, expired.seq));
+            if let Some(id) = &expired.fenced {
+                let key = fence_key(user, id);
+                if self.fence(&snapshot, &key)?.is_some_and(|fence| fence.seq.get() == expired.seq) {
                     pending.remove(&self.fences, key);
                 }
             }
@@ -723,19 +729,24 @@ impl Store {
         Ok(run.len())
     }
 
-    fn expired_run(&self, snapshot: &Snapshot, user: &UserId) -> Result<Vec<(Message, bool)>, InboxError> {
+    /// Of a message that cannot be read it is not known when it expires: it goes with the next one above it.
+    fn expired_run(&self, snapshot: &Snapshot, user: &UserId) -> Result<Vec<Expired>, InboxError> {
         let now = self.clock.now();
-        let mut run = Vec::new();
-        for entry in snapshot.prefix(&self.messages, prefix(user)).take(JANITOR_LOT) {
+        let (mut run, mut upto) = (Vec::new(), 0);
+        for entry in snapshot.prefix(&self.messages, prefix(user)).take(JANITOR_LOT + PASSED_OVER) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
             let seq = seq_of(&key)?;
-            // One that cannot be read stays where it is: it was never shown, and is told of.
-            let Ok((message, fenced)) = decode(seq, Bytes::copy_from_slice(&value)) else { break };
-            if !message.is_expired(now) {
+            let Ok((message, fenced)) = decode(seq, Bytes::copy_from_slice(&value)) else {
+                run.push(Expired { seq, fenced: None });
+                continue;
+            };
+            if !message.is_expired(now) || upto >= JANITOR_LOT {
                 break;
             }
-            run.push((message, fenced));
+            run.push(Expired { seq, fenced: fenced.then_some(message.id) });
+            upto = run.len();
         }
+        run.truncate(upto);
         Ok(run)
     }
 
@@ -765,6 +776,13 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// A message that goes.
+struct Expired {
+    seq: u64,
+    /// Its id, if the sender gave it one.
+    fenced: Option<MessageId>,
 }
 
 impl Append {
@@ -1029,7 +1047,8 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn what_cannot_be_read_is_the_fault_of_its_own_user_and_number_alone() {
         let directory = tempfile::tempdir().unwrap();
-        let inbox = EmbeddedInbox::open(directory.path(), Clock::standing(START)).unwrap();
+        let clock = Clock::standing(START);
+        let inbox = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
         let store = &inbox.store;
         let (good, fenced, bad) =
             (item("alice", "good", false), item("bob", "again", true), item("eve", "x", false));
@@ -1072,6 +1091,13 @@ mod tests {
         let unreadable: Vec<u64> = page.unreadable.iter().map(|seq| seq.get() - START.0).collect();
         assert_eq!((numbers, unreadable), (vec![1, 6], vec![2, 3, 4, 5]));
         inbox.clean().await.unwrap();
+        // When the sixth has expired, those below it go too.
+        clock.advance(60_000);
+        inbox.clean().await.unwrap();
+        let kept =
+            inbox.page(good.user.clone(), Seq::BEGINNING, PageLimit { messages: 10, bytes: 1_000 }).await;
+        let kept = kept.unwrap();
+        assert_eq!((kept.messages.len(), kept.unreadable.len(), kept.upto.get()), (0, 0, START.0 + 6));
         inbox.profile(good.user.clone()).await.unwrap();
         let ask = Ask { user: good.user, from: From::Cursor(DeviceId::parse("web").unwrap()) };
         assert!(

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 
 use super::{
     Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError,
-    InboxPage, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep, payload_digest,
+    InboxPage, PASSED_OVER, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep, payload_digest,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
@@ -106,7 +106,14 @@ impl MemoryInbox {
                 more: false,
             };
             let mut bytes = 0;
-            for message in log.messages.range(after.get() + 1..).map(|entry| entry.1) {
+            let most = limit.messages + PASSED_OVER;
+            for (looked_at, message) in log.messages.range(after.get() + 1..).map(|entry| entry.1).enumerate()
+            {
+                if looked_at == most {
+                    page.upto = Seq::at(message.seq.get() - 1);
+                    page.more = true;
+                    break;
+                }
                 let full =
                     page.messages.len() >= limit.messages || bytes + message.payload.len() > limit.bytes;
                 if full && !page.messages.is_empty() {

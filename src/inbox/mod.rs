@@ -159,6 +159,9 @@ pub struct Answer {
     pub not_before_s: u64,
 }
 
+/// Messages that a page may pass over besides those that it shows, expired or damaged ones: reading a page is bounded.
+const PASSED_OVER: usize = 10_000;
+
 /// How large a page may be.
 #[derive(Debug, Clone, Copy)]
 pub struct PageLimit {

@@ -86,6 +86,11 @@ impl Reached {
         self.0.send_if_modified(|reached| !std::mem::replace(reached, true));
     }
 
+    /// Whatever call has reached it proves nothing any more: it must be reached again.
+    pub fn forget(&self) {
+        self.0.send_if_modified(|reached| std::mem::replace(reached, false));
+    }
+
     /// Whether one has.
     #[must_use]
     pub fn is_noted(&self) -> bool {

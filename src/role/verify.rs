@@ -14,7 +14,8 @@ use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tokio::time::Instant;
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout};
 use tower::ServiceExt;
 use tower::util::BoxCloneSyncService;
 
@@ -36,6 +37,11 @@ const FAILURES: u32 = 5;
 const REST_FIRST: Duration = Duration::from_millis(500);
 const REST_MAX: Duration = Duration::from_secs(10);
 
+/// Tokens that auth is asked about at once by one process. A crowd beyond that waits here, not in auth's memory.
+const QUESTIONS: usize = 256;
+/// How long one waits for its turn to ask.
+const TURN_DEADLINE: Duration = Duration::from_secs(3);
+
 /// Sends the body of `POST /v1/verify`; answers status and body.
 pub type Ask = BoxCloneSyncService<Bytes, (u16, Bytes), String>;
 
@@ -50,6 +56,7 @@ struct Inner {
     clock: Clock,
     known: Cache<[u8; 32], Identity, Weight>,
     breaker: Mutex<Breaker>,
+    turns: Semaphore,
     health: Health,
     /// Whether it answered when it was asked last.
     answers: Mutex<Option<bool>>,
@@ -116,6 +123,7 @@ impl RemoteAuth {
             clock,
             known,
             breaker: Mutex::default(),
+            turns: Semaphore::new(QUESTIONS),
             health,
             answers: Mutex::default(),
             unavailable,
@@ -133,6 +141,10 @@ impl RemoteAuth {
             }
             inner.known.remove(&digest);
         }
+        let Ok(Ok(_turn)) = timeout(TURN_DEADLINE, inner.turns.acquire()).await else {
+            // This says nothing of auth: no failure of it.
+            return Err(PeerFault::Unavailable("too many tokens wait to be verified".to_owned()));
+        };
         if !inner.breaker.lock().allows(Instant::now()) {
             return Err(PeerFault::Unavailable("auth did not answer a moment ago (auth.url)".to_owned()));
         }
@@ -362,6 +374,34 @@ mod tests {
             assert_eq!(bench.verify("huge").await, Err(PeerFault::Unauthorized("too large".to_owned())));
         }
         assert!(bench.verify("alice").await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_crowd_of_unknown_tokens_is_asked_about_a_few_at_a_time() {
+        let (now, most) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let ask = tower::service_fn({
+            let (now, most) = (Arc::clone(&now), Arc::clone(&most));
+            move |_: Bytes| {
+                let (now, most) = (Arc::clone(&now), Arc::clone(&most));
+                async move {
+                    most.fetch_max(now.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+                    tokio::time::sleep(Duration::from_millis(900)).await;
+                    now.fetch_sub(1, Ordering::Relaxed);
+                    Ok((401, Bytes::new()))
+                }
+            }
+        });
+        let (clock, metrics) = (Clock::standing(Millis(1_000_000)), Metrics::default());
+        let health = Health::default();
+        let remote = RemoteAuth::new(BoxCloneSyncService::new(ask), clock, health.clone(), &metrics);
+        let asking = (0..2_000).map(|n| remote.clone().verify(format!("random-{n}").into()));
+        let answers = futures_util::future::join_all(asking).await;
+        assert_eq!(most.load(Ordering::Relaxed), QUESTIONS as u32);
+        let waited = |one: &&Result<_, _>| matches!(one, Err(PeerFault::Unavailable(_)));
+        // Those of four times 0.9 s were asked about; the others hear that they may come again, and auth is not taken for dead.
+        assert_eq!(answers.iter().filter(waited).count(), 2_000 - 4 * QUESTIONS);
+        assert!(health.report().1["auth"].holds);
+        assert!(matches!(remote.verify("next".into()).await, Err(PeerFault::Unauthorized(_))));
     }
 
     #[tokio::test(start_paused = true)]

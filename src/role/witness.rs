@@ -3,7 +3,8 @@
 //! the registry and becomes a member. Until then it is in nobody's ring: messages for its users could not be handed to it.
 //!
 //! A node that is alone calls itself. One that is not alone must be reached by another, or a node with an address that only it
-//! understands would prove itself.
+//! understands would prove itself. So what a node has proved alone counts until another node is a member: from then on it must be
+//! reached by that one. It keeps its place meanwhile, for one lease.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -41,10 +42,17 @@ pub async fn witness(
     health: Health,
     unreached: Gauge,
 ) {
-    let mut told = Told { began: Instant::now(), own: false, others: HashSet::new() };
+    let mut told = Told { began: Instant::now(), was_reached: false, own: false, others: HashSet::new() };
+    let mut proved_alone = false;
     loop {
         let view = Arc::clone(&views.borrow_and_update());
+        if proved_alone && has_others(&view, &own) {
+            proved_alone = false;
+            own.iter().for_each(|(.., reached)| reached.forget());
+            told.begin_again();
+        }
         let to_call = candidates(&view, &own);
+        proved_alone |= to_call.iter().any(|member| is_own(&own, &member.info.node));
         for part in to_call.chunks(AT_ONCE) {
             let calls = part.iter().map(|member| timeout(CALL_DEADLINE, ping(member)));
             for (member, called) in part.iter().zip(join_all(calls).await) {
@@ -65,7 +73,7 @@ pub async fn witness(
 
 /// Whom to call: the candidates of others, and one's own where there is nobody else.
 fn candidates(view: &View, own: &[OwnNode]) -> Vec<Member> {
-    let is_own = |node: &NodeId| own.iter().any(|(name, ..)| name == node);
+    let is_own = |node: &NodeId| is_own(own, node);
     let outsiders = &view.outsiders;
     let alone = outsiders.strangers.is_empty()
         // A view may be held that shows nodes which have long gone.
@@ -74,9 +82,22 @@ fn candidates(view: &View, own: &[OwnNode]) -> Vec<Member> {
     outsiders.candidates.iter().filter(|one| alone || !is_own(&one.info.node)).cloned().collect()
 }
 
+fn is_own(own: &[OwnNode], node: &NodeId) -> bool {
+    own.iter().any(|(name, ..)| name == node)
+}
+
+/// Whether a node of another process is a member: it answers, and can call.
+fn has_others(view: &View, own: &[OwnNode]) -> bool {
+    let is_candidate = |node: &NodeId| view.outsiders.candidates.iter().any(|one| one.info.node == *node);
+    !view.held && view.shown.iter().any(|node| !is_own(own, node) && !is_candidate(node))
+}
+
 /// What was told already, so that it is told once.
 struct Told {
+    /// Since when this process's own nodes wait to be reached.
     began: Instant,
+    /// They were reached before that.
+    was_reached: bool,
     own: bool,
     others: HashSet<(NodeId, u64)>,
 }
@@ -95,11 +116,20 @@ impl Told {
         }
     }
 
+    fn begin_again(&mut self) {
+        (self.began, self.was_reached, self.own) = (Instant::now(), true, false);
+    }
+
     fn own(&mut self, own: &[OwnNode], view: &View, health: &Health) {
         let missing: Vec<&OwnNode> = own.iter().filter(|(.., reached)| !reached.is_noted()).collect();
         let Some((node, peer, _)) = missing.first() else {
             return health.set("peers", true, "others reach this process");
         };
+        let late = self.began.elapsed() >= PATIENCE;
+        if self.was_reached && !late {
+            // A moment ago all was well, and a call is on its way.
+            return;
+        }
         let why = match view.outsiders.strangers.len() {
             0 => format!("no other node has reached {node} at {peer} (peer.advertise)"),
             count => format!(
@@ -108,9 +138,9 @@ impl Told {
             ),
         };
         health.set("peers", false, why.clone());
-        if !self.own && self.began.elapsed() >= PATIENCE {
+        if !self.own && late {
             self.own = true;
-            tracing::warn!("this node takes no users: {why}");
+            tracing::warn!("this node takes no users, or will lose them: {why}");
         }
     }
 }
@@ -141,15 +171,36 @@ mod tests {
         asked(&view)
     }
 
-    fn asked(view: &View) -> Vec<String> {
+    fn own() -> Vec<OwnNode> {
         let membership = crate::membership::local::LocalMembership::new(crate::clock::Clock::system());
         let joined = futures_util::FutureExt::now_or_never(crate::membership::Membership::join(
             &membership,
             node("push-0").info,
         ));
-        let own = vec![(node("push-0").info.node, "".into(), joined.unwrap().unwrap().proof)];
-        let found = super::candidates(view, &own);
+        vec![(node("push-0").info.node, "".into(), joined.unwrap().unwrap().proof)]
+    }
+
+    fn asked(view: &View) -> Vec<String> {
+        let found = super::candidates(view, &own());
         found.into_iter().map(|member| member.info.node.to_string()).collect()
+    }
+
+    #[test]
+    fn only_a_member_of_another_process_can_vouch_for_a_node() {
+        let own = |view: &View| has_others(view, &own());
+        let view = |members: &[&str], candidates: &[&str], held| {
+            let all = |names: &[&str]| names.iter().map(|name| node(name)).collect::<Vec<_>>();
+            let mut view = View::new("g".into(), 1, all(members), held);
+            view.outsiders = Arc::new(Outsiders { candidates: all(candidates), strangers: Vec::new() });
+            view
+        };
+        assert!(!own(&view(&["push-0"], &[], false)) && !own(&view(&["push-0"], &["push-1"], false)));
+        assert!(
+            !own(&view(&["push-0", "push-1"], &["push-1"], false)),
+            "it keeps its place, and may be dead"
+        );
+        assert!(!own(&view(&["push-0", "push-1"], &[], true)), "nobody knows who is there now");
+        assert!(own(&view(&["push-0", "push-1"], &[], false)));
     }
 
     #[test]

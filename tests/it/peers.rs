@@ -132,6 +132,71 @@ async fn a_node_whose_address_leads_elsewhere_takes_no_users_and_both_sides_say_
     eventually("the second is ready", async || good.readiness().await.0 == 200).await;
 }
 
+/// Passes on what comes to a port of its own, until it is dropped.
+struct Passage {
+    address: String,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Passage {
+    async fn to(address: String) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let own = listener.local_addr().unwrap().to_string();
+        let task = tokio::spawn(async move {
+            let mut links = tokio::task::JoinSet::new();
+            while let Ok((mut from, _)) = listener.accept().await {
+                let Ok(mut to) = tokio::net::TcpStream::connect(&address).await else { continue };
+                links.spawn(async move { tokio::io::copy_bidirectional(&mut from, &mut to).await });
+            }
+        });
+        Self { address: own, task }
+    }
+}
+
+impl Drop for Passage {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Alone it proves its address to itself. Whether others understand that address shows when there are some.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_node_proved_alone_counts_until_there_is_another() {
+    let (redis, set) = (redis(&[]).await, ReplicaSet::start(1).await);
+    let mongo = set.uri();
+    for leads in [true, false] {
+        let port = format!("127.0.0.1:{}", free_port());
+        let passage = Passage::to(port.clone()).await;
+        let options = Options::registered_in(&url(&redis))
+            .with("mongo.uri", &mongo)
+            .with("peer.listen", &port)
+            .with("peer.advertise", &passage.address);
+        let server = Server::with(options).await;
+        assert_eq!(nodes_of(&server).await, ["push-0"]);
+        let passage = leads.then_some(passage);
+        let settings = [("node.name", "push-1"), ("mongo.uri", mongo.as_str())];
+        let other = Waiting::start(&redis, &settings);
+        let shown = async || http::get(&other.ops, "/cluster", None).await.json().to_string();
+        eventually("the second is ready", async || other.readiness().await.0 == 200).await;
+        if leads {
+            eventually("two nodes", async || nodes_of(&server).await == ["push-0", "push-1"]).await;
+            eventually("it is reached anew", async || !shown().await.contains("candidate")).await;
+            assert_eq!(http::get(&server.at("ops"), "/readyz", None).await.status, 200);
+            assert!(!warns(&server.log(), &["peer.advertise"]), "{}", server.log());
+        } else {
+            eventually("the first says so", async || warns(&server.log(), &["peer.advertise"])).await;
+            let told = async || warns(&other.log(), &["push-0", "peer.advertise"]);
+            eventually("the second says so", told).await;
+            let odd = async || http::get(&server.at("ops"), "/readyz", None).await.status == 503;
+            eventually("the first is not ready", odd).await;
+            let out = async || nodes_of(&server).await == ["push-1"];
+            eventually("the first is in nobody's ring", out).await;
+        }
+        drop((server, other, passage));
+        redis_cli(redis.port, &["flushall"]);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_clusters_under_one_prefix_do_not_mix() {
     let redis = redis(&[]).await;

@@ -492,6 +492,29 @@ fn rubbish() -> Vec<Document> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_message_goes_with_the_next_one_above_it() {
+    let set = ReplicaSet::start(1).await;
+    let (client, database) = (client(&set).await, "damaged");
+    let clock = Clock::standing(Clock::system().now());
+    let inbox = open(&set.uri(), database, BRISK, clock.clone()).await;
+    let stored = collection(&client, database);
+    let user = UserId::parse("alice").unwrap();
+    for n in 0..5 {
+        let seq = one(&inbox, &user, &n.to_string()).await;
+        if n == 0 || n == 2 || n == 4 {
+            let place = doc! { "_id": { "u": "alice", "n": seq.get() as i64 } };
+            stored.update_one(place, doc! { "$set": { "x": "never" } }).await.unwrap();
+        }
+    }
+    clock.advance(3_700_000);
+    assert_eq!(inbox.clean().await.unwrap(), 0, "they are seen for the first time");
+    clock.advance(3_700_000);
+    assert_eq!(inbox.clean().await.unwrap(), 4);
+    let page = inbox.page(user, Seq::BEGINNING, PageLimit { messages: 100, bytes: 1 << 20 }).await.unwrap();
+    assert_eq!((page.messages.len(), page.unreadable.len()), (0, 1), "{page:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_read_is_passed_over_and_told_by_its_number() {
     let set = ReplicaSet::start(1).await;
     let (client, database) = (client(&set).await, "rubbish");

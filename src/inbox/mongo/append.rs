@@ -45,6 +45,8 @@ const AHEAD: u64 = 3;
 #[derive(Default)]
 pub(super) struct Heads {
     known: HashMap<UserId, Known>,
+    /// Users that this process has written to, perhaps without an answer, whose head it does not remember; and when that was sent.
+    written: HashMap<UserId, Duration>,
     /// Until then another process is expected to write to the same users: what came above a head in memory is looked for
     /// before the next number is tried, which is cheaper than to find it taken.
     others_until: Duration,
@@ -54,8 +56,8 @@ pub(super) struct Heads {
 struct Known {
     /// The highest number known to be durable.
     n: u64,
-    /// This process has written something above the head that it read.
-    wrote: bool,
+    /// When this process sent its last insert above the head that it read, if it has written there.
+    wrote: Option<Duration>,
     /// When the read that says so, or the insert that was acknowledged, was sent.
     sent: Duration,
 }
@@ -70,12 +72,47 @@ impl Heads {
         }
     }
 
-    fn make_room(&mut self, now: Duration, trust: Duration) {
+    /// The head of this user must be read again; `tried` is when an insert was sent of which nothing is known.
+    fn forget(&mut self, user: &UserId, tried: Option<Duration>) {
+        let known = self.known.remove(user);
+        let wrote = tried.max(known.and_then(|known| known.wrote));
+        if let Some(wrote) = wrote {
+            let last = self.written.entry(user.clone()).or_default();
+            *last = wrote.max(*last);
+        }
+    }
+
+    /// The head of this user was read.
+    fn take(&mut self, user: UserId, n: u64, now: Duration) {
+        let wrote = self.written.remove(&user).max(self.known.get(&user).and_then(|known| known.wrote));
+        self.known.insert(user, Known { n, wrote, sent: now });
+    }
+
+    /// Whom this process has written to since then, if what it wrote may stand above a head that is no more.
+    fn written_since(&self, since: Duration) -> Vec<UserId> {
+        let known = self.known.iter().filter_map(|(user, known)| Some((user, known.wrote?)));
+        let all = known.chain(self.written.iter().map(|(user, wrote)| (user, *wrote)));
+        all.filter(|(_, wrote)| *wrote >= since).map(|(user, _)| user.clone()).collect()
+    }
+
+    /// `well` is when the store was seen last to be what it was: nobody asks for what was written before.
+    fn make_room(&mut self, now: Duration, trust: Duration, well: Duration) {
+        if self.known.len() + self.written.len() <= HEADS {
+            return;
+        }
+        self.written.retain(|_, wrote| *wrote >= well);
+        let untrusted = |known: &Known| now.saturating_sub(known.sent) > trust;
+        let old: Vec<UserId> =
+            self.known.iter().filter(|(_, known)| untrusted(known)).map(|(user, _)| user.clone()).collect();
+        old.iter().for_each(|user| self.forget(user, None));
         if self.known.len() > HEADS {
-            self.known.retain(|_, known| now.saturating_sub(known.sent) <= trust);
-            if self.known.len() > HEADS {
-                self.known.clear();
-            }
+            let all: Vec<UserId> = self.known.keys().cloned().collect();
+            all.iter().for_each(|user| self.forget(user, None));
+            self.written.retain(|_, wrote| *wrote >= well);
+        }
+        if self.written.len() > HEADS {
+            // The store has not been reached for long: what is not mended now is mended before the user's next message.
+            self.written.clear();
         }
     }
 }
@@ -106,7 +143,7 @@ pub(super) async fn append(inner: &Inner, batch: Vec<Append>) -> Vec<Result<Appe
     if let Err(error) = give_up_heads(inner, &mut heads).await {
         return vec![Err(error); batch.len()];
     }
-    heads.make_room(inner.clock.uptime(), inner.times.head_trust);
+    heads.make_room(inner.clock.uptime(), inner.times.head_trust, inner.marker.lock().well);
     let mut outcomes: Outcomes = batch.iter().map(|_| None).collect();
     let fresh = |(at, append)| Item { at, append, append_id: ulid::Ulid::generate().to_string() };
     let mut pending: Vec<Item> = batch.into_iter().enumerate().map(fresh).collect();
@@ -128,7 +165,7 @@ pub(super) async fn append(inner: &Inner, batch: Vec<Append>) -> Vec<Result<Appe
     }
     for item in pending {
         // Perhaps stored, perhaps not: the next append of this user asks what there is.
-        heads.known.remove(&item.append.user);
+        heads.forget(&item.append.user, Some(inner.clock.uptime()));
         outcomes[item.at] = Some(Err(why.clone()));
     }
     outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| Err(why.clone()))).collect()
@@ -140,11 +177,11 @@ pub(super) async fn give_up_heads(inner: &Inner, heads: &mut Heads) -> Result<()
         return Ok(());
     }
     let since = inner.marker.lock().mend_since;
-    let is_since = |known: &Known| known.wrote && since.is_some_and(|since| known.sent >= since);
-    let written = heads.known.iter().filter(|(_, known)| is_since(known)).map(|(user, _)| user.clone());
-    watch::mend(inner, written.collect()).await?;
+    let written = since.map(|since| heads.written_since(since)).unwrap_or_default();
+    watch::mend(inner, written).await?;
     inner.marker.lock().mend_since = None;
     heads.known.clear();
+    heads.written.clear();
     inner.restored.store(false, Ordering::Release);
     Ok(())
 }
@@ -238,11 +275,11 @@ async fn settle(
         heads.raise(user, n, now);
         if again {
             // More than one number was taken meanwhile: the whole truth, not one number after another.
-            heads.known.remove(user);
+            heads.forget(user, None);
         }
     }
     for user in bridged {
-        heads.known.remove(user);
+        heads.forget(user, None);
     }
     answer_repeats(inner, &repeats, outcomes, done).await
 }
@@ -287,10 +324,9 @@ async fn read_heads(
         let below = tops.iter().filter(|(_, top)| last(top) < lowest(&top.0));
         let below: Vec<(&UserId, u64)> = below.map(|(user, top)| (user, last(top))).collect();
         watch::bridge(inner, &below).await?;
-        heads.known.extend(tops.iter().map(|(user, top)| {
-            let n = last(top).max(lowest(&top.0));
-            (user.clone(), Known { n, wrote: false, sent: now })
-        }));
+        for (user, top) in &tops {
+            heads.take(user.clone(), last(top).max(lowest(&top.0)), now);
+        }
     }
     Ok(())
 }
@@ -444,15 +480,16 @@ async fn acknowledge(
         let head = record.map_or(u64::MAX, |record| super::HeadRecord::read(&record).head);
         if head >= n {
             tracing::warn!("an append took so long that its number is void; it is appended anew");
-            heads.known.remove(user);
+            heads.forget(user, Some(read));
             give_up_id(inner, &id(user, n), &item.append).await?;
             // Marked, so that it goes on as another append.
             outcomes[item.at] = Some(Err(InboxError::Unavailable("void".to_owned())));
             return Ok(false);
         }
     }
-    let known = heads.known.entry(user.clone()).or_insert(Known { n, wrote: true, sent: read });
-    *known = Known { n: known.n.max(n), wrote: true, sent: sent.unwrap_or(read) };
+    let sent = sent.unwrap_or(read);
+    let known = heads.known.entry(user.clone()).or_insert(Known { n, wrote: None, sent });
+    *known = Known { n: known.n.max(n), wrote: Some(sent).max(known.wrote), sent };
     outcomes[item.at] = Some(Ok(Appended::Stored(Arc::new(Message {
         seq: Seq::at(n),
         id: item.append.id.clone(),
@@ -535,4 +572,53 @@ async fn give_up_id(inner: &Inner, place: &Document, append: &Append) -> Result<
     let update = doc! { "$unset": { "f": "" } };
     let updated = inner.documents.update_one(filter, update).into_future();
     inner.in_time(updated).await.map(drop).map_err(unavailable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn user(name: &str) -> UserId {
+        UserId::parse(name).unwrap()
+    }
+
+    #[test]
+    fn whom_this_process_may_have_written_to_is_remembered_until_the_store_is_known_to_be_well() {
+        let mut heads = Heads::default();
+        heads.take(user("read"), 7, at(10));
+        assert!(heads.written_since(at(0)).is_empty(), "a head that was only read");
+        heads.forget(&user("unanswered"), Some(at(11)));
+        heads.known.insert(user("answered"), Known { n: 1, wrote: Some(at(12)), sent: at(12) });
+        heads.forget(&user("answered"), None);
+        heads.known.insert(user("kept"), Known { n: 1, wrote: Some(at(13)), sent: at(13) });
+        let mut all = heads.written_since(at(11));
+        all.sort();
+        assert_eq!(all, [user("answered"), user("kept"), user("unanswered")]);
+        assert_eq!(heads.written_since(at(13)), [user("kept")]);
+        // That the head is read again, as it is for the user's next message, changes nothing of that.
+        heads.take(user("unanswered"), 9, at(14));
+        heads.take(user("kept"), 9, at(14));
+        assert_eq!(heads.written_since(at(11)).len(), 3);
+        assert_eq!((heads.known.len(), heads.written.len()), (3, 1));
+    }
+
+    #[test]
+    fn what_is_remembered_of_users_is_bounded_and_what_may_have_to_be_mended_stays_longest() {
+        let mut heads = Heads::default();
+        for n in 0..=HEADS as u64 {
+            let wrote = Some(at(if n % 100 == 0 { 50 } else { 10 }));
+            heads.known.insert(user(&format!("u{n}")), Known { n, wrote, sent: at(50) });
+        }
+        heads.make_room(at(51), at(10), at(40));
+        assert_eq!((heads.known.len(), heads.written.len()), (0, HEADS / 100 + 1));
+        for n in 0..=HEADS as u64 {
+            heads.forget(&user(&format!("v{n}")), Some(at(52)));
+        }
+        heads.make_room(at(53), at(10), at(40));
+        assert!(heads.written.len() <= HEADS);
+    }
 }

@@ -84,7 +84,8 @@ async fn clean_user(
 }
 
 /// Up to which number the messages without a hole between them are expired, from the one after `from` on; 0 where none is. Numbers that were
-/// left out when the store was restored, up to `floor`, are no hole.
+/// left out when the store was restored, up to `floor`, are no hole. Of a message without a moment that can be read it is not known when it
+/// expires: it goes with the next one above it.
 async fn expired_run(inner: &Inner, user: &UserId, from: u64, floor: u64) -> Result<u64, InboxError> {
     let now = int(inner.clock.now().0);
     let reading = async {
@@ -95,17 +96,22 @@ async fn expired_run(inner: &Inner, user: &UserId, from: u64, floor: u64) -> Res
             .limit(RUN)
             .projection(doc! { "_id": 1, "x": 1 })
             .await?;
-        let (mut last, mut after_bridge) = (from, false);
+        // The last one that is expired, and the last one looked at.
+        let (mut upto, mut last, mut after_bridge) = (0, from, false);
         while let Some(message) = found.try_next().await? {
             let Some((_, n)) = super::place_of(&message) else { break };
-            let expired = integer(&message, "x").is_some_and(|x| x <= now);
-            if !expired || !(n == last + 1 || after_bridge && last < floor) {
+            let expires_at = integer(&message, "x");
+            let follows = n == last + 1 || after_bridge && last < floor;
+            if !follows || expires_at.is_some_and(|x| x > now) {
                 break;
             }
             last = n;
             after_bridge = StoredMessage::is_bridge(&message);
+            if expires_at.is_some() {
+                upto = n;
+            }
         }
-        Ok(if last == from { 0 } else { last })
+        Ok(upto)
     };
     inner.in_time(reading).await.map_err(unavailable)
 }

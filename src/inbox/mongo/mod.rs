@@ -33,7 +33,7 @@ use parking_lot::Mutex;
 
 use super::{
     Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Gathering, Inbox,
-    InboxError, InboxPage, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep,
+    InboxError, InboxPage, PASSED_OVER, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Seq, UserId};
@@ -570,8 +570,13 @@ impl Inner {
                 .sort(doc! { "_id": 1 })
                 .batch_size(PAGE_FETCH)
                 .await?;
-            let mut bytes = 0;
+            let (mut bytes, mut looked_at) = (0, 0);
             while found.advance().await? {
+                if looked_at == limit.messages + PASSED_OVER {
+                    page.more = true;
+                    break;
+                }
+                looked_at += 1;
                 let raw = found.current();
                 let message = mongodb::bson::deserialize_from_slice::<StoredMessage>(raw.as_bytes());
                 let expired = message.as_ref().is_ok_and(|message| message.is_expired(now));

@@ -51,7 +51,7 @@ pub(super) struct Marker {
     /// Numbers up to here may have been given, and are not there any more.
     pub(super) floor: u64,
     /// When the last look was sent that found all as it was.
-    well: Duration,
+    pub(super) well: Duration,
     /// What was written since then has yet to be mended.
     pub(super) mend_since: Option<Duration>,
 }
