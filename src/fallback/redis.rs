@@ -18,6 +18,12 @@ use crate::transport::redis::{RedisFault, RedisLink, Script};
 /// Buckets that users fall into: 1 KiB per holder, and with 100 displaced users 1.2 % of the others are asked for in vain
 /// (DESIGN.md section 7).
 pub const BUCKETS: usize = 8_192;
+/// Holders that are looked at: twice as many as a registry has nodes, for a node's former process may still be among them.
+const HOLDERS_MAX: usize = 2_000;
+/// The longest name of a holder, in bytes: a node's name, and a number of 20 digits.
+const NAME_MAX: usize = 300;
+/// The longest version of a bitmap, in bytes: a number, and what tells one process from another.
+const VERSION_MAX: usize = 64;
 /// Users in one call: a script's arguments have a limit, and a long one holds up the others.
 const USERS_PER_CALL: usize = 1_000;
 /// How far polls are from their mean.
@@ -194,7 +200,9 @@ impl Inner {
         let known: Vec<(String, String)> =
             self.seen.read().maps.iter().map(|(holder, map)| (name(holder), map.0.clone())).collect();
         let lease = self.lease.as_millis().to_string();
+        let bounds = [HOLDERS_MAX, NAME_MAX, VERSION_MAX, BUCKETS / 8].map(|bound| bound.to_string());
         let mut args = vec![lease.as_bytes()];
+        args.extend(bounds.iter().map(String::as_bytes));
         for (holder, version) in &known {
             args.extend([holder.as_bytes(), version.as_bytes()]);
         }

@@ -381,6 +381,38 @@ async fn routers_are_called_for_whoever_comes_and_not_for_whoever_goes() {
     assert_eq!(calls(), 2);
 }
 
+/// Whatever else stands there: holders that are none, versions and bitmaps that are too long.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rubbish_among_the_fallback_entries_hides_no_entry() {
+    let redis = redis(&[]).await;
+    let fallback = || {
+        let link = link(&format!("redis://127.0.0.1:{}", redis.port));
+        RedisFallback::start(link, "test", times().lease, times().poll)
+    };
+    let (own, router) = (fallback(), fallback());
+    let holder = Holder { node: NodeId::parse("push-0").unwrap(), incarnation: 7 };
+    let alice = UserId::parse("alice").unwrap();
+    own.add(&holder, vec![alice.clone()]).await.unwrap();
+    eventually("the entry is seen", async || !router.hints().empty).await;
+    let key = |name: &str| redis_cli(redis.port, &["keys", &format!("*:{name}")]).trim().to_owned();
+    let (holders, maps, versions) = (key("holders"), key("maps"), key("versions"));
+    let (far, long) = ("9".repeat(13), "x".repeat(5_000));
+    for name in ["push-9/1", "nothing", "push-8/x", long.as_str()] {
+        redis_cli(redis.port, &["zadd", &holders, &far, name]);
+        redis_cli(redis.port, &["hset", &maps, name, &long]);
+        redis_cli(redis.port, &["hset", &versions, name, &long]);
+    }
+    let bob = UserId::parse("bob").unwrap();
+    own.add(&holder, vec![bob.clone()]).await.unwrap();
+    for user in [alice, bob] {
+        let found = async || {
+            let nodes = router.nodes_of(vec![user.clone()]).await;
+            nodes.is_ok_and(|nodes| nodes == [[holder.node.clone()]])
+        };
+        eventually("the entry among the rubbish", found).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn entries_of_a_dead_holder_end_with_its_lease() {
     let redis = redis(&[]).await;

@@ -13,6 +13,7 @@ use ringpush::inbox::mongo::{MongoInbox, MongoTimes, OpenFault};
 use ringpush::inbox::{Append, Appended, Ask, From, Inbox, PageLimit, Upkeep};
 use ringpush::message::{MessageId, Millis, Seq, UserId};
 
+use crate::support::eventually;
 use crate::support::foreign::{Foreign, ReplicaSet, mongod_path};
 
 async fn open(uri: &str, database: &str, times: MongoTimes, clock: Clock) -> MongoInbox {
@@ -323,14 +324,17 @@ async fn after_a_restore_no_number_is_given_twice_and_what_comes_is_found() {
     let inbox = open(&set.uri(), database, BRISK, Clock::system()).await;
     // Another writer that has no head in memory, and knows the store all the same.
     let other = open(&set.uri(), database, BRISK, Clock::system()).await;
+    // One that has a head in memory, and does not look.
+    let stale = open(&set.uri(), database, BRISK, Clock::system()).await;
     let watching = [watched(&inbox), watched(&other)];
     let stored = collection(&client, database);
     for (n, writer) in [&inbox, &other].into_iter().enumerate() {
         let user = UserId::parse(&format!("alice-{n}")).unwrap();
         let mut given = Vec::new();
-        for n in 0..10 {
+        for n in 0..9 {
             given.push(one(&inbox, &user, &format!("before-{n}")).await);
         }
+        given.push(one(&stale, &user, "before-9").await);
         let backup = all_of(&stored).await;
         for n in 10..20 {
             given.push(one(&inbox, &user, &format!("before-{n}")).await);
@@ -344,6 +348,9 @@ async fn after_a_restore_no_number_is_given_twice_and_what_comes_is_found() {
             assert!(!given.contains(&seq) && seq > last, "{seq} was given before: {given:?}");
             given.push(seq);
         }
+        // What stands after the last that it remembers is no message: it reads its head again.
+        let met = one(&stale, &user, "met").await;
+        assert!(met > *given.last().unwrap(), "{met}: {given:?}");
         let there = |from| Ask { user: user.clone(), from: From::After(from) };
         let eventually_found = async {
             // From where the store was restored to, from what is gone, and from the beginning.
@@ -358,9 +365,37 @@ async fn after_a_restore_no_number_is_given_twice_and_what_comes_is_found() {
         let page =
             inbox.page(user.clone(), tenth, PageLimit { messages: 100, bytes: 1 << 20 }).await.unwrap();
         let ids: Vec<&str> = page.messages.iter().map(|message| message.id.as_str()).collect();
-        assert_eq!(ids, ["after-0", "after-1", "after-2", "after-3", "after-4"]);
+        assert_eq!(ids, ["after-0", "after-1", "after-2", "after-3", "after-4", "met"]);
     }
     watching.iter().for_each(|task| task.abort());
+}
+
+/// Its numbers are ahead of the moment, and so is the pulse: whoever sees that fall goes on above the pulse, not above his own moment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_restore_numbers_of_a_clock_that_was_ahead_are_not_given_again() {
+    let set = ReplicaSet::start(1).await;
+    let (client, database) = (client(&set).await, "ahead");
+    let fast = Clock::standing(Clock::system().now().plus_seconds(3_600));
+    let ahead = open(&set.uri(), database, BRISK, fast.clone()).await;
+    let inbox = open(&set.uri(), database, BRISK, Clock::system()).await;
+    let looks = [watched(&ahead), watched(&inbox)];
+    let stored = collection(&client, database);
+    let backup = all_of(&stored).await;
+    let user = UserId::parse("alice").unwrap();
+    let last = one(&ahead, &user, "ahead").await;
+    fast.advance(10_000);
+    let marker = async || {
+        let found = stored.find_one(doc! { "_id": { "u": "", "n": 0i64 } }).await.unwrap();
+        found.and_then(|marker| marker.get_i64("pulse").ok()).unwrap_or_default()
+    };
+    eventually("the pulse is ahead", async || marker().await > last.get() as i64 + 5_000).await;
+    one(&inbox, &UserId::parse("bob").unwrap(), "has seen the pulse").await;
+    looks[0].abort();
+    drop(ahead);
+    put_back(&stored, &backup).await;
+    let next = one(&inbox, &user, "next").await;
+    assert!(next > last, "{next} was given before: {last}");
+    looks[1].abort();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -376,7 +411,9 @@ async fn a_collection_that_was_dropped_is_whole_again_and_gives_no_number_twice(
     }
     tokio::time::sleep(Duration::from_millis(200)).await;
     let stored = collection(&client, database);
-    stored.drop().await.unwrap();
+    let identity = inbox.prepare().await.unwrap();
+    // The store's identity, and all else that this cluster keeps there.
+    client.database(database).drop().await.unwrap();
     let after = one(&inbox, &user, "after").await;
     assert!(after > last);
     let indexes = async {
@@ -391,6 +428,11 @@ async fn a_collection_that_was_dropped_is_whole_again_and_gives_no_number_twice(
     tokio::time::timeout(Duration::from_secs(20), indexes).await.expect("the indexes are there again");
     let again = inbox.append(vec![item(&user, "after", 3_600_000)]).await.remove(0);
     assert_eq!(again, Ok(Appended::Duplicate(after)));
+    let same = async || {
+        let newcomer = MongoInbox::new(&set.uri(), database, BRISK, Clock::system()).await.unwrap();
+        newcomer.prepare().await.unwrap() == identity
+    };
+    assert!(same().await, "whoever comes finds the store that the others have");
     // A client that has what is gone hears of what came.
     let ask = Ask { user: user.clone(), from: From::After(Seq::at(last.get() - 1)) };
     assert!(inbox.standing(vec![ask]).await.unwrap()[0].more);

@@ -107,7 +107,8 @@ pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
         doc! { "$set": {
             "lineage": { "$cond": ["$fallen", &fresh, { "$ifNull": ["$lineage", &fresh] }] },
             "floor": { "$cond": ["$fallen", now, { "$ifNull": ["$floor", 0i64] }] },
-            "pulse": { "$max": ["$pulse", now] },
+            // It rises with each look, also where a clock was ahead: a pulse that stands shows no restore.
+            "pulse": { "$max": [{ "$add": [{ "$ifNull": ["$pulse", 0i64] }, 1i64] }, now] },
         } },
         doc! { "$unset": "fallen" },
     ];
