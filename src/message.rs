@@ -10,9 +10,9 @@ use bytes::{Bytes, BytesMut};
 use jiff::fmt::temporal::DateTimePrinter;
 use smol_str::SmolStr;
 
-/// Longest user id and message id, in bytes (PROTOCOL.md, Collect HTTP).
+/// Longest user id and message id, in bytes (docs/protocol.md, Collect HTTP).
 pub const NAME_MAX_BYTES: usize = 128;
-/// Longest device name, in bytes (PROTOCOL.md, Client WebSocket).
+/// Longest device name, in bytes (docs/protocol.md, Client WebSocket).
 pub const DEVICE_MAX_BYTES: usize = 64;
 /// Longest node name, in bytes: one DNS label.
 pub const NODE_MAX_BYTES: usize = 63;

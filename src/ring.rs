@@ -10,7 +10,7 @@ use hashring::HashRing;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Points per weight 1.0. Worst peak over average as measured: 1.08 / 1.11 / 1.15 / 1.20 at 3 / 10 / 100 / 1000 names
-/// (DESIGN.md section 4).
+/// (docs/design.md, section 3).
 pub const POINTS_PER_WEIGHT: f64 = 512.0;
 
 /// Points of one ring at the most: 2,097,152 x 16 bytes = 32 MB. Four times what 1000 names of weight 1.0 need. Weights that are worth

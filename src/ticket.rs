@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::message::{DeviceId, Millis, NodeId, UserId};
 use crate::secret::{Keyed, derived, is_mac, mac};
 
-/// How long a ticket is good for, in ms (DESIGN.md section 12).
+/// How long a ticket is good for, in ms (docs/design.md, section 11).
 pub const TICKET_LIFE_MS: u64 = 30_000;
 /// Nonces remembered by one node, until their tickets end: 4000/s for one life are 120,000; four times that, for a node
 /// without a limit on its accept rate. 500,000 x 40 bytes = 20 MB.

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::measure::cpu_us;
 
-/// Sockets that are opened at once (BENCH.md, B2).
+/// Sockets that are opened at once (docs/benchmarks.md, B2).
 pub const OPENING: usize = 200;
 /// How long what is under way may take when the time is over.
 const GRACE: Duration = Duration::from_secs(10);

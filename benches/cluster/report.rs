@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::measure::Spread;
 use crate::plot;
 
-/// One row of BENCH.md.
+/// One row of docs/benchmarks.md.
 #[derive(Serialize)]
 pub struct Row {
     pub id: &'static str,
@@ -97,7 +97,7 @@ impl Results {
         self.rows.push(Row { id, what: what.to_owned(), measured, target, met });
     }
 
-    /// The table of BENCH.md: every server beside the limit.
+    /// The table of docs/benchmarks.md: every server beside the limit.
     pub fn print_servers(&self) {
         if self.servers.is_empty() {
             return;

@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use crate::client::{MOMENT, NUMBER, Order, Publish, Report, Socket, USER};
 use crate::measure::{cpu_us, resident_kib, wait_for};
 
-/// Publishers of single messages, each with one request in flight (BENCH.md).
+/// Publishers of single messages, each with one request in flight (docs/benchmarks.md).
 pub const PUBLISHERS: usize = 64;
 /// Messages in a batch.
 pub const BATCH: usize = 100;

@@ -57,7 +57,7 @@ use peers::{Proofs, PushNodes, routers};
 use push_http::{ConnectEdge, PushEdge};
 use stores::Opened;
 
-/// The kernel's send buffer of a socket, in bytes (DESIGN.md section 12).
+/// The kernel's send buffer of a socket, in bytes (docs/design.md, section 11).
 const SOCKET_SEND_BUFFER: u32 = 64 * 1024;
 /// How long the last answers may take when the store has failed.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);

@@ -16,7 +16,7 @@ use crate::message::{NodeId, UserId};
 use crate::transport::redis::{RedisFault, RedisLink, Script};
 
 /// Buckets that users fall into: 1 KiB per holder, and with 100 displaced users 1.2 % of the others are asked for in vain
-/// (DESIGN.md section 7).
+/// (docs/design.md, section 6).
 pub const BUCKETS: usize = 8_192;
 /// Holders that are looked at: twice as many as a registry has nodes, for a node's former process may still be among them.
 const HOLDERS_MAX: usize = 2_000;

@@ -31,7 +31,7 @@ use futures_util::future::BoxFuture;
 
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
 
-/// Cursors kept per user; the longest unused goes (DESIGN.md section 12).
+/// Cursors kept per user; the longest unused goes (docs/design.md, section 11).
 pub const DEVICES_PER_USER: usize = 64;
 /// A cursor that was not moved for this long goes too: 90 days, in ms.
 pub const CURSOR_LIFE_MS: u64 = 90 * 24 * 3600 * 1000;

@@ -23,7 +23,7 @@ use crate::message::NodeId;
 /// Part of the push nodes that may vanish at once without a word.
 pub const VANISHED_PART: f64 = 0.3;
 
-/// The times of membership (DESIGN.md section 5). Tests have shorter ones, in the same proportion.
+/// The times of membership (docs/design.md, section 4). Tests have shorter ones, in the same proportion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Times {
     /// Between two renewals of a lease, give or take a fifth.

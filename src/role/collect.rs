@@ -30,7 +30,7 @@ use crate::thread::Awaited;
 use crate::wire::http::{Publish, Published, Refusal, Stored};
 use crate::wire::peer::{DispatchRequest, DispatchResponse, Live, Presence, Revocation};
 
-/// Appends waiting in one process (DESIGN.md section 12).
+/// Appends waiting in one process (docs/design.md, section 11).
 pub const WAITING_APPENDS: usize = 10_000;
 /// And the bytes of their payloads.
 pub const WAITING_BYTES: usize = 32 * 1024 * 1024;

@@ -30,7 +30,7 @@ use crate::wire::peer::{
     Stamp,
 };
 
-/// How long the owners of an earlier view are still sent to: three leases (DESIGN.md section 8).
+/// How long the owners of an earlier view are still sent to: three leases (docs/design.md, section 7).
 pub const RECENT_VIEW_LIFE: Duration = Duration::from_secs(30);
 /// Most views remembered, the one in use included.
 pub const RECENT_VIEWS: usize = 8;

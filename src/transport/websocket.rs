@@ -37,7 +37,7 @@ use super::request::check_head;
 use crate::wire::frame::SUBPROTOCOL;
 use crate::wire::socket::{Incoming, Outgoing, SocketFault};
 
-/// Largest client frame and message, in bytes (DESIGN.md section 12).
+/// Largest client frame and message, in bytes (docs/design.md, section 11).
 pub const CLIENT_FRAME_MAX: usize = 4 * 1024;
 /// Eagerly allocated per connection; client frames are acks of 30 bytes.
 const READ_BUFFER: usize = 256;

@@ -9,7 +9,7 @@ use serde_json::value::RawValue;
 use super::frame::{put_history_item, put_id, put_number};
 use crate::message::{DeviceId, Message, MessageId, Recipients, Seq, UserId};
 
-/// Shortest and longest life of a message, in seconds (DESIGN.md section 12).
+/// Shortest and longest life of a message, in seconds (docs/design.md, section 11).
 pub const TTL_S: std::ops::RangeInclusive<u64> = 1..=30 * 24 * 3600;
 
 /// The limits that a publish is read against.

@@ -104,7 +104,7 @@ fn arrows_point_down_only() {
             continue;
         }
         let Some((_, allowed)) = MAY_KNOW.iter().find(|(name, _)| *name == own) else {
-            wrong.push(format!("{}: {own} is no room; STYLE says which there are", path.display()));
+            wrong.push(format!("{}: {own} is no room: MAY_KNOW in this file lists them", path.display()));
             continue;
         };
         for line in code(&text) {

@@ -1,4 +1,4 @@
-//! Appending: the numbers, the fence, and answers that were lost. DESIGN.md section 6 has the rules, `model` explores them:
+//! Appending: the numbers, the fence, and answers that were lost. docs/design.md, section 5 has the rules, `model` explores them:
 //!
 //! 1. n goes in only when n-1 is known to be durable, or after it in the same ordered insert; one insert of a user is in
 //!    flight per process.

@@ -60,7 +60,7 @@ const MINUTE_MS: u64 = 60_000;
 /// A command costs MongoDB as much as some twenty documents in it.
 const GATHERING: Gathering = Gathering { every: Duration::from_millis(8), enough: 100 };
 
-/// The times of the rules; see DESIGN.md section 6.
+/// The times of the rules; see docs/design.md, section 5.
 #[derive(Debug, Clone, Copy)]
 pub struct MongoTimes {
     /// How long a head in memory is trusted after its read, or acknowledged insert, was sent.

@@ -15,7 +15,7 @@ use crate::wire::address::{SocketQuery, escape};
 use crate::wire::frame::Since;
 use crate::wire::peer::{Identity, PeerFault, VerifyRequest};
 
-/// Sockets that may come at once where `accept_per_s` of them come in the long run: twice that (DESIGN.md section 12).
+/// Sockets that may come at once where `accept_per_s` of them come in the long run: twice that (docs/design.md, section 11).
 const BURST_S: f64 = 2.0;
 
 /// Which pages may open sockets and ask to connect.

@@ -53,7 +53,7 @@ use crate::wire::peer::{PeerFault, VerifyRequest};
 use crate::wire::socket::{Incoming, Outgoing, SocketFault};
 
 /// Queued for one socket: from here on its session reads the inbox instead. With one page (102 KiB at the most, see
-/// [`sweep::PAGE`]) that stays below the 256 KiB of DESIGN.md section 12.
+/// [`sweep::PAGE`]) that stays below the 256 KiB of docs/design.md, section 11.
 const HIGH_WATER_BYTES: usize = 128 * 1024;
 /// Below this the session may send again.
 const LOW_WATER_BYTES: usize = 32 * 1024;

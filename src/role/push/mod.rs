@@ -77,7 +77,7 @@ pub struct PushConfig {
     pub limits: PushLimits,
 }
 
-/// The limits of a node's sessions (DESIGN.md section 12).
+/// The limits of a node's sessions (docs/design.md, section 11).
 #[derive(Debug, Clone, Copy)]
 pub struct PushLimits {
     /// Until the first frame must bring a token.

@@ -24,7 +24,7 @@ use crate::wire::frame::{MoveReason, ServerFrame};
 
 /// How often moves are handed out: a tenth of the second within which a client on the wrong node must hear.
 const MOVE_TICK: Duration = Duration::from_millis(100);
-/// What a target that takes any number of sockets per second counts as (DESIGN.md section 7).
+/// What a target that takes any number of sockets per second counts as (docs/design.md, section 6).
 const UNLIMITED_ACCEPT_PER_S: u32 = 4_000;
 /// Jitter that a moved client waits, at the most.
 pub const MOVE_JITTER: Duration = Duration::from_secs(1);
@@ -303,7 +303,7 @@ enum Verdict<'a> {
     Stay,
 }
 
-/// The rule of DESIGN.md section 7: one move per owner incarnation; none during a hold, by an older view than the
+/// The rule of docs/design.md, section 6: one move per owner incarnation; none during a hold, by an older view than the
 /// client's, or to a client that was sent here on purpose, until the view has changed.
 fn verdict<'a>(view: &'a View, own: &NodeId, seat: &Seat) -> Verdict<'a> {
     match view.owner(&seat.user) {

@@ -21,7 +21,7 @@ use crate::telemetry::WAY;
 use crate::wire::close::CloseCode;
 use crate::wire::frame::message_frame;
 
-/// Questions in one lot (DESIGN.md section 6: 16 ms for 1000 on MongoDB).
+/// Questions in one lot (docs/design.md, section 5: 16 ms for 1000 on MongoDB).
 pub const LOT: usize = 1_000;
 /// Lots under way at once, and how long one is waited for alone: one that takes long, as when a position must be confirmed by
 /// the whole replica set, does not hold up the others.
