@@ -11,7 +11,7 @@ use ringpush::inbox::embedded::EmbeddedInbox;
 use ringpush::inbox::{Append, Inbox};
 use ringpush::message::{Message, MessageId, Millis, Seq, UserId};
 use ringpush::ring::{Ring, key};
-use ringpush::session::{Input, Item, Output, Session, Standing};
+use ringpush::session::{Input, Item, Output, Session, StartPoint};
 use ringpush::wire::frame::message_frame;
 
 fn names(count: usize) -> Vec<String> {
@@ -63,7 +63,7 @@ fn message(seq: u64) -> Message {
 
 fn session(c: &mut Criterion) {
     c.bench_function("session: one live message", |b| {
-        let standing = Standing { start: Seq::at(1), head: Seq::at(1), more: false };
+        let standing = StartPoint { start: Seq::at(1), head: Seq::at(1), more: false };
         let mut session = Session::start(standing, |_: Output<Bytes>| {});
         let frame = message_frame(&message(1));
         let mut seq = 1;
@@ -100,7 +100,7 @@ fn append(c: &mut Criterion) {
                                 n = (n + 7_919) % users.len();
                                 let Message { id, accepted_at, expires_at, payload, .. } = message(1);
                                 let user = users[n].clone();
-                                Append { user, id, fenced: false, accepted_at, expires_at, payload }
+                                Append { user, id, deduplicated: false, accepted_at, expires_at, payload }
                             })
                             .collect::<Vec<_>>()
                     },

@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use crate::backoff::between;
 use crate::message::{DeviceId, Seq};
 use crate::transport::http::HttpClient;
-use crate::transport::websocket::{ClientSocket, Heard, OpenFault, open};
+use crate::transport::websocket::{ClientSocket, ConnectionError, Heard, open};
 use crate::wire::address::escape;
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{
@@ -175,7 +175,7 @@ enum Ending {
 
 /// A move under way: the new socket is being opened, or has yet to catch up.
 struct Moving {
-    opening: BoxFuture<'static, Result<ClientSocket, OpenFault>>,
+    opening: BoxFuture<'static, Result<ClientSocket, ConnectionError>>,
 }
 
 impl Actor {
@@ -231,8 +231,8 @@ impl Actor {
         match open(&url, token, OPEN_DEADLINE).await {
             Ok(socket) => Ok(socket),
             // A ticket that was used or ran out is no reason to give up: the next try asks for another.
-            Err(OpenFault::Answered(401)) if token.is_some() => Err(Ending::Refused(4501)),
-            Err(OpenFault::Answered(403)) => Err(Ending::Refused(4503)),
+            Err(ConnectionError::Answered(401)) if token.is_some() => Err(Ending::Refused(4501)),
+            Err(ConnectionError::Answered(403)) => Err(Ending::Refused(4503)),
             Err(fault) => Err(Ending::Lost(fault.to_string())),
         }
     }
@@ -435,7 +435,7 @@ async fn hear(socket: &mut Option<ClientSocket>) -> Heard {
     }
 }
 
-async fn opened(moving: &mut Option<Moving>) -> Result<ClientSocket, OpenFault> {
+async fn opened(moving: &mut Option<Moving>) -> Result<ClientSocket, ConnectionError> {
     match moving {
         Some(moving) => (&mut moving.opening).await,
         None => std::future::pending().await,

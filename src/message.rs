@@ -20,7 +20,7 @@ pub const NODE_MAX_BYTES: usize = 63;
 /// Why a name was refused; the text says what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct NameFault(&'static str);
+pub struct NameError(&'static str);
 
 macro_rules! name_type {
     ($(#[$doc:meta])* $name:ident, $check:expr, $rule:literal) => {
@@ -32,10 +32,10 @@ macro_rules! name_type {
             /// Checks `text` and takes it over.
             ///
             /// # Errors
-            /// [`NameFault`] with the rule, if the text breaks it.
-            pub fn parse(text: &str) -> Result<Self, NameFault> {
+            /// [`NameError`] with the rule, if the text breaks it.
+            pub fn parse(text: &str) -> Result<Self, NameError> {
                 let check: fn(&str) -> bool = $check;
-                if check(text) { Ok(Self(SmolStr::new(text))) } else { Err(NameFault($rule)) }
+                if check(text) { Ok(Self(SmolStr::new(text))) } else { Err(NameError($rule)) }
             }
 
             /// The text as it was given.

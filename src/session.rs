@@ -41,7 +41,7 @@ pub struct Page<F> {
 
 /// Where a session starts, as the inbox sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Standing {
+pub struct StartPoint {
     /// The position to start after; the beginning is zero.
     pub start: Seq,
     /// The highest number handed out, at the time of the question.
@@ -65,9 +65,9 @@ pub enum Input<F> {
     /// after the second.
     Reset(Seq, Seq),
     /// The socket has no room: nothing more may be sent for now.
-    Full,
+    Blocked,
     /// The socket has room again.
-    Room,
+    Writable,
     /// The client has taken everything up to here.
     Ack(u64),
 }
@@ -120,7 +120,7 @@ pub struct Session {
 impl Session {
     /// Begins a session. A start above the head means another inbox than the client knew: it is told, and goes on from
     /// the head.
-    pub fn start<F>(standing: Standing, mut out: impl FnMut(Output<F>)) -> Self {
+    pub fn start<F>(standing: StartPoint, mut out: impl FnMut(Output<F>)) -> Self {
         let mut session = Self {
             sent: standing.start,
             acked: Seq::BEGINNING,
@@ -162,8 +162,8 @@ impl Session {
                 self.fall_behind(Seq::MAX, &mut out);
             }
             Input::Reset(..) => {}
-            Input::Full => self.full = true,
-            Input::Room => {
+            Input::Blocked => self.full = true,
+            Input::Writable => {
                 self.full = false;
                 self.read_if_room(&mut out);
             }

@@ -104,7 +104,7 @@ impl World {
             given: FIRST_HEAD,
             page_limit,
             session: Session::start(
-                Standing { start: Seq::BEGINNING, head: Seq::at(FIRST_HEAD), more: false },
+                StartPoint { start: Seq::BEGINNING, head: Seq::at(FIRST_HEAD), more: false },
                 |_: Output<u64>| {},
             ),
             asked: None,
@@ -136,7 +136,7 @@ impl World {
         self.full = false;
         let head = self.head();
         let more = head > start.max(FIRST_HEAD);
-        let standing = Standing { start: Seq::at(start), head: Seq::at(head), more };
+        let standing = StartPoint { start: Seq::at(start), head: Seq::at(head), more };
         let mut outputs = Vec::new();
         self.session = Session::start(standing, |o| outputs.push(o));
         self.take(outputs);
@@ -266,11 +266,11 @@ impl World {
             Op::LoseSome => self.step(Input::Lost),
             Op::Full => {
                 self.full = true;
-                self.step(Input::Full);
+                self.step(Input::Blocked);
             }
             Op::Room => {
                 self.full = false;
-                self.step(Input::Room);
+                self.step(Input::Writable);
             }
             Op::PerformRead => self.perform_read(),
             // An answer that was performed for an earlier connection must not be taken for this one's: the connection
@@ -343,7 +343,7 @@ proptest! {
 
 fn start(start: u64, head: u64, more: bool) -> (Session, Vec<Output<u64>>) {
     let mut outputs = Vec::new();
-    let standing = Standing { start: Seq::at(start), head: Seq::at(head), more };
+    let standing = StartPoint { start: Seq::at(start), head: Seq::at(head), more };
     (Session::start(standing, |o| outputs.push(o)), outputs)
 }
 
@@ -411,10 +411,10 @@ fn a_message_told_of_during_a_read_makes_it_read_again() {
 #[test]
 fn a_full_socket_is_left_alone_until_it_has_room() {
     let (mut session, _) = start(41, 41, false);
-    assert_eq!(outputs(&mut session, Input::Full), []);
+    assert_eq!(outputs(&mut session, Input::Blocked), []);
     assert_eq!(outputs(&mut session, live(42)), []);
     assert_eq!(outputs(&mut session, live(43)), []);
-    assert_eq!(outputs(&mut session, Input::Room), [Output::Read(Seq::at(41))]);
+    assert_eq!(outputs(&mut session, Input::Writable), [Output::Read(Seq::at(41))]);
     assert_eq!(outputs(&mut session, page(41, &[42, 43], 43)), [Output::Send(42), Output::Send(43)]);
 }
 

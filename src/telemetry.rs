@@ -260,23 +260,23 @@ pub struct Health {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Condition {
     /// Whether it holds.
-    pub holds: bool,
+    pub ok: bool,
     /// Whether the process is not ready while it does not.
-    pub decides: bool,
+    pub required: bool,
     /// For a person.
-    pub word: String,
+    pub detail: String,
 }
 
 impl Health {
     /// States a condition without which the process is not ready.
-    pub fn set(&self, name: &'static str, holds: bool, word: impl Into<String>) {
-        let condition = Condition { holds, decides: true, word: word.into() };
+    pub fn set(&self, name: &'static str, ok: bool, detail: impl Into<String>) {
+        let condition = Condition { ok, required: true, detail: detail.into() };
         self.conditions.lock().insert(name, condition);
     }
 
     /// States a condition that is worth knowing, and decides nothing.
-    pub fn note(&self, name: &'static str, holds: bool, word: impl Into<String>) {
-        let condition = Condition { holds, decides: false, word: word.into() };
+    pub fn note(&self, name: &'static str, ok: bool, detail: impl Into<String>) {
+        let condition = Condition { ok, required: false, detail: detail.into() };
         self.conditions.lock().insert(name, condition);
     }
 
@@ -284,7 +284,7 @@ impl Health {
     #[must_use]
     pub fn report(&self) -> (bool, BTreeMap<&'static str, Condition>) {
         let conditions = self.conditions.lock().clone();
-        (conditions.values().all(|condition| condition.holds || !condition.decides), conditions)
+        (conditions.values().all(|condition| condition.ok || !condition.required), conditions)
     }
 }
 

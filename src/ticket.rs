@@ -43,7 +43,7 @@ pub struct Ticket {
 
 /// Why a ticket is not taken. All of them are answered 401: ask `connect` again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum TicketFault {
+pub enum TicketError {
     /// Not something that this cluster signed.
     #[error("this is not a ticket of this cluster")]
     Forged,
@@ -108,20 +108,20 @@ impl TicketKey {
     /// Reads a ticket meant for `node` in its present `incarnation`.
     ///
     /// # Errors
-    /// [`TicketFault`], all but [`TicketFault::Used`].
+    /// [`TicketError`], all but [`TicketError::Used`].
     pub fn verify(
         &self,
         text: &str,
         node: &NodeId,
         incarnation: u64,
         now: Millis,
-    ) -> Result<Ticket, TicketFault> {
-        let ticket = self.open(text).ok_or(TicketFault::Forged)?;
+    ) -> Result<Ticket, TicketError> {
+        let ticket = self.open(text).ok_or(TicketError::Forged)?;
         if ticket.node != *node || ticket.incarnation != incarnation {
-            return Err(TicketFault::Elsewhere);
+            return Err(TicketError::Elsewhere);
         }
         if ticket.expires_at <= now || ticket.token_exp_s <= now.seconds() {
-            return Err(TicketFault::Expired);
+            return Err(TicketError::Expired);
         }
         Ok(ticket)
     }
@@ -172,14 +172,14 @@ impl UsedNonces {
     /// remembered here any longer.
     ///
     /// # Errors
-    /// [`TicketFault::Used`] the second time, and when [`USED_NONCES_MAX`] tickets are remembered: refusing is safe,
+    /// [`TicketError::Used`] the second time, and when [`USED_NONCES_MAX`] tickets are remembered: refusing is safe,
     /// forgetting is not.
-    pub fn take(&mut self, ticket: &Ticket, now: Millis) -> Result<(), TicketFault> {
+    pub fn take(&mut self, ticket: &Ticket, now: Millis) -> Result<(), TicketError> {
         while self.taken.first().is_some_and(|(expires_at, _)| *expires_at <= now) {
             self.taken.pop_first();
         }
         if self.taken.len() >= USED_NONCES_MAX || !self.taken.insert((ticket.expires_at, ticket.nonce)) {
-            return Err(TicketFault::Used);
+            return Err(TicketError::Used);
         }
         Ok(())
     }
@@ -210,12 +210,12 @@ mod tests {
         let text = key.sign(&ticket());
         let (node, now) = (NodeId::parse("push-1").unwrap(), Millis(100_000));
         assert_eq!(key.verify(&text, &node, 7, now), Ok(ticket()));
-        assert_eq!(key.verify(&text, &node, 8, now), Err(TicketFault::Elsewhere));
+        assert_eq!(key.verify(&text, &node, 8, now), Err(TicketError::Elsewhere));
         let other = NodeId::parse("push-2").unwrap();
-        assert_eq!(key.verify(&text, &other, 7, now), Err(TicketFault::Elsewhere));
-        assert_eq!(key.verify(&text, &node, 7, Millis(130_000)), Err(TicketFault::Expired));
+        assert_eq!(key.verify(&text, &other, 7, now), Err(TicketError::Elsewhere));
+        assert_eq!(key.verify(&text, &node, 7, Millis(130_000)), Err(TicketError::Expired));
         let stranger = TicketKey::derive("secret-two");
-        assert_eq!(stranger.verify(&text, &node, 7, now), Err(TicketFault::Forged));
+        assert_eq!(stranger.verify(&text, &node, 7, now), Err(TicketError::Forged));
     }
 
     #[test]
@@ -226,8 +226,8 @@ mod tests {
         second.expires_at = Millis(110_000);
         assert_eq!(used.take(&first, Millis(100_000)), Ok(()));
         assert_eq!(used.take(&second, Millis(109_000)), Ok(()));
-        assert_eq!(used.take(&second, Millis(109_999)), Err(TicketFault::Used));
-        assert_eq!(used.take(&first, Millis(129_999)), Err(TicketFault::Used));
+        assert_eq!(used.take(&second, Millis(109_999)), Err(TicketError::Used));
+        assert_eq!(used.take(&first, Millis(129_999)), Err(TicketError::Used));
         assert_eq!(used.taken.len(), 1, "one that has expired is not remembered");
     }
 

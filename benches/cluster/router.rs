@@ -15,11 +15,11 @@ use ringpush::membership::{Membership, NodeInfo};
 use ringpush::message::{Message, MessageId, Millis, NodeId, Seq, UserId};
 use ringpush::ring::{Ring, key};
 use ringpush::role::dispatch::Dispatch;
-use ringpush::role::{Directory, PushService};
+use ringpush::role::{PeerDirectory, PushService};
 use ringpush::telemetry::Metrics;
 use ringpush::transport::http::{HttpLimits, bind, serve};
 use ringpush::transport::peer::{RemotePush, routes};
-use ringpush::wire::peer::{DispatchRequest, Live, PushRequest, PushResponse, Stamp};
+use ringpush::wire::peer::{DispatchRequest, LiveMessage, PushRequest, PushResponse, ViewVersion};
 use ringpush::wire::proto::peer as proto;
 use tokio::task::JoinSet;
 use tower::util::BoxCloneSyncService;
@@ -68,8 +68,8 @@ pub fn ring(results: &mut Results) {
     results.row("B6", "owner look-up, 100 x 512", measured, "<= 60 ns, <= 50 ms", met);
 }
 
-fn batches() -> Vec<Vec<Live>> {
-    let live = |n: usize| Live {
+fn batches() -> Vec<Vec<LiveMessage>> {
+    let live = |n: usize| LiveMessage {
         user: UserId::parse(&format!("user-{n:08}")).unwrap(),
         message: Arc::new(Message {
             seq: Seq::at(1_795_380_000_000),
@@ -79,14 +79,14 @@ fn batches() -> Vec<Vec<Live>> {
             payload: Bytes::from_static(&[b'x'; 120]),
         }),
     };
-    let all: Vec<Live> = (0..USERS).map(|n| live(n * 7_919 % USERS)).collect();
-    all.chunks(BATCH).map(<[Live]>::to_vec).collect()
+    let all: Vec<LiveMessage> = (0..USERS).map(|n| live(n * 7_919 % USERS)).collect();
+    all.chunks(BATCH).map(<[LiveMessage]>::to_vec).collect()
 }
 
 /// Nodes that encode what they are sent, as the stream to another process would, and drop it.
 struct Encoding(Arc<AtomicU64>);
 
-impl Directory for Encoding {
+impl PeerDirectory for Encoding {
     fn find(&self, _: &NodeId) -> Option<PushService> {
         let count = Arc::clone(&self.0);
         Some(BoxCloneSyncService::new(tower::service_fn(move |request| {
@@ -98,7 +98,7 @@ impl Directory for Encoding {
                     black_box(message.encode_to_vec());
                     count.fetch_add(batch.len() as u64, Ordering::Relaxed);
                 }
-                Ok(PushResponse::Done(Stamp::default()))
+                Ok(PushResponse::Done(ViewVersion::default()))
             }
         })))
     }
@@ -185,7 +185,7 @@ pub fn sink() {
         println!("{}", listener.local_addr().unwrap());
         let taker = BoxCloneSyncService::new(tower::service_fn(|request| async move {
             black_box(request);
-            Ok(PushResponse::Done(Stamp::default()))
+            Ok(PushResponse::Done(ViewVersion::default()))
         }));
         let find = Arc::new(move |_: &str| Some(taker.clone()));
         let router = routes(None, Some(find), Arc::new(|_, _| Ok(())));
@@ -204,11 +204,14 @@ fn to_another_process(seconds: f64, runtime: &tokio::runtime::Runtime) -> f64 {
     let rate = runtime.block_on(async {
         let remote =
             RemotePush::new(line.trim(), "push-0", Arc::new(|_| "proof".to_owned())).unwrap().service();
-        let batches: Vec<Arc<[Live]>> = batches().into_iter().map(Arc::from).collect();
+        let batches: Vec<Arc<[LiveMessage]>> = batches().into_iter().map(Arc::from).collect();
         let (began, mut sent) = (Instant::now(), 0);
         for batch in batches.iter().cycle() {
-            let request =
-                PushRequest::Deliver { batch: Arc::clone(batch), sweep: false, stamp: Stamp::default() };
+            let request = PushRequest::Deliver {
+                batch: Arc::clone(batch),
+                sweep: false,
+                stamp: ViewVersion::default(),
+            };
             remote.clone().oneshot(request).await.unwrap();
             sent += batch.len();
             if began.elapsed().as_secs_f64() >= seconds {
@@ -232,7 +235,7 @@ async fn look_up_each(port: u16, seconds: f64) -> f64 {
         fill.set(format!("route:user-{n:08}"), node).ignore();
     }
     fill.exec_async(&mut connection.clone()).await.unwrap();
-    let messages: Vec<Live> = batches().into_iter().flatten().collect();
+    let messages: Vec<LiveMessage> = batches().into_iter().flatten().collect();
     let (began, mut sent) = (Instant::now(), 0usize);
     let mut asking = JoinSet::new();
     while began.elapsed().as_secs_f64() < seconds {

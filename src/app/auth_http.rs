@@ -9,10 +9,10 @@ use axum::routing::{get, post};
 use serde_json::json as value;
 
 use super::edge::{
-    Budgets, Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse, same_secret,
+    Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse, same_secret,
 };
 use crate::message::Millis;
-use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S, TokenFault};
+use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S, TokenError};
 use crate::telemetry::{Credential, Refusals};
 use crate::transport::held::Held;
 use crate::wire::http::{parse_token_request, parse_verify_request};
@@ -25,7 +25,7 @@ pub(super) struct AuthEdge {
 }
 
 type Edge = State<Arc<AuthEdge>>;
-type Answer = Result<Response<Body>, Refused>;
+type Answer = Result<Response<Body>, HttpError>;
 
 pub(super) fn routes(edge: Arc<AuthEdge>) -> Routes {
     closed(
@@ -42,8 +42,8 @@ async fn verify(State(edge): Edge, request: Request<Body>) -> Answer {
     let body = json_body(request, SMALL_BODY, &mut held).await?;
     let token = parse_verify_request(&body)?;
     let identity = edge.auth.verify(&token).map_err(|fault| match fault {
-        TokenFault::NoKeys => refuse(503, fault.to_string()),
-        TokenFault::Bad(_) | TokenFault::UnknownKey => {
+        TokenError::NoKeys => refuse(503, fault.to_string()),
+        TokenError::Bad(_) | TokenError::UnknownKey => {
             let why = fault.to_string();
             edge.refusals.note(Credential::Token, &why);
             refuse(401, why)

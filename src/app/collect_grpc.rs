@@ -19,7 +19,7 @@ use super::collect_http::CollectEdge;
 use super::edge::{BODY_DEADLINE, Routes};
 use crate::message::{MessageId, Recipients, UserId};
 use crate::transport::held::Held;
-use crate::wire::http::{FieldFault, Problem, Publish, Published, TOO_DEEP, TTL_S, is_shallow};
+use crate::wire::http::{FieldError, Problem, Publish, Published, TOO_DEEP, TTL_S, is_shallow};
 use crate::wire::proto::collect as message;
 
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
@@ -226,7 +226,7 @@ impl Prefix {
 fn read(edge: &CollectEdge, request: message::PublishRequest) -> Result<Publish, Problem> {
     let limits = &edge.limits;
     let fault = |pointer: &str, detail: String| {
-        Problem::fields(vec![FieldFault { pointer: pointer.to_owned(), detail }])
+        Problem::fields(vec![FieldError { pointer: pointer.to_owned(), detail }])
     };
     if request.payload_json.len() > limits.message_bytes {
         return Err(Problem::new(413, format!("the payload is larger than {} bytes", limits.message_bytes)));

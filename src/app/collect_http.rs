@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tower::ServiceExt;
 
-use super::edge::{Refused, Routes, bearer, closed, json, json_body, refuse, root, same_secret};
+use super::edge::{HttpError, Routes, bearer, closed, json, json_body, refuse, root, same_secret};
 use crate::inbox::InboxError;
 use crate::membership::{Counts, Membership};
 use crate::message::{NodeId, Seq, UserId};
@@ -86,7 +86,7 @@ impl CollectEdge {
         Err(why)
     }
 
-    fn authorize(&self, headers: &HeaderMap) -> Result<(), Refused> {
+    fn authorize(&self, headers: &HeaderMap) -> Result<(), HttpError> {
         self.check_key(bearer(headers)).map_err(|why| refuse(401, why))
     }
 }
@@ -94,7 +94,7 @@ impl CollectEdge {
 type Edge = State<Arc<CollectEdge>>;
 /// Percent-decoded; refused by axum where that is not UTF-8.
 type Path = Result<RawPathParams, RawPathParamsRejection>;
-type Answer = Result<Response<Body>, Refused>;
+type Answer = Result<Response<Body>, HttpError>;
 
 /// What answers on collect's port. A publish goes past the router: what that boxes and clones for a request is as much as all else
 /// that a small publish needs before it waits to be stored.
@@ -144,7 +144,7 @@ pub(super) async fn publish_body<B: RequestBody>(edge: &CollectEdge, request: Re
 
 fn published(published: &Published) -> Response<Body> {
     match published.problem() {
-        Some(problem) => Refused(problem).into_response(),
+        Some(problem) => HttpError(problem).into_response(),
         None => {
             let mut body = BytesMut::with_capacity(96 + published.accepted.len() * 48);
             published.put(&mut body);
@@ -205,7 +205,7 @@ async fn history(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) ->
     Ok(json(StatusCode::OK, history_body(&messages, next)))
 }
 
-fn page_query(query: &str) -> Result<(Seq, usize), Refused> {
+fn page_query(query: &str) -> Result<(Seq, usize), HttpError> {
     let (mut after, mut limit) = (Seq::BEGINNING, HISTORY_LIMIT);
     for (name, text) in query.split('&').filter_map(|pair| pair.split_once('=')) {
         match name {
@@ -306,13 +306,13 @@ pub(super) fn cluster_report(membership: &dyn Membership, urls: &PublicUrls) -> 
     })
 }
 
-fn user_of(path: &Path) -> Result<UserId, Refused> {
+fn user_of(path: &Path) -> Result<UserId, HttpError> {
     let path = path.as_ref().map_err(|_| refuse(422, "the user id in the path is not UTF-8"))?;
     let raw = path.iter().find(|(name, _)| *name == "user").map(|(_, raw)| raw).unwrap_or_default();
     UserId::parse(raw).map_err(|rule| refuse(422, rule.to_string()))
 }
 
-fn unavailable(error: InboxError) -> Refused {
+fn unavailable(error: InboxError) -> HttpError {
     tracing::warn!(%error, "the inbox could not be asked");
     refuse(503, "the inbox cannot be asked now")
 }

@@ -18,7 +18,7 @@ use hyper::body::Incoming;
 use tower::ServiceExt;
 
 use crate::transport::held::{Budget, Held, Spent};
-use crate::transport::http::{Answers, BodyFault, RequestBody, read_body};
+use crate::transport::http::{Answers, BodyError, RequestBody, read_body};
 use crate::transport::request::check_head;
 use crate::wire::http::Problem;
 
@@ -48,15 +48,15 @@ impl Default for Budgets {
 }
 
 /// A problem as an answer.
-pub(super) struct Refused(pub(super) Problem);
+pub(super) struct HttpError(pub(super) Problem);
 
-impl From<Problem> for Refused {
+impl From<Problem> for HttpError {
     fn from(problem: Problem) -> Self {
         Self(problem)
     }
 }
 
-impl IntoResponse for Refused {
+impl IntoResponse for HttpError {
     fn into_response(self) -> Response<Body> {
         let Self(problem) = self;
         let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
@@ -74,8 +74,8 @@ impl IntoResponse for Refused {
     }
 }
 
-pub(super) fn refuse(status: u16, detail: impl Into<String>) -> Refused {
-    Refused(Problem::new(status, detail))
+pub(super) fn refuse(status: u16, detail: impl Into<String>) -> HttpError {
+    HttpError(Problem::new(status, detail))
 }
 
 /// A JSON answer that no cache may keep.
@@ -191,7 +191,7 @@ pub(super) async fn json_body<B: RequestBody>(
     request: Request<B>,
     limit: usize,
     held: &mut Held,
-) -> Result<Bytes, Refused> {
+) -> Result<Bytes, HttpError> {
     if let Some(coding) = request.headers().get(CONTENT_ENCODING)
         && !coding.as_bytes().eq_ignore_ascii_case(b"identity")
     {
@@ -204,19 +204,19 @@ pub(super) async fn json_body<B: RequestBody>(
         }
     }
     read_body(request.into_body(), limit, BODY_DEADLINE, held).await.map_err(|fault| match fault {
-        BodyFault::TooLarge => refuse(413, format!("the body is larger than {limit} bytes")),
-        BodyFault::Incomplete => refuse(408, "the body did not come whole and in time"),
-        BodyFault::Spent => refuse(503, Spent.to_string()),
+        BodyError::TooLarge => refuse(413, format!("the body is larger than {limit} bytes")),
+        BodyError::Incomplete => refuse(408, "the body did not come whole and in time"),
+        BodyError::Spent => refuse(503, Spent.to_string()),
     })
 }
 
 /// The answer to a path that there is not.
-pub(super) async fn not_found() -> Refused {
+pub(super) async fn not_found() -> HttpError {
     refuse(404, "there is nothing at this path")
 }
 
 /// The answer to a method that the path does not take; axum adds `Allow`.
-pub(super) async fn wrong_method(method: Method) -> Refused {
+pub(super) async fn wrong_method(method: Method) -> HttpError {
     refuse(405, format!("this path does not take {method}"))
 }
 

@@ -31,7 +31,7 @@ use crate::config::{Config, Faults, RoleName, VerifyBy};
 use crate::fallback::Fallback;
 use crate::inbox::Inbox;
 use crate::membership::{
-    Departure, Member, Membership, MembershipError, NodeInfo, NodeState, Reached, Standing, View,
+    Departure, LeaseState, Member, Membership, MembershipError, NodeInfo, NodeState, Reached, View,
 };
 use crate::message::NodeId;
 use crate::role::auth::Auth;
@@ -39,13 +39,13 @@ use crate::role::collect::{Collect, run_upkeep};
 use crate::role::connect::{Connect, PublicUrls};
 use crate::role::dispatch::Dispatch;
 use crate::role::push::{Drain, Push, PushConfig, PushMetrics, PushParts};
-use crate::role::reach::Reach;
+use crate::role::reach::PeerProbe;
 use crate::role::witness::{OwnNode, witness};
 use crate::role::{DispatchService, VerifyService};
 use crate::secret::page_code;
 use crate::telemetry::{Gauge, Health, Metrics, Refusals};
 use crate::ticket::TicketKey;
-use crate::transport::http::{AnswerBody, Answers, HttpLimits, Listener, Sockets, bind, serve};
+use crate::transport::http::{AnswerBody, Answers, HttpLimits, Listener, UpgradeHandler, bind, serve};
 use crate::transport::peer::{self, FindPush};
 use crate::wire::address::{RedisServers, RedisUrl};
 use crate::wire::frame::ReconnectHint;
@@ -143,7 +143,7 @@ struct Shared {
     urls: PublicUrls,
     ticket_key: TicketKey,
     nodes: Arc<PushNodes>,
-    reach: Reach,
+    reach: PeerProbe,
     health: Health,
     proofs: Arc<Proofs>,
     /// What tells the store of this process from every other; empty where it has none.
@@ -199,7 +199,7 @@ impl App {
             membership,
             fallback,
             ticket_key: TicketKey::derive(&config.peer_secret),
-            reach: Reach::new(Arc::clone(&nodes) as _),
+            reach: PeerProbe::new(Arc::clone(&nodes) as _),
             nodes,
             health: health.clone(),
             metrics,
@@ -391,7 +391,7 @@ impl App {
         let health = self.health.clone();
         let mut standing = registration.standing;
         self.tasks.spawn(async move {
-            while standing.wait_for(|standing| *standing == Standing::Fenced).await.is_ok() {
+            while standing.wait_for(|standing| *standing == LeaseState::Fenced).await.is_ok() {
                 health.set("membership", false, "another process has this node's name (node.name)");
                 std::future::pending::<()>().await;
             }
@@ -505,7 +505,7 @@ impl App {
         &mut self,
         listening: Listening,
         service: impl Answers<Body>,
-        edge: Arc<dyn Sockets<Body>>,
+        edge: Arc<dyn UpgradeHandler<Body>>,
     ) {
         let (service, limits) = (guarded(service), push_http_limits());
         let serving = serve(listening.listener, service, Some(edge), limits, self.stop.clone());

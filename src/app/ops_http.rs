@@ -54,7 +54,7 @@ async fn ready(State(edge): Edge) -> Response<Body> {
     let (ready, conditions) = edge.health.report();
     let shown: Map<String, Value> = conditions
         .into_iter()
-        .map(|(name, it)| (name.to_owned(), value!({"ok": it.holds, "detail": it.word})))
+        .map(|(name, it)| (name.to_owned(), value!({"ok": it.ok, "detail": it.detail})))
         .collect();
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     json(status, value!({"ready": ready, "conditions": shown}).to_string())

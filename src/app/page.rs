@@ -18,7 +18,7 @@ use axum::routing::{get, post};
 use super::auth_http::issue_body;
 use super::collect_http::{CollectEdge, publish_body};
 use super::edge::{
-    Refused, Routes, asset, is_for_loopback, is_forwarded, json, options, own_host, refuse, same_secret,
+    HttpError, Routes, asset, is_for_loopback, is_forwarded, json, options, own_host, refuse, same_secret,
 };
 use crate::role::auth::Auth;
 use crate::role::push::Push;
@@ -46,7 +46,7 @@ pub(super) struct Page {
 }
 
 type Edge = State<Page>;
-type Answer = Result<Response<Body>, Refused>;
+type Answer = Result<Response<Body>, HttpError>;
 
 pub(super) fn routes(page: Page) -> Routes {
     let loopback = page.loopback;
@@ -96,7 +96,7 @@ async fn publish(State(page): Edge, request: Request<Body>) -> Answer {
     publish_body(&allowed(page, &request)?.collect, request).await
 }
 
-fn allowed(page: Page, request: &Request<Body>) -> Result<Arc<Development>, Refused> {
+fn allowed(page: Page, request: &Request<Body>) -> Result<Arc<Development>, HttpError> {
     let development = page.development.ok_or_else(|| refuse(404, "there is nothing at this path"))?;
     if !from_this_machine(request.headers()) {
         return Err(refuse(403, "only this machine's own page may use this, and through no proxy"));

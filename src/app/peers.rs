@@ -17,10 +17,10 @@ use crate::membership::{Member, Reached, Router, View};
 use crate::message::NodeId;
 use crate::peer_proof::{Call, Calls, Signer};
 use crate::role::witness::Ping;
-use crate::role::{Directory, DispatchService, PushService};
+use crate::role::{DispatchService, PeerDirectory, PushService};
 use crate::telemetry::{Credential, Refusals};
 use crate::transport::peer::{RemoteDispatch, RemotePush, Sign, Verify};
-use crate::wire::peer::{DispatchRequest, DispatchResponse, PeerFault, PushRequest};
+use crate::wire::peer::{DispatchRequest, DispatchResponse, PeerError, PushRequest};
 
 /// How long a node that left the view is still known: longer than dispatch sends to it.
 const KEPT: Duration = Duration::from_secs(60);
@@ -138,7 +138,7 @@ impl PushNodes {
     }
 }
 
-impl Directory for PushNodes {
+impl PeerDirectory for PushNodes {
     fn here(&self, node: &NodeId) -> Option<PushService> {
         self.here.read().get(node).cloned()
     }
@@ -191,9 +191,9 @@ pub(super) fn routers(views: watch::Receiver<Arc<View>>, proofs: Arc<Proofs>) ->
 }
 
 impl Routers {
-    async fn ask(&self, request: DispatchRequest) -> Result<DispatchResponse, PeerFault> {
+    async fn ask(&self, request: DispatchRequest) -> Result<DispatchResponse, PeerError> {
         let routers = self.views.borrow().routers.clone();
-        let mut fault = PeerFault::Unavailable("no dispatch is known (redis.url, node.roles)".to_owned());
+        let mut fault = PeerError::Unavailable("no dispatch is known (redis.url, node.roles)".to_owned());
         let first = self.preferred.load(Ordering::Relaxed);
         for n in first..first + routers.len().min(TRIES) {
             let router = &routers[n % routers.len()];
@@ -209,7 +209,7 @@ impl Routers {
         Err(fault)
     }
 
-    fn client(&self, router: &Router, routers: &[Router]) -> Result<RemoteDispatch, PeerFault> {
+    fn client(&self, router: &Router, routers: &[Router]) -> Result<RemoteDispatch, PeerError> {
         let mut clients = self.clients.lock();
         if let Some((known, client)) = clients.get(&router.node)
             && known == router

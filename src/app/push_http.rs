@@ -15,17 +15,19 @@ use axum::routing::{get, post};
 use futures_util::future::{BoxFuture, FutureExt, ready};
 use serde_json::json as value;
 
-use super::edge::{Budgets, Refused, Routes, SMALL_BODY, bearer, closed, json, json_body, not_found, refuse};
-use crate::role::connect::{Connect, ConnectFault};
-use crate::role::push::{Admission, Origins, Push, Rejection, SocketRequest};
+use super::edge::{
+    Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, not_found, refuse,
+};
+use crate::role::connect::{Connect, ConnectError};
+use crate::role::push::{Admission, AdmissionError, Origins, Push, SocketRequest};
 use crate::telemetry::{Credential, Refusals};
 use crate::ticket::TICKET_LIFE_MS;
-use crate::transport::http::{Sockets, Taken};
-use crate::transport::line::Line;
-use crate::transport::websocket::{Handshake, NoHandshake, ServerSocket, handshake};
+use crate::transport::http::{ConnectionFuture, UpgradeHandler};
+use crate::transport::lazy_stream::LazyTcpStream;
+use crate::transport::websocket::{Handshake, HandshakeError, ServerSocket, handshake};
 use crate::wire::address::node_in_path;
 use crate::wire::frame::ReconnectHint;
-use crate::wire::http::{FieldFault, Problem, parse_connect};
+use crate::wire::http::{FieldError, Problem, parse_connect};
 
 const SOCKET_PATH: &str = "/v1/ws";
 /// From the 101 to a socket: it follows at once, unless the client has gone.
@@ -47,7 +49,7 @@ pub(super) struct ConnectEdge {
     pub(super) push: Option<Push>,
 }
 
-type Answer = Result<Response<Body>, Refused>;
+type Answer = Result<Response<Body>, HttpError>;
 
 pub(super) fn push_routes(edge: Arc<PushEdge>) -> Routes {
     axum::Router::new()
@@ -84,12 +86,16 @@ async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -
 }
 
 /// The first request of a connection.
-impl Sockets<Body> for PushEdge {
+impl UpgradeHandler<Body> for PushEdge {
     fn is_for(&self, path: &str) -> bool {
         path == SOCKET_PATH || node_in_path(path).is_some()
     }
 
-    fn take(&self, request: Request<()>, line: Line) -> BoxFuture<'_, Result<Taken, (Line, Response<Body>)>> {
+    fn take(
+        &self,
+        request: Request<()>,
+        line: LazyTcpStream,
+    ) -> BoxFuture<'_, Result<ConnectionFuture, (LazyTcpStream, Response<Body>)>> {
         async move {
             match decide(&self.push, &request).await {
                 Ok((answer, admission)) => {
@@ -105,11 +111,11 @@ impl Sockets<Body> for PushEdge {
 
 /// Whether a request gets its socket: with what answer, or what else to answer.
 async fn decide(push: &Push, request: &Request<()>) -> Result<(Handshake, Admission), Box<Response<Body>>> {
-    let refused = |refused: Refused| Box::new(refused.into_response());
+    let refused = |refused: HttpError| Box::new(refused.into_response());
     let answer = match handshake(request) {
         Ok(answer) => answer,
-        Err(NoHandshake::Bad(why)) => return Err(refused(refuse(400, why))),
-        Err(NoHandshake::Upgrade(why)) => return Err(Box::new(upgrade_required(why))),
+        Err(HandshakeError::Bad(why)) => return Err(refused(refuse(400, why))),
+        Err(HandshakeError::Upgrade(why)) => return Err(Box::new(upgrade_required(why))),
     };
     let socket_request = SocketRequest {
         node_in_path: node_in_path(request.uri().path()),
@@ -119,7 +125,7 @@ async fn decide(push: &Push, request: &Request<()>) -> Result<(Handshake, Admiss
     };
     match push.admit(socket_request).await {
         Ok(admission) => Ok((answer, admission)),
-        Err(Rejection::Redirect(url)) => Err(Box::new(redirect(&url))),
+        Err(AdmissionError::Redirect(url)) => Err(Box::new(redirect(&url))),
         Err(rejection) => Err(refused(rejected(rejection))),
     }
 }
@@ -142,16 +148,18 @@ fn redirect(url: &str) -> Response<Body> {
     response
 }
 
-fn rejected(rejection: Rejection) -> Refused {
+fn rejected(rejection: AdmissionError) -> HttpError {
     match rejection {
-        Rejection::Unavailable(why) => refuse(503, why),
-        Rejection::ForbiddenOrigin => refuse(403, "pages of this origin may not open sockets (push.origins)"),
-        Rejection::Unauthorized(why) => refuse(401, why),
-        Rejection::Redirect(_) => refuse(503, "the node of this user is another one"),
-        Rejection::BadQuery(faults) => Refused(Problem::fields(
+        AdmissionError::Unavailable(why) => refuse(503, why),
+        AdmissionError::ForbiddenOrigin => {
+            refuse(403, "pages of this origin may not open sockets (push.origins)")
+        }
+        AdmissionError::Unauthorized(why) => refuse(401, why),
+        AdmissionError::Redirect(_) => refuse(503, "the node of this user is another one"),
+        AdmissionError::BadQuery(faults) => HttpError(Problem::fields(
             faults
                 .into_iter()
-                .map(|(name, detail)| FieldFault { pointer: format!("?{name}"), detail })
+                .map(|(name, detail)| FieldError { pointer: format!("?{name}"), detail })
                 .collect(),
         )),
     }
@@ -228,8 +236,8 @@ async fn place(edge: &ConnectEdge, request: Request<Body>) -> Answer {
     };
     let token = token.ok_or_else(|| unauthorized("a token is needed: Authorization: Bearer <token>"))?;
     let fault = |fault| match fault {
-        ConnectFault::Unauthorized(why) => unauthorized(&why),
-        ConnectFault::Unavailable(why) => refuse(503, why),
+        ConnectError::Unauthorized(why) => unauthorized(&why),
+        ConnectError::Unavailable(why) => refuse(503, why),
     };
     let identity = edge.connect.verify(&token).await.map_err(fault)?;
     let mut held = edge.budgets.known.hold();

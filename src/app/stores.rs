@@ -18,8 +18,8 @@ use crate::fallback::Fallback;
 use crate::fallback::local::LocalFallback;
 use crate::fallback::redis::RedisFallback;
 use crate::inbox::embedded::EmbeddedInbox;
-use crate::inbox::mongo::{MongoInbox, MongoTimes, OpenFault};
-use crate::inbox::{Inbox, Upkeep};
+use crate::inbox::mongo::{MongoInbox, MongoTimes, OpenError};
+use crate::inbox::{Inbox, Janitor};
 use crate::membership::Membership;
 use crate::membership::keeper::Times;
 use crate::membership::local::LocalMembership;
@@ -105,7 +105,7 @@ async fn show_skew(membership: RedisMembership, skew: Gauge) {
 /// The inbox: both its ports, and whether it has failed for good.
 pub(super) struct Opened {
     pub(super) inbox: Arc<dyn Inbox>,
-    pub(super) upkeep: Arc<dyn Upkeep>,
+    pub(super) upkeep: Arc<dyn Janitor>,
     pub(super) poisoned: watch::Receiver<bool>,
     /// What tells this store from every other.
     pub(super) identity: Arc<str>,
@@ -124,14 +124,14 @@ pub(super) async fn inbox(
         return Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned, identity });
     }
     let times = MongoTimes { head_trust: config.head_trust };
-    let fault = |fault: OpenFault| refused(fault.to_string());
+    let fault = |fault: OpenError| refused(fault.to_string());
     let (uri, database) = (&config.mongo_uri, &config.mongo_database);
     let inbox = MongoInbox::new(uri, database, times, clock.clone()).await.map_err(fault)?;
     let mut told = false;
     let identity = loop {
         match inbox.prepare().await {
             Ok(identity) => break identity,
-            Err(OpenFault::Unreachable(why)) => {
+            Err(OpenError::Unreachable(why)) => {
                 if !std::mem::replace(&mut told, true) {
                     tracing::warn!(why, "MongoDB cannot be reached yet; check mongo.uri");
                 }

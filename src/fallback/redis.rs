@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use super::{Fallback, FallbackError, Hints, Holder, Which};
 use crate::backoff::around;
 use crate::message::{NodeId, UserId};
-use crate::transport::redis::{RedisFault, RedisLink, Script};
+use crate::transport::redis::{RedisError, RedisLink, Script};
 
 /// Buckets that users fall into: 1 KiB per holder, and with 100 displaced users 1.2 % of the others are asked for in vain
 /// (docs/design.md, section 6).
@@ -152,17 +152,17 @@ impl RedisFallback {
         let (keys, set) = (inner.keys(), inner.set(&name));
         let keys = [keys[0].as_str(), keys[1].as_str(), keys[2].as_str(), set.as_str()];
         let mut size = 0;
-        let mut lots: Vec<&[UserId]> = users.chunks(USERS_PER_CALL).collect();
-        if lots.is_empty() {
+        let mut batches: Vec<&[UserId]> = users.chunks(USERS_PER_CALL).collect();
+        if batches.is_empty() {
             // Renewing is a change of nobody.
-            lots.push(&[]);
+            batches.push(&[]);
         }
-        for lot in lots {
+        for batch in batches {
             let channel = inner.channel();
             let mut args =
                 vec![channel.as_bytes(), lease.as_bytes(), name.as_bytes(), version.as_bytes(), &map];
             args.push(act.as_bytes());
-            args.extend(lot.iter().map(|user| user.as_str().as_bytes()));
+            args.extend(batch.iter().map(|user| user.as_str().as_bytes()));
             size = inner.link.run(&inner.enter, &keys, &args).await.map_err(unreachable)?.int();
         }
         Ok(usize::try_from(size).unwrap_or(usize::MAX))
@@ -179,7 +179,7 @@ fn holder_of(name: &str) -> Option<Holder> {
     Some(Holder { node: NodeId::parse(node).ok()?, incarnation: incarnation.parse().ok()? })
 }
 
-fn unreachable(fault: RedisFault) -> FallbackError {
+fn unreachable(fault: RedisError) -> FallbackError {
     FallbackError(fault.to_string())
 }
 
@@ -196,7 +196,7 @@ impl Inner {
         format!("{}:changed", self.prefix)
     }
 
-    async fn look(&self) -> Result<(), RedisFault> {
+    async fn look(&self) -> Result<(), RedisError> {
         let known: Vec<(String, String)> =
             self.seen.read().maps.iter().map(|(holder, map)| (name(holder), map.0.clone())).collect();
         let lease = self.lease.as_millis().to_string();
@@ -265,17 +265,17 @@ impl Fallback for RedisFallback {
     fn nodes_of(&self, users: Vec<UserId>) -> BoxFuture<'_, Result<Vec<Vec<NodeId>>, FallbackError>> {
         async move {
             let mut found = vec![Vec::new(); users.len()];
-            let (lots, unreachable_now) = {
+            let (batches, unreachable_now) = {
                 let seen = self.inner.seen.read();
                 let buckets: Vec<u16> = users.iter().map(bucket).collect();
-                let lot = |(holder, (_, map)): (&Holder, &(String, Arc<[u8]>))| {
+                let batch = |(holder, (_, map)): (&Holder, &(String, Arc<[u8]>))| {
                     let asked: Vec<usize> =
                         (0..users.len()).filter(|n| has_bucket(map, buckets[*n])).collect();
                     (!asked.is_empty()).then(|| (holder.clone(), asked))
                 };
-                (seen.maps.iter().filter_map(lot).collect::<Vec<_>>(), seen.unreachable)
+                (seen.maps.iter().filter_map(batch).collect::<Vec<_>>(), seen.unreachable)
             };
-            if lots.is_empty() {
+            if batches.is_empty() {
                 return Ok(found);
             }
             if unreachable_now {
@@ -287,8 +287,8 @@ impl Fallback for RedisFallback {
                 words
             };
             let answers =
-                self.inner.link.send(lots.iter().map(command).collect()).await.map_err(unreachable)?;
-            for ((holder, asked), answer) in lots.iter().zip(&answers) {
+                self.inner.link.send(batches.iter().map(command).collect()).await.map_err(unreachable)?;
+            for ((holder, asked), answer) in batches.iter().zip(&answers) {
                 for (n, is) in asked.iter().zip(answer.items()) {
                     if is.int() == 1 {
                         found[*n].push(holder.node.clone());

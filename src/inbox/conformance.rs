@@ -6,15 +6,15 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::{
-    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxPage,
-    PASSED_OVER, PageLimit, Upkeep,
+    Append, Appended, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, Inbox, InboxPage, Janitor, PASSED_OVER,
+    PageLimit, PositionQuery, StartAt, UserPosition,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Seq, UserId};
 
 /// An adapter under test: both ports, over the clock it was made with.
-pub trait Adapter: Inbox + Upkeep {}
-impl<T: Inbox + Upkeep> Adapter for T {}
+pub trait Adapter: Inbox + Janitor {}
+impl<T: Inbox + Janitor> Adapter for T {}
 
 /// One adapter with a clock that stands; users are named anew in each part, so one store serves the whole suite.
 pub struct Bench {
@@ -58,7 +58,7 @@ impl Bench {
         Append {
             user: user(name),
             id: MessageId::parse(id).unwrap(),
-            fenced: false,
+            deduplicated: false,
             accepted_at: now,
             expires_at: now.plus_seconds(ttl_s),
             payload: Bytes::copy_from_slice(payload.as_bytes()),
@@ -82,7 +82,7 @@ impl Bench {
     }
 
     async fn put_fenced(&self, name: &str, id: &str, payload: &str, ttl_s: u64) -> Appended {
-        let item = Append { fenced: true, ..self.message(name, id, payload, ttl_s) };
+        let item = Append { deduplicated: true, ..self.message(name, id, payload, ttl_s) };
         self.append(vec![item]).await.remove(0)
     }
 
@@ -90,16 +90,16 @@ impl Bench {
         self.inbox.page(user(name), after, limit).await.unwrap()
     }
 
-    async fn ask(&self, name: &str, from: From) -> Answer {
-        self.inbox.standing(vec![Ask { user: user(name), from }]).await.unwrap().remove(0)
+    async fn ask(&self, name: &str, from: StartAt) -> UserPosition {
+        self.inbox.positions(vec![PositionQuery { user: user(name), from }]).await.unwrap().remove(0)
     }
 
     /// What is expired is seen, and after an hour it is removed; answers how much.
     async fn removes_expired(&self) -> u64 {
         self.clock.advance(10_000);
-        let mut removed = self.inbox.clean().await.unwrap();
+        let mut removed = self.inbox.run_once().await.unwrap();
         self.clock.advance(3_600_000);
-        removed += self.inbox.clean().await.unwrap();
+        removed += self.inbox.run_once().await.unwrap();
         removed
     }
 
@@ -156,7 +156,7 @@ async fn a_repeat_is_stored_once_and_a_conflict_is_told(bench: &Bench) {
     assert_eq!(bench.put_fenced("fenced", "order-17", "{ }", DAY_S).await, Appended::Conflict);
     let other = bench.put_fenced("fenced-2", "order-17", "{}", DAY_S).await;
     assert!(matches!(other, Appended::Stored(_)), "another user's id is another id");
-    let twice = Append { fenced: true, ..bench.message("fenced", "order-18", "[]", DAY_S) };
+    let twice = Append { deduplicated: true, ..bench.message("fenced", "order-18", "[]", DAY_S) };
     let conflicting = Append { payload: Bytes::from_static(b"[1]"), ..twice.clone() };
     let outcomes = bench.append(vec![twice.clone(), twice, conflicting]).await;
     let seq = stored(&outcomes[0]).seq;
@@ -170,7 +170,7 @@ async fn an_expired_original_gives_up_its_id(bench: &Bench) {
     let second = stored(&bench.put_fenced("reused", "id", "2", 10).await).seq;
     assert_eq!(second, first.next());
     assert_eq!(bench.put_fenced("reused", "id", "2", 10).await, Appended::Duplicate(second));
-    bench.inbox.clean().await.unwrap();
+    bench.inbox.run_once().await.unwrap();
     assert_eq!(
         bench.put_fenced("reused", "id", "2", 10).await,
         Appended::Duplicate(second),
@@ -228,11 +228,11 @@ async fn removal_keeps_numbers_dense_for_ever(bench: &Bench) {
     assert!(bench.removes_expired().await >= 20);
     let page = bench.page("removed", Seq::at(last.get() - 5), WIDE).await;
     assert_eq!((page.messages.len(), page.upto, page.more), (0, last, false));
-    assert!(bench.ask("removed", From::After(Seq::at(last.get() - 5))).await.more);
-    assert!(!bench.ask("removed", From::After(last)).await.more);
+    assert!(bench.ask("removed", StartAt::After(Seq::at(last.get() - 5))).await.more);
+    assert!(!bench.ask("removed", StartAt::After(last)).await.more);
     assert_eq!(bench.inbox.profile(user("removed")).await.unwrap().head, Some(last));
     assert_eq!(bench.put("removed", "2", DAY_S).await, last.next());
-    bench.inbox.clean().await.unwrap();
+    bench.inbox.run_once().await.unwrap();
     assert_eq!(bench.page("removed", Seq::BEGINNING, WIDE).await.messages.len(), 1);
 }
 
@@ -250,35 +250,36 @@ async fn removal_stops_at_the_first_that_lives(bench: &Bench) {
 async fn standing_is_exact(bench: &Bench) {
     let first = bench.put("standing", "1", DAY_S).await;
     let second = bench.put("standing", "2", DAY_S).await;
-    let lot = [From::After(Seq::BEGINNING), From::After(first), From::After(second), From::Latest]
-        .map(|from| Ask { user: user("standing"), from });
-    let answers = bench.inbox.standing(lot.to_vec()).await.unwrap();
+    let batch =
+        [StartAt::After(Seq::BEGINNING), StartAt::After(first), StartAt::After(second), StartAt::Latest]
+            .map(|from| PositionQuery { user: user("standing"), from });
+    let answers = bench.inbox.positions(batch.to_vec()).await.unwrap();
     assert_eq!(answers.iter().map(|a| a.more).collect::<Vec<_>>(), [true, true, false, false]);
     assert!(answers.iter().all(|a| if a.more { a.head > a.start } else { a.head == second }));
     assert_eq!(answers[3].start, second);
-    let above = bench.ask("standing", From::After(Seq::at(second.get() + 50))).await;
+    let above = bench.ask("standing", StartAt::After(Seq::at(second.get() + 50))).await;
     assert_eq!((above.start.get(), above.head, above.more), (second.get() + 50, second, false));
 }
 
 async fn a_question_about_an_unknown_user_fixes_its_numbers(bench: &Bench) {
     assert_eq!(bench.inbox.profile(user("new")).await.unwrap().head, None);
-    let answer = bench.ask("new", From::Latest).await;
+    let answer = bench.ask("new", StartAt::Latest).await;
     assert_eq!(
         (answer.start, answer.more),
         (Seq::BEGINNING, false),
         "where nothing ever was, the end is the beginning"
     );
-    assert!(!bench.ask("new", From::After(Seq::BEGINNING)).await.more);
+    assert!(!bench.ask("new", StartAt::After(Seq::BEGINNING)).await.more);
     bench.clock.advance(5_000);
     assert_eq!(bench.inbox.profile(user("new")).await.unwrap().head, None, "no message was ever there");
     assert_eq!(bench.put("new", "1", DAY_S).await, answer.head.next(), "latest means the very next");
-    assert!(bench.ask("new", From::After(Seq::BEGINNING)).await.more);
+    assert!(bench.ask("new", StartAt::After(Seq::BEGINNING)).await.more);
 }
 
 async fn cursors_only_rise(bench: &Bench) {
     let first = bench.put("acked", "1", DAY_S).await;
     let second = bench.put("acked", "2", DAY_S).await;
-    let device = || From::Cursor(DeviceId::parse("web").unwrap());
+    let device = || StartAt::Cursor(DeviceId::parse("web").unwrap());
     let before = bench.ask("acked", device()).await;
     assert_eq!((before.start, before.more), (Seq::BEGINNING, true));
     bench.ack("acked", "web", first).await;
@@ -313,41 +314,41 @@ async fn unused_cursors_go_in_the_end(bench: &Bench) {
     bench.ack("idle", "old", seq).await;
     bench.clock.advance(CURSOR_LIFE_MS - 1000);
     bench.ack("idle", "young", seq).await;
-    bench.inbox.clean().await.unwrap();
+    bench.inbox.run_once().await.unwrap();
     assert_eq!(bench.inbox.profile(user("idle")).await.unwrap().cursors.len(), 2, "not before its time");
     bench.clock.advance(2000);
-    bench.inbox.clean().await.unwrap();
+    bench.inbox.run_once().await.unwrap();
     let cursors = bench.inbox.profile(user("idle")).await.unwrap().cursors;
     assert_eq!(cursors.iter().map(|c| c.0.as_str()).collect::<Vec<_>>(), ["young"]);
 }
 
 async fn revocations_only_rise(bench: &Bench) {
-    assert_eq!(bench.ask("revoked", From::Latest).await.not_before_s, 0);
+    assert_eq!(bench.ask("revoked", StartAt::Latest).await.not_before_s, 0);
     for seconds in [100, 50] {
         bench.inbox.update(vec![Change::NotBefore { user: user("revoked"), seconds }]).await.unwrap();
     }
-    assert_eq!(bench.ask("revoked", From::Latest).await.not_before_s, 100);
+    assert_eq!(bench.ask("revoked", StartAt::Latest).await.not_before_s, 100);
     assert_eq!(bench.inbox.profile(user("revoked")).await.unwrap().not_before_s, 100);
     bench.put("revoked", "1", 1).await;
     bench.removes_expired().await;
     assert_eq!(
-        bench.ask("revoked", From::Latest).await.not_before_s,
+        bench.ask("revoked", StartAt::Latest).await.not_before_s,
         100,
         "kept when the head record is raised"
     );
     let unknown = Change::NotBefore { user: user("revoked-unknown"), seconds: 7 };
     bench.inbox.update(vec![unknown]).await.unwrap();
-    assert_eq!(bench.ask("revoked-unknown", From::Latest).await.not_before_s, 7);
+    assert_eq!(bench.ask("revoked-unknown", StartAt::Latest).await.not_before_s, 7);
     // Made by a clock that was an hour ahead: it counts from when it is seen first, and stays there.
     let seen = bench.clock.now().seconds();
     let ahead = Change::NotBefore { user: user("revoked-ahead"), seconds: seen + 3_600 };
     bench.inbox.update(vec![ahead]).await.unwrap();
-    assert_eq!(bench.ask("revoked-ahead", From::Latest).await.not_before_s, seen);
+    assert_eq!(bench.ask("revoked-ahead", StartAt::Latest).await.not_before_s, seen);
     bench.clock.advance(5_000);
-    assert_eq!(bench.ask("revoked-ahead", From::Cursor(DeviceId::default())).await.not_before_s, seen);
+    assert_eq!(bench.ask("revoked-ahead", StartAt::Cursor(DeviceId::default())).await.not_before_s, seen);
     let soon = Change::NotBefore { user: user("revoked-ahead"), seconds: seen + 60 };
     bench.inbox.update(vec![soon]).await.unwrap();
-    assert_eq!(bench.ask("revoked-ahead", From::Latest).await.not_before_s, seen + 60);
+    assert_eq!(bench.ask("revoked-ahead", StartAt::Latest).await.not_before_s, seen + 60);
 }
 
 async fn names_that_are_prefixes_of_others_do_not_mix(bench: &Bench) {

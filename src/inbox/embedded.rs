@@ -39,9 +39,9 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{
-    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Gathering, Inbox,
-    InboxError, InboxPage, PASSED_OVER, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep, is_json,
-    payload_digest,
+    Append, Appended, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, GroupCommit, Inbox, InboxError, InboxPage,
+    Janitor, PASSED_OVER, PageLimit, PositionQuery, Profile, REVOCATION_AHEAD_MAX_S, StartAt, UserPosition,
+    is_json, payload_digest,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
@@ -56,7 +56,7 @@ const KEYSPACES: [&str; 4] = ["messages.2", "heads.2", "fences.2", "cursors.2"];
 /// A name that the first layout had.
 const EARLIER: &str = "messages";
 /// A sync takes a fifth of a millisecond and ten wake-ups, for one message as for many (docs/benchmarks.md).
-const GATHERING: Gathering = Gathering { every: Duration::from_millis(1), enough: 24 };
+const GATHERING: GroupCommit = GroupCommit { every: Duration::from_millis(1), enough: 24 };
 /// So many questions are answered at once, on the asker's thread: a look into memory each, or a block of a file that the kernel
 /// mostly has. Handed to another thread, each would cost that thread's waking and several times the looking.
 const ASKED_AT_ONCE: usize = 1;
@@ -66,7 +66,7 @@ const ASKED_IN_A_ROW: usize = 32;
 /// How often memory that is no longer needed is freed: the store fills 64 MiB in two seconds at the fastest.
 const FREE_EVERY: Duration = Duration::from_millis(500);
 /// Users that the janitor looks at, and messages that it removes, in one commit: some milliseconds of the lock.
-const JANITOR_LOT: usize = 1_000;
+const JANITOR_BATCH: usize = 1_000;
 
 /// See the room's comment.
 #[derive(Clone)]
@@ -252,24 +252,24 @@ impl Inbox for EmbeddedInbox {
         .boxed()
     }
 
-    fn standing(&self, lot: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>> {
-        if lot.len() > ASKED_AT_ONCE {
+    fn positions(&self, batch: Vec<PositionQuery>) -> BoxFuture<'_, Result<Vec<UserPosition>, InboxError>> {
+        if batch.len() > ASKED_AT_ONCE {
             return self.run(move |store| {
-                let (mut answers, strangers) = store.standing(&lot)?;
+                let (mut answers, strangers) = store.positions(&batch)?;
                 store.make_heads(&strangers)?;
                 if store.is_ahead(&answers) {
-                    store.correct(&lot, &mut answers)?;
+                    store.correct(&batch, &mut answers)?;
                 }
                 Ok(answers)
             });
         }
         async move {
-            let (mut answers, strangers) = self.store.standing(&lot)?;
+            let (mut answers, strangers) = self.store.positions(&batch)?;
             if !strangers.is_empty() {
                 self.run(move |store| store.make_heads(&strangers)).await?;
             }
             if self.store.is_ahead(&answers) {
-                let correct = move |store: &Store| store.correct(&lot, &mut answers).map(|()| answers);
+                let correct = move |store: &Store| store.correct(&batch, &mut answers).map(|()| answers);
                 return self.run(correct).await;
             }
             Ok(answers)
@@ -302,14 +302,14 @@ impl Inbox for EmbeddedInbox {
         true
     }
 
-    fn gathering(&self) -> Gathering {
+    fn gathering(&self) -> GroupCommit {
         GATHERING
     }
 }
 
-impl Upkeep for EmbeddedInbox {
-    fn clean(&self) -> BoxFuture<'_, Result<u64, InboxError>> {
-        self.run(Store::clean)
+impl Janitor for EmbeddedInbox {
+    fn run_once(&self) -> BoxFuture<'_, Result<u64, InboxError>> {
+        self.run(Store::run_once)
     }
 }
 
@@ -336,7 +336,8 @@ impl Store {
         // The store copies what it is given.
         let (mut key, mut value) = (Vec::new(), Vec::new());
         for item in batch {
-            let fence = item.fenced.then(|| (fence_key(&item.user, &item.id), payload_digest(&item.payload)));
+            let fence =
+                item.deduplicated.then(|| (fence_key(&item.user, &item.id), payload_digest(&item.payload)));
             if let Some((key, digest)) = &fence {
                 let known = match fences.get(key) {
                     Some(fence) => Some(*fence),
@@ -423,16 +424,16 @@ impl Store {
     }
 
     /// Where each position stands, and who needs a head record before that may be told.
-    fn standing(&self, lot: &[Ask]) -> Result<(Vec<Answer>, Vec<UserId>), InboxError> {
+    fn positions(&self, batch: &[PositionQuery]) -> Result<(Vec<UserPosition>, Vec<UserId>), InboxError> {
         let snapshot = self.db.snapshot();
-        let (mut answers, mut strangers) = (Vec::with_capacity(lot.len()), Vec::new());
-        for (n, ask) in lot.iter().enumerate() {
+        let (mut answers, mut strangers) = (Vec::with_capacity(batch.len()), Vec::new());
+        for (n, ask) in batch.iter().enumerate() {
             if n % ASKED_IN_A_ROW == ASKED_IN_A_ROW - 1 {
                 std::thread::yield_now();
             }
             let head = match self.head(&snapshot, &ask.user) {
                 // Whoever asks for many does not go without the others.
-                Err(error @ InboxError::Corrupt(_)) if lot.len() > 1 => {
+                Err(error @ InboxError::Corrupt(_)) if batch.len() > 1 => {
                     tracing::warn!(%error, user = %ask.user, "a head record");
                     answers.push(Self::unknown(ask));
                     continue;
@@ -443,7 +444,7 @@ impl Store {
                 Some(record) => self.answer(&snapshot, ask, record)?,
                 None => {
                     // A position that was not given here: the client will hear a number.
-                    if let From::After(position) = &ask.from
+                    if let StartAt::After(position) = &ask.from
                         && ![Seq::BEGINNING, Seq::at(self.newborn.head)].contains(position)
                     {
                         strangers.push(ask.user.clone());
@@ -455,47 +456,52 @@ impl Store {
         Ok((answers, strangers))
     }
 
-    fn answer(&self, snapshot: &Snapshot, ask: &Ask, record: Head) -> Result<Answer, InboxError> {
+    fn answer(
+        &self,
+        snapshot: &Snapshot,
+        ask: &PositionQuery,
+        record: Head,
+    ) -> Result<UserPosition, InboxError> {
         let highest = self.highest(snapshot, &ask.user, record)?;
         let cursor = match &ask.from {
-            From::Cursor(device) => self.cursor(snapshot, &ask.user, device)?,
+            StartAt::Cursor(device) => self.cursor(snapshot, &ask.user, device)?,
             _ => None,
         };
         Ok(Self::answer_at(ask, record, highest, cursor))
     }
 
-    fn answer_at(ask: &Ask, record: Head, highest: u64, cursor: Option<Cursor>) -> Answer {
+    fn answer_at(ask: &PositionQuery, record: Head, highest: u64, cursor: Option<Cursor>) -> UserPosition {
         let head = Seq::at(highest);
         let start = match &ask.from {
-            From::After(seq) => *seq,
-            From::Cursor(_) => cursor.map_or(Seq::BEGINNING, |cursor| cursor.acked),
+            StartAt::After(seq) => *seq,
+            StartAt::Cursor(_) => cursor.map_or(Seq::BEGINNING, |cursor| cursor.acked),
             // Where nothing ever was, the end is the beginning.
-            From::Latest if highest == record.first => Seq::BEGINNING,
-            From::Latest => head,
+            StartAt::Latest if highest == record.first => Seq::BEGINNING,
+            StartAt::Latest => head,
         };
         let more = highest > start.get().max(record.first);
-        Answer { start, head, more, not_before_s: record.not_before_s }
+        UserPosition { start, head, more, not_before_s: record.not_before_s }
     }
 
     /// Where a position stands is not known: a page says more, or fails.
-    fn unknown(ask: &Ask) -> Answer {
-        let start = if let From::After(seq) = &ask.from { *seq } else { Seq::BEGINNING };
-        Answer { start, head: start, more: true, not_before_s: 0 }
+    fn unknown(ask: &PositionQuery) -> UserPosition {
+        let start = if let StartAt::After(seq) = &ask.from { *seq } else { Seq::BEGINNING };
+        UserPosition { start, head: start, more: true, not_before_s: 0 }
     }
 
     /// Whether a disconnect lies so far ahead that a clock was wrong.
-    fn is_ahead(&self, answers: &[Answer]) -> bool {
+    fn is_ahead(&self, answers: &[UserPosition]) -> bool {
         let latest = self.clock.now().seconds() + REVOCATION_AHEAD_MAX_S;
         answers.iter().any(|answer| answer.not_before_s > latest)
     }
 
     /// Has disconnects that lie too far ahead count from now.
-    fn correct(&self, lot: &[Ask], answers: &mut [Answer]) -> Result<(), InboxError> {
+    fn correct(&self, batch: &[PositionQuery], answers: &mut [UserPosition]) -> Result<(), InboxError> {
         let now = self.clock.now().seconds();
         let _writer = self.writer.lock();
         let snapshot = self.db.snapshot();
         let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
-        for (ask, answer) in lot.iter().zip(answers) {
+        for (ask, answer) in batch.iter().zip(answers) {
             if answer.not_before_s <= now + REVOCATION_AHEAD_MAX_S {
                 continue;
             }
@@ -664,7 +670,7 @@ impl Store {
         Ok(())
     }
 
-    fn clean(&self) -> Result<u64, InboxError> {
+    fn run_once(&self) -> Result<u64, InboxError> {
         let mut removed = 0;
         let mut after: Option<Vec<u8>> = None;
         loop {
@@ -681,7 +687,7 @@ impl Store {
                         count => count?,
                     };
                     removed += count as u64;
-                    if count < JANITOR_LOT {
+                    if count < JANITOR_BATCH {
                         break;
                     }
                 }
@@ -699,7 +705,7 @@ impl Store {
             // The smallest key above it.
             from.push(0);
         }
-        let keys = snapshot.range(&self.heads, from..).take(JANITOR_LOT);
+        let keys = snapshot.range(&self.heads, from..).take(JANITOR_BATCH);
         keys.map(|entry| Ok(entry.key().map_err(unreadable)?.to_vec())).collect()
     }
 
@@ -718,7 +724,7 @@ impl Store {
         pending.insert(&self.heads, head_key(user), head.encode());
         for expired in &run {
             pending.remove(&self.messages, message_key(user, expired.seq));
-            if let Some(id) = &expired.fenced {
+            if let Some(id) = &expired.deduplicated {
                 let key = fence_key(user, id);
                 if self.fence(&snapshot, &key)?.is_some_and(|fence| fence.seq.get() == expired.seq) {
                     pending.remove(&self.fences, key);
@@ -733,17 +739,17 @@ impl Store {
     fn expired_run(&self, snapshot: &Snapshot, user: &UserId) -> Result<Vec<Expired>, InboxError> {
         let now = self.clock.now();
         let (mut run, mut upto) = (Vec::new(), 0);
-        for entry in snapshot.prefix(&self.messages, prefix(user)).take(JANITOR_LOT + PASSED_OVER) {
+        for entry in snapshot.prefix(&self.messages, prefix(user)).take(JANITOR_BATCH + PASSED_OVER) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
             let seq = seq_of(&key)?;
-            let Ok((message, fenced)) = decode(seq, Bytes::copy_from_slice(&value)) else {
-                run.push(Expired { seq, fenced: None });
+            let Ok((message, deduplicated)) = decode(seq, Bytes::copy_from_slice(&value)) else {
+                run.push(Expired { seq, deduplicated: None });
                 continue;
             };
-            if !message.is_expired(now) || upto >= JANITOR_LOT {
+            if !message.is_expired(now) || upto >= JANITOR_BATCH {
                 break;
             }
-            run.push(Expired { seq, fenced: fenced.then_some(message.id) });
+            run.push(Expired { seq, deduplicated: deduplicated.then_some(message.id) });
             upto = run.len();
         }
         run.truncate(upto);
@@ -761,10 +767,10 @@ impl Store {
                 stale.push(key);
             }
         }
-        for lot in stale.chunks(JANITOR_LOT) {
+        for batch in stale.chunks(JANITOR_BATCH) {
             let _writer = self.writer.lock();
             let mut pending = self.db.batch();
-            for key in lot {
+            for key in batch {
                 // It may have been moved since it was looked at.
                 let raw = self.cursors.get(key).map_err(unreadable)?;
                 let stale = |raw: &[u8]| Cursor::decode(raw).map_or(true, |cursor| cursor.is_stale(now));
@@ -782,7 +788,7 @@ impl Store {
 struct Expired {
     seq: u64,
     /// Its id, if the sender gave it one.
-    fenced: Option<MessageId>,
+    deduplicated: Option<MessageId>,
 }
 
 impl Append {
@@ -864,13 +870,13 @@ impl Head {
 const MESSAGE_LAYOUT: u8 = 1;
 
 /// Puts a message into `out`, instead of what was there.
-fn put_message(out: &mut Vec<u8>, message: &Message, fenced: bool) {
+fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bool) {
     let id = message.id.as_str().as_bytes();
     out.clear();
     out.put_u8(MESSAGE_LAYOUT);
     out.put_u64(message.accepted_at.0);
     out.put_u64(message.expires_at.0);
-    out.put_u8(u8::from(fenced));
+    out.put_u8(u8::from(deduplicated));
     out.put_u8(u8::try_from(id.len()).unwrap_or(u8::MAX));
     out.put_slice(id);
     out.put_slice(&message.payload);
@@ -881,7 +887,7 @@ fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxError> {
         return Err(corrupt("a message"));
     }
     let (accepted_at, expires_at) = (Millis(raw.get_u64()), Millis(raw.get_u64()));
-    let (fenced, id_len) = (raw.get_u8() == 1, raw.get_u8() as usize);
+    let (deduplicated, id_len) = (raw.get_u8() == 1, raw.get_u8() as usize);
     if raw.len() < id_len {
         return Err(corrupt("a message"));
     }
@@ -891,7 +897,7 @@ fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxError> {
     if !is_json(&raw) {
         return Err(corrupt("a payload"));
     }
-    Ok((Message { seq: Seq::at(seq), id, accepted_at, expires_at, payload: raw }, fenced))
+    Ok((Message { seq: Seq::at(seq), id, accepted_at, expires_at, payload: raw }, deduplicated))
 }
 
 /// The user of a head record's key; None where that is none.
@@ -1016,8 +1022,8 @@ mod tests {
         let users = ["begins", "goes on", "strange"].map(|name| UserId::parse(name).unwrap());
         let ask = async |inbox: &EmbeddedInbox, positions: [Seq; 3]| {
             let asks = users.iter().zip(positions);
-            let asks = asks.map(|(user, at)| Ask { user: user.clone(), from: From::After(at) });
-            <[Answer; 3]>::try_from(inbox.standing(asks.collect()).await.unwrap()).unwrap()
+            let asks = asks.map(|(user, at)| PositionQuery { user: user.clone(), from: StartAt::After(at) });
+            <[UserPosition; 3]>::try_from(inbox.positions(asks.collect()).await.unwrap()).unwrap()
         };
         let first = EmbeddedInbox::open(directory.path(), Clock::standing(START)).unwrap();
         let strange = Seq::at(4_711);
@@ -1033,11 +1039,11 @@ mod tests {
         assert!(answers.iter().all(|answer| !answer.more));
     }
 
-    fn item(user: &str, id: &str, fenced: bool) -> Append {
+    fn item(user: &str, id: &str, deduplicated: bool) -> Append {
         Append {
             user: UserId::parse(user).unwrap(),
             id: MessageId::parse(id).unwrap(),
-            fenced,
+            deduplicated,
             accepted_at: START,
             expires_at: START.plus_seconds(60),
             payload: Bytes::from_static(b"1"),
@@ -1050,14 +1056,14 @@ mod tests {
         let clock = Clock::standing(START);
         let inbox = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
         let store = &inbox.store;
-        let (good, fenced, bad) =
+        let (good, deduplicated, bad) =
             (item("alice", "good", false), item("bob", "again", true), item("eve", "x", false));
         // What a repeat would be known by, and a head record.
-        store.fences.insert(fence_key(&fenced.user, &fenced.id), b"no fence").unwrap();
+        store.fences.insert(fence_key(&deduplicated.user, &deduplicated.id), b"no fence").unwrap();
         store.heads.insert(head_key(&bad.user), b"no head").unwrap();
         store.cursors.insert(cursor_key(&good.user, "web"), b"no cursor").unwrap();
         for n in 0..3 {
-            let batch = vec![good.clone(), bad.clone(), fenced.clone(), good.clone()];
+            let batch = vec![good.clone(), bad.clone(), deduplicated.clone(), good.clone()];
             let outcomes = inbox.append(batch).await;
             let seq = |at: usize| match &outcomes[at] {
                 Ok(Appended::Stored(message)) => message.seq.get() - START.0,
@@ -1068,10 +1074,11 @@ mod tests {
             assert!(n > 0 || seq(2) == 1, "{:?}", outcomes[2]);
         }
         // A sweep asks about many: one whose record is lost does not hide the others'.
-        let after = |user: &UserId| Ask { user: user.clone(), from: From::After(Seq::at(START.0)) };
-        let answers = inbox.standing(vec![after(&bad.user), after(&good.user)]).await.unwrap();
+        let after =
+            |user: &UserId| PositionQuery { user: user.clone(), from: StartAt::After(Seq::at(START.0)) };
+        let answers = inbox.positions(vec![after(&bad.user), after(&good.user)]).await.unwrap();
         assert!(answers[1].more);
-        assert!(inbox.standing(vec![after(&bad.user)]).await.is_err());
+        assert!(inbox.positions(vec![after(&bad.user)]).await.is_err());
         // Messages: one of rubbish, one cut off, one whose payload is no JSON, one whose payload is no text.
         let value =
             |user: &UserId, n: u64| store.messages.get(message_key(user, START.0 + n)).unwrap().unwrap();
@@ -1090,18 +1097,18 @@ mod tests {
         let numbers: Vec<u64> = page.messages.iter().map(|message| message.seq.get() - START.0).collect();
         let unreadable: Vec<u64> = page.unreadable.iter().map(|seq| seq.get() - START.0).collect();
         assert_eq!((numbers, unreadable), (vec![1, 6], vec![2, 3, 4, 5]));
-        inbox.clean().await.unwrap();
+        inbox.run_once().await.unwrap();
         // When the sixth has expired, those below it go too.
         clock.advance(60_000);
-        inbox.clean().await.unwrap();
+        inbox.run_once().await.unwrap();
         let kept =
             inbox.page(good.user.clone(), Seq::BEGINNING, PageLimit { messages: 10, bytes: 1_000 }).await;
         let kept = kept.unwrap();
         assert_eq!((kept.messages.len(), kept.unreadable.len(), kept.upto.get()), (0, 0, START.0 + 6));
         inbox.profile(good.user.clone()).await.unwrap();
-        let ask = Ask { user: good.user, from: From::Cursor(DeviceId::parse("web").unwrap()) };
+        let ask = PositionQuery { user: good.user, from: StartAt::Cursor(DeviceId::parse("web").unwrap()) };
         assert!(
-            inbox.standing(vec![ask]).await.unwrap()[0].start.is_beginning(),
+            inbox.positions(vec![ask]).await.unwrap()[0].start.is_beginning(),
             "a lost cursor costs repeats"
         );
     }
@@ -1141,7 +1148,7 @@ mod tests {
         drop(first);
         let again = EmbeddedInbox::open(directory.path(), clock).unwrap();
         assert_eq!(again.append(vec![item.clone()]).await.remove(0), Ok(Appended::Duplicate(stored.seq)));
-        let fresh = Append { fenced: false, ..item };
+        let fresh = Append { deduplicated: false, ..item };
         let Ok(Appended::Stored(next)) = again.append(vec![fresh]).await.remove(0) else { panic!() };
         assert_eq!(next.seq, stored.seq.next());
     }

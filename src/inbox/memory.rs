@@ -7,8 +7,9 @@ use futures_util::future::{BoxFuture, FutureExt, ready};
 use parking_lot::Mutex;
 
 use super::{
-    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Inbox, InboxError,
-    InboxPage, PASSED_OVER, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep, payload_digest,
+    Append, Appended, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, Inbox, InboxError, InboxPage, Janitor,
+    PASSED_OVER, PageLimit, PositionQuery, Profile, REVOCATION_AHEAD_MAX_S, StartAt, UserPosition,
+    payload_digest,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
@@ -51,7 +52,7 @@ impl MemoryInbox {
     fn append_one(&self, item: Append) -> Appended {
         self.with(&item.user.clone(), |log, now| {
             let digest = payload_digest(&item.payload);
-            if let Some((seq, expires_at, original)) = log.fences.get(&item.id).filter(|_| item.fenced)
+            if let Some((seq, expires_at, original)) = log.fences.get(&item.id).filter(|_| item.deduplicated)
                 && *expires_at > now
             {
                 return if *original == digest {
@@ -68,7 +69,7 @@ impl MemoryInbox {
                 expires_at: item.expires_at,
                 payload: item.payload,
             };
-            if item.fenced {
+            if item.deduplicated {
                 log.fences.insert(item.id, (log.highest, item.expires_at, digest));
             }
             log.messages.insert(log.highest, message.clone());
@@ -76,19 +77,19 @@ impl MemoryInbox {
         })
     }
 
-    fn answer(&self, ask: &Ask) -> Answer {
+    fn answer(&self, ask: &PositionQuery) -> UserPosition {
         self.with(&ask.user, |log, now| {
             let head = Seq::at(log.highest);
             let start = match &ask.from {
-                From::After(seq) => *seq,
-                From::Cursor(device) => log.cursors.get(device).map_or(Seq::BEGINNING, |cursor| cursor.0),
-                From::Latest if log.highest == log.first => Seq::BEGINNING,
-                From::Latest => head,
+                StartAt::After(seq) => *seq,
+                StartAt::Cursor(device) => log.cursors.get(device).map_or(Seq::BEGINNING, |cursor| cursor.0),
+                StartAt::Latest if log.highest == log.first => Seq::BEGINNING,
+                StartAt::Latest => head,
             };
             if log.not_before_s > now.seconds() + REVOCATION_AHEAD_MAX_S {
                 log.not_before_s = now.seconds();
             }
-            Answer {
+            UserPosition {
                 start,
                 head,
                 more: log.highest > start.get().max(log.first),
@@ -155,8 +156,8 @@ impl Inbox for MemoryInbox {
         ready(batch.into_iter().map(|item| Ok(self.append_one(item))).collect()).boxed()
     }
 
-    fn standing(&self, lot: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>> {
-        ready(Ok(lot.iter().map(|ask| self.answer(ask)).collect())).boxed()
+    fn positions(&self, batch: Vec<PositionQuery>) -> BoxFuture<'_, Result<Vec<UserPosition>, InboxError>> {
+        ready(Ok(batch.iter().map(|ask| self.answer(ask)).collect())).boxed()
     }
 
     fn page(
@@ -184,8 +185,8 @@ impl Inbox for MemoryInbox {
     }
 }
 
-impl Upkeep for MemoryInbox {
-    fn clean(&self) -> BoxFuture<'_, Result<u64, InboxError>> {
+impl Janitor for MemoryInbox {
+    fn run_once(&self) -> BoxFuture<'_, Result<u64, InboxError>> {
         let now = self.clock.now();
         let mut removed = 0;
         for log in self.users.lock().values_mut() {

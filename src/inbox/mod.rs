@@ -46,7 +46,7 @@ pub trait Inbox: Send + Sync + 'static {
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>>;
 
     /// For each question, where that position stands. A user without a head record gets one.
-    fn standing(&self, lot: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>>;
+    fn positions(&self, batch: Vec<PositionQuery>) -> BoxFuture<'_, Result<Vec<UserPosition>, InboxError>>;
 
     /// The unexpired messages after a position.
     fn page(
@@ -73,14 +73,14 @@ pub trait Inbox: Send + Sync + 'static {
     }
 
     /// How appends should be gathered; not at all, where one write costs no more than its share of a large one.
-    fn gathering(&self) -> Gathering {
-        Gathering { every: Duration::ZERO, enough: 1 }
+    fn gathering(&self) -> GroupCommit {
+        GroupCommit { every: Duration::ZERO, enough: 1 }
     }
 }
 
 /// How appends are gathered into writes. The first after a rest never waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Gathering {
+pub struct GroupCommit {
     /// Between the beginnings of two writes, at the least.
     pub every: Duration,
     /// So many do not wait for it.
@@ -88,14 +88,14 @@ pub struct Gathering {
 }
 
 /// The other port: removal of what nobody can read any more. Idempotent; run by collect.
-pub trait Upkeep: Send + Sync + 'static {
+pub trait Janitor: Send + Sync + 'static {
     /// Looks after the store itself for as long as it is polled: that it is the one that it was, and whole.
     fn watch(&self) -> BoxFuture<'_, ()> {
         Box::pin(std::future::pending())
     }
 
     /// One pass over all users; answers how many messages it removed.
-    fn clean(&self) -> BoxFuture<'_, Result<u64, InboxError>>;
+    fn run_once(&self) -> BoxFuture<'_, Result<u64, InboxError>>;
 }
 
 /// One message to append.
@@ -106,7 +106,7 @@ pub struct Append {
     /// The id it will carry.
     pub id: MessageId,
     /// The id may be repeated by its sender: look for it, and remember it.
-    pub fenced: bool,
+    pub deduplicated: bool,
     /// When collect took it.
     pub accepted_at: Millis,
     /// When its life ends.
@@ -128,16 +128,16 @@ pub enum Appended {
 
 /// A question about a position.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ask {
+pub struct PositionQuery {
     /// Whose inbox.
     pub user: UserId,
     /// Which position.
-    pub from: From,
+    pub from: StartAt,
 }
 
 /// A position to start after.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum From {
+pub enum StartAt {
     /// This one.
     After(Seq),
     /// The device's cursor, or the beginning where it has none.
@@ -148,7 +148,7 @@ pub enum From {
 
 /// Where a position stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Answer {
+pub struct UserPosition {
     /// The position itself.
     pub start: Seq,
     /// The highest number given so far, where there is nothing after `start`; else some number above `start` that was.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    Counts, Departure, Membership, MembershipError, NodeInfo, NodeState, Registration, Standing, View,
+    Counts, Departure, LeaseState, Membership, MembershipError, NodeInfo, NodeState, Registration, View,
 };
 use crate::message::{NodeId, UserId};
 
@@ -78,10 +78,10 @@ async fn views_rise_and_a_draining_node_owns_nothing(bench: &Bench) {
 async fn the_last_to_register_has_the_name(bench: &Bench) {
     let node = info("push-2").node;
     let mut first = join(&bench.own, info("push-2")).await;
-    assert_eq!(*first.standing.borrow(), Standing::Member(1));
+    assert_eq!(*first.standing.borrow(), LeaseState::Member(1));
     let second = join(&bench.others, info("push-2")).await;
     assert!(second.incarnation > first.incarnation);
-    let fenced = first.standing.wait_for(|standing| *standing == Standing::Fenced);
+    let fenced = first.standing.wait_for(|standing| *standing == LeaseState::Fenced);
     tokio::time::timeout(DEADLINE, fenced).await.expect("the first is told").unwrap();
     let refused = bench.own.depart(&node, first.incarnation, Departure::Left).await;
     assert_eq!(refused, Err(MembershipError::Fenced(node.clone())));

@@ -9,8 +9,8 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{
-    Counts, Departure, Member, Membership, MembershipError, NodeInfo, NodeState, Reached, Registration,
-    Standing, View,
+    Counts, Departure, LeaseState, Member, Membership, MembershipError, NodeInfo, NodeState, Reached,
+    Registration, View,
 };
 use crate::clock::Clock;
 use crate::message::NodeId;
@@ -26,7 +26,7 @@ struct Inner {
     /// Locked while a view is built and published, so that views appear in the order of their epochs.
     members: Mutex<BTreeMap<NodeId, Member>>,
     /// The standing of the process that has a name now.
-    standings: Mutex<HashMap<NodeId, watch::Sender<Standing>>>,
+    standings: Mutex<HashMap<NodeId, watch::Sender<LeaseState>>>,
     counts: Mutex<HashMap<NodeId, Counts>>,
     published: watch::Sender<Arc<View>>,
 }
@@ -65,7 +65,7 @@ impl LocalMembership {
     }
 
     /// Says to the process that has this name how it stands: for tests of what a node does then.
-    pub fn set_standing(&self, node: &NodeId, standing: Standing) {
+    pub fn set_standing(&self, node: &NodeId, standing: LeaseState) {
         if let Some(told) = self.inner.standings.lock().get(node) {
             told.send_replace(standing);
         }
@@ -103,9 +103,9 @@ impl Membership for LocalMembership {
             members.insert(info.node.clone(), member);
             incarnation
         });
-        let (told, standing) = watch::channel(Standing::Member(1));
+        let (told, standing) = watch::channel(LeaseState::Member(1));
         if let Some(earlier) = self.inner.standings.lock().insert(node, told) {
-            earlier.send_replace(Standing::Fenced);
+            earlier.send_replace(LeaseState::Fenced);
         }
         // Within one process there is no address that could lead elsewhere.
         ready(Ok(Registration { incarnation, standing, proof: Reached::new(true) })).boxed()

@@ -9,7 +9,7 @@
 //! - A draining node is out of the ring at once, and still a member until it leaves.
 //! - A view that is *held* is older than what the registry shows, and is kept on purpose (see [`keeper`]).
 //! - A node that nobody has reached yet at the address that it gives ([`Reached`]) is no member, and no router.
-//! - A node is told by its [`Standing`] when it lost its place, when it has it again, and when another took it for good.
+//! - A node is told by its [`LeaseState`] when it lost its place, when it has it again, and when another took it for good.
 //!
 //! Every adapter passes [`conformance::suite`].
 
@@ -26,7 +26,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::message::{NodeId, UserId};
 use crate::ring::{self, Ring};
-use crate::wire::peer::Stamp;
+use crate::wire::peer::ViewVersion;
 
 /// The port.
 pub trait Membership: Send + Sync + 'static {
@@ -66,7 +66,7 @@ pub struct Registration {
     /// Which process of that name this is.
     pub incarnation: u64,
     /// How it stands with it now, and from now on.
-    pub standing: watch::Receiver<Standing>,
+    pub standing: watch::Receiver<LeaseState>,
     /// To be told when somebody else has reached the node.
     pub proof: Reached,
 }
@@ -106,7 +106,7 @@ impl Reached {
 
 /// How a registered node stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum LeaseState {
     /// It is a member, for the n-th time: a higher number means that the registry had lost it in between.
     Member(u64),
     /// Its lease has run out, as far as it can tell: it could not renew it.
@@ -286,8 +286,8 @@ impl View {
 
     /// Who sees what, in three words.
     #[must_use]
-    pub fn stamp(&self) -> Stamp {
-        Stamp { generation: Arc::clone(&self.generation), epoch: self.epoch, digest: self.digest }
+    pub fn stamp(&self) -> ViewVersion {
+        ViewVersion { generation: Arc::clone(&self.generation), epoch: self.epoch, digest: self.digest }
     }
 
     /// The node that owns `user`; None while there is no active push node.

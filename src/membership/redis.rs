@@ -18,14 +18,14 @@ use tokio::time::Instant;
 
 use super::keeper::{Keeper, Snapshot, Times};
 use super::{
-    Counts, Departure, Member, Membership, MembershipError, NodeInfo, NodeState, Outsiders, Reached,
-    Registration, Standing, View,
+    Counts, Departure, LeaseState, Member, Membership, MembershipError, NodeInfo, NodeState, Outsiders,
+    Reached, Registration, View,
 };
 use crate::backoff::around;
 use crate::clock::Clock;
 use crate::message::NodeId;
 use crate::peer_proof::{Entry, EntryKey};
-use crate::transport::redis::{RedisFault, RedisLink, Reply, Script};
+use crate::transport::redis::{RedisError, RedisLink, Reply, Script};
 
 /// How far beats and polls are from their mean, so that a cluster does not beat as one.
 const JITTER: f64 = 0.2;
@@ -85,7 +85,7 @@ struct Own {
     info: NodeInfo,
     incarnation: u64,
     state: Mutex<(NodeState, Counts)>,
-    standing: watch::Sender<Standing>,
+    standing: watch::Sender<LeaseState>,
     proof: Reached,
     /// Held over every call about this node: a beat that overtook a leave would register it again.
     turn: tokio::sync::Mutex<Turn>,
@@ -202,11 +202,11 @@ impl RedisMembership {
     ///
     /// # Errors
     /// The server's refusal, such as a wrong password; a server that cannot be reached is no error here.
-    pub async fn check(&self) -> Result<(), RedisFault> {
+    pub async fn check(&self) -> Result<(), RedisError> {
         // Another call on the same connection may have been refused first, and taken the connection with it.
         for _ in 0..CHECKS {
             match self.inner.snapshot().await {
-                Err(refused @ RedisFault::Refused(_)) => return Err(refused),
+                Err(refused @ RedisError::Refused(_)) => return Err(refused),
                 Err(_) => tokio::time::sleep(CHECK_REST).await,
                 Ok(_) => break,
             }
@@ -224,7 +224,7 @@ impl RedisMembership {
                     return Err(MembershipError::OtherStore { node, theirs, ours: info.store.to_string() });
                 }
                 Ok(Beaten::Fenced) => return Err(MembershipError::Fenced(info.node.clone())),
-                Err(RedisFault::Refused(why)) => return Err(MembershipError::Unavailable(why)),
+                Err(RedisError::Refused(why)) => return Err(MembershipError::Unavailable(why)),
                 Err(fault) => {
                     if !std::mem::replace(&mut told, true) {
                         tracing::warn!(%fault, "the node cannot be registered yet (redis.url)");
@@ -247,7 +247,7 @@ enum Beaten {
 }
 
 impl Inner {
-    async fn run(&self, script: &Script, own: &[&str]) -> Result<Reply, RedisFault> {
+    async fn run(&self, script: &Script, own: &[&str]) -> Result<Reply, RedisError> {
         let lease = self.times.lease.as_millis().to_string();
         let generation = ulid::Ulid::generate().to_string();
         let refused = if self.was_refused() { "1" } else { "0" };
@@ -256,7 +256,7 @@ impl Inner {
         args.extend(own.iter().map(|arg| arg.as_bytes()));
         let keys: Vec<&str> = self.keys.names.iter().map(String::as_str).collect();
         let answer = self.link.run(script, &keys, &args).await;
-        if let Err(RedisFault::ForNow(_)) = &answer {
+        if let Err(RedisError::ForNow(_)) = &answer {
             *self.refused.lock() = Some(Instant::now());
         }
         answer
@@ -273,14 +273,14 @@ impl Inner {
         incarnation: u64,
         said: &str,
         counts: Counts,
-    ) -> Result<Beaten, RedisFault> {
+    ) -> Result<Beaten, RedisError> {
         let Counts { sessions, displaced, delivered, moves } = counts;
         let held = format!("{sessions} {displaced} {delivered} {moves}");
         let sent = self.clock.now().0;
         let own = [info.node.as_str(), &incarnation.to_string(), said, &held, &info.store];
         let reply = self.run(&self.keys.beat, &own).await?;
         let [outcome, incarnation, now, was_member, node, theirs] = reply.items() else {
-            return Err(RedisFault::Refused(format!("a beat was answered {reply:?}")));
+            return Err(RedisError::Refused(format!("a beat was answered {reply:?}")));
         };
         self.note_skew(sent, now.int(), self.clock.now().0);
         Ok(match outcome.int() {
@@ -307,7 +307,7 @@ impl Inner {
         }
     }
 
-    async fn snapshot(&self) -> Result<(Snapshot, HashMap<NodeId, Counts>), RedisFault> {
+    async fn snapshot(&self) -> Result<(Snapshot, HashMap<NodeId, Counts>), RedisError> {
         let (most, longest) = (NODES_MAX.to_string(), TEXT_MAX.to_string());
         let reply = self.run(&self.keys.snapshot, &[&most, &longest]).await?;
         let read = read_snapshot(&reply, &self.entries, &self.prefix)?;
@@ -315,7 +315,7 @@ impl Inner {
         if let Some(why) = read.refused {
             *self.refused.lock() = Some(Instant::now());
             // What it shows now it would show for ever.
-            return Err(RedisFault::ForNow(why));
+            return Err(RedisError::ForNow(why));
         }
         Ok((read.snapshot, read.counts))
     }
@@ -342,9 +342,9 @@ struct Look {
 }
 
 /// Reads the answer to a look. Nothing that stands there is trusted: any program may have written it, or another version of this one.
-fn read_snapshot(reply: &Reply, key: &EntryKey, prefix: &str) -> Result<Look, RedisFault> {
+fn read_snapshot(reply: &Reply, key: &EntryKey, prefix: &str) -> Result<Look, RedisError> {
     let [generation, epoch, all, refused, count] = reply.items() else {
-        return Err(RedisFault::Refused(
+        return Err(RedisError::Refused(
             "a look at the registry was answered with something else".to_owned(),
         ));
     };
@@ -353,7 +353,7 @@ fn read_snapshot(reply: &Reply, key: &EntryKey, prefix: &str) -> Result<Look, Re
     let refused = Some(refused.text()).filter(|why| !why.is_empty());
     if refused.is_none() && (generation.is_empty() || generation.len() > ID_MAX || !is_plain) {
         let why = format!("{{{prefix}}}:meta has no generation of ringpush: delete that key");
-        return Err(RedisFault::Refused(why));
+        return Err(RedisError::Refused(why));
     }
     let mut look = Look {
         snapshot: Snapshot {
@@ -512,7 +512,7 @@ async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
                     node = %own.info.node,
                     "another process has registered under this node's name (node.name): this one takes no more sockets"
                 );
-                own.standing.send_replace(Standing::Fenced);
+                own.standing.send_replace(LeaseState::Fenced);
                 return;
             }
             Ok(Beaten::Renewed { was_member, .. }) => {
@@ -521,7 +521,7 @@ async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
                 let was_lost = !was_member || renewed.elapsed() > inner.times.lease;
                 renewed = sent;
                 times += u64::from(was_lost);
-                let now = Standing::Member(times);
+                let now = LeaseState::Member(times);
                 own.standing.send_if_modified(|known| std::mem::replace(known, now) != now);
                 if was_lost {
                     tracing::info!(node = %own.info.node, "registered again");
@@ -548,7 +548,7 @@ impl Own {
     fn lapse(&self, over: bool) {
         if over {
             self.standing
-                .send_if_modified(|known| std::mem::replace(known, Standing::Lapsed) != Standing::Lapsed);
+                .send_if_modified(|known| std::mem::replace(known, LeaseState::Lapsed) != LeaseState::Lapsed);
         }
     }
 }
@@ -561,7 +561,7 @@ impl Membership for RedisMembership {
     fn join(&self, info: NodeInfo) -> BoxFuture<'_, Result<Registration, MembershipError>> {
         async move {
             let incarnation = self.first_beat(&info).await?;
-            let (told, standing) = watch::channel(Standing::Member(1));
+            let (told, standing) = watch::channel(LeaseState::Member(1));
             let proof = Reached::new(false);
             let own = Arc::new(Own {
                 incarnation,
@@ -589,7 +589,7 @@ impl Membership for RedisMembership {
         async move {
             let own = self.inner.own.lock().get(&node).filter(|own| own.incarnation == incarnation).cloned();
             let Some(own) = own else { return Ok(()) };
-            if *own.standing.borrow() == Standing::Fenced {
+            if *own.standing.borrow() == LeaseState::Fenced {
                 return Err(MembershipError::Fenced(node));
             }
             own.state.lock().0 = NodeState::Draining;

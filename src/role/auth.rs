@@ -22,7 +22,7 @@ use super::issued_at_s;
 use crate::clock::Clock;
 use crate::message::{Millis, UserId};
 use crate::telemetry::WAY;
-use crate::wire::peer::{Identity, PeerFault, VerifyRequest};
+use crate::wire::peer::{Identity, PeerError, VerifyRequest};
 
 /// Shortest HS256 secret, in bytes: as long as the digest (RFC 7518 section 3.2).
 pub const SECRET_MIN_BYTES: usize = 32;
@@ -44,7 +44,7 @@ pub struct AuthConfig {
 
 /// Why the configured key cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum KeyFault {
+pub enum KeyError {
     /// Too easily guessed.
     #[error(
         "is {0} bytes long; an HS256 secret needs at least {SECRET_MIN_BYTES} (try: openssl rand -base64 32)"
@@ -63,7 +63,7 @@ pub enum KeyFault {
 
 /// Why a token is not good; the text is for the client, and holds no piece of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum TokenFault {
+pub enum TokenError {
     /// It is not.
     #[error("{0}")]
     Bad(&'static str),
@@ -75,7 +75,7 @@ pub enum TokenFault {
     NoKeys,
 }
 
-impl From<&'static str> for TokenFault {
+impl From<&'static str> for TokenError {
     fn from(reason: &'static str) -> Self {
         Self::Bad(reason)
     }
@@ -84,7 +84,7 @@ impl From<&'static str> for TokenFault {
 /// Why no token can be issued here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("this server verifies with a public key and cannot sign; issue tokens where the private key is")]
-pub struct CannotSign;
+pub struct SigningError;
 
 /// The role. Cheap to clone.
 #[derive(Clone)]
@@ -111,19 +111,19 @@ struct Key {
     algorithm: Algorithm,
     verifying: DecodingKey,
     validation: Validation,
-    again: Option<Again>,
+    fast_path: Option<HmacFastPath>,
     /// Only where the key is a secret that we share.
     signing: Option<EncodingKey>,
 }
 
 /// What a shared secret need not work out anew for each token: half of what a token costs (docs/benchmarks.md).
-struct Again {
+struct HmacFastPath {
     keyed: Hmac<Sha256>,
     /// The first part of a token as the library took one that this secret had signed: one issuer's tokens begin alike.
     header: OnceLock<Box<str>>,
 }
 
-impl Again {
+impl HmacFastPath {
     fn new(secret: &[u8]) -> Option<Self> {
         Some(Self { keyed: Hmac::new_from_slice(secret).ok()?, header: OnceLock::new() })
     }
@@ -167,7 +167,7 @@ impl Key {
         validation.validate_exp = false;
         validation.validate_aud = false;
         validation.required_spec_claims.clear();
-        Self { algorithm, verifying, validation, again: None, signing }
+        Self { algorithm, verifying, validation, fast_path: None, signing }
     }
 
     /// The key decides the algorithm. None where we do not verify with such a key, or its owner has made it for something else
@@ -194,22 +194,22 @@ impl Key {
         Some(Self::new(algorithm, DecodingKey::from_jwk(jwk).ok()?, None))
     }
 
-    fn read(text: &str) -> Result<Self, KeyFault> {
+    fn read(text: &str) -> Result<Self, KeyError> {
         if !text.trim_start().starts_with("-----BEGIN") {
             if let Some(form) = disguise(text.as_bytes(), 0) {
-                return Err(KeyFault::Disguised(form));
+                return Err(KeyError::Disguised(form));
             }
             return if text.len() < SECRET_MIN_BYTES {
-                Err(KeyFault::Short(text.len()))
+                Err(KeyError::Short(text.len()))
             } else {
                 let secret = text.as_bytes();
                 let signing = EncodingKey::from_secret(secret);
                 let key = Self::new(Algorithm::HS256, DecodingKey::from_secret(secret), Some(signing));
-                Ok(Self { again: Again::new(secret), ..key })
+                Ok(Self { fast_path: HmacFastPath::new(secret), ..key })
             };
         }
         if text.contains("PRIVATE") {
-            return Err(KeyFault::NotAPublicKey);
+            return Err(KeyError::NotAPublicKey);
         }
         let pem = text.as_bytes();
         let candidates = [
@@ -218,18 +218,18 @@ impl Key {
             (Algorithm::EdDSA, DecodingKey::from_ed_pem(pem)),
         ];
         let found = candidates.into_iter().find_map(|(algorithm, key)| key.ok().map(|key| (algorithm, key)));
-        let (algorithm, verifying) = found.ok_or(KeyFault::NotAPublicKey)?;
+        let (algorithm, verifying) = found.ok_or(KeyError::NotAPublicKey)?;
         Ok(Self::new(algorithm, verifying, None))
     }
 
     /// A token's claims as they stand there, if it is this key's.
-    fn claims(&self, token: &str) -> Result<Box<RawValue>, TokenFault> {
+    fn claims(&self, token: &str) -> Result<Box<RawValue>, TokenError> {
         use jsonwebtoken::errors::ErrorKind;
-        if let Some(claims) = self.again.as_ref().and_then(|again| again.claims(token)) {
+        if let Some(claims) = self.fast_path.as_ref().and_then(|fast_path| fast_path.claims(token)) {
             return Ok(claims);
         }
         if has_critical_extension(token) {
-            return Err(TokenFault::Bad("the token has a crit header, which names what is not known here"));
+            return Err(TokenError::Bad("the token has a crit header, which names what is not known here"));
         }
         let decoded = jsonwebtoken::decode(token, &self.verifying, &self.validation);
         let data = decoded.map_err(|error| match error.kind() {
@@ -239,7 +239,7 @@ impl Key {
             }
             _ => "this is not a token",
         })?;
-        self.again.iter().for_each(|again| again.remember(token));
+        self.fast_path.iter().for_each(|fast_path| fast_path.remember(token));
         Ok(data.claims)
     }
 }
@@ -248,8 +248,8 @@ impl Auth {
     /// Reads the key.
     ///
     /// # Errors
-    /// [`KeyFault`], with the remedy.
-    pub fn new(config: AuthConfig, clock: Clock) -> Result<Self, KeyFault> {
+    /// [`KeyError`], with the remedy.
+    pub fn new(config: AuthConfig, clock: Clock) -> Result<Self, KeyError> {
         let keys = Keys::One(Box::new(Key::read(&config.token_key)?));
         Ok(Self { inner: Arc::new(Inner { keys, config, clock, unknown_key: Notify::new() }) })
     }
@@ -288,20 +288,20 @@ impl Auth {
     }
 
     /// A token's claims, verified with the key that it names. One that names no `kid` is verified by the only key there is.
-    fn claims(&self, token: &str) -> Result<Box<RawValue>, TokenFault> {
+    fn claims(&self, token: &str) -> Result<Box<RawValue>, TokenError> {
         match &self.inner.keys {
             Keys::One(key) => key.claims(token),
             Keys::Fetched(known) => {
                 let known = known.read();
-                let keys = known.as_ref().ok_or(TokenFault::NoKeys)?;
+                let keys = known.as_ref().ok_or(TokenError::NoKeys)?;
                 let header = jsonwebtoken::decode_header(token);
-                let kid = header.map_err(|_| TokenFault::Bad("this is not a token"))?.kid;
+                let kid = header.map_err(|_| TokenError::Bad("this is not a token"))?.kid;
                 let found = match &kid {
                     Some(kid) => keys.get(kid),
                     None if keys.len() == 1 => keys.values().next(),
                     None => None,
                 };
-                found.ok_or(TokenFault::UnknownKey)?.claims(token)
+                found.ok_or(TokenError::UnknownKey)?.claims(token)
             }
         }
     }
@@ -310,9 +310,9 @@ impl Auth {
     ///
     /// # Errors
     /// What is wrong with it, for the client: never a piece of it.
-    pub fn verify(&self, token: &str) -> Result<Identity, TokenFault> {
+    pub fn verify(&self, token: &str) -> Result<Identity, TokenError> {
         let raw = self.claims(token).inspect_err(|fault| {
-            if *fault == TokenFault::UnknownKey {
+            if *fault == TokenError::UnknownKey {
                 self.inner.unknown_key.notify_one();
             }
         })?;
@@ -353,10 +353,10 @@ impl Auth {
     /// Signs a token for `user` that lives `ttl_s` seconds; answers it with its end.
     ///
     /// # Errors
-    /// [`CannotSign`] where only a public key is configured.
-    pub fn issue(&self, user: &UserId, ttl_s: u64) -> Result<(String, Millis), CannotSign> {
-        let Keys::One(key) = &self.inner.keys else { return Err(CannotSign) };
-        let signing = key.signing.as_ref().ok_or(CannotSign)?;
+    /// [`SigningError`] where only a public key is configured.
+    pub fn issue(&self, user: &UserId, ttl_s: u64) -> Result<(String, Millis), SigningError> {
+        let Keys::One(key) = &self.inner.keys else { return Err(SigningError) };
+        let signing = key.signing.as_ref().ok_or(SigningError)?;
         let now = self.inner.clock.now();
         let exp = now.seconds() + ttl_s;
         let mut claims = serde_json::json!({"sub": user.as_str(), "iat": now.seconds(), "exp": exp});
@@ -366,8 +366,8 @@ impl Auth {
                 claims[name] = value.as_str().into();
             }
         }
-        let token =
-            jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, signing).map_err(|_| CannotSign)?;
+        let token = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, signing)
+            .map_err(|_| SigningError)?;
         Ok((token, Millis(exp * 1000)))
     }
 
@@ -467,18 +467,18 @@ fn is_for(claim: Option<&Value>, audience: &str) -> bool {
 
 impl tower::Service<VerifyRequest> for Auth {
     type Response = Identity;
-    type Error = PeerFault;
-    type Future = Ready<Result<Identity, PeerFault>>;
+    type Error = PeerError;
+    type Future = Ready<Result<Identity, PeerError>>;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), PeerFault>> {
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), PeerError>> {
         Poll::Ready(Ok(()))
     }
 
     /// Some microseconds of arithmetic: done at once.
     fn call(&mut self, request: VerifyRequest) -> Self::Future {
         ready(self.verify(&request.token).map_err(|fault| match fault {
-            TokenFault::NoKeys => PeerFault::Unavailable(fault.to_string()),
-            TokenFault::UnknownKey | TokenFault::Bad(_) => PeerFault::Unauthorized(fault.to_string()),
+            TokenError::NoKeys => PeerError::Unavailable(fault.to_string()),
+            TokenError::UnknownKey | TokenError::Bad(_) => PeerError::Unauthorized(fault.to_string()),
         }))
     }
 }

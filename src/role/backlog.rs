@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::wire::peer::Live;
+use crate::wire::peer::LiveMessage;
 
 /// Messages waiting in one queue: ten full batches, a fifth of a second at 50,000/s.
 pub(super) const BACKLOG_MESSAGES: usize = 10_000;
@@ -24,7 +24,7 @@ pub(super) struct Backlog {
 
 #[derive(Default)]
 struct Queue {
-    waiting: VecDeque<Live>,
+    waiting: VecDeque<LiveMessage>,
     bytes: usize,
     /// Something was dropped: whoever gets the next batch must be told.
     missed: bool,
@@ -36,7 +36,7 @@ struct Queue {
 
 impl Backlog {
     /// Puts `batch` into the queue; what has no room is dropped and marked. Answers how many were dropped.
-    pub(super) fn put(&self, batch: Vec<Live>) -> usize {
+    pub(super) fn put(&self, batch: Vec<LiveMessage>) -> usize {
         let mut queue = self.queue.lock();
         let mut dropped = 0;
         for live in batch {
@@ -73,7 +73,7 @@ impl Backlog {
 
     /// Waits for a batch, and whether something before it was dropped. What it took before has arrived then, or was given up.
     /// For one task only.
-    pub(super) async fn take(&self) -> (Vec<Live>, bool) {
+    pub(super) async fn take(&self) -> (Vec<LiveMessage>, bool) {
         self.queue.lock().busy = false;
         loop {
             if let Some(taken) = self.try_take() {
@@ -88,13 +88,13 @@ impl Backlog {
         self.queue.lock().is_idle()
     }
 
-    fn try_take(&self) -> Option<(Vec<Live>, bool)> {
+    fn try_take(&self) -> Option<(Vec<LiveMessage>, bool)> {
         let mut queue = self.queue.lock();
         if queue.ahead || (queue.waiting.is_empty() && !queue.missed) {
             return None;
         }
         let count = queue.waiting.len().min(BATCH);
-        let batch: Vec<Live> = queue.waiting.drain(..count).collect();
+        let batch: Vec<LiveMessage> = queue.waiting.drain(..count).collect();
         queue.bytes -= batch.iter().map(|live| live.message.payload.len()).sum::<usize>();
         if queue.waiting.is_empty() {
             queue.waiting.shrink_to(BATCH);

@@ -22,13 +22,13 @@ use super::DispatchService;
 use super::backlog::Backlog;
 use crate::backoff::around;
 use crate::clock::Clock;
-use crate::inbox::{Append, Appended, Change, Gathering, Inbox, InboxError, PageLimit, Profile, Upkeep};
+use crate::inbox::{Append, Appended, Change, GroupCommit, Inbox, InboxError, Janitor, PageLimit, Profile};
 use crate::membership::View;
 use crate::message::{Message, MessageId, NodeId, Recipients, Seq, UserId};
 use crate::telemetry::{Metrics, WAY};
 use crate::thread::Awaited;
-use crate::wire::http::{Publish, Published, Refusal, Stored};
-use crate::wire::peer::{DispatchRequest, DispatchResponse, Live, Presence, Revocation};
+use crate::wire::http::{Publish, PublishError, Published, Stored};
+use crate::wire::peer::{DispatchRequest, DispatchResponse, LiveMessage, Presence, Revocation};
 
 /// Appends waiting in one process (docs/design.md, section 11).
 pub const WAITING_APPENDS: usize = 10_000;
@@ -93,7 +93,7 @@ struct Inner {
     handing_on: Backlog,
     clock: Clock,
     waiting: Mutex<Waiting>,
-    gathering: Gathering,
+    gathering: GroupCommit,
     /// The writer waits for appends, or for enough of them.
     filled: Condvar,
     metrics: CollectMetrics,
@@ -118,7 +118,7 @@ struct Queued {
     bytes: usize,
 }
 
-type Outcome = Result<Stored, Refusal>;
+type Outcome = Result<Stored, PublishError>;
 type Answer = oneshot::Sender<Outcome>;
 
 /// What is known of a user, from the inbox and from the nodes.
@@ -164,13 +164,13 @@ impl Collect {
     pub async fn publish(&self, publish: Publish) -> Published {
         let now = self.inner.clock.now();
         // Only an id that can come again is worth a look: the sender's own, or one under which a rest is repeated.
-        let fenced = publish.id.is_some() || matches!(publish.to, Recipients::Users(_));
+        let deduplicated = publish.id.is_some() || matches!(publish.to, Recipients::Users(_));
         let id = publish.id.unwrap_or_else(new_id);
         let count = publish.to.users().len();
         // The last recipient takes the payload itself: to share it costs one more piece of memory.
         let mut payload = publish.payload;
         let bytes = payload.len();
-        let waiting: Vec<(UserId, Result<oneshot::Receiver<Outcome>, Refusal>)> = publish
+        let waiting: Vec<(UserId, Result<oneshot::Receiver<Outcome>, PublishError>)> = publish
             .to
             .users()
             .iter()
@@ -181,7 +181,7 @@ impl Collect {
                 let append = Append {
                     user: user.clone(),
                     id: id.clone(),
-                    fenced,
+                    deduplicated,
                     accepted_at: now,
                     expires_at: now.plus_seconds(publish.ttl_s),
                     payload,
@@ -199,10 +199,10 @@ impl Collect {
             self.count(&outcome);
             accepted.push((user, outcome));
         }
-        Published { id, repeatable: fenced, accepted }
+        Published { id, repeatable: deduplicated, accepted }
     }
 
-    fn enqueue(&self, append: Append, bytes: usize) -> Result<oneshot::Receiver<Outcome>, Refusal> {
+    fn enqueue(&self, append: Append, bytes: usize) -> Result<oneshot::Receiver<Outcome>, PublishError> {
         let mut waiting = self.inner.waiting.lock();
         if waiting.appends.len() >= WAITING_APPENDS || waiting.bytes + bytes > WAITING_BYTES {
             return Err(refusal(503, "too many messages wait to be stored; repeat after a moment"));
@@ -299,8 +299,8 @@ fn new_id() -> MessageId {
     MessageId::parse(text).unwrap_or_else(|_| unreachable!("a ULID is an id"))
 }
 
-fn refusal(status: u16, detail: impl Into<String>) -> Refusal {
-    Refusal { status, detail: detail.into() }
+fn refusal(status: u16, detail: impl Into<String>) -> PublishError {
+    PublishError { status, detail: detail.into() }
 }
 
 async fn wait_until(deadline: Instant, waiter: oneshot::Receiver<Outcome>) -> Outcome {
@@ -353,7 +353,7 @@ impl Inner {
     /// Waits for the next batch; None when there will be none. A write right after another one waits a moment for company: it
     /// costs the same for one as for many.
     fn next_batch(&self, last_began: Option<Instant>) -> Option<Vec<Queued>> {
-        let Gathering { every, enough } = self.gathering;
+        let GroupCommit { every, enough } = self.gathering;
         let mut waiting = self.waiting.lock();
         while !waiting.over {
             let left = last_began.map_or(Duration::ZERO, |began| every.saturating_sub(began.elapsed()));
@@ -404,7 +404,7 @@ fn answer(inner: &Inner, to: Vec<(UserId, Answer)>, outcomes: Vec<Result<Appende
             Ok(Appended::Stored(message)) => {
                 let seq = message.seq;
                 tracing::debug!(target: WAY, step = 5, %user, id = %message.id, %seq, "stored, and on the way to dispatch");
-                live.push(Live { user, message });
+                live.push(LiveMessage { user, message });
                 Ok(Stored { seq, duplicate: false })
             }
             Ok(Appended::Duplicate(seq)) => Ok(Stored { seq, duplicate: true }),
@@ -441,15 +441,15 @@ async fn hand_on(writer: EndsWriter) {
 }
 
 /// Removes what nobody can read any more, again and again, and looks after the store meanwhile.
-pub async fn run_upkeep(upkeep: Arc<dyn Upkeep>, every: Duration) {
+pub async fn run_upkeep(upkeep: Arc<dyn Janitor>, every: Duration) {
     tokio::join!(upkeep.watch(), clean(&*upkeep, every));
 }
 
-async fn clean(upkeep: &dyn Upkeep, every: Duration) {
+async fn clean(upkeep: &dyn Janitor, every: Duration) {
     loop {
         let rest = around(every, 0.2, &mut rand::rng());
         tokio::time::sleep(rest).await;
-        match upkeep.clean().await {
+        match upkeep.run_once().await {
             Ok(removed) if removed > 0 => tracing::debug!(removed, "expired messages were removed"),
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "expired messages could not be removed"),

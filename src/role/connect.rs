@@ -8,13 +8,13 @@ use tokio::sync::watch;
 use tower::ServiceExt;
 
 use super::VerifyService;
-use super::reach::Reach;
+use super::reach::PeerProbe;
 use crate::clock::Clock;
 use crate::membership::{Member, View};
 use crate::message::{DeviceId, NodeId, UserId};
 use crate::ticket::{TICKET_LIFE_MS, Ticket, TicketKey};
 use crate::wire::address::UrlTemplate;
-use crate::wire::peer::{Identity, PeerFault, VerifyRequest};
+use crate::wire::peer::{Identity, PeerError, VerifyRequest};
 
 /// The public URL of each node: by the template, or, in development, by each node's own address.
 #[derive(Debug, Clone)]
@@ -55,7 +55,7 @@ pub struct Place {
 
 /// Why no place was given.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ConnectFault {
+pub enum ConnectError {
     /// The token is not good.
     #[error("{0}")]
     Unauthorized(String),
@@ -64,11 +64,11 @@ pub enum ConnectFault {
     Unavailable(String),
 }
 
-impl From<PeerFault> for ConnectFault {
-    fn from(fault: PeerFault) -> Self {
+impl From<PeerError> for ConnectError {
+    fn from(fault: PeerError) -> Self {
         match fault {
-            PeerFault::Unauthorized(reason) => Self::Unauthorized(reason),
-            PeerFault::Unavailable(reason) => Self::Unavailable(reason),
+            PeerError::Unauthorized(reason) => Self::Unauthorized(reason),
+            PeerError::Unavailable(reason) => Self::Unavailable(reason),
         }
     }
 }
@@ -84,7 +84,7 @@ struct Inner {
     views: watch::Receiver<Arc<View>>,
     urls: PublicUrls,
     key: TicketKey,
-    reach: Reach,
+    reach: PeerProbe,
     clock: Clock,
     /// The last view from which nodes had to be left out: a crowd that comes from a dead node needs the same.
     reduced: Mutex<Option<Reduced>>,
@@ -108,7 +108,7 @@ impl Connect {
         views: watch::Receiver<Arc<View>>,
         urls: PublicUrls,
         key: TicketKey,
-        reach: Reach,
+        reach: PeerProbe,
         clock: Clock,
     ) -> Self {
         Self { inner: Arc::new(Inner { verify, views, urls, key, reach, clock, reduced: Mutex::new(None) }) }
@@ -117,18 +117,18 @@ impl Connect {
     /// Whose token this is.
     ///
     /// # Errors
-    /// [`ConnectFault`].
-    pub async fn verify(&self, token: &str) -> Result<Identity, ConnectFault> {
+    /// [`ConnectError`].
+    pub async fn verify(&self, token: &str) -> Result<Identity, ConnectError> {
         Ok(self.inner.verify.clone().oneshot(VerifyRequest { token: token.into() }).await?)
     }
 
     /// Names the node for a verified user, with a ticket that opens one socket there for `device`.
     ///
     /// # Errors
-    /// [`ConnectFault::Unavailable`].
-    pub async fn place(&self, identity: Identity, device: DeviceId) -> Result<Place, ConnectFault> {
+    /// [`ConnectError::Unavailable`].
+    pub async fn place(&self, identity: Identity, device: DeviceId) -> Result<Place, ConnectError> {
         let view = Arc::clone(&self.inner.views.borrow());
-        let nobody = || ConnectFault::Unavailable("no push node takes sockets now".to_owned());
+        let nobody = || ConnectError::Unavailable("no push node takes sockets now".to_owned());
         let named = self.first_that_answers(&view, &identity.user).await.ok_or_else(nobody)?;
         let base = self.inner.urls.of(&named.info.node).ok_or_else(nobody)?;
         // One that is not the owner must keep the client, or it would send it to the owner at once.

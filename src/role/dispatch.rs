@@ -19,15 +19,15 @@ use tokio::time::Instant;
 use tower::{Service, ServiceExt};
 
 use super::backlog::Backlog;
-use super::{Directory, PushService};
+use super::{PeerDirectory, PushService};
 use crate::fallback::Fallback;
 use crate::membership::{Membership, View};
 use crate::message::{NodeId, UserId};
 use crate::ring;
 use crate::telemetry::{Metrics, WAY};
 use crate::wire::peer::{
-    DispatchRequest, DispatchResponse, Live, PeerFault, Presence, PushRequest, PushResponse, Revocation,
-    Stamp,
+    DispatchRequest, DispatchResponse, LiveMessage, PeerError, Presence, PushRequest, PushResponse,
+    Revocation, ViewVersion,
 };
 
 /// How long the owners of an earlier view are still sent to: three leases (docs/design.md, section 7).
@@ -54,20 +54,20 @@ struct Inner {
     recent: Mutex<Recent>,
     membership: Arc<dyn Membership>,
     fallback: Arc<dyn Fallback>,
-    directory: Arc<dyn Directory>,
-    lanes: Mutex<HashMap<NodeId, Lane>>,
+    directory: Arc<dyn PeerDirectory>,
+    lanes: Mutex<HashMap<NodeId, PeerQueue>>,
     /// Whose users may be displaced: looked up beside the way of the messages, which never waits for it.
     lookups: Backlog,
     /// What a node took that has a newer view than this router.
     again: Backlog,
     /// The newest of those views that was heard of.
-    news: Mutex<Stamp>,
+    news: Mutex<ViewVersion>,
     metrics: Arc<DispatchMetrics>,
 }
 
 impl Inner {
     /// Somebody has a newer view: it is looked for, and this batch is routed again when it is here.
-    fn heard_of(&self, news: Stamp, batch: Vec<Live>) {
+    fn heard_of(&self, news: ViewVersion, batch: Vec<LiveMessage>) {
         *self.news.lock() = news;
         self.membership.refresh();
         self.again.put(batch);
@@ -160,10 +160,10 @@ impl Recent {
     }
 
     /// Sorts a batch by the nodes that it goes to; answers how many messages go nowhere.
-    fn sort(&self, batch: Vec<Live>) -> (Vec<(NodeId, Vec<Live>)>, u64) {
+    fn sort(&self, batch: Vec<LiveMessage>) -> (Vec<(NodeId, Vec<LiveMessage>)>, u64) {
         let members = &self.current.members;
-        let mut of_owners: Vec<Vec<Live>> = members.iter().map(|_| Vec::new()).collect();
-        let mut of_others: HashMap<NodeId, Vec<Live>> = HashMap::new();
+        let mut of_owners: Vec<Vec<LiveMessage>> = members.iter().map(|_| Vec::new()).collect();
+        let mut of_others: HashMap<NodeId, Vec<LiveMessage>> = HashMap::new();
         let mut unowned = 0;
         for live in batch {
             let key = ring::key(live.user.as_str());
@@ -182,21 +182,21 @@ impl Recent {
             }
         }
         let named = members.iter().map(|member| member.info.node.clone()).zip(of_owners);
-        (named.filter(|(_, lot)| !lot.is_empty()).chain(of_others).collect(), unowned)
+        (named.filter(|(_, batch)| !batch.is_empty()).chain(of_others).collect(), unowned)
     }
 }
 
-fn note_routed(live: &Live, node: &NodeId) {
+fn note_routed(live: &LiveMessage, node: &NodeId) {
     tracing::debug!(target: WAY, step = 6, user = %live.user, id = %live.message.id, seq = %live.message.seq, %node, "routed");
 }
 
 /// One node's queue and the task that empties it.
-struct Lane {
+struct PeerQueue {
     backlog: Arc<Backlog>,
     task: JoinHandle<()>,
 }
 
-impl Drop for Lane {
+impl Drop for PeerQueue {
     fn drop(&mut self) {
         self.task.abort();
     }
@@ -208,7 +208,7 @@ impl Dispatch {
     pub fn start(
         membership: Arc<dyn Membership>,
         fallback: Arc<dyn Fallback>,
-        directory: Arc<dyn Directory>,
+        directory: Arc<dyn PeerDirectory>,
         metrics: &Metrics,
         tasks: &mut JoinSet<()>,
     ) -> Self {
@@ -241,19 +241,19 @@ impl Dispatch {
         }
     }
 
-    fn deliver(&self, batch: Vec<Live>, missed: bool, stamp: &Stamp) {
-        let (view, lots, displaced, news) = {
+    fn deliver(&self, batch: Vec<LiveMessage>, missed: bool, stamp: &ViewVersion) {
+        let (view, batches, displaced, news) = {
             let mut recent = self.inner.recent.lock();
             self.refresh(&mut recent);
             let view = Arc::clone(&recent.current);
             // Sent on once more where users may be displaced, and where the sender has a newer view.
             let displaced = (!self.inner.fallback.hints().empty).then(|| batch.clone());
             let news = stamp.is_news_to(&view.stamp()).then(|| batch.clone());
-            let (lots, unowned) = recent.sort(batch);
+            let (batches, unowned) = recent.sort(batch);
             self.inner.metrics.unowned.inc_by(unowned);
-            (view, lots, displaced, news)
+            (view, batches, displaced, news)
         };
-        self.put_all(lots);
+        self.put_all(batches);
         if missed {
             view.members.iter().for_each(|member| self.lane(&member.info.node).mark_missed());
         }
@@ -265,26 +265,26 @@ impl Dispatch {
         }
     }
 
-    fn put_all(&self, lots: impl IntoIterator<Item = (NodeId, Vec<Live>)>) {
-        for (node, lot) in lots {
-            self.inner.metrics.routed.inc_by(lot.len() as u64);
+    fn put_all(&self, batches: impl IntoIterator<Item = (NodeId, Vec<LiveMessage>)>) {
+        for (node, batch) in batches {
+            self.inner.metrics.routed.inc_by(batch.len() as u64);
             let lane = self.lane(&node);
             if let Some(service) = self.inner.directory.here(&node)
                 && let Some(_ahead) = lane.go_ahead()
             {
-                self.deliver_here(&node, service, &lane, lot);
+                self.deliver_here(&node, service, &lane, batch);
             } else {
-                self.inner.metrics.dropped.inc_by(lane.put(lot) as u64);
+                self.inner.metrics.dropped.inc_by(lane.put(batch) as u64);
             }
         }
     }
 
     /// Delivers to a node of this process, on the caller's thread and past the lane.
-    fn deliver_here(&self, node: &NodeId, service: PushService, lane: &Backlog, lot: Vec<Live>) {
+    fn deliver_here(&self, node: &NodeId, service: PushService, lane: &Backlog, batch: Vec<LiveMessage>) {
         let stamp = self.inner.recent.lock().current.stamp();
-        let (request, lot) = deliver_request(lot, false, &stamp);
+        let (request, batch) = deliver_request(batch, false, &stamp);
         let answer = service.oneshot(request).now_or_never().unwrap_or_else(|| Err(silent(node)));
-        if !settle(&self.inner, node, &stamp, &lot, answer) {
+        if !settle(&self.inner, node, &stamp, &batch, answer) {
             lane.mark_missed();
         }
     }
@@ -301,7 +301,7 @@ impl Dispatch {
                 self.tell_all_of_a_miss();
             }
             let Ok(found) = found else { continue };
-            let mut by_node: HashMap<NodeId, Vec<Live>> = HashMap::new();
+            let mut by_node: HashMap<NodeId, Vec<LiveMessage>> = HashMap::new();
             for (live, mut nodes) in batch.into_iter().zip(found) {
                 if nodes.is_empty() {
                     continue;
@@ -341,7 +341,7 @@ impl Dispatch {
                 self.refresh(&mut recent);
                 Arc::clone(&recent.current)
             };
-            let mut by_node: HashMap<NodeId, Vec<Live>> = HashMap::new();
+            let mut by_node: HashMap<NodeId, Vec<LiveMessage>> = HashMap::new();
             for live in batch {
                 if let Some(owner) = view.owner(&live.user) {
                     by_node.entry(owner.info.node.clone()).or_default().push(live);
@@ -381,7 +381,7 @@ impl Dispatch {
         }
     }
 
-    async fn tell_gone(self, node: NodeId, stamp: Stamp) {
+    async fn tell_gone(self, node: NodeId, stamp: ViewVersion) {
         let until = Instant::now() + RECENT_VIEW_LIFE;
         while Instant::now() < until && self.inner.recent.lock().current.member(&node).is_none() {
             if self.ask(&node, PushRequest::Gone(stamp.clone())).await.is_ok() {
@@ -398,7 +398,7 @@ impl Dispatch {
             // The lane must not keep alive what keeps the lane.
             let inner = Arc::downgrade(&self.inner);
             let task = tokio::spawn(run_lane(node.clone(), Arc::clone(&backlog), inner));
-            Lane { backlog, task }
+            PeerQueue { backlog, task }
         });
         Arc::clone(&lane.backlog)
     }
@@ -436,7 +436,7 @@ impl Dispatch {
     }
 
     /// Tells every push node: a session may be anywhere.
-    async fn disconnect(&self, revocation: Revocation) -> Result<(), PeerFault> {
+    async fn disconnect(&self, revocation: Revocation) -> Result<(), PeerError> {
         let view = {
             let mut recent = self.inner.recent.lock();
             self.refresh(&mut recent);
@@ -449,7 +449,7 @@ impl Dispatch {
         join_all(asked).await.into_iter().try_for_each(|answer| answer.map(drop))
     }
 
-    async fn ask(&self, node: &NodeId, request: PushRequest) -> Result<PushResponse, PeerFault> {
+    async fn ask(&self, node: &NodeId, request: PushRequest) -> Result<PushResponse, PeerError> {
         call(self.inner.directory.find(node), node, request).await
     }
 }
@@ -458,17 +458,21 @@ async fn call(
     service: Option<PushService>,
     node: &NodeId,
     request: PushRequest,
-) -> Result<PushResponse, PeerFault> {
-    let service = service.ok_or_else(|| PeerFault::Unavailable(format!("{node} is not known here")))?;
+) -> Result<PushResponse, PeerError> {
+    let service = service.ok_or_else(|| PeerError::Unavailable(format!("{node} is not known here")))?;
     tokio::time::timeout(CALL_DEADLINE, service.oneshot(request)).await.unwrap_or_else(|_| Err(silent(node)))
 }
 
-fn silent(node: &NodeId) -> PeerFault {
-    PeerFault::Unavailable(format!("{node} did not answer in time"))
+fn silent(node: &NodeId) -> PeerError {
+    PeerError::Unavailable(format!("{node} did not answer in time"))
 }
 
-fn deliver_request(batch: Vec<Live>, sweep: bool, stamp: &Stamp) -> (PushRequest, Arc<[Live]>) {
-    let batch: Arc<[Live]> = batch.into();
+fn deliver_request(
+    batch: Vec<LiveMessage>,
+    sweep: bool,
+    stamp: &ViewVersion,
+) -> (PushRequest, Arc<[LiveMessage]>) {
+    let batch: Arc<[LiveMessage]> = batch.into();
     (PushRequest::Deliver { batch: Arc::clone(&batch), sweep, stamp: stamp.clone() }, batch)
 }
 
@@ -476,9 +480,9 @@ fn deliver_request(batch: Vec<Live>, sweep: bool, stamp: &Stamp) -> (PushRequest
 fn settle(
     dispatch: &Inner,
     node: &NodeId,
-    stamp: &Stamp,
-    batch: &[Live],
-    answer: Result<PushResponse, PeerFault>,
+    stamp: &ViewVersion,
+    batch: &[LiveMessage],
+    answer: Result<PushResponse, PeerError>,
 ) -> bool {
     match answer {
         Ok(PushResponse::Done(theirs)) if theirs.is_news_to(stamp) => {
@@ -514,10 +518,10 @@ async fn run_lane(node: NodeId, backlog: Arc<Backlog>, dispatch: Weak<Inner>) {
 
 impl Service<DispatchRequest> for Dispatch {
     type Response = DispatchResponse;
-    type Error = PeerFault;
-    type Future = BoxFuture<'static, Result<DispatchResponse, PeerFault>>;
+    type Error = PeerError;
+    type Future = BoxFuture<'static, Result<DispatchResponse, PeerError>>;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), PeerFault>> {
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), PeerError>> {
         Poll::Ready(Ok(()))
     }
 

@@ -24,7 +24,7 @@ struct Nodes {
     here: Mutex<bool>,
 }
 
-impl Directory for Nodes {
+impl PeerDirectory for Nodes {
     fn here(&self, node: &NodeId) -> Option<PushService> {
         if *self.here.lock() { self.find(node) } else { None }
     }
@@ -45,7 +45,7 @@ impl Directory for Nodes {
                     PushRequest::Gone(_) => drop(gone.send(node).await),
                     _ => {}
                 }
-                Ok(PushResponse::Done(Stamp::default()))
+                Ok(PushResponse::Done(ViewVersion::default()))
             }
         })))
     }
@@ -94,7 +94,7 @@ fn info(name: &str) -> NodeInfo {
     }
 }
 
-fn live(user: &str, seq: u64) -> Live {
+fn live(user: &str, seq: u64) -> LiveMessage {
     let message = Message {
         seq: Seq::at(seq),
         id: MessageId::parse("m").unwrap(),
@@ -102,11 +102,11 @@ fn live(user: &str, seq: u64) -> Live {
         expires_at: Millis(u64::MAX),
         payload: Bytes::from_static(b"1"),
     };
-    Live { user: UserId::parse(user).unwrap(), message: Arc::new(message) }
+    LiveMessage { user: UserId::parse(user).unwrap(), message: Arc::new(message) }
 }
 
 impl Bench {
-    async fn deliver(&mut self, batch: Vec<Live>) {
+    async fn deliver(&mut self, batch: Vec<LiveMessage>) {
         let stamp = self.membership.views().borrow().stamp();
         self.dispatch.call(DispatchRequest::Deliver { batch, missed: false, stamp }).await.unwrap();
     }
@@ -183,7 +183,7 @@ async fn a_node_that_missed_something_is_told_to_look_for_itself() {
 #[tokio::test(start_paused = true)]
 async fn a_full_lane_drops_the_hint_and_says_so() {
     let backlog = Backlog::default();
-    let many: Vec<Live> = (0..BACKLOG_MESSAGES as u64 + 5).map(|n| live("alice", n)).collect();
+    let many: Vec<LiveMessage> = (0..BACKLOG_MESSAGES as u64 + 5).map(|n| live("alice", n)).collect();
     assert_eq!(backlog.put(many), 5);
     let (first, sweep) = backlog.take().await;
     assert_eq!((first.len(), sweep), (BATCH, true));
@@ -253,7 +253,7 @@ async fn a_node_of_this_process_that_does_not_answer_at_once_is_told_to_look_for
 #[tokio::test(start_paused = true)]
 async fn a_sender_that_missed_something_makes_every_node_look() {
     let mut bench = bench(&["push-0", "push-1"]).await;
-    let stamp = Stamp::default();
+    let stamp = ViewVersion::default();
     bench.dispatch.call(DispatchRequest::Deliver { batch: Vec::new(), missed: true, stamp }).await.unwrap();
     let mut calls = [bench.next().await, bench.next().await];
     calls.sort();
@@ -264,7 +264,7 @@ async fn a_sender_that_missed_something_makes_every_node_look() {
 async fn a_batch_is_routed_again_when_somebody_has_a_newer_view() {
     let mut bench = bench(&["push-0", "push-1", "push-2", "push-4"]).await;
     let older = bench.membership.views().borrow().stamp();
-    let newer = Stamp { epoch: older.epoch + 1, digest: older.digest + 1, ..older };
+    let newer = ViewVersion { epoch: older.epoch + 1, digest: older.digest + 1, ..older };
     let tell = |bench: &mut Bench, seq: u64| {
         let batch = vec![live("alice", seq)];
         bench.dispatch.call(DispatchRequest::Deliver { batch, missed: false, stamp: newer.clone() })

@@ -16,18 +16,18 @@ use tower::util::BoxCloneSyncService;
 
 use crate::message::{Millis, NodeId};
 use crate::wire::peer::{
-    DispatchRequest, DispatchResponse, Identity, PeerFault, PushRequest, PushResponse, VerifyRequest,
+    DispatchRequest, DispatchResponse, Identity, PeerError, PushRequest, PushResponse, VerifyRequest,
 };
 
 /// How far ahead of this clock an `iat` may lie, in seconds. A token from further ahead would outlive the disconnects until then.
 pub const IAT_AHEAD_MAX_S: u64 = 60;
 
 /// Auth, as push and connect see it.
-pub type VerifyService = BoxCloneSyncService<VerifyRequest, Identity, PeerFault>;
+pub type VerifyService = BoxCloneSyncService<VerifyRequest, Identity, PeerError>;
 /// Dispatch, as collect sees it.
-pub type DispatchService = BoxCloneSyncService<DispatchRequest, DispatchResponse, PeerFault>;
+pub type DispatchService = BoxCloneSyncService<DispatchRequest, DispatchResponse, PeerError>;
 /// One push node, as dispatch sees it.
-pub type PushService = BoxCloneSyncService<PushRequest, PushResponse, PeerFault>;
+pub type PushService = BoxCloneSyncService<PushRequest, PushResponse, PeerError>;
 
 /// When a token was issued, as disconnects judge it: by a clock that is ahead, not before now. Zero where the token does not say.
 ///
@@ -42,7 +42,7 @@ fn issued_at_s(iat: Option<u64>, now: Millis) -> Result<u64, &'static str> {
 }
 
 /// Finds the service of a push node: the role itself in this process, its peer port elsewhere.
-pub trait Directory: Send + Sync + 'static {
+pub trait PeerDirectory: Send + Sync + 'static {
     /// The service of `node`, if it is known.
     fn find(&self, node: &NodeId) -> Option<PushService>;
 

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use tower::ServiceExt;
 
-use super::Directory;
+use super::PeerDirectory;
 use crate::message::NodeId;
 use crate::wire::peer::PushRequest;
 
@@ -19,12 +19,12 @@ const DIAL_DEADLINE: Duration = Duration::from_millis(800);
 
 /// See the room's comment. Cloned, it remembers the same.
 #[derive(Clone)]
-pub struct Reach {
+pub struct PeerProbe {
     inner: Arc<Inner>,
 }
 
 struct Inner {
-    directory: Arc<dyn Directory>,
+    directory: Arc<dyn PeerDirectory>,
     known: Mutex<HashMap<NodeId, Known>>,
 }
 
@@ -42,10 +42,10 @@ impl Known {
     }
 }
 
-impl Reach {
+impl PeerProbe {
     /// Asks the nodes that `directory` finds.
     #[must_use]
-    pub fn new(directory: Arc<dyn Directory>) -> Self {
+    pub fn new(directory: Arc<dyn PeerDirectory>) -> Self {
         Self { inner: Arc::new(Inner { directory, known: Mutex::default() }) }
     }
 

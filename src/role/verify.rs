@@ -23,7 +23,7 @@ use super::issued_at_s;
 use crate::clock::Clock;
 use crate::message::{Millis, UserId};
 use crate::telemetry::{Health, Metrics};
-use crate::wire::peer::{Identity, PeerFault, VerifyRequest};
+use crate::wire::peer::{Identity, PeerError, VerifyRequest};
 
 /// Bytes of identities remembered: of 100,000 tokens with claims of 500 bytes. Those that are not asked for go first.
 const CACHED_BYTES: u64 = 64 * 1024 * 1024;
@@ -131,7 +131,7 @@ impl RemoteAuth {
         Self { inner: Arc::new(inner) }
     }
 
-    async fn verify(self, token: Arc<str>) -> Result<Identity, PeerFault> {
+    async fn verify(self, token: Arc<str>) -> Result<Identity, PeerError> {
         let inner = &self.inner;
         let digest: [u8; 32] = Sha256::digest(token.as_bytes()).into();
         let now_s = inner.clock.now().seconds();
@@ -143,13 +143,13 @@ impl RemoteAuth {
         }
         let Ok(Ok(_turn)) = timeout(TURN_DEADLINE, inner.turns.acquire()).await else {
             // This says nothing of auth: no failure of it.
-            return Err(PeerFault::Unavailable("too many tokens wait to be verified".to_owned()));
+            return Err(PeerError::Unavailable("too many tokens wait to be verified".to_owned()));
         };
         if !inner.breaker.lock().allows(Instant::now()) {
-            return Err(PeerFault::Unavailable("auth did not answer a moment ago (auth.url)".to_owned()));
+            return Err(PeerError::Unavailable("auth did not answer a moment ago (auth.url)".to_owned()));
         }
         let body = Bytes::from(json!({ "token": &*token }).to_string());
-        let answer = inner.ask.clone().oneshot(body).map_err(PeerFault::Unavailable).await;
+        let answer = inner.ask.clone().oneshot(body).map_err(PeerError::Unavailable).await;
         let answer = answer.and_then(|(status, body)| read(status, &body, inner.clock.now()));
         inner.note(&answer);
         if let Ok(identity) = &answer {
@@ -161,9 +161,9 @@ impl RemoteAuth {
 
 impl Inner {
     /// Counts, and tells once when auth goes away and once when it is there, or there again.
-    fn note(&self, answer: &Result<Identity, PeerFault>) {
+    fn note(&self, answer: &Result<Identity, PeerError>) {
         let away = match answer {
-            Err(PeerFault::Unavailable(why)) => Some(why),
+            Err(PeerError::Unavailable(why)) => Some(why),
             _ => None,
         };
         self.breaker.lock().note(away.is_none(), Instant::now());
@@ -188,16 +188,16 @@ impl Inner {
     }
 }
 
-fn read(status: u16, body: &[u8], now: Millis) -> Result<Identity, PeerFault> {
+fn read(status: u16, body: &[u8], now: Millis) -> Result<Identity, PeerError> {
     let bad =
-        || PeerFault::Unavailable(format!("auth (auth.url) answered {status} and nothing that can be read"));
+        || PeerError::Unavailable(format!("auth (auth.url) answered {status} and nothing that can be read"));
     let answer = serde_json::from_slice::<Value>(body);
     // Whatever it says besides: a refusal needs no body, and a proxy's has one of its own.
     // 413: a token too large to be looked at is at fault itself. Any other answer is of something that is not auth.
     if matches!(status, 401 | 413) {
         let answer = answer.unwrap_or_default();
         let why = answer["detail"].as_str().unwrap_or("the token is not good");
-        return Err(PeerFault::Unauthorized(why.to_owned()));
+        return Err(PeerError::Unauthorized(why.to_owned()));
     }
     let answer = answer.map_err(|_| bad())?;
     match status {
@@ -206,7 +206,7 @@ fn read(status: u16, body: &[u8], now: Millis) -> Result<Identity, PeerFault> {
             let user = answer["user"].as_str().and_then(|user| UserId::parse(user).ok()).ok_or_else(bad)?;
             let seconds = |name: &str| claims[name].as_f64().map(|seconds| seconds.max(0.0) as u64);
             let expires_at = answer["expires_at"].as_str().and_then(Millis::parse_rfc3339);
-            let refused = |why: &str| PeerFault::Unauthorized(why.to_owned());
+            let refused = |why: &str| PeerError::Unauthorized(why.to_owned());
             Ok(Identity {
                 user,
                 issued_at_s: issued_at_s(seconds("iat"), now).map_err(refused)?,
@@ -220,10 +220,10 @@ fn read(status: u16, body: &[u8], now: Millis) -> Result<Identity, PeerFault> {
 
 impl tower::Service<VerifyRequest> for RemoteAuth {
     type Response = Identity;
-    type Error = PeerFault;
-    type Future = BoxFuture<'static, Result<Identity, PeerFault>>;
+    type Error = PeerError;
+    type Future = BoxFuture<'static, Result<Identity, PeerError>>;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), PeerFault>> {
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), PeerError>> {
         Poll::Ready(Ok(()))
     }
 
@@ -287,7 +287,7 @@ mod tests {
     }
 
     impl Bench {
-        async fn verify(&self, token: &str) -> Result<Identity, PeerFault> {
+        async fn verify(&self, token: &str) -> Result<Identity, PeerError> {
             self.remote.clone().verify(token.into()).await
         }
     }
@@ -301,7 +301,7 @@ mod tests {
         assert_eq!(bench.verify("alice").await.unwrap(), identity);
         assert_eq!(bench.asked.load(Ordering::Relaxed), 1);
         bench.clock.advance(1_000_000);
-        assert!(matches!(bench.verify("alice").await, Err(PeerFault::Unavailable(_))));
+        assert!(matches!(bench.verify("alice").await, Err(PeerError::Unavailable(_))));
     }
 
     #[tokio::test(start_paused = true)]
@@ -309,24 +309,24 @@ mod tests {
         let bench = bench();
         for token in ["html", "empty", "bad", "early"].repeat(10) {
             let refused = bench.verify(token).await;
-            assert!(matches!(refused, Err(PeerFault::Unauthorized(_))), "{token}: {refused:?}");
+            assert!(matches!(refused, Err(PeerError::Unauthorized(_))), "{token}: {refused:?}");
         }
         assert!(bench.verify("alice").await.is_ok(), "good ones are not shut out");
-        assert!(bench.health.report().1["auth"].holds);
+        assert!(bench.health.report().1["auth"].ok);
     }
 
     #[tokio::test(start_paused = true)]
     async fn that_auth_is_away_is_told_and_counted() {
         let bench = bench();
-        assert!(bench.health.report().1["auth"].holds, "not asked yet");
+        assert!(bench.health.report().1["auth"].ok, "not asked yet");
         bench.down.store(true, Ordering::Relaxed);
         assert!(bench.verify("alice").await.is_err());
         let (ready, conditions) = bench.health.report();
-        assert!(ready && !conditions["auth"].holds && conditions["auth"].word.contains("auth.url"));
+        assert!(ready && !conditions["auth"].ok && conditions["auth"].detail.contains("auth.url"));
         assert!(bench.metrics.expose().1.contains("ringpush_auth_unavailable_total 1"));
         bench.down.store(false, Ordering::Relaxed);
         assert!(bench.verify("alice").await.is_ok());
-        assert!(bench.health.report().1["auth"].holds);
+        assert!(bench.health.report().1["auth"].ok);
     }
 
     #[tokio::test(start_paused = true)]
@@ -356,7 +356,7 @@ mod tests {
         let bench = bench();
         bench.down.store(true, Ordering::Relaxed);
         for n in 0..100 {
-            assert!(matches!(bench.verify(&format!("user-{n}")).await, Err(PeerFault::Unavailable(_))));
+            assert!(matches!(bench.verify(&format!("user-{n}")).await, Err(PeerError::Unavailable(_))));
         }
         assert_eq!(bench.asked.load(Ordering::Relaxed), FAILURES);
         bench.down.store(false, Ordering::Relaxed);
@@ -371,7 +371,7 @@ mod tests {
         let identity = bench.verify("bare").await.unwrap();
         assert_eq!((identity.issued_at_s, identity.expires_at_s), (0, 3600));
         for _ in 0..FAILURES * 2 {
-            assert_eq!(bench.verify("huge").await, Err(PeerFault::Unauthorized("too large".to_owned())));
+            assert_eq!(bench.verify("huge").await, Err(PeerError::Unauthorized("too large".to_owned())));
         }
         assert!(bench.verify("alice").await.is_ok());
     }
@@ -397,18 +397,18 @@ mod tests {
         let asking = (0..2_000).map(|n| remote.clone().verify(format!("random-{n}").into()));
         let answers = futures_util::future::join_all(asking).await;
         assert_eq!(most.load(Ordering::Relaxed), QUESTIONS as u32);
-        let waited = |one: &&Result<_, _>| matches!(one, Err(PeerFault::Unavailable(_)));
+        let waited = |one: &&Result<_, _>| matches!(one, Err(PeerError::Unavailable(_)));
         // Those of four times 0.9 s were asked about; the others hear that they may come again, and auth is not taken for dead.
         assert_eq!(answers.iter().filter(waited).count(), 2_000 - 4 * QUESTIONS);
-        assert!(health.report().1["auth"].holds);
-        assert!(matches!(remote.verify("next".into()).await, Err(PeerFault::Unauthorized(_))));
+        assert!(health.report().1["auth"].ok);
+        assert!(matches!(remote.verify("next".into()).await, Err(PeerError::Unauthorized(_))));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_bad_token_is_an_answer_and_is_not_remembered() {
         let bench = bench();
         for _ in 0..FAILURES * 2 {
-            assert_eq!(bench.verify("bad").await, Err(PeerFault::Unauthorized("expired".to_owned())));
+            assert_eq!(bench.verify("bad").await, Err(PeerError::Unauthorized("expired".to_owned())));
         }
         assert_eq!(bench.asked.load(Ordering::Relaxed), FAILURES * 2);
     }

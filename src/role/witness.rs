@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout};
 use crate::membership::{Member, Reached, View};
 use crate::message::NodeId;
 use crate::telemetry::{Gauge, Health};
-use crate::wire::peer::PeerFault;
+use crate::wire::peer::PeerError;
 
 /// Between two calls of a node that was not reached.
 const EVERY: Duration = Duration::from_secs(1);
@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const AT_ONCE: usize = 32;
 
 /// Calls a node at the address that it gives.
-pub type Ping = Arc<dyn Fn(&Member) -> BoxFuture<'static, Result<(), PeerFault>> + Send + Sync>;
+pub type Ping = Arc<dyn Fn(&Member) -> BoxFuture<'static, Result<(), PeerError>> + Send + Sync>;
 
 /// A node of this process: its name, its address as others have it, and whether a call has reached it there.
 pub type OwnNode = (NodeId, Arc<str>, Reached);

@@ -80,7 +80,7 @@ pub(super) async fn on_thread(
     // Also where nobody waits for this any more.
     let closing = Closing { bell: Arc::clone(&bell), stop: stop.child_token() };
     let (ended, mut end) = oneshot::channel::<()>();
-    let door = Door { listener, bell, stop: closing.stop.clone(), runtime: Handle::current() };
+    let door = Acceptor { listener, bell, stop: closing.stop.clone(), runtime: Handle::current() };
     std::thread::Builder::new().name("accept".to_owned()).spawn(move || {
         door.keep(begin);
         drop(ended);
@@ -108,7 +108,7 @@ impl Drop for Closing {
     }
 }
 
-struct Door {
+struct Acceptor {
     listener: TcpListener,
     /// Rings when `stop` is there.
     bell: Arc<OwnedFd>,
@@ -116,7 +116,7 @@ struct Door {
     runtime: Handle,
 }
 
-impl Door {
+impl Acceptor {
     fn keep(self, begin: impl Fn(TcpStream) -> Life) {
         // Timers and connections that are made here belong to the runtime.
         let _runtime = self.runtime.enter();

@@ -4,7 +4,7 @@
 //! held for ever. A connection must show its first whole request head within [`HttpLimits::first_request`].
 //!
 //! A connection whose first request asks for a WebSocket never sees hyper: it has nothing more to say in HTTP, and hyper's
-//! machinery for what might come is a quarter of what such a socket would cost. See [`Sockets`].
+//! machinery for what might come is a quarter of what such a socket would cost. See [`UpgradeHandler`].
 
 use std::convert::Infallible;
 use std::io;
@@ -35,7 +35,7 @@ use tower::{Service, ServiceExt};
 
 use super::accept;
 use super::held::Held;
-use super::line::Line;
+use super::lazy_stream::LazyTcpStream;
 use super::websocket::request_head;
 
 /// Connections that the kernel may hold for us while we are busy: a tenth of a second of 40,000/s.
@@ -139,22 +139,26 @@ impl<B> AnswerBody for B where
 }
 
 /// A socket's whole life.
-pub type Taken = BoxFuture<'static, ()>;
+pub type ConnectionFuture = BoxFuture<'static, ()>;
 
 /// Takes the connections whose first request asks for a WebSocket.
-pub trait Sockets<B>: Send + Sync {
+pub trait UpgradeHandler<B>: Send + Sync {
     /// Whether a request for this path, which has no body, is one to take.
     fn is_for(&self, path: &str) -> bool;
 
     /// Decides about it: what is to be run to the socket's end, or the connection again with what to answer.
-    fn take(&self, request: Request<()>, line: Line) -> BoxFuture<'_, Result<Taken, (Line, Response<B>)>>;
+    fn take(
+        &self,
+        request: Request<()>,
+        line: LazyTcpStream,
+    ) -> BoxFuture<'_, Result<ConnectionFuture, (LazyTcpStream, Response<B>)>>;
 }
 
 /// What serves a listener's connections.
 struct Server<S, B> {
     http: auto::Builder<TokioExecutor>,
     service: S,
-    sockets: Option<Arc<dyn Sockets<B>>>,
+    sockets: Option<Arc<dyn UpgradeHandler<B>>>,
     limits: HttpLimits,
     stop: CancellationToken,
 }
@@ -164,7 +168,7 @@ struct Server<S, B> {
 pub async fn serve<S, B>(
     Listener(listener): Listener,
     service: S,
-    sockets: Option<Arc<dyn Sockets<B>>>,
+    sockets: Option<Arc<dyn UpgradeHandler<B>>>,
     limits: HttpLimits,
     stop: CancellationToken,
 ) where
@@ -237,7 +241,7 @@ where
     B: AnswerBody,
 {
     let mut until = Instant::now() + server.limits.first_request;
-    let mut line = Line::new(stream, Vec::new());
+    let mut line = LazyTcpStream::new(stream, Vec::new());
     let (line, answer) = match &server.sockets {
         None => (line, None),
         Some(sockets) => {
@@ -284,7 +288,7 @@ struct First {
 }
 
 /// Reads until it is clear whether the first request asks for a WebSocket.
-async fn first_head<B>(line: &mut Line, sockets: &dyn Sockets<B>) -> io::Result<First> {
+async fn first_head<B>(line: &mut LazyTcpStream, sockets: &dyn UpgradeHandler<B>) -> io::Result<First> {
     let mut read = Vec::new();
     loop {
         let before = read.len();
@@ -318,8 +322,12 @@ fn has_no_body(request: &Request<()>) -> bool {
 }
 
 /// A connection as HTTP. If there is an `answer` already, the first request gets it; that one must come whole until `until`.
-async fn serve_http<S, B>(server: Arc<Server<S, B>>, line: Line, answer: Option<Response<B>>, until: Instant)
-where
+async fn serve_http<S, B>(
+    server: Arc<Server<S, B>>,
+    line: LazyTcpStream,
+    answer: Option<Response<B>>,
+    until: Instant,
+) where
     S: Answers<B>,
     B: AnswerBody,
 {
@@ -362,7 +370,7 @@ fn note(ended: Result<(), Box<dyn std::error::Error + Send + Sync>>) {
 
 /// Why a body was not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BodyFault {
+pub enum BodyError {
     /// Over the limit.
     TooLarge,
     /// Slower than the deadline, or cut off.
@@ -378,23 +386,23 @@ impl<B> RequestBody for B where B: Body<Data = Bytes, Error: Into<Box<dyn std::e
 /// Reads a whole body of at most `limit` bytes within `deadline`; `held` has what was read for as long as it lives.
 ///
 /// # Errors
-/// [`BodyFault`].
+/// [`BodyError`].
 pub async fn read_body<B: RequestBody>(
     body: B,
     limit: usize,
     deadline: Duration,
     held: &mut Held,
-) -> Result<Bytes, BodyFault> {
+) -> Result<Bytes, BodyError> {
     let reading = async {
         let mut body = pin!(Limited::new(body, limit));
         let (mut first, mut all) = (Bytes::new(), BytesMut::new());
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| match error.is::<http_body_util::LengthLimitError>() {
-                true => BodyFault::TooLarge,
-                false => BodyFault::Incomplete,
+                true => BodyError::TooLarge,
+                false => BodyError::Incomplete,
             })?;
             let Ok(data) = frame.into_data() else { continue };
-            held.add(data.len()).map_err(|_| BodyFault::Spent)?;
+            held.add(data.len()).map_err(|_| BodyError::Spent)?;
             // Nearly all come in one piece, which is then not copied.
             match (first.is_empty(), all.is_empty()) {
                 (true, true) => first = data,
@@ -407,7 +415,7 @@ pub async fn read_body<B: RequestBody>(
         }
         Ok(if all.is_empty() { first } else { all.freeze() })
     };
-    tokio::time::timeout(deadline, reading).await.unwrap_or(Err(BodyFault::Incomplete))
+    tokio::time::timeout(deadline, reading).await.unwrap_or(Err(BodyError::Incomplete))
 }
 
 /// An HTTP client: pooled connections, TLS where the URL says so.
@@ -506,7 +514,7 @@ mod tests {
     /// Refuses every socket, and takes longer for it than a request may take to come.
     struct Slow(Duration);
 
-    impl Sockets<Full<Bytes>> for Slow {
+    impl UpgradeHandler<Full<Bytes>> for Slow {
         fn is_for(&self, _: &str) -> bool {
             true
         }
@@ -514,8 +522,8 @@ mod tests {
         fn take(
             &self,
             _: Request<()>,
-            line: Line,
-        ) -> BoxFuture<'_, Result<Taken, (Line, Response<Full<Bytes>>)>> {
+            line: LazyTcpStream,
+        ) -> BoxFuture<'_, Result<ConnectionFuture, (LazyTcpStream, Response<Full<Bytes>>)>> {
             let answer = Response::builder().status(503).body(Full::default()).unwrap();
             Box::pin(async move {
                 tokio::time::sleep(self.0).await;
@@ -529,7 +537,7 @@ mod tests {
         let limits = HttpLimits { first_request: Duration::from_millis(200), ..HttpLimits::default() };
         let listener = bind(([127, 0, 0, 1], 0).into(), &limits).unwrap();
         let (at, stop) = (listener.local_addr().unwrap(), CancellationToken::new());
-        let sockets: Arc<dyn Sockets<Full<Bytes>>> = Arc::new(Slow(limits.first_request * 2));
+        let sockets: Arc<dyn UpgradeHandler<Full<Bytes>>> = Arc::new(Slow(limits.first_request * 2));
         let none = tower::service_fn(|_| ready(Ok(Response::new(Full::default()))));
         let serving = tokio::spawn(serve(listener, none, Some(sockets), limits, stop.clone()));
         let ask = || async {

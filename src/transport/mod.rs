@@ -3,7 +3,7 @@
 mod accept;
 pub mod held;
 pub mod http;
-pub mod line;
+pub mod lazy_stream;
 pub mod peer;
 pub mod redis;
 pub mod request;

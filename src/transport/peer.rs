@@ -18,10 +18,10 @@ use tower::util::BoxCloneSyncService;
 
 use super::http::Answers;
 use crate::wire::peer::{
-    DispatchRequest, DispatchResponse, Live, PeerFault, Presence, PushRequest, PushResponse, Revocation,
-    Stamp,
+    DispatchRequest, DispatchResponse, LiveMessage, PeerError, Presence, PushRequest, PushResponse,
+    Revocation, ViewVersion,
 };
-use crate::wire::proto::{ProtoFault, batch_of, node_of, peer as message, user_of};
+use crate::wire::proto::{ProtoError, batch_of, node_of, peer as message, user_of};
 
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
 mod calls {
@@ -56,7 +56,7 @@ pub type Sign = Arc<dyn Fn(&str) -> String + Send + Sync>;
 /// What is wrong with it, for the caller.
 pub type Verify = Arc<dyn Fn(&str, &str) -> Result<(), String> + Send + Sync>;
 /// A role, wherever it is.
-pub type Service<Req, Res> = BoxCloneSyncService<Req, Res, PeerFault>;
+pub type Service<Req, Res> = BoxCloneSyncService<Req, Res, PeerError>;
 /// Finds the push node that is meant.
 pub type FindPush = Arc<dyn Fn(&str) -> Option<Service<PushRequest, PushResponse>> + Send + Sync>;
 
@@ -84,8 +84,8 @@ impl Interceptor for Signed {
 
 type Link = InterceptedService<Channel, Signed>;
 
-fn link(address: &str, node: Option<&str>, sign: Sign) -> Result<Link, PeerFault> {
-    let bad = || PeerFault::Unavailable(format!("{address:?} is no address of a peer (peer.advertise)"));
+fn link(address: &str, node: Option<&str>, sign: Sign) -> Result<Link, PeerError> {
+    let bad = || PeerError::Unavailable(format!("{address:?} is no address of a peer (peer.advertise)"));
     let node = node.map(|node| node.parse().map_err(|_| bad())).transpose()?;
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
         .map_err(|_| bad())?
@@ -97,8 +97,8 @@ fn link(address: &str, node: Option<&str>, sign: Sign) -> Result<Link, PeerFault
     Ok(InterceptedService::new(endpoint.connect_lazy(), Signed { sign, node }))
 }
 
-fn unavailable(status: Status) -> PeerFault {
-    PeerFault::Unavailable(format!("{}: {}", status.code(), status.message()))
+fn unavailable(status: Status) -> PeerError {
+    PeerError::Unavailable(format!("{}: {}", status.code(), status.message()))
 }
 
 fn in_time<T>(message: T) -> Request<T> {
@@ -107,13 +107,13 @@ fn in_time<T>(message: T) -> Request<T> {
     request
 }
 
-fn stamp_of(taken: Response<message::Taken>) -> Stamp {
+fn stamp_of(taken: Response<message::Taken>) -> ViewVersion {
     taken.into_inner().stamp.into()
 }
 
-fn presences(sessions: Vec<message::Session>) -> Result<Vec<Presence>, PeerFault> {
-    let read: Result<Vec<Presence>, ProtoFault> = sessions.into_iter().map(Presence::try_from).collect();
-    read.map_err(|fault| PeerFault::Unavailable(fault.to_string()))
+fn presences(sessions: Vec<message::Session>) -> Result<Vec<Presence>, PeerError> {
+    let read: Result<Vec<Presence>, ProtoError> = sessions.into_iter().map(Presence::try_from).collect();
+    read.map_err(|fault| PeerError::Unavailable(fault.to_string()))
 }
 
 /// One push node elsewhere. Cloned, it is the same connection and the same stream.
@@ -134,7 +134,7 @@ impl RemotePush {
     ///
     /// # Errors
     /// That it is no address.
-    pub fn new(address: &str, node: &str, sign: Sign) -> Result<Self, PeerFault> {
+    pub fn new(address: &str, node: &str, sign: Sign) -> Result<Self, PeerError> {
         let client = PushClient::new(link(address, Some(node), sign)?)
             .max_decoding_message_size(MESSAGE_MAX)
             .max_encoding_message_size(MESSAGE_MAX);
@@ -150,7 +150,7 @@ impl RemotePush {
         }))
     }
 
-    async fn call(mut self, request: PushRequest) -> Result<PushResponse, PeerFault> {
+    async fn call(mut self, request: PushRequest) -> Result<PushResponse, PeerError> {
         match request {
             PushRequest::Deliver { batch, sweep, stamp } => {
                 let messages = batch.iter().map(message::Live::from).collect();
@@ -176,7 +176,7 @@ impl RemotePush {
         }
     }
 
-    async fn deliver(&mut self, batch: message::PushBatch) -> Result<PushResponse, PeerFault> {
+    async fn deliver(&mut self, batch: message::PushBatch) -> Result<PushResponse, PeerError> {
         let kept = Arc::clone(&self.feed);
         let mut kept = kept.lock().await;
         // Taken out until it is answered: a call that is given up must not leave its answer to the next one.
@@ -184,14 +184,14 @@ impl RemotePush {
             Some(feed) => feed,
             None => self.open().await?,
         };
-        let ended = || PeerFault::Unavailable("the stream ended".to_owned());
+        let ended = || PeerError::Unavailable("the stream ended".to_owned());
         feed.batches.send(batch).await.map_err(|_| ended())?;
         let taken = feed.answers.message().await.map_err(unavailable)?.ok_or_else(ended)?;
         *kept = Some(feed);
         Ok(PushResponse::Done(taken.stamp.into()))
     }
 
-    async fn open(&mut self) -> Result<Feed, PeerFault> {
+    async fn open(&mut self) -> Result<Feed, PeerError> {
         let (batches, sent) = mpsc::channel(IN_FLIGHT);
         let answers = self.client.feed(Received(sent)).await.map_err(unavailable)?.into_inner();
         Ok(Feed { batches, answers })
@@ -219,7 +219,7 @@ impl RemoteDispatch {
     ///
     /// # Errors
     /// That it is no address.
-    pub fn new(address: &str, sign: Sign) -> Result<Self, PeerFault> {
+    pub fn new(address: &str, sign: Sign) -> Result<Self, PeerError> {
         let client = DispatchClient::new(link(address, None, sign)?)
             .max_decoding_message_size(MESSAGE_MAX)
             .max_encoding_message_size(MESSAGE_MAX);
@@ -230,7 +230,7 @@ impl RemoteDispatch {
     ///
     /// # Errors
     /// That it cannot be reached, or cannot do it now.
-    pub async fn call(mut self, request: DispatchRequest) -> Result<DispatchResponse, PeerFault> {
+    pub async fn call(mut self, request: DispatchRequest) -> Result<DispatchResponse, PeerError> {
         match request {
             DispatchRequest::Deliver { batch, missed, stamp } => {
                 let messages = batch.iter().map(message::Live::from).collect();
@@ -242,7 +242,7 @@ impl RemoteDispatch {
                 let asked = in_time(message::User { user: user.as_str().to_owned() });
                 let found = self.client.lookup(asked).await.map_err(unavailable)?.into_inner();
                 let owner = found.owner.map(|name| node_of(&name)).transpose();
-                let owner = owner.map_err(|fault| PeerFault::Unavailable(fault.to_string()))?;
+                let owner = owner.map_err(|fault| PeerError::Unavailable(fault.to_string()))?;
                 Ok(DispatchResponse::Found { owner, sessions: presences(found.sessions)? })
             }
             DispatchRequest::Disconnect(revocation) => {
@@ -287,14 +287,14 @@ pub fn routes(
     })
 }
 
-fn status(fault: PeerFault) -> Status {
+fn status(fault: PeerError) -> Status {
     match fault {
-        PeerFault::Unavailable(why) => Status::unavailable(why),
-        PeerFault::Unauthorized(why) => Status::unauthenticated(why),
+        PeerError::Unavailable(why) => Status::unavailable(why),
+        PeerError::Unauthorized(why) => Status::unauthenticated(why),
     }
 }
 
-fn invalid(fault: ProtoFault) -> Status {
+fn invalid(fault: ProtoError) -> Status {
     Status::invalid_argument(fault.to_string())
 }
 
@@ -380,7 +380,7 @@ impl Push for PushPeer {
             let role = role.clone();
             async move {
                 let message::PushBatch { messages, sweep, stamp } = batch?;
-                let batch: Vec<Live> = batch_of(messages).map_err(invalid)?;
+                let batch: Vec<LiveMessage> = batch_of(messages).map_err(invalid)?;
                 taken(role, PushRequest::Deliver { batch: batch.into(), sweep, stamp: stamp.into() }).await
             }
         });

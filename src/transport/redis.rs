@@ -27,7 +27,7 @@ const SUBSCRIBE_REST: Duration = Duration::from_secs(2);
 
 /// Why Redis did not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum RedisFault {
+pub enum RedisError {
     /// It cannot be reached, or did not answer in time.
     #[error("Redis cannot be reached: {0}")]
     Unreachable(String),
@@ -136,16 +136,16 @@ impl RedisLink {
     ///
     /// # Errors
     /// What cannot be made of the URL, in words.
-    pub fn new(url: &RedisUrl) -> Result<Self, RedisFault> {
-        let source = source(url).map_err(|error| RedisFault::Refused(error.to_string()))?;
+    pub fn new(url: &RedisUrl) -> Result<Self, RedisError> {
+        let source = source(url).map_err(|error| RedisError::Refused(error.to_string()))?;
         Ok(Self { inner: Arc::new(Inner { source, connection: Mutex::new(None) }) })
     }
 
     /// Runs a script.
     ///
     /// # Errors
-    /// [`RedisFault`]; whether the script ran is then not known.
-    pub async fn run(&self, script: &Script, keys: &[&str], args: &[&[u8]]) -> Result<Reply, RedisFault> {
+    /// [`RedisError`]; whether the script ran is then not known.
+    pub async fn run(&self, script: &Script, keys: &[&str], args: &[&[u8]]) -> Result<Reply, RedisError> {
         let mut call = script.0.prepare_invoke();
         for key in keys {
             call.key(*key);
@@ -163,8 +163,8 @@ impl RedisLink {
     /// Sends commands together, of one hash slot; each with its words. Answers theirs in order.
     ///
     /// # Errors
-    /// [`RedisFault`].
-    pub async fn send(&self, commands: Vec<Vec<Vec<u8>>>) -> Result<Vec<Reply>, RedisFault> {
+    /// [`RedisError`].
+    pub async fn send(&self, commands: Vec<Vec<Vec<u8>>>) -> Result<Vec<Reply>, RedisError> {
         let mut pipeline = redis::pipe();
         for words in &commands {
             let mut words = words.iter();
@@ -190,7 +190,7 @@ impl RedisLink {
     async fn exchange(
         &self,
         act: impl AsyncFnOnce(Connection) -> redis::RedisResult<Value>,
-    ) -> Result<Reply, RedisFault> {
+    ) -> Result<Reply, RedisError> {
         let whole = async {
             let connection = self.connection().await?;
             act(connection).await.map(Reply::of).map_err(|error| self.fault(&error))
@@ -202,19 +202,19 @@ impl RedisLink {
         match tokio::time::timeout(deadline, whole).await {
             Ok(Ok(reply)) => Ok(reply),
             Ok(Err(fault)) => {
-                if matches!(fault, RedisFault::Unreachable(_)) {
+                if matches!(fault, RedisError::Unreachable(_)) {
                     self.drop_connection();
                 }
                 Err(fault)
             }
             Err(_) => {
                 self.drop_connection();
-                Err(RedisFault::Unreachable("no answer in time".to_owned()))
+                Err(RedisError::Unreachable("no answer in time".to_owned()))
             }
         }
     }
 
-    fn fault(&self, error: &redis::RedisError) -> RedisFault {
+    fn fault(&self, error: &redis::RedisError) -> RedisError {
         let broken = error.is_io_error()
             || error.is_timeout()
             || error.is_connection_dropped()
@@ -223,10 +223,10 @@ impl RedisLink {
         let elsewhere =
             error.code().is_some_and(|code| matches!(code, "READONLY" | "LOADING" | "MASTERDOWN"));
         match error.code() {
-            Some("NOAUTH" | "WRONGPASS" | "NOPERM") => RedisFault::Refused(error.to_string()),
-            Some("OOM" | "MISCONF" | "NOREPLICAS" | "BUSY") => RedisFault::ForNow(error.to_string()),
-            _ if broken || elsewhere => RedisFault::Unreachable(error.to_string()),
-            _ => RedisFault::Refused(error.to_string()),
+            Some("NOAUTH" | "WRONGPASS" | "NOPERM") => RedisError::Refused(error.to_string()),
+            Some("OOM" | "MISCONF" | "NOREPLICAS" | "BUSY") => RedisError::ForNow(error.to_string()),
+            _ if broken || elsewhere => RedisError::Unreachable(error.to_string()),
+            _ => RedisError::Refused(error.to_string()),
         }
     }
 
@@ -237,7 +237,7 @@ impl RedisLink {
         }
     }
 
-    async fn connection(&self) -> Result<Connection, RedisFault> {
+    async fn connection(&self) -> Result<Connection, RedisError> {
         let mut kept = self.inner.connection.lock().await;
         if let Some(connection) = &*kept {
             return Ok(connection.clone());
@@ -256,10 +256,10 @@ impl RedisLink {
             Source::Cluster(client) => client.get_async_connection().await.map(Connection::Cluster),
         };
         let made = made.map_err(|error| match error.code() {
-            Some("NOAUTH" | "WRONGPASS" | "NOPERM") => RedisFault::Refused(error.to_string()),
+            Some("NOAUTH" | "WRONGPASS" | "NOPERM") => RedisError::Refused(error.to_string()),
             // The server's reason stands behind the library's for a failed AUTH.
-            _ if error.to_string().contains("assword") => RedisFault::Refused(error.to_string()),
-            _ => RedisFault::Unreachable(error.to_string()),
+            _ if error.to_string().contains("assword") => RedisError::Refused(error.to_string()),
+            _ => RedisError::Unreachable(error.to_string()),
         })?;
         *kept = Some(made.clone());
         Ok(made)

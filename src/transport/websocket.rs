@@ -32,10 +32,10 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig
 use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
-use super::line::Line;
+use super::lazy_stream::LazyTcpStream;
 use super::request::check_head;
 use crate::wire::frame::SUBPROTOCOL;
-use crate::wire::socket::{Incoming, Outgoing, SocketFault};
+use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
 /// Largest client frame and message, in bytes (docs/design.md, section 11).
 pub const CLIENT_FRAME_MAX: usize = 4 * 1024;
@@ -60,7 +60,7 @@ fn server_config() -> WebSocketConfig {
 
 /// Why a request is no handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NoHandshake {
+pub enum HandshakeError {
     /// It asks for no WebSocket, or for another version of it: 426.
     Upgrade(&'static str),
     /// It asks for one wrongly: 400.
@@ -70,9 +70,9 @@ pub enum NoHandshake {
 /// Reads the head of a request, as much of it as there is: what it says and how long it is, or None until it is whole.
 ///
 /// # Errors
-/// [`NoHandshake`], where no handshake begins like that.
-pub fn request_head(read: &[u8]) -> Result<Option<(usize, Request<()>)>, NoHandshake> {
-    Request::try_parse(read).map_err(|_| NoHandshake::Bad("a handshake is a GET of HTTP/1.1"))
+/// [`HandshakeError`], where no handshake begins like that.
+pub fn request_head(read: &[u8]) -> Result<Option<(usize, Request<()>)>, HandshakeError> {
+    Request::try_parse(read).map_err(|_| HandshakeError::Bad("a handshake is a GET of HTTP/1.1"))
 }
 
 /// The answer to a request that asks for a WebSocket.
@@ -119,9 +119,9 @@ impl Handshake {
 /// Whether a request asks for a WebSocket (RFC 6455, section 4.2.1); if so, the answer to it.
 ///
 /// # Errors
-/// [`NoHandshake`], with what is missing, for a person who opened the URL in a browser.
-pub fn handshake<B>(request: &Request<B>) -> Result<Handshake, NoHandshake> {
-    check_head(request).map_err(NoHandshake::Bad)?;
+/// [`HandshakeError`], with what is missing, for a person who opened the URL in a browser.
+pub fn handshake<B>(request: &Request<B>) -> Result<Handshake, HandshakeError> {
+    check_head(request).map_err(HandshakeError::Bad)?;
     let headers = request.headers();
     let has = |name, is: &dyn Fn(&str) -> bool| {
         headers
@@ -133,40 +133,40 @@ pub fn handshake<B>(request: &Request<B>) -> Result<Handshake, NoHandshake> {
     if !has(CONNECTION, &|token| token.eq_ignore_ascii_case("upgrade"))
         || !has(UPGRADE, &|token| token.eq_ignore_ascii_case("websocket"))
     {
-        return Err(NoHandshake::Upgrade("this is a WebSocket: open it with a WebSocket client"));
+        return Err(HandshakeError::Upgrade("this is a WebSocket: open it with a WebSocket client"));
     }
     if request.method() != Method::GET || request.version() != Version::HTTP_11 {
-        return Err(NoHandshake::Bad("a handshake is a GET of HTTP/1.1"));
+        return Err(HandshakeError::Bad("a handshake is a GET of HTTP/1.1"));
     }
     if headers.get(CONTENT_LENGTH).is_some_and(|length| length != "0")
         || headers.contains_key(TRANSFER_ENCODING)
     {
-        return Err(NoHandshake::Bad("a handshake has no body"));
+        return Err(HandshakeError::Bad("a handshake has no body"));
     }
     let one = |name| {
         let mut all = headers.get_all(name).iter();
         all.next().filter(|_| all.next().is_none())
     };
     if one(SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
-        return Err(NoHandshake::Upgrade("Sec-WebSocket-Version must be 13"));
+        return Err(HandshakeError::Upgrade("Sec-WebSocket-Version must be 13"));
     }
-    let key = one(SEC_WEBSOCKET_KEY).ok_or(NoHandshake::Bad("there must be one Sec-WebSocket-Key"))?;
+    let key = one(SEC_WEBSOCKET_KEY).ok_or(HandshakeError::Bad("there must be one Sec-WebSocket-Key"))?;
     if STANDARD.decode(key).map_or(true, |nonce| nonce.len() != KEY_BYTES) {
-        return Err(NoHandshake::Bad("Sec-WebSocket-Key must be the base64 of 16 bytes"));
+        return Err(HandshakeError::Bad("Sec-WebSocket-Key must be the base64 of 16 bytes"));
     }
     let accept = HeaderValue::from_str(&derive_accept_key(key.as_bytes()))
-        .map_err(|_| NoHandshake::Bad("Sec-WebSocket-Key is bad"))?;
+        .map_err(|_| HandshakeError::Bad("Sec-WebSocket-Key is bad"))?;
     // Names of subprotocols are compared as they stand.
     let subprotocol = has(SEC_WEBSOCKET_PROTOCOL, &|offered| offered == SUBPROTOCOL);
     if !subprotocol && headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
-        return Err(NoHandshake::Bad("the only subprotocol here is ringpush.v1.json"));
+        return Err(HandshakeError::Bad("the only subprotocol here is ringpush.v1.json"));
     }
     Ok(Handshake { accept, subprotocol })
 }
 
 /// The server's side of a socket, bare of everything that the handshake needed.
 ///
-/// tungstenite's rules over a [`Line`], without the two wakers that tokio-tungstenite keeps for each stream: one task both reads and
+/// tungstenite's rules over a [`LazyTcpStream`], without the two wakers that tokio-tungstenite keeps for each stream: one task both reads and
 /// writes here. Text is framed into the line itself, whose memory is given back with the last byte of it; tungstenite's own
 /// buffer sees control frames alone. An idle socket has nothing to write, and owns no room for it.
 pub struct ServerSocket {
@@ -184,13 +184,13 @@ struct Inner {
     /// Nothing that was read is left: more must come before there is a frame.
     dry: bool,
     ended: bool,
-    line: Line,
+    line: LazyTcpStream,
     rules: WebSocketContext,
 }
 
 impl ServerSocket {
     /// The socket on a connection whose request for it has this answer, which leaves with the first frame or flush.
-    pub fn answered(mut line: Line, answer: &Handshake) -> Self {
+    pub fn answered(mut line: LazyTcpStream, answer: &Handshake) -> Self {
         answer.write(line.more_held(ANSWER_ROOM));
         Self::on(line)
     }
@@ -198,13 +198,13 @@ impl ServerSocket {
     /// The socket after hyper answered; it comes within `deadline`, or not at all.
     pub async fn upgraded(upgrade: OnUpgrade, deadline: Duration) -> Option<Self> {
         let upgraded = tokio::time::timeout(deadline, upgrade).await.ok()?.ok()?;
-        let parts = auto::upgrade::downcast::<TokioIo<Line>>(upgraded).ok()?;
+        let parts = auto::upgrade::downcast::<TokioIo<LazyTcpStream>>(upgraded).ok()?;
         let mut line = parts.io.into_inner();
         line.give_back(&parts.read_buf);
         Some(Self::on(line))
     }
 
-    fn on(line: Line) -> Self {
+    fn on(line: LazyTcpStream) -> Self {
         let rules = WebSocketContext::new(Role::Server, Some(server_config()));
         let (silent, speaks, dry, ended) = (false, false, false, false);
         Self { inner: Box::new(Inner { silent, speaks, dry, ended, line, rules }) }
@@ -213,7 +213,7 @@ impl ServerSocket {
 
 /// A line as tungstenite takes it: what must wait for it would block, and is told in the context.
 struct Now<'a, 'cx> {
-    line: &'a mut Line,
+    line: &'a mut LazyTcpStream,
     /// Without one, nothing is read and nothing leaves.
     cx: Option<&'a mut Context<'cx>>,
 }
@@ -221,7 +221,7 @@ struct Now<'a, 'cx> {
 impl Now<'_, '_> {
     fn with<T>(
         &mut self,
-        poll: impl FnOnce(Pin<&mut Line>, &mut Context<'_>) -> Poll<io::Result<T>>,
+        poll: impl FnOnce(Pin<&mut LazyTcpStream>, &mut Context<'_>) -> Poll<io::Result<T>>,
     ) -> io::Result<T> {
         match self.cx.as_mut().map(|cx| poll(Pin::new(self.line), cx)) {
             Some(Poll::Ready(result)) => result,
@@ -283,7 +283,7 @@ impl Inner {
         })
     }
 
-    fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+    fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
         if self.speaks {
             let said = ready!(waits(self.rules.flush(&mut Now { line: &mut self.line, cx: Some(cx) })));
             // With the last frame of all the rules are through; the line has it, and may have it still.
@@ -294,15 +294,15 @@ impl Inner {
             }
             self.speaks = false;
         }
-        Pin::new(&mut self.line).poll_flush(cx).map_err(|_| SocketFault::Gone)
+        Pin::new(&mut self.line).poll_flush(cx).map_err(|_| SocketError::Gone)
     }
 
     /// Frames a text; it leaves with the next flush.
-    fn text(&mut self, text: &Bytes) -> Result<(), SocketFault> {
+    fn text(&mut self, text: &Bytes) -> Result<(), SocketError> {
         if self.silent {
-            return Err(SocketFault::Gone);
+            return Err(SocketError::Gone);
         }
-        std::str::from_utf8(text).map_err(|_| SocketFault::InvalidUtf8)?;
+        std::str::from_utf8(text).map_err(|_| SocketError::InvalidUtf8)?;
         let header = FrameHeader { opcode: OpCode::Data(Data::Text), ..FrameHeader::default() };
         let length = text.len() as u64;
         let held = self.line.more_held(header.len(length) + text.len());
@@ -312,7 +312,7 @@ impl Inner {
     }
 
     /// Has the rules say something; it leaves with the next flush.
-    fn control(&mut self, message: Message) -> Result<(), SocketFault> {
+    fn control(&mut self, message: Message) -> Result<(), SocketError> {
         self.speaks = true;
         let said = waits(self.rules.write(&mut Now { line: &mut self.line, cx: None }, message));
         self.silent = !self.rules.can_write();
@@ -325,7 +325,7 @@ impl Inner {
 }
 
 impl Stream for ServerSocket {
-    type Item = Result<Incoming, SocketFault>;
+    type Item = Result<Incoming, SocketError>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let next = self.inner.poll_message(cx);
@@ -334,13 +334,13 @@ impl Stream for ServerSocket {
 }
 
 impl Sink<Outgoing> for ServerSocket {
-    type Error = SocketFault;
+    type Error = SocketError;
 
-    fn poll_ready(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+    fn poll_ready(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
         if self.inner.line.held() < HELD_MAX { Poll::Ready(Ok(())) } else { self.inner.poll_flushed(cx) }
     }
 
-    fn start_send(mut self: Pin<&mut Self>, outgoing: Outgoing) -> Result<(), SocketFault> {
+    fn start_send(mut self: Pin<&mut Self>, outgoing: Outgoing) -> Result<(), SocketError> {
         match outgoing {
             Outgoing::Text(text) => self.inner.text(&text),
             Outgoing::Ping => self.inner.control(Message::Ping(Bytes::new())),
@@ -351,16 +351,16 @@ impl Sink<Outgoing> for ServerSocket {
         }
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
         self.inner.poll_flushed(cx)
     }
 
     /// Ends the connection after the last frame: nothing more is written, and what still comes is thrown away until the
     /// peer ends too. A socket that is dropped with bytes unread is reset, and the peer would lose our close frame.
-    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
         ready!(self.inner.poll_flushed(cx))?;
         let mut line = Pin::new(&mut self.inner.line);
-        ready!(line.as_mut().poll_shutdown(cx)).map_err(|_| SocketFault::Gone)?;
+        ready!(line.as_mut().poll_shutdown(cx)).map_err(|_| SocketError::Gone)?;
         let mut space = [0u8; 1024];
         loop {
             let mut buffer = ReadBuf::new(&mut space);
@@ -381,15 +381,15 @@ fn incoming(message: Message) -> Incoming {
     }
 }
 
-fn fault(error: &Error) -> SocketFault {
+fn fault(error: &Error) -> SocketError {
     match error {
-        Error::Capacity(CapacityError::MessageTooLong { .. }) => SocketFault::TooBig,
-        Error::Utf8(_) => SocketFault::InvalidUtf8,
+        Error::Capacity(CapacityError::MessageTooLong { .. }) => SocketError::TooBig,
+        Error::Utf8(_) => SocketError::InvalidUtf8,
         Error::Protocol(ProtocolError::ResetWithoutClosingHandshake | ProtocolError::SendAfterClosing) => {
-            SocketFault::Gone
+            SocketError::Gone
         }
-        Error::Protocol(_) => SocketFault::Protocol,
-        _ => SocketFault::Gone,
+        Error::Protocol(_) => SocketError::Protocol,
+        _ => SocketError::Gone,
     }
 }
 
@@ -414,7 +414,7 @@ pub enum Heard {
 
 /// Why a socket could not be opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum OpenFault {
+pub enum ConnectionError {
     /// The server answered something else; 401 means that the token or ticket is not good.
     #[error("the server answered {0}")]
     Answered(u16),
@@ -427,9 +427,13 @@ pub enum OpenFault {
 /// that says nothing for `deadline` counts as lost, also after the upgrade.
 ///
 /// # Errors
-/// [`OpenFault`].
-pub async fn open(url: &str, bearer: Option<&str>, deadline: Duration) -> Result<ClientSocket, OpenFault> {
-    let unreachable = |error: &dyn std::fmt::Display| OpenFault::Unreachable(error.to_string());
+/// [`ConnectionError`].
+pub async fn open(
+    url: &str,
+    bearer: Option<&str>,
+    deadline: Duration,
+) -> Result<ClientSocket, ConnectionError> {
+    let unreachable = |error: &dyn std::fmt::Display| ConnectionError::Unreachable(error.to_string());
     let mut request = url.into_client_request().map_err(|error| unreachable(&error))?;
     let headers = request.headers_mut();
     headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
@@ -442,7 +446,7 @@ pub async fn open(url: &str, bearer: Option<&str>, deadline: Duration) -> Result
     let opening = tokio_tungstenite::connect_async_with_config(request, Some(config), true);
     match tokio::time::timeout(deadline, opening).await {
         Ok(Ok((inner, _))) => Ok(ClientSocket { inner, heard: Instant::now(), silence: deadline }),
-        Ok(Err(Error::Http(response))) => Err(OpenFault::Answered(response.status().as_u16())),
+        Ok(Err(Error::Http(response))) => Err(ConnectionError::Answered(response.status().as_u16())),
         Ok(Err(error)) => Err(unreachable(&error)),
         Err(_) => Err(unreachable(&"no answer in time")),
     }
@@ -493,7 +497,7 @@ mod tests {
     async fn pair() -> (ServerSocket, WebSocketStream<TcpStream>) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let line = Line::new(listener.accept().await.unwrap().0.into_std().unwrap(), Vec::new());
+        let line = LazyTcpStream::new(listener.accept().await.unwrap().0.into_std().unwrap(), Vec::new());
         (ServerSocket::on(line), WebSocketStream::from_raw_socket(client, Role::Client, None).await)
     }
 
@@ -557,10 +561,10 @@ mod tests {
     async fn nothing_is_said_after_a_close_and_nothing_that_is_not_text() {
         let (mut server, mut client) = pair().await;
         let bad = server.send(Outgoing::Text(Bytes::from_static(b"\xff"))).await;
-        assert_eq!(bad, Err(SocketFault::InvalidUtf8));
+        assert_eq!(bad, Err(SocketError::InvalidUtf8));
         server.send(Outgoing::Close(CloseCode::Normal)).await.unwrap();
         let late = server.send(Outgoing::Text(Bytes::from_static(b"late"))).await;
-        assert_eq!(late, Err(SocketFault::Gone));
+        assert_eq!(late, Err(SocketError::Gone));
         assert!(matches!(client.next().await, Some(Ok(Message::Close(_)))));
     }
 
@@ -570,7 +574,7 @@ mod tests {
         client.close(None).await.unwrap();
         assert_eq!(server.next().await, Some(Ok(Incoming::Closed)));
         let late = server.feed(Outgoing::Text(Bytes::from_static(b"late"))).await;
-        assert_eq!(late, Err(SocketFault::Gone), "a text would stand behind the answer");
+        assert_eq!(late, Err(SocketError::Gone), "a text would stand behind the answer");
         server.flush().await.unwrap();
         let answer = tokio::time::timeout(Duration::from_secs(10), client.next()).await;
         assert!(matches!(answer, Ok(Some(Ok(Message::Close(_))))), "{answer:?}");
@@ -630,30 +634,30 @@ mod tests {
         for bad in
             ["", "c2hvcnQ=", "not base64 at all!!!!!!", "dGhlIHNhbXBsZSBub25jZQ", "dGhlIHNhbXBsZSBub25jZSE="]
         {
-            assert!(matches!(key(bad), Err(NoHandshake::Bad(_))), "{bad}");
+            assert!(matches!(key(bad), Err(HandshakeError::Bad(_))), "{bad}");
         }
         let with = |without, with: &[(&'static str, &str)]| {
             handshake(&asked(Version::HTTP_11, Method::GET, without, with)).map(drop)
         };
         for twice in ["host", "sec-websocket-key", "origin"] {
             let headers = [(twice, "dGhlIHNhbXBsZSBub25jZQ=="), ("origin", "https://a.example")];
-            assert!(matches!(with("", &headers), Err(NoHandshake::Bad(_))), "{twice}");
+            assert!(matches!(with("", &headers), Err(HandshakeError::Bad(_))), "{twice}");
         }
         for missing in ["host", "sec-websocket-key"] {
-            assert!(matches!(with(missing, &[]), Err(NoHandshake::Bad(_))), "{missing}");
+            assert!(matches!(with(missing, &[]), Err(HandshakeError::Bad(_))), "{missing}");
         }
         for version in ["13, 8", "8", "", "013"] {
             let other = with("sec-websocket-version", &[("sec-websocket-version", version)]);
-            assert!(matches!(other, Err(NoHandshake::Upgrade(_))), "{version}");
+            assert!(matches!(other, Err(HandshakeError::Upgrade(_))), "{version}");
         }
         for other in ["RINGPUSH.v1.json", "ringpush.v1"] {
             let offered = with("sec-websocket-protocol", &[("sec-websocket-protocol", other)]);
-            assert!(matches!(offered, Err(NoHandshake::Bad(_))), "{other}");
+            assert!(matches!(offered, Err(HandshakeError::Bad(_))), "{other}");
         }
-        assert!(matches!(with("", &[("content-length", "5")]), Err(NoHandshake::Bad(_))));
+        assert!(matches!(with("", &[("content-length", "5")]), Err(HandshakeError::Bad(_))));
         for (version, method) in [(Version::HTTP_10, Method::GET), (Version::HTTP_11, Method::HEAD)] {
             let refused = handshake(&asked(version, method, "", &[]));
-            assert!(matches!(refused, Err(NoHandshake::Bad(_))));
+            assert!(matches!(refused, Err(HandshakeError::Bad(_))));
         }
     }
 }

@@ -40,7 +40,7 @@ pub struct Publish {
 
 /// One thing wrong with a body.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FieldFault {
+pub struct FieldError {
     /// A JSON pointer to the field.
     pub pointer: String,
     /// What is wrong, and what is allowed.
@@ -61,7 +61,7 @@ pub struct Problem {
     pub detail: String,
     /// Field by field, for a body.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub errors: Vec<FieldFault>,
+    pub errors: Vec<FieldError>,
     /// The id of a publish of which only a part was stored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
@@ -112,7 +112,7 @@ impl Problem {
 
     /// Wrong fields, each with its place.
     #[must_use]
-    pub fn fields(errors: Vec<FieldFault>) -> Self {
+    pub fn fields(errors: Vec<FieldError>) -> Self {
         let status = if errors.iter().any(|e| e.detail.starts_with(TOO_LARGE)) { 413 } else { 422 };
         let detail = match errors.as_slice() {
             [one] => format!("{}: {}", one.pointer, one.detail),
@@ -149,13 +149,13 @@ pub enum Accepted {
         /// The recipient.
         user: String,
         /// Why.
-        error: Refusal,
+        error: PublishError,
     },
 }
 
 /// Why one recipient was not served.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refusal {
+pub struct PublishError {
     /// As an HTTP status: 409 or 503.
     pub status: u16,
     /// What happened.
@@ -171,7 +171,7 @@ pub struct Published {
     /// A repeat under that id stores nothing twice.
     pub repeatable: bool,
     /// One entry per recipient, in the order given.
-    pub accepted: Vec<(UserId, Result<Stored, Refusal>)>,
+    pub accepted: Vec<(UserId, Result<Stored, PublishError>)>,
 }
 
 /// Where a message stands.
@@ -187,7 +187,7 @@ impl Published {
     /// The problem to answer with, unless every recipient was served.
     #[must_use]
     pub fn problem(&self) -> Option<Problem> {
-        let failed: Vec<&Refusal> = self.accepted.iter().filter_map(|(_, r)| r.as_ref().err()).collect();
+        let failed: Vec<&PublishError> = self.accepted.iter().filter_map(|(_, r)| r.as_ref().err()).collect();
         let first = *failed.iter().find(|refusal| refusal.status != 409).or(failed.first())?;
         let single = self.accepted.len() == 1;
         let detail = if single {
@@ -222,7 +222,7 @@ impl Published {
     }
 }
 
-fn as_accepted((user, outcome): &(UserId, Result<Stored, Refusal>)) -> Accepted {
+fn as_accepted((user, outcome): &(UserId, Result<Stored, PublishError>)) -> Accepted {
     let user = user.as_str().to_owned();
     match outcome {
         Ok(stored) => Accepted::Stored { user, seq: stored.seq.get(), duplicate: stored.duplicate },
@@ -230,7 +230,7 @@ fn as_accepted((user, outcome): &(UserId, Result<Stored, Refusal>)) -> Accepted 
     }
 }
 
-fn put_accepted(out: &mut BytesMut, user: &UserId, outcome: &Result<Stored, Refusal>) {
+fn put_accepted(out: &mut BytesMut, user: &UserId, outcome: &Result<Stored, PublishError>) {
     out.put_slice(br#"{"user":"#);
     put_string(out, user.as_str());
     match outcome {
@@ -346,8 +346,8 @@ pub fn parse_object<'a, T: Deserialize<'a>>(body: &'a [u8], pointer: &str) -> Re
     })
 }
 
-fn fault(pointer: impl Into<String>, detail: impl Into<String>) -> FieldFault {
-    FieldFault { pointer: pointer.into(), detail: detail.into() }
+fn fault(pointer: impl Into<String>, detail: impl Into<String>) -> FieldError {
+    FieldError { pointer: pointer.into(), detail: detail.into() }
 }
 
 /// Payloads from so many bytes on are not copied out of the body: a connection's read buffer is twice that, at least.
@@ -380,7 +380,7 @@ fn parse_payload(
     raw: Option<&RawValue>,
     body: &Bytes,
     limits: &PublishLimits,
-    faults: &mut Vec<FieldFault>,
+    faults: &mut Vec<FieldError>,
 ) -> Option<Bytes> {
     let Some(raw) = raw else {
         faults.push(fault("/payload", "is required: any JSON value, null included"));
@@ -435,7 +435,7 @@ pub fn is_shallow(json: &[u8]) -> bool {
     true
 }
 
-fn parse_ttl(raw: Option<&RawValue>, limits: &PublishLimits, faults: &mut Vec<FieldFault>) -> u64 {
+fn parse_ttl(raw: Option<&RawValue>, limits: &PublishLimits, faults: &mut Vec<FieldError>) -> u64 {
     let Some(raw) = raw else { return limits.ttl_s };
     match raw.get().parse::<u64>() {
         Ok(ttl_s) if TTL_S.contains(&ttl_s) => ttl_s,
@@ -447,7 +447,7 @@ fn parse_ttl(raw: Option<&RawValue>, limits: &PublishLimits, faults: &mut Vec<Fi
     }
 }
 
-fn parse_id(raw: &RawValue, faults: &mut Vec<FieldFault>) -> Option<MessageId> {
+fn parse_id(raw: &RawValue, faults: &mut Vec<FieldError>) -> Option<MessageId> {
     let Ok(text) = serde_json::from_str::<String>(raw.get()) else {
         faults.push(fault("/id", "must be a string"));
         return None;
@@ -455,7 +455,7 @@ fn parse_id(raw: &RawValue, faults: &mut Vec<FieldFault>) -> Option<MessageId> {
     MessageId::parse(&text).map_err(|rule| faults.push(fault("/id", rule.to_string()))).ok()
 }
 
-fn parse_to(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldFault>) -> Option<Recipients> {
+fn parse_to(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldError>) -> Option<Recipients> {
     const FORM: &str = "must be an object with exactly one of \"user\" and \"users\"";
     let parsed =
         raw.get().starts_with('{').then(|| serde_json::from_str::<RawTo<'_>>(raw.get()).ok()).flatten();
@@ -471,7 +471,7 @@ fn parse_to(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldFault>
     }
 }
 
-fn parse_user(raw: &RawValue, pointer: &str, faults: &mut Vec<FieldFault>) -> Option<UserId> {
+fn parse_user(raw: &RawValue, pointer: &str, faults: &mut Vec<FieldError>) -> Option<UserId> {
     // Most ids need no unescaping: borrow where that is so.
     let text: Option<std::borrow::Cow<'_, str>> = match serde_json::from_str::<&str>(raw.get()) {
         Ok(text) => Some(text.into()),
@@ -484,7 +484,7 @@ fn parse_user(raw: &RawValue, pointer: &str, faults: &mut Vec<FieldFault>) -> Op
     UserId::parse(&text).map_err(|rule| faults.push(fault(pointer, rule.to_string()))).ok()
 }
 
-fn parse_users(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldFault>) -> Option<Recipients> {
+fn parse_users(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldError>) -> Option<Recipients> {
     let Ok(UpTo { items: users, count }) = serde_json::from_str::<UpTo<'_>>(raw.get()) else {
         faults.push(fault("/to/users", "must be a list of user ids"));
         return None;

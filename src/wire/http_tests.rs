@@ -103,8 +103,8 @@ fn each_item_of_a_batch_stands_alone() {
 fn a_publish_that_was_not_stored_for_all_says_for_whom() {
     let user = |name: &str| UserId::parse(name).unwrap();
     let stored = Ok(Stored { seq: Seq::at(43), duplicate: false });
-    let conflict = Err(Refusal { status: 409, detail: "another payload".into() });
-    let busy = Err(Refusal { status: 503, detail: "later".into() });
+    let conflict = Err(PublishError { status: 409, detail: "another payload".into() });
+    let busy = Err(PublishError { status: 503, detail: "later".into() });
     let id = MessageId::parse("m-1").unwrap();
     let all = Published { id: id.clone(), repeatable: true, accepted: vec![(user("a"), stored.clone())] };
     assert_eq!(all.problem(), None);

@@ -9,7 +9,7 @@ use crate::message::{DeviceId, Message, Millis, NodeId, Seq, UserId};
 
 /// Which view somebody has: two that differ in it see different nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Stamp {
+pub struct ViewVersion {
     /// Changes when the registry forgot everything.
     pub generation: Arc<str>,
     /// Rises with every change.
@@ -18,7 +18,7 @@ pub struct Stamp {
     pub digest: u64,
 }
 
-impl Stamp {
+impl ViewVersion {
     /// Whether whoever has this knows something that `other` does not: a later view, or one of another generation.
     #[must_use]
     pub fn is_news_to(&self, other: &Self) -> bool {
@@ -32,7 +32,7 @@ impl Stamp {
 
 /// One stored message on its way to its user's sockets. A hint: it may be lost, repeated or late without harm.
 #[derive(Debug, Clone)]
-pub struct Live {
+pub struct LiveMessage {
     /// Whose inbox it stands in.
     pub user: UserId,
     /// What was stored there.
@@ -45,11 +45,11 @@ pub enum DispatchRequest {
     /// Hand these on to wherever their users are.
     Deliver {
         /// In the order they were stored.
-        batch: Vec<Live>,
+        batch: Vec<LiveMessage>,
         /// Something before this was dropped: every node must look into the inboxes.
         missed: bool,
         /// The sender's view.
-        stamp: Stamp,
+        stamp: ViewVersion,
     },
     /// Where is this user connected?
     Lookup(UserId),
@@ -79,14 +79,14 @@ pub enum PushRequest {
     /// Live messages for users that may be here.
     Deliver {
         /// In the order they were stored; shared with the sender, who may need them again.
-        batch: Arc<[Live]>,
+        batch: Arc<[LiveMessage]>,
         /// Something before this was dropped: look into the inboxes.
         sweep: bool,
         /// The sender's view.
-        stamp: Stamp,
+        stamp: ViewVersion,
     },
     /// The sender's view has this node no more.
-    Gone(Stamp),
+    Gone(ViewVersion),
     /// Are you there?
     Ping,
     /// Is this user here?
@@ -99,7 +99,7 @@ pub enum PushRequest {
 #[derive(Debug, Clone)]
 pub enum PushResponse {
     /// Taken, by a node that has this view.
-    Done(Stamp),
+    Done(ViewVersion),
     /// The sessions of the user that was asked for.
     Sessions(Vec<Presence>),
 }
@@ -155,7 +155,7 @@ pub struct Identity {
 
 /// Why a peer did not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum PeerFault {
+pub enum PeerError {
     /// It cannot be reached, or cannot do it now: try again, or another.
     #[error("{0}")]
     Unavailable(String),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::peer::{Live, Presence, Revocation, Stamp};
+use super::peer::{LiveMessage, Presence, Revocation, ViewVersion};
 use crate::message::{DeviceId, Message, MessageId, Millis, NodeId, Seq, UserId};
 
 /// Between roles: `proto/peer.proto`.
@@ -20,15 +20,15 @@ pub mod collect {
 /// A message of a peer that says nothing this version understands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0} is missing or breaks its rule")]
-pub struct ProtoFault(pub &'static str);
+pub struct ProtoError(pub &'static str);
 
-impl From<&Stamp> for peer::Stamp {
-    fn from(stamp: &Stamp) -> Self {
+impl From<&ViewVersion> for peer::Stamp {
+    fn from(stamp: &ViewVersion) -> Self {
         Self { generation: stamp.generation.to_string(), epoch: stamp.epoch, digest: stamp.digest }
     }
 }
 
-impl From<Option<peer::Stamp>> for Stamp {
+impl From<Option<peer::Stamp>> for ViewVersion {
     /// One that is missing knows nothing.
     fn from(stamp: Option<peer::Stamp>) -> Self {
         let stamp = stamp.unwrap_or_default();
@@ -36,8 +36,8 @@ impl From<Option<peer::Stamp>> for Stamp {
     }
 }
 
-impl From<&Live> for peer::Live {
-    fn from(live: &Live) -> Self {
+impl From<&LiveMessage> for peer::Live {
+    fn from(live: &LiveMessage) -> Self {
         let message = &live.message;
         Self {
             user: live.user.as_str().to_owned(),
@@ -50,13 +50,13 @@ impl From<&Live> for peer::Live {
     }
 }
 
-impl TryFrom<peer::Live> for Live {
-    type Error = ProtoFault;
+impl TryFrom<peer::Live> for LiveMessage {
+    type Error = ProtoError;
 
-    fn try_from(live: peer::Live) -> Result<Self, ProtoFault> {
+    fn try_from(live: peer::Live) -> Result<Self, ProtoError> {
         let message = Message {
-            seq: Seq::new(live.seq).ok_or(ProtoFault("seq"))?,
-            id: MessageId::parse(&live.id).map_err(|_| ProtoFault("id"))?,
+            seq: Seq::new(live.seq).ok_or(ProtoError("seq"))?,
+            id: MessageId::parse(&live.id).map_err(|_| ProtoError("id"))?,
             accepted_at: Millis(live.accepted_at_ms),
             expires_at: Millis(live.expires_at_ms),
             payload: live.payload,
@@ -68,25 +68,25 @@ impl TryFrom<peer::Live> for Live {
 /// A whole batch, or its first fault.
 ///
 /// # Errors
-/// [`ProtoFault`].
-pub fn batch_of(messages: Vec<peer::Live>) -> Result<Vec<Live>, ProtoFault> {
-    messages.into_iter().map(Live::try_from).collect()
+/// [`ProtoError`].
+pub fn batch_of(messages: Vec<peer::Live>) -> Result<Vec<LiveMessage>, ProtoError> {
+    messages.into_iter().map(LiveMessage::try_from).collect()
 }
 
 /// A user id.
 ///
 /// # Errors
-/// [`ProtoFault`].
-pub fn user_of(text: &str) -> Result<UserId, ProtoFault> {
-    UserId::parse(text).map_err(|_| ProtoFault("user"))
+/// [`ProtoError`].
+pub fn user_of(text: &str) -> Result<UserId, ProtoError> {
+    UserId::parse(text).map_err(|_| ProtoError("user"))
 }
 
 /// A node's name.
 ///
 /// # Errors
-/// [`ProtoFault`].
-pub fn node_of(text: &str) -> Result<NodeId, ProtoFault> {
-    NodeId::parse(text).map_err(|_| ProtoFault("node"))
+/// [`ProtoError`].
+pub fn node_of(text: &str) -> Result<NodeId, ProtoError> {
+    NodeId::parse(text).map_err(|_| ProtoError("node"))
 }
 
 impl From<&Presence> for peer::Session {
@@ -101,14 +101,14 @@ impl From<&Presence> for peer::Session {
 }
 
 impl TryFrom<peer::Session> for Presence {
-    type Error = ProtoFault;
+    type Error = ProtoError;
 
-    fn try_from(session: peer::Session) -> Result<Self, ProtoFault> {
+    fn try_from(session: peer::Session) -> Result<Self, ProtoError> {
         Ok(Self {
-            device: DeviceId::parse(&session.device).map_err(|_| ProtoFault("device"))?,
+            device: DeviceId::parse(&session.device).map_err(|_| ProtoError("device"))?,
             node: node_of(&session.node)?,
             connected_at: Millis(session.connected_at_ms),
-            acked: Seq::new(session.acked).ok_or(ProtoFault("acked"))?,
+            acked: Seq::new(session.acked).ok_or(ProtoError("acked"))?,
         })
     }
 }
@@ -120,9 +120,9 @@ impl From<&Revocation> for peer::Revocation {
 }
 
 impl TryFrom<peer::Revocation> for Revocation {
-    type Error = ProtoFault;
+    type Error = ProtoError;
 
-    fn try_from(revocation: peer::Revocation) -> Result<Self, ProtoFault> {
+    fn try_from(revocation: peer::Revocation) -> Result<Self, ProtoError> {
         Ok(Self { user: user_of(&revocation.user)?, not_before_s: revocation.not_before_s })
     }
 }
@@ -143,17 +143,17 @@ mod tests {
                 expires_at: Millis(u64::MAX),
                 payload: Bytes::from(payload),
             };
-            let live = Live { user: UserId::parse(&user).unwrap(), message: Arc::new(message) };
-            let back = Live::try_from(peer::Live::from(&live)).unwrap();
+            let live = LiveMessage { user: UserId::parse(&user).unwrap(), message: Arc::new(message) };
+            let back = LiveMessage::try_from(peer::Live::from(&live)).unwrap();
             prop_assert_eq!((back.user, back.message), (live.user, live.message));
         }
     }
 
     #[test]
     fn what_breaks_a_rule_is_refused() {
-        assert_eq!(Live::try_from(peer::Live::default()).unwrap_err(), ProtoFault("id"));
+        assert_eq!(LiveMessage::try_from(peer::Live::default()).unwrap_err(), ProtoError("id"));
         let above = peer::Live { seq: 1 << 53, id: "m".into(), user: "a".into(), ..Default::default() };
-        assert_eq!(Live::try_from(above).unwrap_err(), ProtoFault("seq"));
-        assert_eq!(Stamp::from(None), Stamp::default());
+        assert_eq!(LiveMessage::try_from(above).unwrap_err(), ProtoError("seq"));
+        assert_eq!(ViewVersion::from(None), ViewVersion::default());
     }
 }

@@ -30,7 +30,7 @@ pub enum Outgoing {
 
 /// Why a socket ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum SocketFault {
+pub enum SocketError {
     /// The connection is gone.
     #[error("the connection is gone")]
     Gone,
@@ -45,7 +45,7 @@ pub enum SocketFault {
     TooBig,
 }
 
-impl SocketFault {
+impl SocketError {
     /// The code to close with, where there is still somebody to tell.
     #[must_use]
     pub const fn close_code(self) -> Option<CloseCode> {

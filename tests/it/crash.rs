@@ -128,8 +128,9 @@ async fn no_202_leaves_before_a_sync_that_began_after_its_append() {
             .iter()
             .position(|e| matches!(e, Traced::Append(text) if text.contains(&format!("traced-{n:04}"))));
         let append = append.unwrap_or_else(|| panic!("message {n} was never written"));
-        let answer =
-            events.iter().position(|e| matches!(e, Traced::Answer(text) if text.contains(&seq.to_string())));
+        let answer = events
+            .iter()
+            .position(|e| matches!(e, Traced::UserPosition(text) if text.contains(&seq.to_string())));
         let answer = answer.unwrap_or_else(|| panic!("message {n} was never answered"));
         let began = events[append..answer].iter().position(|e| matches!(e, Traced::SyncBegins(_)));
         let began =
@@ -153,7 +154,7 @@ enum Traced {
     Append(String),
     SyncBegins(String),
     SyncEnds(String),
-    Answer(String),
+    UserPosition(String),
 }
 
 /// The calls in the order of their beginning; strace splits one that is interrupted by another thread's.
@@ -170,7 +171,7 @@ fn traced(trace: &str) -> Vec<Traced> {
         if (sync && !call.contains("<unfinished")) || resumed {
             events.push(Traced::SyncEnds(thread.to_owned()));
         } else if call.contains("HTTP/1.1 202") {
-            events.push(Traced::Answer(call.to_owned()));
+            events.push(Traced::UserPosition(call.to_owned()));
         } else if call.contains("/inbox/") && call.contains("traced-") {
             events.push(Traced::Append(call.to_owned()));
         }

@@ -8,7 +8,7 @@ use ringpush::fallback::redis::RedisFallback;
 use ringpush::fallback::{Fallback, Holder, Which};
 use ringpush::membership::keeper::Times;
 use ringpush::membership::redis::RedisMembership;
-use ringpush::membership::{Membership, NodeInfo, Registration, Standing, View, conformance};
+use ringpush::membership::{LeaseState, Membership, NodeInfo, Registration, View, conformance};
 use ringpush::message::{NodeId, UserId};
 use ringpush::peer_proof::EntryKey;
 use ringpush::transport::redis::RedisLink;
@@ -335,12 +335,12 @@ async fn a_node_learns_that_its_lease_ran_out_and_that_it_has_it_again() {
     let mut redis = redis(&[]).await;
     let node = membership(&redis);
     let mut joined = join(&node, info("push-0")).await;
-    assert_eq!(*joined.standing.borrow_and_update(), Standing::Member(1));
+    assert_eq!(*joined.standing.borrow_and_update(), LeaseState::Member(1));
     redis.kill();
-    let lapsed = joined.standing.wait_for(|standing| *standing == Standing::Lapsed);
+    let lapsed = joined.standing.wait_for(|standing| *standing == LeaseState::Lapsed);
     tokio::time::timeout(DEADLINE, lapsed).await.unwrap().unwrap();
     redis.start_again().await;
-    let again = joined.standing.wait_for(|standing| *standing == Standing::Member(2));
+    let again = joined.standing.wait_for(|standing| *standing == LeaseState::Member(2));
     tokio::time::timeout(DEADLINE, again).await.unwrap().unwrap();
 }
 

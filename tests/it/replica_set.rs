@@ -9,8 +9,8 @@ use futures_util::TryStreamExt;
 use mongodb::bson::{Document, doc};
 use ringpush::clock::Clock;
 use ringpush::inbox::conformance::{Bench, suite};
-use ringpush::inbox::mongo::{MongoInbox, MongoTimes, OpenFault};
-use ringpush::inbox::{Append, Appended, Ask, From, Inbox, PageLimit, Upkeep};
+use ringpush::inbox::mongo::{MongoInbox, MongoTimes, OpenError};
+use ringpush::inbox::{Append, Appended, Inbox, Janitor, PageLimit, PositionQuery, StartAt};
 use ringpush::message::{MessageId, Millis, Seq, UserId};
 
 use crate::support::eventually;
@@ -35,7 +35,7 @@ fn item(user: &UserId, id: &str, ttl_ms: u64) -> Append {
     Append {
         user: user.clone(),
         id: MessageId::parse(id).unwrap(),
-        fenced: true,
+        deduplicated: true,
         accepted_at: now,
         expires_at: Millis(now.0 + ttl_ms),
         payload: Bytes::from(format!("{id:?}")),
@@ -154,7 +154,7 @@ async fn two_writers_and_two_janitors_keep_numbers_dense_when_everything_expires
     let janitor = |inbox: MongoInbox| async move {
         let mut removed = 0;
         loop {
-            removed += inbox.clean().await.unwrap_or(0);
+            removed += inbox.run_once().await.unwrap_or(0);
             tokio::time::sleep(Duration::from_millis(20)).await;
             if removed > 200 {
                 return removed;
@@ -206,7 +206,7 @@ async fn what_was_promised_survives_primaries_that_step_down_and_die() {
 async fn append_once(inbox: &MongoInbox, users: &[UserId], name: &str) -> Promised {
     let batch = users.iter().enumerate().map(|(n, user)| {
         let id = format!("{name}-{n}");
-        Append { fenced: false, ..item(user, &id, 3_600_000) }
+        Append { deduplicated: false, ..item(user, &id, 3_600_000) }
     });
     let outcomes = inbox.append(batch.clone().collect()).await;
     let stored = batch.zip(outcomes).map(|(item, outcome)| match outcome {
@@ -256,13 +256,13 @@ async fn what_cannot_work_is_refused_with_a_remedy() {
     let inbox = MongoInbox::new(&uri, "x", MongoTimes::default(), Clock::system()).await.unwrap();
     let refused = inbox.prepare().await.unwrap_err();
     assert!(
-        matches!(&refused, OpenFault::Refused("mongo.uri", why) if why.contains("--replSet")),
+        matches!(&refused, OpenError::Refused("mongo.uri", why) if why.contains("--replSet")),
         "{refused}"
     );
     let refused = MongoInbox::new("mongodb:/x", "x", MongoTimes::default(), Clock::system()).await;
-    assert!(matches!(refused.err(), Some(OpenFault::Refused("mongo.uri", _))));
+    assert!(matches!(refused.err(), Some(OpenError::Refused("mongo.uri", _))));
     let nobody = MongoInbox::new("mongodb://127.0.0.1:1", "x", MongoTimes::default(), Clock::system()).await;
-    assert!(matches!(nobody.unwrap().prepare().await, Err(OpenFault::Unreachable(_))));
+    assert!(matches!(nobody.unwrap().prepare().await, Err(OpenError::Unreachable(_))));
     let set = ReplicaSet::start(1).await;
     let client = mongodb::Client::with_uri_str(set.uri()).await.unwrap();
     let index = mongodb::bson::doc! { "key": { "_id.u": 1, "f": 1 }, "name": "sender_id" };
@@ -274,7 +274,7 @@ async fn what_cannot_work_is_refused_with_a_remedy() {
             MongoInbox::new(&set.uri(), database, MongoTimes::default(), Clock::system()).await.unwrap();
         let refused = inbox.prepare().await.unwrap_err();
         assert!(
-            matches!(&refused, OpenFault::Refused("mongo.database", why) if why.contains("drop it")),
+            matches!(&refused, OpenError::Refused("mongo.database", why) if why.contains("drop it")),
             "{refused}"
         );
     }
@@ -351,17 +351,17 @@ async fn after_a_restore_no_number_is_given_twice_and_what_comes_is_found() {
         // What stands after the last that it remembers is no message: it reads its head again.
         let met = one(&stale, &user, "met").await;
         assert!(met > *given.last().unwrap(), "{met}: {given:?}");
-        let there = |from| Ask { user: user.clone(), from: From::After(from) };
+        let there = |from| PositionQuery { user: user.clone(), from: StartAt::After(from) };
         let eventually_found = async {
             // From where the store was restored to, from what is gone, and from the beginning.
-            while !inbox.standing(vec![there(tenth)]).await.unwrap()[0].more {
+            while !inbox.positions(vec![there(tenth)]).await.unwrap()[0].more {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
         tokio::time::timeout(Duration::from_secs(10), eventually_found)
             .await
             .expect("there is more after the tenth");
-        assert!(inbox.standing(vec![there(last)]).await.unwrap()[0].more);
+        assert!(inbox.positions(vec![there(last)]).await.unwrap()[0].more);
         let page =
             inbox.page(user.clone(), tenth, PageLimit { messages: 100, bytes: 1 << 20 }).await.unwrap();
         let ids: Vec<&str> = page.messages.iter().map(|message| message.id.as_str()).collect();
@@ -434,8 +434,8 @@ async fn a_collection_that_was_dropped_is_whole_again_and_gives_no_number_twice(
     };
     assert!(same().await, "whoever comes finds the store that the others have");
     // A client that has what is gone hears of what came.
-    let ask = Ask { user: user.clone(), from: From::After(Seq::at(last.get() - 1)) };
-    assert!(inbox.standing(vec![ask]).await.unwrap()[0].more);
+    let ask = PositionQuery { user: user.clone(), from: StartAt::After(Seq::at(last.get() - 1)) };
+    assert!(inbox.positions(vec![ask]).await.unwrap()[0].more);
     let page = inbox.page(user, last, PageLimit { messages: 100, bytes: 1 << 20 }).await.unwrap();
     assert_eq!(page.messages.len(), 1);
     watching.abort();
@@ -471,7 +471,7 @@ async fn without_its_index_no_id_is_stored_twice_and_what_is_in_the_way_is_named
     for word in ["sender_id", "twice", "alice", "updateOne", "$unset"] {
         assert!(why.contains(word), "{word}: {why}");
     }
-    let without_id = Append { fenced: false, ..item(&user, "without", 3_600_000) };
+    let without_id = Append { deduplicated: false, ..item(&user, "without", 3_600_000) };
     assert!(inbox.append(vec![without_id]).await.remove(0).is_ok(), "nobody repeats this one");
     // A process that is started now says the same, and runs.
     let started = MongoInbox::new(&set.uri(), database, BRISK, Clock::system()).await.unwrap();
@@ -549,9 +549,9 @@ async fn a_damaged_message_goes_with_the_next_one_above_it() {
         }
     }
     clock.advance(3_700_000);
-    assert_eq!(inbox.clean().await.unwrap(), 0, "they are seen for the first time");
+    assert_eq!(inbox.run_once().await.unwrap(), 0, "they are seen for the first time");
     clock.advance(3_700_000);
-    assert_eq!(inbox.clean().await.unwrap(), 4);
+    assert_eq!(inbox.run_once().await.unwrap(), 4);
     let page = inbox.page(user, Seq::BEGINNING, PageLimit { messages: 100, bytes: 1 << 20 }).await.unwrap();
     assert_eq!((page.messages.len(), page.unreadable.len()), (0, 1), "{page:?}");
 }
@@ -581,7 +581,7 @@ async fn what_cannot_be_read_is_passed_over_and_told_by_its_number() {
         stored.insert_one(doc! { "_id": { "u": "alice", "n": format!("{n}") } }).await.unwrap();
         stored.insert_one(doc! { "_id": n as i64, "u": "alice" }).await.unwrap();
         let user = UserId::parse(&format!("head-{n}")).unwrap();
-        inbox.standing(vec![Ask { user: user.clone(), from: From::Latest }]).await.unwrap();
+        inbox.positions(vec![PositionQuery { user: user.clone(), from: StartAt::Latest }]).await.unwrap();
         one(&inbox, &user, "1").await;
     }
     let page =
@@ -589,6 +589,6 @@ async fn what_cannot_be_read_is_passed_over_and_told_by_its_number() {
     assert_eq!(page.messages.iter().map(|message| message.seq).collect::<Vec<_>>(), expected);
     let told: Vec<Seq> = page.unreadable.clone();
     assert_eq!(told, damaged);
-    inbox.clean().await.unwrap();
+    inbox.run_once().await.unwrap();
     inbox.profile(user).await.unwrap();
 }

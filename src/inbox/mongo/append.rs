@@ -190,7 +190,7 @@ pub(super) async fn give_up_heads(inner: &Inner, heads: &mut Heads) -> Result<()
 fn refuse_ids(inner: &Inner, pending: &mut Vec<Item>, outcomes: &mut Outcomes) {
     let why = inner.ids_refused.lock().clone();
     if let Some(why) = why {
-        let refused = |item: &Item| item.append.fenced;
+        let refused = |item: &Item| item.append.deduplicated;
         for item in pending.iter().filter(|item| refused(item)) {
             outcomes[item.at] = Some(Err(InboxError::Unavailable(why.clone())));
         }
@@ -266,7 +266,7 @@ async fn settle(
             Some(_) => raised.push((&item.append.user, numbers[n])),
             None => {}
         }
-        if item.append.fenced {
+        if item.append.deduplicated {
             repeats.push(item);
         }
     }
@@ -384,8 +384,8 @@ async fn insert(inner: &Inner, pending: &[Item], numbers: &[u64]) -> (Vec<Tried>
         insert_these(inner, pending, numbers, &several, true)
     );
     let mut tried = vec![Tried::Unknown; pending.len()];
-    for (lot, result) in [(&single, &one.0), (&several, &other.0)] {
-        lot.iter().zip(result).for_each(|(n, result)| tried[*n] = *result);
+    for (batch, result) in [(&single, &one.0), (&several, &other.0)] {
+        batch.iter().zip(result).for_each(|(n, result)| tried[*n] = *result);
     }
     (tried, one.1.or(other.1))
 }
@@ -409,13 +409,13 @@ async fn insert_in_waves(
             let count = if last { queue.len() } else { queue.len().min(1) };
             queue.drain(..count).collect()
         };
-        let lot: Vec<usize> = left.values_mut().flat_map(take).collect();
-        if lot.is_empty() {
+        let batch: Vec<usize> = left.values_mut().flat_map(take).collect();
+        if batch.is_empty() {
             break;
         }
-        let (results, failed) = insert_these(inner, pending, numbers, &lot, last).await;
+        let (results, failed) = insert_these(inner, pending, numbers, &batch, last).await;
         fault = fault.or(failed);
-        for (n, result) in lot.into_iter().zip(results) {
+        for (n, result) in batch.into_iter().zip(results) {
             tried[n] = result;
             if result != Tried::Inserted {
                 left.remove(&pending[n].append.user);
@@ -429,26 +429,26 @@ async fn insert_these(
     inner: &Inner,
     pending: &[Item],
     numbers: &[u64],
-    lot: &[usize],
+    batch: &[usize],
     ordered: bool,
 ) -> (Vec<Tried>, Option<InboxError>) {
-    if lot.is_empty() {
+    if batch.is_empty() {
         return (Vec::new(), None);
     }
-    let documents: Vec<StoredMessage> = lot
+    let documents: Vec<StoredMessage> = batch
         .iter()
         .map(|n| StoredMessage::new(&pending[*n].append, &pending[*n].append_id, numbers[*n]))
         .collect();
     let inserting = inner.messages.insert_many(&documents).ordered(ordered).into_future();
     let error = match inner.in_time(inserting).await {
-        Ok(_) => return (vec![Tried::Inserted; lot.len()], None),
+        Ok(_) => return (vec![Tried::Inserted; batch.len()], None),
         Err(error) => error,
     };
     let ErrorKind::InsertMany(many) = &*error.kind else {
-        return (vec![Tried::Unknown; lot.len()], Some(unavailable(error)));
+        return (vec![Tried::Unknown; batch.len()], Some(unavailable(error)));
     };
     let acknowledged = many.write_concern_error.is_none();
-    let mut tried = vec![if acknowledged { Tried::Inserted } else { Tried::Unknown }; lot.len()];
+    let mut tried = vec![if acknowledged { Tried::Inserted } else { Tried::Unknown }; batch.len()];
     for fault in many.write_errors.iter().flatten() {
         if let Some(result) = tried.get_mut(fault.index) {
             // Where nothing is known of those before it, a key may be taken by what was written after one of our own.
@@ -565,7 +565,7 @@ async fn answer_repeats(
 
 /// A message that has expired, or whose number is void, stands in nobody's way: its id is free.
 async fn give_up_id(inner: &Inner, place: &Document, append: &Append) -> Result<(), InboxError> {
-    if !append.fenced {
+    if !append.deduplicated {
         return Ok(());
     }
     let filter = doc! { "_id": place.clone(), "f": append.id.as_str() };

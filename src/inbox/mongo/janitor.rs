@@ -14,7 +14,7 @@ use crate::inbox::InboxError;
 use crate::message::UserId;
 
 /// Users in one lot of a pass.
-const LOT: usize = 1_000;
+const BATCH: usize = 1_000;
 /// Messages of a user looked at in one pass; the rest is for the next.
 const RUN: i64 = 10_000;
 /// Runs remembered, 150 bytes each: 30 MB.
@@ -27,11 +27,12 @@ pub(super) struct Seen {
 }
 
 /// One pass over all users that have something expired; answers how many messages it removed.
-pub(super) async fn clean(inner: &Inner) -> Result<u64, InboxError> {
+pub(super) async fn run_once(inner: &Inner) -> Result<u64, InboxError> {
     let mut seen = inner.removals.lock().await;
     let now = int(inner.clock.now().0);
     let pipeline = [doc! { "$match": { "x": { "$lte": now } } }, doc! { "$group": { "_id": "$_id.u" } }];
-    let mut users = inner.documents.aggregate(pipeline).batch_size(LOT as u32).await.map_err(unavailable)?;
+    let mut users =
+        inner.documents.aggregate(pipeline).batch_size(BATCH as u32).await.map_err(unavailable)?;
     let mut removed = 0;
     let mut still = HashMap::new();
     while let Some(row) = inner.in_time(users.try_next()).await.map_err(unavailable)? {

@@ -32,8 +32,8 @@ use mongodb::{Client, Collection, Database};
 use parking_lot::Mutex;
 
 use super::{
-    Answer, Append, Appended, Ask, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, From, Gathering, Inbox,
-    InboxError, InboxPage, PASSED_OVER, PageLimit, Profile, REVOCATION_AHEAD_MAX_S, Upkeep,
+    Append, Appended, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, GroupCommit, Inbox, InboxError, InboxPage,
+    Janitor, PASSED_OVER, PageLimit, PositionQuery, Profile, REVOCATION_AHEAD_MAX_S, StartAt, UserPosition,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Seq, UserId};
@@ -58,7 +58,7 @@ const CONFIRMATIONS: usize = 16;
 const MINUTE_MS: u64 = 60_000;
 
 /// A command costs MongoDB as much as some twenty documents in it.
-const GATHERING: Gathering = Gathering { every: Duration::from_millis(8), enough: 100 };
+const GATHERING: GroupCommit = GroupCommit { every: Duration::from_millis(8), enough: 100 };
 
 /// The times of the rules; see docs/design.md, section 5.
 #[derive(Debug, Clone, Copy)]
@@ -114,7 +114,7 @@ struct Inner {
 
 /// Why the inbox cannot be used at all, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum OpenFault {
+pub enum OpenError {
     /// Waiting may help.
     #[error("MongoDB cannot be reached: {0}")]
     Unreachable(String),
@@ -127,15 +127,15 @@ impl MongoInbox {
     /// Reads the URI; nothing is connected yet.
     ///
     /// # Errors
-    /// [`OpenFault::Refused`].
-    pub async fn new(uri: &str, database: &str, times: MongoTimes, clock: Clock) -> Result<Self, OpenFault> {
-        let refused = |error: Error| OpenFault::Refused("mongo.uri", words(&error));
+    /// [`OpenError::Refused`].
+    pub async fn new(uri: &str, database: &str, times: MongoTimes, clock: Clock) -> Result<Self, OpenError> {
+        let refused = |error: Error| OpenError::Refused("mongo.uri", words(&error));
         let names_compressors = uri.split(['?', '&']).skip(1).any(|option| {
             option.split('=').next().is_some_and(|name| name.eq_ignore_ascii_case("compressors"))
         });
         if names_compressors {
             let why = "compressors= is not built in: leave it out".to_owned();
-            return Err(OpenFault::Refused("mongo.uri", why));
+            return Err(OpenError::Refused("mongo.uri", why));
         }
         let mut options = ClientOptions::parse(uri).await.map_err(refused)?;
         options.app_name.get_or_insert_with(|| "ringpush".to_owned());
@@ -167,14 +167,14 @@ impl MongoInbox {
     /// Connects, and makes or checks what must be there: a replica set, the indexes, and the store's identity, which is returned.
     ///
     /// # Errors
-    /// [`OpenFault`].
-    pub async fn prepare(&self) -> Result<String, OpenFault> {
+    /// [`OpenError`].
+    pub async fn prepare(&self) -> Result<String, OpenError> {
         let inner = &self.inner;
         let admin = inner.database.client().database("admin");
         let hello = inner.in_time(admin.run_command(doc! { "hello": 1 }).into_future()).await;
         let hello = hello.map_err(|error| open_fault(&error))?;
         if !hello.contains_key("setName") && !hello.get_str("msg").is_ok_and(|kind| kind == "isdbgrid") {
-            return Err(OpenFault::Refused(
+            return Err(OpenError::Refused(
                 "mongo.uri",
                 "this is a standalone MongoDB, which cannot keep what it acknowledged: start it with --replSet and run \
                  rs.initiate(), or name a replica set"
@@ -183,7 +183,7 @@ impl MongoInbox {
         }
         inner.check_indexes().await?;
         inner.make_indexes().await?;
-        watch::look(inner).await.map_err(|error| OpenFault::Unreachable(error.to_string()))?;
+        watch::look(inner).await.map_err(|error| OpenError::Unreachable(error.to_string()))?;
         let made = ulid::Ulid::generate().to_string();
         let identity = inner.identity(&made).await.map_err(|error| open_fault(&error))?;
         Ok(inner.identity.get_or_init(|| identity).clone())
@@ -214,31 +214,31 @@ fn words(error: &Error) -> String {
     }
 }
 
-fn open_fault(error: &Error) -> OpenFault {
+fn open_fault(error: &Error) -> OpenError {
     match &*error.kind {
         ErrorKind::Authentication { .. } => {
-            OpenFault::Refused("mongo.uri", format!("the user or password is refused: {}", words(error)))
+            OpenError::Refused("mongo.uri", format!("the user or password is refused: {}", words(error)))
         }
         // 13 Unauthorized, 18 AuthenticationFailed.
         ErrorKind::Command(command) if [13, 18].contains(&command.code) => {
-            OpenFault::Refused("mongo.uri", format!("the user may not do this: {}", words(error)))
+            OpenError::Refused("mongo.uri", format!("the user may not do this: {}", words(error)))
         }
         // 73 InvalidNamespace, 13297 DatabaseDifferCase.
         ErrorKind::Command(command) if [73, 13_297].contains(&command.code) => {
-            OpenFault::Refused("mongo.database", command.message.clone())
+            OpenError::Refused("mongo.database", command.message.clone())
         }
         // A wrong password shows as a selection that found nobody.
         ErrorKind::ServerSelection { message, .. } if message.contains("uthentication") => {
-            OpenFault::Refused("mongo.uri", format!("the user or password is refused: {message}"))
+            OpenError::Refused("mongo.uri", format!("the user or password is refused: {message}"))
         }
-        _ => OpenFault::Unreachable(words(error)),
+        _ => OpenError::Unreachable(words(error)),
     }
 }
 
-fn index_fault(collection: &str, error: &Error) -> OpenFault {
+fn index_fault(collection: &str, error: &Error) -> OpenError {
     match &*error.kind {
         // 85 IndexOptionsConflict, 86 IndexKeySpecsConflict, 11000 DuplicateKey.
-        ErrorKind::Command(command) if [85, 86, 11000].contains(&command.code) => OpenFault::Refused(
+        ErrorKind::Command(command) if [85, 86, 11000].contains(&command.code) => OpenError::Refused(
             "mongo.database",
             format!(
                 "an index of {collection} is not what it must be; drop it and start again: {}",
@@ -281,12 +281,12 @@ impl Inner {
     }
 
     /// An index that removes documents by itself would lift the fence.
-    async fn check_indexes(&self) -> Result<(), OpenFault> {
+    async fn check_indexes(&self) -> Result<(), OpenError> {
         for collection in [&self.documents, &self.cursors] {
             let Ok(mut indexes) = collection.list_indexes().await else { continue };
             while let Some(Ok(index)) = indexes.next().await {
                 if index.options.as_ref().is_some_and(|options| options.expire_after.is_some()) {
-                    return Err(OpenFault::Refused(
+                    return Err(OpenError::Refused(
                         "mongo.database",
                         format!(
                             "the collection {} has a TTL index, {}, which removes what only ringpush may remove: drop it",
@@ -385,11 +385,14 @@ impl Inner {
 
     /// The cursors of those that ask for one. One that is not there yet is the beginning: a majority is not waited for, as
     /// losing a cursor costs repeats and nothing else.
-    async fn cursors_of(&self, lot: &[Ask]) -> Result<HashMap<(UserId, DeviceId), Seq>, InboxError> {
-        let wanted: Vec<Document> = lot
+    async fn cursors_of(
+        &self,
+        batch: &[PositionQuery],
+    ) -> Result<HashMap<(UserId, DeviceId), Seq>, InboxError> {
+        let wanted: Vec<Document> = batch
             .iter()
             .filter_map(|ask| match &ask.from {
-                From::Cursor(device) => Some(doc! { "u": ask.user.as_str(), "d": device.as_str() }),
+                StartAt::Cursor(device) => Some(doc! { "u": ask.user.as_str(), "d": device.as_str() }),
                 _ => None,
             })
             .collect();
@@ -415,22 +418,22 @@ impl Inner {
         Ok(found.iter().filter_map(read).collect())
     }
 
-    async fn standing(&self, lot: Vec<Ask>) -> Result<Vec<Answer>, InboxError> {
-        let cursors = self.cursors_of(&lot).await?;
-        let starts: Vec<Option<Seq>> = lot
+    async fn positions(&self, batch: Vec<PositionQuery>) -> Result<Vec<UserPosition>, InboxError> {
+        let cursors = self.cursors_of(&batch).await?;
+        let starts: Vec<Option<Seq>> = batch
             .iter()
             .map(|ask| match &ask.from {
-                From::After(seq) => Some(*seq),
-                From::Cursor(device) => {
+                StartAt::After(seq) => Some(*seq),
+                StartAt::Cursor(device) => {
                     let key = (ask.user.clone(), device.clone());
                     Some(cursors.get(&key).copied().unwrap_or(Seq::BEGINNING))
                 }
-                From::Latest => None,
+                StartAt::Latest => None,
             })
             .collect();
-        let near = self.near(&lot, &starts).await?;
+        let near = self.near(&batch, &starts).await?;
         // From the beginning, from the end, and where nothing shows the position: the whole truth about the head.
-        let far: Vec<&UserId> = lot
+        let far: Vec<&UserId> = batch
             .iter()
             .zip(&starts)
             .zip(&near)
@@ -440,21 +443,21 @@ impl Inner {
             .map(|((ask, _), _)| &ask.user)
             .collect();
         let tops = if far.is_empty() { HashMap::new() } else { self.tops_made(&distinct(far)).await? };
-        let mut answers = Vec::with_capacity(lot.len());
-        for ((ask, start), near) in lot.iter().zip(starts).zip(near) {
+        let mut answers = Vec::with_capacity(batch.len());
+        for ((ask, start), near) in batch.iter().zip(starts).zip(near) {
             answers.push(self.answer(ask, start, near, tops.get(&ask.user).copied()));
         }
         // Nearly all of them are there already; those that must be confirmed wait for one another only in part.
-        let mut answers: Vec<Answer> =
+        let mut answers: Vec<UserPosition> =
             futures_util::stream::iter(answers).buffered(CONFIRMATIONS).try_collect().await?;
-        self.correct(&lot, &mut answers).await?;
+        self.correct(&batch, &mut answers).await?;
         Ok(answers)
     }
 
     /// Has disconnects that lie too far ahead, made by a clock that was wrong, count from now.
-    async fn correct(&self, lot: &[Ask], answers: &mut [Answer]) -> Result<(), InboxError> {
+    async fn correct(&self, batch: &[PositionQuery], answers: &mut [UserPosition]) -> Result<(), InboxError> {
         let now = self.clock.now().seconds();
-        for (ask, answer) in lot.iter().zip(answers) {
+        for (ask, answer) in batch.iter().zip(answers) {
             if answer.not_before_s > now + REVOCATION_AHEAD_MAX_S {
                 let filter = doc! { "_id": id(&ask.user, 0), "nb": int(answer.not_before_s) };
                 let update = doc! { "$set": { "nb": int(now) } };
@@ -468,11 +471,11 @@ impl Inner {
 
     async fn answer(
         &self,
-        ask: &Ask,
+        ask: &PositionQuery,
         start: Option<Seq>,
         near: Option<Near>,
         top: Option<(HeadRecord, u64)>,
-    ) -> Result<Answer, InboxError> {
+    ) -> Result<UserPosition, InboxError> {
         match (top, near) {
             (Some((record, top)), _) => self.by_top(ask, start, record, top).await,
             (None, Some(near)) => Ok(near.answer),
@@ -481,9 +484,13 @@ impl Inner {
     }
 
     /// "Is there more after p" for all at once: (u, p+1) is there, or the head record is above p.
-    async fn near(&self, lot: &[Ask], starts: &[Option<Seq>]) -> Result<Vec<Option<Near>>, InboxError> {
-        let mut ids = Vec::with_capacity(lot.len() * 3);
-        for (ask, start) in lot.iter().zip(starts) {
+    async fn near(
+        &self,
+        batch: &[PositionQuery],
+        starts: &[Option<Seq>],
+    ) -> Result<Vec<Option<Near>>, InboxError> {
+        let mut ids = Vec::with_capacity(batch.len() * 3);
+        for (ask, start) in batch.iter().zip(starts) {
             if let Some(start) = start.filter(|start| !start.is_beginning()) {
                 ids.extend([id(&ask.user, 0), id(&ask.user, start.get()), id(&ask.user, start.get() + 1)]);
             }
@@ -492,7 +499,7 @@ impl Inner {
         let found = self.by_ids(ids, fields).await?;
         let found: HashMap<(&str, u64), &Document> =
             found.iter().filter_map(|document| Some((place_of(document)?, document))).collect();
-        let near = |(ask, start): (&Ask, &Option<Seq>)| {
+        let near = |(ask, start): (&PositionQuery, &Option<Seq>)| {
             let start = start.filter(|start| !start.is_beginning())?;
             let (user, p) = (ask.user.as_str(), start.get());
             let record = HeadRecord::read(found.get(&(user, 0))?);
@@ -500,19 +507,19 @@ impl Inner {
             let more = next || record.head > p;
             let is_there = record.head >= p || found.contains_key(&(user, p));
             let head = if record.head > p { record.head } else { p + u64::from(next) };
-            let answer = Answer { start, head: Seq::at(head), more, not_before_s: record.not_before_s };
+            let answer = UserPosition { start, head: Seq::at(head), more, not_before_s: record.not_before_s };
             Some(Near { answer, is_settled: more || is_there })
         };
-        Ok(lot.iter().zip(starts).map(near).collect())
+        Ok(batch.iter().zip(starts).map(near).collect())
     }
 
     async fn by_top(
         &self,
-        ask: &Ask,
+        ask: &PositionQuery,
         start: Option<Seq>,
         record: HeadRecord,
         top: u64,
-    ) -> Result<Answer, InboxError> {
+    ) -> Result<UserPosition, InboxError> {
         let head = record.head.max(top);
         let never = head == record.first;
         let start = match start {
@@ -520,7 +527,7 @@ impl Inner {
             None if never => Seq::BEGINNING,
             None => Seq::at(head),
         };
-        let mut answer = Answer {
+        let mut answer = UserPosition {
             start,
             head: Seq::at(head),
             more: head > start.get() && !(never && start.is_beginning()),
@@ -731,7 +738,7 @@ fn longest_unused(mut cursors: Vec<Document>) -> Vec<Document> {
 
 /// What the documents around a position say of it.
 struct Near {
-    answer: Answer,
+    answer: UserPosition,
     /// The position is not above the head.
     is_settled: bool,
 }
@@ -747,8 +754,8 @@ impl Inbox for MongoInbox {
         append::append(&self.inner, batch).boxed()
     }
 
-    fn standing(&self, lot: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>> {
-        self.inner.standing(lot).boxed()
+    fn positions(&self, batch: Vec<PositionQuery>) -> BoxFuture<'_, Result<Vec<UserPosition>, InboxError>> {
+        self.inner.positions(batch).boxed()
     }
 
     fn page(
@@ -768,7 +775,7 @@ impl Inbox for MongoInbox {
         self.inner.update(changes).boxed()
     }
 
-    fn gathering(&self) -> Gathering {
+    fn gathering(&self) -> GroupCommit {
         GATHERING
     }
 }
@@ -776,12 +783,12 @@ impl Inbox for MongoInbox {
 /// Between two looks at the store: as a part of how long a head is trusted, 2 s.
 const LOOKS_PER_TRUST: u32 = 300;
 
-impl Upkeep for MongoInbox {
+impl Janitor for MongoInbox {
     fn watch(&self) -> BoxFuture<'_, ()> {
         watch::watch(&self.inner, self.inner.times.head_trust / LOOKS_PER_TRUST).boxed()
     }
 
-    fn clean(&self) -> BoxFuture<'_, Result<u64, InboxError>> {
-        janitor::clean(&self.inner).boxed()
+    fn run_once(&self) -> BoxFuture<'_, Result<u64, InboxError>> {
+        janitor::run_once(&self.inner).boxed()
     }
 }

@@ -86,8 +86,8 @@ impl StoredMessage {
             at: int(append.accepted_at.0),
             x: int(append.expires_at.0),
             p: binary(&append.payload),
-            f: append.fenced.then(|| append.id.as_str().to_owned()),
-            d: append.fenced.then(|| binary(&payload_digest(&append.payload))),
+            f: append.deduplicated.then(|| append.id.as_str().to_owned()),
+            d: append.deduplicated.then(|| binary(&payload_digest(&append.payload))),
         }
     }
 

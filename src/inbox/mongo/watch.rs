@@ -27,7 +27,7 @@ use mongodb::{Collection, IndexModel};
 
 use super::append::DUPLICATE_KEY;
 use super::stored::{CURSORS, HeadRecord, INBOX, StoredMessage, id, int, integer, place_of};
-use super::{Inner, OpenFault, index_fault, unavailable, words};
+use super::{Inner, OpenError, index_fault, unavailable, words};
 use crate::inbox::InboxError;
 use crate::message::UserId;
 
@@ -86,8 +86,8 @@ pub(super) async fn watch(inner: &Inner, every: Duration) {
             && let Err(fault) = inner.make_indexes().await
         {
             match fault {
-                OpenFault::Refused(..) => tracing::warn!("{fault}"),
-                OpenFault::Unreachable(_) => tracing::debug!(%fault, "the indexes could not be looked at"),
+                OpenError::Refused(..) => tracing::warn!("{fault}"),
+                OpenError::Unreachable(_) => tracing::debug!(%fault, "the indexes could not be looked at"),
             }
         }
         tokio::time::sleep(every).await;
@@ -246,7 +246,7 @@ fn if_not_taken(written: mongodb::error::Result<()>) -> Result<bool, InboxError>
 
 impl Inner {
     /// Whether the index stands there by which an id is stored once.
-    async fn tells_ids_apart(&self) -> Result<bool, OpenFault> {
+    async fn tells_ids_apart(&self) -> Result<bool, OpenError> {
         let all = async { self.documents.list_indexes().await?.try_collect::<Vec<IndexModel>>().await };
         let all = match self.in_time(all).await {
             Err(error) if matches!(&*error.kind, ErrorKind::Command(one) if one.code == NO_COLLECTION) => {
@@ -275,7 +275,7 @@ impl Inner {
 
     /// Makes the indexes that are not there. Where ids that stand twice are in the way, publishes with an id are refused until they are
     /// gone: another one could be stored twice.
-    pub(super) async fn make_indexes(&self) -> Result<(), OpenFault> {
+    pub(super) async fn make_indexes(&self) -> Result<(), OpenError> {
         let missing = !self.tells_ids_apart().await?;
         if missing && self.ids_refused.lock().is_none() {
             // However long it takes to make it, or whatever is in the way.

@@ -10,10 +10,10 @@ use super::Node;
 use super::registry::Arrival;
 use crate::message::{DeviceId, UserId};
 use crate::telemetry::{Credential, WAY};
-use crate::ticket::{Ticket, TicketFault};
+use crate::ticket::{Ticket, TicketError};
 use crate::wire::address::{SocketQuery, escape};
 use crate::wire::frame::Since;
-use crate::wire::peer::{Identity, PeerFault, VerifyRequest};
+use crate::wire::peer::{Identity, PeerError, VerifyRequest};
 
 /// Sockets that may come at once where `accept_per_s` of them come in the long run: twice that (docs/design.md, section 11).
 const BURST_S: f64 = 2.0;
@@ -85,7 +85,7 @@ impl From<Identity> for Known {
 
 /// What to answer instead of the upgrade.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Rejection {
+pub enum AdmissionError {
     /// 503 with Retry-After: draining, at its rate, or auth cannot be reached.
     Unavailable(&'static str),
     /// 403.
@@ -98,15 +98,15 @@ pub enum Rejection {
     Redirect(String),
 }
 
-pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Admission, Rejection> {
+pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Admission, AdmissionError> {
     if !node.takes_sockets() {
-        return Err(Rejection::Unavailable("this node is leaving; another one takes sockets"));
+        return Err(AdmissionError::Unavailable("this node is leaving; another one takes sockets"));
     }
     if !node.config.origins.allows(request.origin) {
         node.refusals.note(Credential::Origin, "pages of this origin may not open sockets (push.origins)");
-        return Err(Rejection::ForbiddenOrigin);
+        return Err(AdmissionError::ForbiddenOrigin);
     }
-    let query = SocketQuery::parse(request.query).map_err(Rejection::BadQuery)?;
+    let query = SocketQuery::parse(request.query).map_err(AdmissionError::BadQuery)?;
     let mut arrival = arrival(node, request.node_in_path, &query);
     let mut device = query.device.clone();
     let identity = match &query.ticket {
@@ -127,7 +127,7 @@ pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Adm
         && let Some(known) = &identity
         && let Some(url) = elsewhere(node, known, &device, query.since, arrival)
     {
-        return Err(Rejection::Redirect(url));
+        return Err(AdmissionError::Redirect(url));
     }
     Ok(Admission { identity, device, since: query.since, arrival })
 }
@@ -139,12 +139,12 @@ fn arrival(node: &Node, node_in_path: Option<&str>, query: &SocketQuery) -> Arri
     Arrival { hops: query.hops, client_epoch: query.epoch, keep_at: keep.then(|| node.views.borrow().digest) }
 }
 
-fn take_ticket(node: &Node, text: &str) -> Result<Ticket, Rejection> {
+fn take_ticket(node: &Node, text: &str) -> Result<Ticket, AdmissionError> {
     let now = node.clock.now();
-    let refused = |fault: TicketFault| {
+    let refused = |fault: TicketError| {
         let why = fault.to_string();
         node.refusals.note(Credential::Ticket, &why);
-        Rejection::Unauthorized(why)
+        AdmissionError::Unauthorized(why)
     };
     let ticket = node.ticket_key.verify(text, node.name(), node.holder.incarnation, now).map_err(refused)?;
     // A ticket that cannot be served now is not used up.
@@ -157,7 +157,7 @@ async fn verify_token(
     node: &Node,
     request: &SocketRequest<'_>,
     query: &SocketQuery,
-) -> Result<Option<Known>, Rejection> {
+) -> Result<Option<Known>, AdmissionError> {
     let in_url = query.access_token.as_deref().filter(|_| node.config.token_in_url);
     let Some(token) = request.bearer.or(in_url) else {
         node.accepts.take(Who::Stranger)?;
@@ -166,18 +166,18 @@ async fn verify_token(
     if token.is_empty() {
         let why = "a token is needed: Authorization: Bearer <token>";
         node.refusals.note(Credential::Token, why);
-        return Err(Rejection::Unauthorized(why.to_owned()));
+        return Err(AdmissionError::Unauthorized(why.to_owned()));
     }
     match node.verify.clone().oneshot(VerifyRequest { token: token.into() }).await {
         Ok(identity) => {
             node.accepts.take(Who::Known)?;
             Ok(Some(identity.into()))
         }
-        Err(PeerFault::Unauthorized(reason)) => {
+        Err(PeerError::Unauthorized(reason)) => {
             node.refusals.note(Credential::Token, &reason);
-            Err(Rejection::Unauthorized(reason))
+            Err(AdmissionError::Unauthorized(reason))
         }
-        Err(PeerFault::Unavailable(_)) => Err(Rejection::Unavailable("tokens cannot be verified now")),
+        Err(PeerError::Unavailable(_)) => Err(AdmissionError::Unavailable("tokens cannot be verified now")),
     }
 }
 
@@ -233,13 +233,13 @@ impl AcceptBudgets {
         Self { known: budget(), strangers: budget() }
     }
 
-    fn take(&self, who: Who) -> Result<(), Rejection> {
+    fn take(&self, who: Who) -> Result<(), AdmissionError> {
         let budget = match who {
             Who::Known => &self.known,
             Who::Stranger => &self.strangers,
         };
         let taken = budget.lock().take(Instant::now());
-        taken.then_some(()).ok_or(Rejection::Unavailable("this node takes no more sockets this second"))
+        taken.then_some(()).ok_or(AdmissionError::Unavailable("this node takes no more sockets this second"))
     }
 }
 

@@ -15,7 +15,7 @@
 //! # Who serves
 //!
 //! The task serves, with one exception: whoever brings a live message while the task rests and nothing waits before it, does what the
-//! task would do with it, in its name ([`AtOnce`]). To wake the task for it costs more than to send it, and most messages come
+//! task would do with it, in its name ([`InlineSend`]). To wake the task for it costs more than to send it, and most messages come
 //! to sessions that rest.
 //!
 //! # Locks
@@ -40,17 +40,17 @@ use tracing::Instrument;
 
 use super::admission::{Admission, Known};
 use super::mailbox::Mail;
-use super::registry::{AtOnce, Registered, Seat};
+use super::registry::{InlineSend, RegistrationGuard, SessionHandle};
 use super::{Node, rebalance};
 use crate::backoff::{Backoff, between};
-use crate::inbox::{Answer, From};
+use crate::inbox::{StartAt, UserPosition};
 use crate::message::{DeviceId, Millis, Seq, UserId};
-use crate::session::{Input, Item, Output, Session, Standing};
+use crate::session::{Input, Item, Output, Session, StartPoint};
 use crate::telemetry::{Counted, Credential, WAY};
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{ClientFrame, ServerFrame, Since};
-use crate::wire::peer::{PeerFault, VerifyRequest};
-use crate::wire::socket::{Incoming, Outgoing, SocketFault};
+use crate::wire::peer::{PeerError, VerifyRequest};
+use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
 /// Queued for one socket: from here on its session reads the inbox instead. With one page (102 KiB at the most, see
 /// [`sweep::PAGE`]) that stays below the 256 KiB of docs/design.md, section 11.
@@ -71,11 +71,11 @@ const UNANSWERED_PINGS: u32 = 2;
 
 /// A socket, whatever it is made of.
 pub(super) trait Socket:
-    Stream<Item = Result<Incoming, SocketFault>> + Sink<Outgoing, Error = SocketFault> + Unpin + Send
+    Stream<Item = Result<Incoming, SocketError>> + Sink<Outgoing, Error = SocketError> + Unpin + Send
 {
 }
 impl<S> Socket for S where
-    S: Stream<Item = Result<Incoming, SocketFault>> + Sink<Outgoing, Error = SocketFault> + Unpin + Send
+    S: Stream<Item = Result<Incoming, SocketError>> + Sink<Outgoing, Error = SocketError> + Unpin + Send
 {
 }
 
@@ -94,8 +94,8 @@ impl End {
     }
 }
 
-impl std::convert::From<SocketFault> for End {
-    fn from(fault: SocketFault) -> Self {
+impl std::convert::From<SocketError> for End {
+    fn from(fault: SocketError) -> Self {
         fault.close_code().map_or(Self::Gone, |code| Self::close(code, fault.to_string()))
     }
 }
@@ -126,7 +126,7 @@ async fn begin<S: Socket + 'static>(
     let counted = Counted::in_gauge(&node.metrics.connections);
     match attached(&node, admission, &mut socket).await {
         Ok(attached) => {
-            span.record("session", tracing::field::display(attached.seat.id));
+            span.record("session", tracing::field::display(attached.handle.id));
             Some(Shared::new(Serving::begin(node, socket, attached, counted)))
         }
         Err(end) => {
@@ -139,8 +139,8 @@ async fn begin<S: Socket + 'static>(
 /// A client that has shown who it is and has its seat.
 struct Attached {
     known: Known,
-    seat: Registered,
-    answer: Answer,
+    handle: RegistrationGuard,
+    answer: UserPosition,
 }
 
 async fn attached<S: Socket>(node: &Node, admission: Admission, socket: &mut S) -> Result<Attached, End> {
@@ -154,8 +154,8 @@ async fn attached<S: Socket>(node: &Node, admission: Admission, socket: &mut S) 
         }
     };
     let device = device.unwrap_or_default();
-    let seat = Seat::new(known.user.clone(), device, known.issued_at_s, arrival, node.clock.now());
-    let mut attaching = pin!(attach(node, seat, since));
+    let handle = SessionHandle::new(known.user.clone(), device, known.issued_at_s, arrival, node.clock.now());
+    let mut attaching = pin!(attach(node, handle, since));
     // Mostly it is answered in this turn, and needs no timer.
     let attached = match attaching.as_mut().now_or_never() {
         Some(attached) => attached,
@@ -168,12 +168,12 @@ async fn attached<S: Socket>(node: &Node, admission: Admission, socket: &mut S) 
             }
         },
     };
-    let (seat, answer) = attached?;
+    let (handle, answer) = attached?;
     if tracing::enabled!(target: WAY, tracing::Level::DEBUG) {
-        let owner = node.views.borrow().owner(&seat.user).map(|owner| owner.info.node.to_string());
-        tracing::debug!(target: WAY, step = 3, user = %seat.user, node = %node.name(), owner, "registered and welcome");
+        let owner = node.views.borrow().owner(&handle.user).map(|owner| owner.info.node.to_string());
+        tracing::debug!(target: WAY, step = 3, user = %handle.user, node = %node.name(), owner, "registered and welcome");
     }
-    Ok(Attached { known, seat, answer })
+    Ok(Attached { known, handle, answer })
 }
 
 /// Waits for the first frame, which must bring a token.
@@ -216,44 +216,48 @@ async fn first_text<S: Socket>(socket: &mut S) -> Result<Bytes, End> {
 async fn verify(node: &Node, token: String) -> Result<Known, End> {
     match node.verify.clone().oneshot(VerifyRequest { token: token.into() }).await {
         Ok(identity) => Ok(identity.into()),
-        Err(PeerFault::Unauthorized(why)) => {
+        Err(PeerError::Unauthorized(why)) => {
             node.refusals.note(Credential::Token, &why);
             Err(End::close(CloseCode::Unauthorized, why))
         }
-        Err(PeerFault::Unavailable(_)) => {
+        Err(PeerError::Unavailable(_)) => {
             Err(End::close(CloseCode::Overloaded, "tokens cannot be verified now"))
         }
     }
 }
 
 /// Registers, enters the fallback set if displaced, and asks the inbox where the session stands: in this order.
-async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(Registered, Answer), End> {
-    let mut registered = node.registry.register(Arc::clone(&seat));
-    let displaced = !node.owns(&node.views.borrow(), &seat.user);
+async fn attach(
+    node: &Node,
+    handle: Arc<SessionHandle>,
+    since: Option<Since>,
+) -> Result<(RegistrationGuard, UserPosition), End> {
+    let mut registered = node.registry.register(Arc::clone(&handle));
+    let displaced = !node.owns(&node.views.borrow(), &handle.user);
     if displaced {
-        Box::pin(rebalance::enter(node, &seat.user)).await;
-        node.moves.consider(&seat);
+        Box::pin(rebalance::enter(node, &handle.user)).await;
+        node.moves.consider(&handle);
     }
     registered.when_last(on_last(node));
     let from = match since {
-        None => From::Cursor(seat.device.clone()),
-        Some(Since::After(position)) => From::After(position),
-        Some(Since::Latest) => From::Latest,
+        None => StartAt::Cursor(handle.device.clone()),
+        Some(Since::After(position)) => StartAt::After(position),
+        Some(Since::Latest) => StartAt::Latest,
     };
-    let mut answer = node.asks.ask(seat.user.clone(), from).await.map_err(|error| {
+    let mut answer = node.asks.ask(handle.user.clone(), from).await.map_err(|error| {
         tracing::debug!(%error, "a session could not attach");
         End::close(CloseCode::Overloaded, "the inbox cannot be read now")
     })?;
     if since.is_none()
         && let Some(acked) =
-            node.cursors.pending(&seat.user, &seat.device).filter(|acked| *acked > answer.start)
+            node.cursors.pending(&handle.user, &handle.device).filter(|acked| *acked > answer.start)
     {
         // Acked here a moment ago: a client that comes straight back need not see it again.
         // Never above the head as it was answered: what was stored since is in the mailbox already.
         // Where there is more, the head is some number above the old start: the page that is read tells the rest.
         answer.start = acked.min(answer.head);
     }
-    if seat.token_iat_s() < answer.not_before_s {
+    if handle.token_iat_s() < answer.not_before_s {
         return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));
     }
     if !node.takes_sockets() {
@@ -261,7 +265,7 @@ async fn attach(node: &Node, seat: Arc<Seat>, since: Option<Since>) -> Result<(R
     }
     // Only now, when this session is known to be good: a revoked token must not drive others out.
     if registered.crowded
-        && let Some(oldest) = node.registry.evict_excess(&seat)
+        && let Some(oldest) = node.registry.evict_excess(&handle)
     {
         oldest.mailbox.close(CloseCode::Replaced, "this user opened more sessions than are kept");
     }
@@ -296,7 +300,7 @@ async fn farewell<S: Socket>(node: &Node, socket: &mut S, end: End) {
         }
         socket.close().await
     };
-    let _: Result<Result<(), SocketFault>, _> = tokio::time::timeout(FAREWELL, parting).await;
+    let _: Result<Result<(), SocketError>, _> = tokio::time::timeout(FAREWELL, parting).await;
 }
 
 /// What the serving stage waits for.
@@ -306,7 +310,7 @@ enum Event {
     Frame(Incoming),
     Refreshed(Result<Known, End>),
     Timer,
-    Fault(SocketFault),
+    Fault(SocketError),
     Over,
 }
 
@@ -315,10 +319,10 @@ struct Shared<S>(Mutex<Option<Serving<S>>>);
 
 impl<S: Socket + 'static> Shared<S> {
     fn new(serving: Serving<S>) -> Arc<Self> {
-        let seat = Arc::clone(&serving.seat);
+        let handle = Arc::clone(&serving.handle);
         let shared = Arc::new(Self(Mutex::new(Some(serving))));
         let weak = Arc::downgrade(&shared);
-        seat.served_by(weak);
+        handle.served_by(weak);
         shared
     }
 
@@ -341,7 +345,7 @@ impl<S: Socket + 'static> Shared<S> {
     }
 }
 
-impl<S: Socket + 'static> AtOnce for Shared<S> {
+impl<S: Socket + 'static> InlineSend for Shared<S> {
     fn send(&self, item: Item<Bytes>) -> Option<Item<Bytes>> {
         match self.0.try_lock().as_deref_mut() {
             Some(Some(serving)) => serving.send_at_once(item),
@@ -365,7 +369,7 @@ struct Serving<S> {
     task: Option<Waker>,
     /// What happened while a message was sent at once: for the task to see.
     noticed: Option<Box<Event>>,
-    seat: Registered,
+    handle: RegistrationGuard,
     /// The kernel takes no more bytes for now.
     blocked: bool,
     told_full: bool,
@@ -385,21 +389,21 @@ struct Serving<S> {
 
 impl<S: Socket> Serving<S> {
     fn begin(node: Arc<Node>, socket: S, attached: Attached, connection: Counted) -> Self {
-        let Attached { known, seat, answer } = attached;
+        let Attached { known, handle, answer } = attached;
         let session_counted = Counted::in_gauge(&node.metrics.sessions);
         let now = Instant::now();
         // The first ping comes at a random moment, or a restarted node would ping everybody at once for ever.
         let next_ping = now + between(Duration::ZERO, node.config.limits.ping_every, &mut rand::rng());
         let token_ends = now + until(known.expires_at_s, node.clock.now());
-        let welcome = Outgoing::Text(welcome(&node, &seat, answer.start));
+        let welcome = Outgoing::Text(welcome(&node, &handle, answer.start));
         let mut outputs = Vec::with_capacity(2);
-        let standing = Standing { start: answer.start, head: answer.head, more: answer.more };
+        let standing = StartPoint { start: answer.start, head: answer.head, more: answer.more };
         let session = Session::start(standing, |output| outputs.push(output));
         let mut this = Self {
             timer: Box::pin(tokio::time::sleep_until(next_ping.min(token_ends))),
             node,
             socket,
-            seat,
+            handle,
             session,
             queue: VecDeque::new(),
             queued_bytes: 0,
@@ -422,14 +426,14 @@ impl<S: Socket> Serving<S> {
         this.node.metrics.welcomed.inc();
         this.push(welcome);
         outputs.into_iter().for_each(|output| this.perform(output));
-        this.seat.set_position(this.session.position());
+        this.handle.set_position(this.session.position());
         this
     }
 
     async fn part(self, end: End) {
-        let Self { node, mut socket, seat, _counted, .. } = self;
+        let Self { node, mut socket, handle, _counted, .. } = self;
         // Out of the registry before the farewell: the place is free at once.
-        drop(seat);
+        drop(handle);
         farewell(&node, &mut socket, end).await;
     }
 
@@ -443,7 +447,7 @@ impl<S: Socket> Serving<S> {
 
     /// Sends a live message in the name of the task, or gives it back where something comes before it.
     fn send_at_once(&mut self, item: Item<Bytes>) -> Option<Item<Bytes>> {
-        if self.noticed.is_some() || !self.seat.mailbox.is_empty() {
+        if self.noticed.is_some() || !self.handle.mailbox.is_empty() {
             return Some(item);
         }
         let Some(task) = self.task.take() else { return Some(item) };
@@ -468,7 +472,7 @@ impl<S: Socket> Serving<S> {
         if frames_first && let Poll::Ready(event) = self.poll_frame(cx) {
             return Poll::Ready(event);
         }
-        if let Poll::Ready(mail) = self.seat.mailbox.poll_take(cx) {
+        if let Poll::Ready(mail) = self.handle.mailbox.poll_take(cx) {
             self.frames_first = true;
             return Poll::Ready(Event::Mail(mail));
         }
@@ -551,7 +555,7 @@ impl<S: Socket> Serving<S> {
 
     fn take(&mut self, event: Event) -> Result<(), End> {
         match event {
-            Event::Room => self.step(Input::Room),
+            Event::Room => self.step(Input::Writable),
             Event::Mail(mail) => self.take_mail(*mail)?,
             Event::Frame(incoming) => self.take_frame(incoming)?,
             Event::Refreshed(known) => self.refreshed(known?)?,
@@ -632,7 +636,7 @@ impl<S: Socket> Serving<S> {
             return Err(End::close(CloseCode::RateLimited, "one refresh at a time"));
         }
         let node = Arc::clone(&self.node);
-        let (user, position) = (self.seat.user.clone(), self.session.position());
+        let (user, position) = (self.handle.user.clone(), self.session.position());
         self.refresh = Some(
             async move {
                 let known = verify(&node, token).await?;
@@ -651,7 +655,7 @@ impl<S: Socket> Serving<S> {
     }
 
     fn refreshed(&mut self, known: Known) -> Result<(), End> {
-        self.seat.set_token_iat_s(known.issued_at_s);
+        self.handle.set_token_iat_s(known.issued_at_s);
         self.token_ends = Instant::now() + until(known.expires_at_s, self.node.clock.now());
         self.reset_timer();
         let expires_at = Millis(known.expires_at_s.saturating_mul(1000)).rfc3339();
@@ -692,9 +696,9 @@ impl<S: Socket> Serving<S> {
     /// One input to the session, and everything that it wants done.
     fn step(&mut self, input: Input<Bytes>) {
         let now = self.node.clock.now();
-        let Self { session, queue, queued_bytes, seat, node, .. } = self;
-        session.step(input, now, |output| perform(output, queue, queued_bytes, seat, node));
-        self.seat.set_position(self.session.position());
+        let Self { session, queue, queued_bytes, handle, node, .. } = self;
+        session.step(input, now, |output| perform(output, queue, queued_bytes, handle, node));
+        self.handle.set_position(self.session.position());
         self.look_whether_full();
     }
 
@@ -702,7 +706,7 @@ impl<S: Socket> Serving<S> {
         if !self.told_full && self.queued_bytes + self.unflushed_bytes >= HIGH_WATER_BYTES {
             self.told_full = true;
             self.node.metrics.demoted.inc();
-            self.step(Input::Full);
+            self.step(Input::Blocked);
         }
     }
 
@@ -715,7 +719,7 @@ impl<S: Socket> Serving<S> {
     }
 
     fn perform(&mut self, output: Output<Bytes>) {
-        perform(output, &mut self.queue, &mut self.queued_bytes, &self.seat, &self.node);
+        perform(output, &mut self.queue, &mut self.queued_bytes, &self.handle, &self.node);
     }
 
     fn push(&mut self, outgoing: Outgoing) {
@@ -727,7 +731,7 @@ fn perform(
     output: Output<Bytes>,
     queue: &mut VecDeque<Outgoing>,
     queued_bytes: &mut usize,
-    seat: &Arc<Seat>,
+    handle: &Arc<SessionHandle>,
     node: &Node,
 ) {
     let frame = match output {
@@ -739,10 +743,10 @@ fn perform(
             ServerFrame::Gap { after: after.get(), before: before.get(), reason }.encode()
         }
         Output::CaughtUp(seq) => ServerFrame::CaughtUp { seq: seq.get() }.encode(),
-        Output::Read(after) => return node.reads.request(seat, after),
+        Output::Read(after) => return node.reads.request(handle, after),
         Output::Cursor(acked) => {
-            seat.set_acked(acked);
-            return node.cursors.note(seat, acked);
+            handle.set_acked(acked);
+            return node.cursors.note(handle, acked);
         }
     };
     push(queue, queued_bytes, Outgoing::Text(frame));
@@ -761,14 +765,14 @@ fn size(outgoing: &Outgoing) -> usize {
     }
 }
 
-fn welcome(node: &Node, seat: &Seat, start: Seq) -> Bytes {
+fn welcome(node: &Node, handle: &SessionHandle, start: Seq) -> Bytes {
     let view = node.views.borrow();
     let limits = &node.config.limits;
     ServerFrame::Welcome {
-        user: seat.user.to_string(),
-        device: seat.device.to_string(),
+        user: handle.user.to_string(),
+        device: handle.device.to_string(),
         node: node.name().to_string(),
-        session: seat.id.to_string(),
+        session: handle.id.to_string(),
         generation: view.generation.to_string(),
         epoch: view.epoch,
         since: start.get(),
@@ -783,7 +787,7 @@ fn welcome(node: &Node, seat: &Seat, start: Seq) -> Bytes {
 async fn not_before_s(node: &Node, user: UserId, position: Seq) -> u64 {
     let mut backoff = Backoff::new(REVOKED_RETRY_FIRST, REVOKED_RETRY_MAX);
     loop {
-        match node.asks.ask(user.clone(), From::After(position)).await {
+        match node.asks.ask(user.clone(), StartAt::After(position)).await {
             Ok(answer) => return answer.not_before_s,
             Err(error) => tracing::debug!(%error, "whether a new token was revoked cannot be asked now"),
         }

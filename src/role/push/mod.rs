@@ -34,29 +34,31 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use admission::{Admission, Origins, Rejection, SocketRequest};
+pub use admission::{Admission, AdmissionError, Origins, SocketRequest};
 pub use rebalance::Drain;
 
 use super::VerifyService;
 use super::connect::PublicUrls;
-use super::reach::Reach;
+use super::reach::PeerProbe;
 use crate::clock::Clock;
 use crate::fallback::{Fallback, Holder, Which};
-use crate::inbox::{From, Inbox};
+use crate::inbox::{Inbox, StartAt};
 use crate::membership::{Counts, Departure, Membership, MembershipError, NodeInfo, Reached, View};
 use crate::message::{NodeId, UserId};
 use crate::telemetry::{Health, Metrics, Refusals, WAY};
 use crate::ticket::{TicketKey, UsedNonces};
 use crate::wire::frame::ReconnectHint;
-use crate::wire::peer::{Live, PeerFault, Presence, PushRequest, PushResponse, Revocation, Stamp};
-use crate::wire::socket::{Incoming, Outgoing, SocketFault};
+use crate::wire::peer::{
+    LiveMessage, PeerError, Presence, PushRequest, PushResponse, Revocation, ViewVersion,
+};
+use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
 use admission::AcceptBudgets;
-use registry::{Registry, Seat};
+use registry::{Registry, SessionHandle};
 
 /// Messages of one batch that are sent to their sockets by who brings them, some hundreds of microseconds of one processor; of a larger
 /// one the sessions' tasks are woken, which all processors share.
-const SENT_AT_ONCE: usize = 64;
+const INLINE_BATCH_MAX: usize = 64;
 
 /// Of those, so many, a tenth of a millisecond, before the processor is offered to others: to clients on this machine, to the thread
 /// that writes, to a sync that waits for its kernel thread.
@@ -118,7 +120,7 @@ pub struct PushParts {
     /// Where displaced users are.
     pub fallback: Arc<dyn Fallback>,
     /// Whether other nodes answer.
-    pub reach: Reach,
+    pub reach: PeerProbe,
     /// Told when this node has lost its place.
     pub health: Health,
     /// The public names of the nodes.
@@ -203,7 +205,7 @@ pub(crate) struct Node {
     membership: Arc<dyn Membership>,
     views: watch::Receiver<Arc<View>>,
     fallback: Arc<dyn Fallback>,
-    reach: Reach,
+    reach: PeerProbe,
     health: Health,
     urls: PublicUrls,
     ticket_key: TicketKey,
@@ -228,7 +230,7 @@ pub(crate) struct Node {
     /// Whether others have reached it.
     reached: Reached,
     /// What the registry says of this node.
-    standing: watch::Receiver<crate::membership::Standing>,
+    standing: watch::Receiver<crate::membership::LeaseState>,
     connections: TaskTracker,
 }
 
@@ -267,23 +269,23 @@ impl Node {
         }
     }
 
-    fn deliver(&self, batch: &[Live], sweep: bool) {
-        let few = batch.len() <= SENT_AT_ONCE;
+    fn deliver(&self, batch: &[LiveMessage], sweep: bool) {
+        let few = batch.len() <= INLINE_BATCH_MAX;
         for (n, live) in batch.iter().enumerate() {
             if few && n % SENT_IN_A_ROW == SENT_IN_A_ROW - 1 {
                 std::thread::yield_now();
             }
-            let seats = self.registry.of_user(&live.user);
-            let Some((last, others)) = seats.split_last() else { continue };
+            let handles = self.registry.of_user(&live.user);
+            let Some((last, others)) = handles.split_last() else { continue };
             // What comes together for one user leaves together.
             let at_once = few && batch.get(n + 1).is_none_or(|next| next.user != live.user);
-            let feed = |seat: &Seat, item| {
+            let feed = |handle: &SessionHandle, item| {
                 let (id, seq) = (&live.message.id, live.message.seq);
-                tracing::debug!(target: WAY, step = 7, user = %live.user, %id, %seq, device = %seat.device, "fed to a session");
-                if at_once { seat.feed_at_once(item) } else { seat.mailbox.try_live(item) }
+                tracing::debug!(target: WAY, step = 7, user = %live.user, %id, %seq, device = %handle.device, "fed to a session");
+                if at_once { handle.send_inline(item) } else { handle.mailbox.try_live(item) }
             };
             let item = sweep::item(&live.message);
-            others.iter().for_each(|seat| feed(seat, item.clone()));
+            others.iter().for_each(|handle| feed(handle, item.clone()));
             feed(last, item);
         }
         if sweep {
@@ -292,7 +294,7 @@ impl Node {
     }
 
     /// Answers with this node's view, and looks for a newer one where the sender has it.
-    fn compare(&self, theirs: &Stamp) -> PushResponse {
+    fn compare(&self, theirs: &ViewVersion) -> PushResponse {
         let ours = self.views.borrow().stamp();
         if theirs.is_news_to(&ours) {
             self.membership.refresh();
@@ -302,12 +304,12 @@ impl Node {
 
     fn presence(&self, user: &UserId) -> Vec<Presence> {
         let mut found = Vec::new();
-        self.registry.for_user(user, |seat| {
+        self.registry.for_user(user, |handle| {
             found.push(Presence {
-                device: seat.device.clone(),
+                device: handle.device.clone(),
                 node: self.name().clone(),
-                connected_at: seat.connected_at,
-                acked: seat.acked(),
+                connected_at: handle.connected_at,
+                acked: handle.acked(),
             });
         });
         found
@@ -315,7 +317,7 @@ impl Node {
 
     fn disconnect(&self, revocation: &Revocation) {
         self.registry
-            .for_user(&revocation.user, |seat| sweep::close_if_revoked(seat, revocation.not_before_s));
+            .for_user(&revocation.user, |handle| sweep::close_if_revoked(handle, revocation.not_before_s));
     }
 }
 
@@ -421,8 +423,8 @@ impl Push {
     /// Decides about a request for a socket, before the upgrade.
     ///
     /// # Errors
-    /// [`Rejection`]: what to answer instead.
-    pub async fn admit(&self, request: SocketRequest<'_>) -> Result<Admission, Rejection> {
+    /// [`AdmissionError`]: what to answer instead.
+    pub async fn admit(&self, request: SocketRequest<'_>) -> Result<Admission, AdmissionError> {
         let decided = admission::admit(&self.node, request).await;
         if decided.is_err() {
             self.node.metrics.refused.inc();
@@ -433,7 +435,7 @@ impl Push {
     /// Whether a token of this user that was issued then counts no more. Where the inbox cannot say so now, the attach of the
     /// socket will.
     pub async fn has_revoked(&self, user: &UserId, token_iat_s: u64) -> bool {
-        let answer = self.node.asks.ask(user.clone(), From::Latest).await;
+        let answer = self.node.asks.ask(user.clone(), StartAt::Latest).await;
         answer.is_ok_and(|answer| token_iat_s < answer.not_before_s)
     }
 
@@ -441,7 +443,7 @@ impl Push {
     pub fn serve<S, F>(&self, admission: Admission, socket: F) -> impl Future<Output = ()> + Send + use<S, F>
     where
         F: Future<Output = Option<S>> + Send,
-        S: Stream<Item = Result<Incoming, SocketFault>> + Sink<Outgoing, Error = SocketFault>,
+        S: Stream<Item = Result<Incoming, SocketError>> + Sink<Outgoing, Error = SocketError>,
         S: Unpin + Send + 'static,
     {
         let running = connection::run(Arc::clone(&self.node), admission, socket);
@@ -483,10 +485,10 @@ async fn report_counts(node: Arc<Node>) {
 
 impl tower::Service<PushRequest> for Push {
     type Response = PushResponse;
-    type Error = PeerFault;
-    type Future = Ready<Result<PushResponse, PeerFault>>;
+    type Error = PeerError;
+    type Future = Ready<Result<PushResponse, PeerError>>;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), PeerFault>> {
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), PeerError>> {
         Poll::Ready(Ok(()))
     }
 

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::Node;
 use super::mailbox::MoveOrder;
-use super::registry::Seat;
+use super::registry::SessionHandle;
 use crate::backoff::{Backoff, around, between};
 use crate::fallback::Which;
 use crate::membership::{Member, NodeState, View};
@@ -176,12 +176,12 @@ pub(super) async fn keep_fallback(node: Arc<Node>) {
             if let Some(entered) = reconcile(&node, &doubtful).await {
                 // What was sent before the entry stood went by: look into those inboxes at once. The next entries do not
                 // wait for the inbox.
-                let seats = seats_of(&node, &entered);
+                let handles = seats_of(&node, &entered);
                 if looking.len() >= LOOKS_AT_ONCE {
-                    seats.iter().for_each(|seat| seat.mailbox.lost());
-                } else if !seats.is_empty() {
+                    handles.iter().for_each(|handle| handle.mailbox.lost());
+                } else if !handles.is_empty() {
                     let node = Arc::clone(&node);
-                    looking.spawn(async move { super::sweep::catch_up(&node, &seats).await });
+                    looking.spawn(async move { super::sweep::catch_up(&node, &handles).await });
                 }
                 backoff.reset();
                 break;
@@ -199,10 +199,10 @@ async fn sweep_users(node: &Node, users: &[UserId]) {
     super::sweep::sweep_seats(node, &seats_of(node, users)).await;
 }
 
-fn seats_of(node: &Node, users: &[UserId]) -> Vec<Arc<Seat>> {
-    let mut seats = Vec::with_capacity(users.len());
-    users.iter().for_each(|user| node.registry.for_user(user, |seat| seats.push(Arc::clone(seat))));
-    seats
+fn seats_of(node: &Node, users: &[UserId]) -> Vec<Arc<SessionHandle>> {
+    let mut handles = Vec::with_capacity(users.len());
+    users.iter().for_each(|user| node.registry.for_user(user, |handle| handles.push(Arc::clone(handle))));
+    handles
 }
 
 /// Renews the lease of the fallback set, and enters everybody again where its size was wrong twice running: it was lost.
@@ -282,13 +282,13 @@ async fn reconcile(node: &Node, users: &[UserId]) -> Option<Vec<UserId>> {
 /// Sessions that may have to be told to move.
 #[derive(Default)]
 pub(super) struct Moves {
-    fresh: Mutex<Vec<Weak<Seat>>>,
+    fresh: Mutex<Vec<Weak<SessionHandle>>>,
 }
 
 impl Moves {
     /// A session came to a node that does not own its user.
-    pub(super) fn consider(&self, seat: &Arc<Seat>) {
-        self.fresh.lock().push(Arc::downgrade(seat));
+    pub(super) fn consider(&self, handle: &Arc<SessionHandle>) {
+        self.fresh.lock().push(Arc::downgrade(handle));
     }
 }
 
@@ -305,12 +305,12 @@ enum Verdict<'a> {
 
 /// The rule of docs/design.md, section 6: one move per owner incarnation; none during a hold, by an older view than the
 /// client's, or to a client that was sent here on purpose, until the view has changed.
-fn verdict<'a>(view: &'a View, own: &NodeId, seat: &Seat) -> Verdict<'a> {
-    match view.owner(&seat.user) {
+fn verdict<'a>(view: &'a View, own: &NodeId, handle: &SessionHandle) -> Verdict<'a> {
+    match view.owner(&handle.user) {
         None => Verdict::Stay,
         Some(owner) if owner.info.node == *own => Verdict::Stay,
-        Some(_) if seat.arrival.keep_at == Some(view.digest) => Verdict::Stay,
-        Some(_) if view.held || view.epoch < seat.arrival.client_epoch => Verdict::Wait,
+        Some(_) if handle.arrival.keep_at == Some(view.digest) => Verdict::Stay,
+        Some(_) if view.held || view.epoch < handle.arrival.client_epoch => Verdict::Wait,
         Some(owner) => Verdict::Move(owner),
     }
 }
@@ -325,7 +325,7 @@ fn moves_per_s(view: &View, target: &Member) -> f64 {
 /// Tells displaced sessions to move, at the pace that their targets can take; walks all of them on a new view.
 pub(super) async fn pace_moves(node: Arc<Node>) {
     let mut views = node.views.clone();
-    let mut waiting: Vec<Weak<Seat>> = Vec::new();
+    let mut waiting: Vec<Weak<SessionHandle>> = Vec::new();
     let mut allowance: HashMap<NodeId, f64> = HashMap::new();
     let mut dialling = JoinSet::new();
     let mut ticks = tokio::time::interval(MOVE_TICK);
@@ -360,21 +360,21 @@ pub(super) async fn pace_moves(node: Arc<Node>) {
 }
 
 /// All sessions whose user another node owns by this view; their users' fallback entries are looked at first.
-fn walk(node: &Node, view: &View) -> Vec<Weak<Seat>> {
-    let seats = node.registry.all();
-    let users = seats.iter().map(|seat| seat.user.clone());
+fn walk(node: &Node, view: &View) -> Vec<Weak<SessionHandle>> {
+    let handles = node.registry.all();
+    let users = handles.iter().map(|handle| handle.user.clone());
     // Collected before it is handed over: looking takes the lock that `doubt` holds while it adds.
     let doubtful: Vec<UserId> =
         users.filter(|user| !node.owns(view, user) || node.displaced.is_entered(user)).collect();
     node.displaced.doubt(doubtful);
-    seats.iter().filter(|seat| !node.owns(view, &seat.user)).map(Arc::downgrade).collect()
+    handles.iter().filter(|handle| !node.owns(view, &handle.user)).map(Arc::downgrade).collect()
 }
 
 /// Tells as many as may move now; answers the owners that must be dialled first.
 fn hand_out(
     node: &Node,
     view: &View,
-    waiting: &mut Vec<Weak<Seat>>,
+    waiting: &mut Vec<Weak<SessionHandle>>,
     allowance: &mut HashMap<NodeId, f64>,
 ) -> HashSet<NodeId> {
     let mut dial = HashSet::new();
@@ -385,8 +385,8 @@ fn hand_out(
         *left = left.min(0.0) + per_tick.max(1.0);
     }
     waiting.retain(|weak| {
-        let Some(seat) = weak.upgrade() else { return false };
-        match verdict(view, node.name(), &seat) {
+        let Some(handle) = weak.upgrade() else { return false };
+        match verdict(view, node.name(), &handle) {
             Verdict::Stay => false,
             Verdict::Wait => true,
             Verdict::Move(owner) => {
@@ -402,9 +402,9 @@ fn hand_out(
                 if *left < 1.0 {
                     return true;
                 }
-                if seat.tell_once(&owner.info.node, owner.incarnation) {
+                if handle.tell_once(&owner.info.node, owner.incarnation) {
                     *left -= 1.0;
-                    send_move(node, view, &seat, owner, MoveReason::Owner);
+                    send_move(node, view, &handle, owner, MoveReason::Owner);
                 }
                 false
             }
@@ -414,11 +414,11 @@ fn hand_out(
 }
 
 /// Puts the `move` frame into the session's mailbox; answers whether a URL of the target is known.
-fn send_move(node: &Node, view: &View, seat: &Seat, target: &Member, reason: MoveReason) -> bool {
+fn send_move(node: &Node, view: &View, handle: &SessionHandle, target: &Member, reason: MoveReason) -> bool {
     let Some(base) = node.urls.of(&target.info.node) else { return false };
     let after = between(Duration::ZERO, MOVE_JITTER, &mut rand::rng());
     // Two hops mean "keep it": from a node that leaves, or the second time it was sent on.
-    let hops = if reason == MoveReason::Drain { 2 } else { seat.arrival.hops.saturating_add(1).min(2) };
+    let hops = if reason == MoveReason::Drain { 2 } else { handle.arrival.hops.saturating_add(1).min(2) };
     let frame = ServerFrame::Move {
         url: format!("{base}?hops={hops}&epoch={}", view.epoch),
         node: target.info.node.to_string(),
@@ -427,7 +427,7 @@ fn send_move(node: &Node, view: &View, seat: &Seat, target: &Member, reason: Mov
         reason,
     };
     let close_after = (reason == MoveReason::Drain).then_some(after + DRAIN_GRACE);
-    seat.mailbox.move_to(MoveOrder { frame: frame.encode(), close_after });
+    handle.mailbox.move_to(MoveOrder { frame: frame.encode(), close_after });
     node.metrics.moves.inc();
     true
 }
@@ -443,12 +443,12 @@ pub enum Drain {
 
 /// Sends every session away; returns when all have gone or the time is over.
 pub(super) async fn drain(node: &Node, how: Drain) {
-    let mut seats = node.registry.all();
-    seats.shuffle(&mut rand::rng());
+    let mut handles = node.registry.all();
+    handles.shuffle(&mut rand::rng());
     match how {
-        Drain::Move(window) => move_all(node, &seats, window).await,
+        Drain::Move(window) => move_all(node, &handles, window).await,
         Drain::Close => {
-            close_all(&seats).await;
+            close_all(&handles).await;
             // Those that registered meanwhile.
             close_all(&node.registry.all()).await;
         }
@@ -457,9 +457,9 @@ pub(super) async fn drain(node: &Node, how: Drain) {
 
 /// Sends every session to whoever owns its user but for this node, which has lost its place.
 pub(super) async fn evacuate(node: Arc<Node>) {
-    let mut seats = node.registry.all();
-    seats.shuffle(&mut rand::rng());
-    move_all(&node, &seats, node.config.drain_window).await;
+    let mut handles = node.registry.all();
+    handles.shuffle(&mut rand::rng());
+    move_all(&node, &handles, node.config.drain_window).await;
 }
 
 /// Closes every session of a node whose name another process has.
@@ -480,12 +480,12 @@ fn without(view: Arc<View>, own: &NodeId) -> Arc<View> {
 
 /// Tells every session where to go, at the pace that the window needs; whoever was told of a node that turns out to leave
 /// too, as when several are scaled away at once, is told again.
-async fn move_all(node: &Node, seats: &[Arc<Seat>], window: Duration) {
+async fn move_all(node: &Node, handles: &[Arc<SessionHandle>], window: Duration) {
     let began = Instant::now();
-    node.displaced.doubt(seats.iter().map(|seat| seat.user.clone()).collect());
+    node.displaced.doubt(handles.iter().map(|handle| handle.user.clone()).collect());
     // The last one told still has its jitter and its grace, and its close must be over by the end.
     let telling = window.saturating_sub(MOVE_JITTER + DRAIN_GRACE + Duration::from_secs(1)).max(window / 4);
-    let mut waiting: VecDeque<Arc<Seat>> = seats.iter().cloned().collect();
+    let mut waiting: VecDeque<Arc<SessionHandle>> = handles.iter().cloned().collect();
     let mut told = HashMap::new();
     let mut source = Arc::clone(&node.views.borrow());
     let mut view = without(Arc::clone(&source), node.name());
@@ -498,43 +498,50 @@ async fn move_all(node: &Node, seats: &[Arc<Seat>], window: Duration) {
         }
         let paced: f64 = view.members.iter().map(|member| moves_per_s(&view, member)).sum();
         let left = telling.saturating_sub(began.elapsed()).as_secs_f64().max(0.1);
-        let lot = (paced.max(waiting.len() as f64 / left) * MOVE_TICK.as_secs_f64()).ceil().max(1.0) as usize;
-        for seat in waiting.drain(..lot.min(waiting.len())) {
-            tell_to_leave(node, &view, &seat, &mut told);
+        let batch =
+            (paced.max(waiting.len() as f64 / left) * MOVE_TICK.as_secs_f64()).ceil().max(1.0) as usize;
+        for handle in waiting.drain(..batch.min(waiting.len())) {
+            tell_to_leave(node, &view, &handle, &mut told);
         }
         tokio::time::sleep(MOVE_TICK).await;
     }
-    for seat in node.registry.all() {
-        seat.mailbox.close(CloseCode::Draining, "the node is leaving");
+    for handle in node.registry.all() {
+        handle.mailbox.close(CloseCode::Draining, "the node is leaving");
     }
 }
 
 /// Once for each owner, whatever the session was told before the drain.
-fn tell_to_leave(node: &Node, view: &View, seat: &Seat, told: &mut HashMap<ulid::Ulid, (NodeId, u64)>) {
-    let Some(owner) = view.owner(&seat.user).filter(|owner| owner.info.node != *node.name()) else {
-        return seat.mailbox.close(CloseCode::Draining, "the node is leaving");
+fn tell_to_leave(
+    node: &Node,
+    view: &View,
+    handle: &SessionHandle,
+    told: &mut HashMap<ulid::Ulid, (NodeId, u64)>,
+) {
+    let Some(owner) = view.owner(&handle.user).filter(|owner| owner.info.node != *node.name()) else {
+        return handle.mailbox.close(CloseCode::Draining, "the node is leaving");
     };
     let target = (owner.info.node.clone(), owner.incarnation);
-    if told.insert(seat.id, target.clone()) == Some(target) {
+    if told.insert(handle.id, target.clone()) == Some(target) {
         return;
     }
-    if !send_move(node, view, seat, owner, MoveReason::Drain) {
-        seat.mailbox.close(CloseCode::Draining, "the node is leaving");
+    if !send_move(node, view, handle, owner, MoveReason::Drain) {
+        handle.mailbox.close(CloseCode::Draining, "the node is leaving");
     }
 }
 
-async fn close_all(seats: &[Arc<Seat>]) {
-    close_spread(seats, CLOSE_SPREAD.min(Duration::from_secs(1) * seats.len() as u32 / CLOSES_PER_S)).await;
+async fn close_all(handles: &[Arc<SessionHandle>]) {
+    close_spread(handles, CLOSE_SPREAD.min(Duration::from_secs(1) * handles.len() as u32 / CLOSES_PER_S))
+        .await;
 }
 
-async fn close_spread(seats: &[Arc<Seat>], spread: Duration) {
+async fn close_spread(handles: &[Arc<SessionHandle>], spread: Duration) {
     let began = Instant::now();
-    for (n, seat) in seats.iter().enumerate() {
-        let due = began + spread.mul_f64(n as f64 / seats.len() as f64);
+    for (n, handle) in handles.iter().enumerate() {
+        let due = began + spread.mul_f64(n as f64 / handles.len() as f64);
         if due > Instant::now() {
             tokio::time::sleep_until(due).await;
         }
-        seat.mailbox.close(CloseCode::Draining, "the node is leaving");
+        handle.mailbox.close(CloseCode::Draining, "the node is leaving");
     }
 }
 
@@ -575,15 +582,15 @@ mod tests {
         View::new("g".into(), epoch, members, held)
     }
 
-    fn seat(arrival: Arrival) -> Arc<Seat> {
+    fn handle(arrival: Arrival) -> Arc<SessionHandle> {
         // alice belongs to push-3 of five (the golden values of the ring).
-        Seat::new(UserId::parse("alice").unwrap(), DeviceId::default(), 0, arrival, Millis(0))
+        SessionHandle::new(UserId::parse("alice").unwrap(), DeviceId::default(), 0, arrival, Millis(0))
     }
 
     const FIVE: [&str; 5] = ["push-0", "push-1", "push-2", "push-3", "push-4"];
 
     fn judged(view: &View, own: &str, arrival: Arrival) -> &'static str {
-        match verdict(view, &NodeId::parse(own).unwrap(), &seat(arrival)) {
+        match verdict(view, &NodeId::parse(own).unwrap(), &handle(arrival)) {
             Verdict::Move(owner) => {
                 assert_eq!(owner.info.node.as_str(), "push-3");
                 "move"

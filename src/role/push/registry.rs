@@ -34,7 +34,7 @@ pub(super) struct Arrival {
 }
 
 /// A session that can send a live message at once, in the name of its task.
-pub(super) trait AtOnce: Send + Sync {
+pub(super) trait InlineSend: Send + Sync {
     /// Sends it, or gives it back: for the mailbox.
     fn send(&self, item: Item<Bytes>) -> Option<Item<Bytes>>;
 }
@@ -42,8 +42,8 @@ pub(super) trait AtOnce: Send + Sync {
 /// One session as the rest of the node sees it. In this order: who brings a message finds all that it needs in the first 64 bytes,
 /// the counts of the `Arc` included, and no more of a session that is in no cache.
 #[repr(C)]
-pub(super) struct Seat {
-    serving: OnceLock<Weak<dyn AtOnce>>,
+pub(super) struct SessionHandle {
+    serving: OnceLock<Weak<dyn InlineSend>>,
     /// Everything up to here was sent, as the session last said.
     position: AtomicU64,
     pub(super) mailbox: Mailbox,
@@ -59,7 +59,7 @@ pub(super) struct Seat {
     pub(super) arrival: Arrival,
 }
 
-impl Seat {
+impl SessionHandle {
     pub(super) fn new(
         user: UserId,
         device: DeviceId,
@@ -84,12 +84,12 @@ impl Seat {
     }
 
     /// The session serves from now on.
-    pub(super) fn served_by(&self, serving: Weak<dyn AtOnce>) {
+    pub(super) fn served_by(&self, serving: Weak<dyn InlineSend>) {
         let _ = self.serving.set(serving);
     }
 
     /// Sends a live message at once, or puts it into the mailbox.
-    pub(super) fn feed_at_once(&self, item: Item<Bytes>) {
+    pub(super) fn send_inline(&self, item: Item<Bytes>) {
         let rest = match self.serving.get().and_then(Weak::upgrade) {
             Some(serving) => serving.send(item),
             None => Some(item),
@@ -157,7 +157,7 @@ type Shard = Mutex<HashTable<Place>>;
 struct Place {
     hash: u64,
     user: UserId,
-    seats: Seats,
+    handles: SessionHandles,
 }
 
 impl Place {
@@ -167,40 +167,40 @@ impl Place {
 }
 
 /// The sessions of a user, mostly one.
-type Seats = SmallVec<[Arc<Seat>; 1]>;
+type SessionHandles = SmallVec<[Arc<SessionHandle>; 1]>;
 
 /// What to do when a user's last session here ends.
 type OnLast = Box<dyn FnOnce(&UserId) + Send + Sync>;
 
 /// A seat that is taken until this is dropped.
-pub(super) struct Registered {
+pub(super) struct RegistrationGuard {
     registry: Arc<Registry>,
-    seat: Arc<Seat>,
+    handle: Arc<SessionHandle>,
     /// The user had too many sessions with this one.
     pub(super) crowded: bool,
     on_last: Option<OnLast>,
 }
 
-impl std::ops::Deref for Registered {
-    type Target = Arc<Seat>;
-    fn deref(&self) -> &Arc<Seat> {
-        &self.seat
+impl std::ops::Deref for RegistrationGuard {
+    type Target = Arc<SessionHandle>;
+    fn deref(&self) -> &Arc<SessionHandle> {
+        &self.handle
     }
 }
 
-impl Registered {
+impl RegistrationGuard {
     /// Run when the user's last session here ends with this one.
     pub(super) fn when_last(&mut self, act: impl FnOnce(&UserId) + Send + Sync + 'static) {
         self.on_last = Some(Box::new(act));
     }
 }
 
-impl Drop for Registered {
+impl Drop for RegistrationGuard {
     fn drop(&mut self) {
-        if self.registry.unregister(&self.seat)
+        if self.registry.unregister(&self.handle)
             && let Some(act) = self.on_last.take()
         {
-            act(&self.seat.user);
+            act(&self.handle.user);
         }
     }
 }
@@ -223,42 +223,43 @@ impl Registry {
     }
 
     /// Takes a seat.
-    pub(super) fn register(self: &Arc<Self>, seat: Arc<Seat>) -> Registered {
-        let (hash, shard) = self.shard(&seat.user);
+    pub(super) fn register(self: &Arc<Self>, handle: Arc<SessionHandle>) -> RegistrationGuard {
+        let (hash, shard) = self.shard(&handle.user);
         let mut shard = shard.lock();
-        let place = shard.entry(hash, Place::is_of(hash, &seat.user), |place| place.hash);
-        let seats = &mut place
-            .or_insert_with(|| Place { hash, user: seat.user.clone(), seats: Seats::new() })
+        let place = shard.entry(hash, Place::is_of(hash, &handle.user), |place| place.hash);
+        let handles = &mut place
+            .or_insert_with(|| Place { hash, user: handle.user.clone(), handles: SessionHandles::new() })
             .into_mut()
-            .seats;
-        seats.push(Arc::clone(&seat));
-        let crowded = seats.len() > self.per_user;
+            .handles;
+        handles.push(Arc::clone(&handle));
+        let crowded = handles.len() > self.per_user;
         drop(shard);
         self.sessions.fetch_add(1, Ordering::Relaxed);
-        Registered { registry: Arc::clone(self), seat, crowded, on_last: None }
+        RegistrationGuard { registry: Arc::clone(self), handle, crowded, on_last: None }
     }
 
     /// Where the user of `newcomer` has too many sessions, takes out the oldest that has begun, and returns it.
-    pub(super) fn evict_excess(&self, newcomer: &Arc<Seat>) -> Option<Arc<Seat>> {
+    pub(super) fn evict_excess(&self, newcomer: &Arc<SessionHandle>) -> Option<Arc<SessionHandle>> {
         let (hash, shard) = self.shard(&newcomer.user);
         let mut shard = shard.lock();
         let place = shard.find_mut(hash, Place::is_of(hash, &newcomer.user))?;
-        let seats = Some(&mut place.seats).filter(|seats| seats.len() > self.per_user)?;
-        let oldest = seats.iter().position(|seat| seat.has_begun() && !Arc::ptr_eq(seat, newcomer))?;
+        let handles = Some(&mut place.handles).filter(|handles| handles.len() > self.per_user)?;
+        let oldest =
+            handles.iter().position(|handle| handle.has_begun() && !Arc::ptr_eq(handle, newcomer))?;
         self.sessions.fetch_sub(1, Ordering::Relaxed);
-        Some(seats.remove(oldest))
+        Some(handles.remove(oldest))
     }
 
     /// Gives a seat back; answers whether the user has none left here. An evicted one is gone already.
-    fn unregister(&self, seat: &Arc<Seat>) -> bool {
-        let (hash, shard) = self.shard(&seat.user);
+    fn unregister(&self, handle: &Arc<SessionHandle>) -> bool {
+        let (hash, shard) = self.shard(&handle.user);
         let mut shard = shard.lock();
-        let Ok(mut place) = shard.find_entry(hash, Place::is_of(hash, &seat.user)) else { return false };
-        let seats = &mut place.get_mut().seats;
-        let Some(at) = seats.iter().position(|known| Arc::ptr_eq(known, seat)) else { return false };
-        seats.remove(at);
+        let Ok(mut place) = shard.find_entry(hash, Place::is_of(hash, &handle.user)) else { return false };
+        let handles = &mut place.get_mut().handles;
+        let Some(at) = handles.iter().position(|known| Arc::ptr_eq(known, handle)) else { return false };
+        handles.remove(at);
         self.sessions.fetch_sub(1, Ordering::Relaxed);
-        let last = seats.is_empty();
+        let last = handles.is_empty();
         if last {
             place.remove();
             if shard.capacity() > 64 && shard.len() < shard.capacity() / 4 {
@@ -269,18 +270,18 @@ impl Registry {
     }
 
     /// Acts on each session of a user, under the lock: only to put into mailboxes or to read.
-    pub(super) fn for_user(&self, user: &UserId, act: impl FnMut(&Arc<Seat>)) {
+    pub(super) fn for_user(&self, user: &UserId, act: impl FnMut(&Arc<SessionHandle>)) {
         let (hash, shard) = self.shard(user);
         if let Some(place) = shard.lock().find(hash, Place::is_of(hash, user)) {
-            place.seats.iter().for_each(act);
+            place.handles.iter().for_each(act);
         }
     }
 
     /// The sessions of a user.
-    pub(super) fn of_user(&self, user: &UserId) -> Seats {
+    pub(super) fn of_user(&self, user: &UserId) -> SessionHandles {
         let (hash, shard) = self.shard(user);
         let shard = shard.lock();
-        shard.find(hash, Place::is_of(hash, user)).map(|place| place.seats.clone()).unwrap_or_default()
+        shard.find(hash, Place::is_of(hash, user)).map(|place| place.handles.clone()).unwrap_or_default()
     }
 
     /// Whether a user has a session here.
@@ -290,8 +291,8 @@ impl Registry {
     }
 
     /// The sessions of one shard, to be walked without its lock. There are [`Registry::shard_count`].
-    pub(super) fn of_shard(&self, n: usize) -> Vec<Arc<Seat>> {
-        self.shards[n].lock().iter().flat_map(|place| &place.seats).cloned().collect()
+    pub(super) fn of_shard(&self, n: usize) -> Vec<Arc<SessionHandle>> {
+        self.shards[n].lock().iter().flat_map(|place| &place.handles).cloned().collect()
     }
 
     pub(super) fn shard_count(&self) -> usize {
@@ -299,7 +300,7 @@ impl Registry {
     }
 
     /// Every session.
-    pub(super) fn all(&self) -> Vec<Arc<Seat>> {
+    pub(super) fn all(&self) -> Vec<Arc<SessionHandle>> {
         (0..self.shard_count()).flat_map(|n| self.of_shard(n)).collect()
     }
 
@@ -313,23 +314,23 @@ impl Registry {
 mod tests {
     use super::*;
 
-    fn seat(user: &str) -> Arc<Seat> {
+    fn handle(user: &str) -> Arc<SessionHandle> {
         let user = UserId::parse(user).unwrap();
-        Seat::new(user, DeviceId::default(), 0, Arrival::default(), Millis(0))
+        SessionHandle::new(user, DeviceId::default(), 0, Arrival::default(), Millis(0))
     }
 
     #[test]
     fn the_oldest_goes_when_there_are_too_many_and_counts_return() {
         let registry = Arc::new(Registry::new(2));
         let take = |user: &str| {
-            let registered = registry.register(seat(user));
+            let registered = registry.register(handle(user));
             registered.set_position(Seq::BEGINNING);
             registered
         };
         let first = take("alice");
         let second = take("alice");
         assert!(registry.evict_excess(&second).is_none());
-        let attaching = registry.register(seat("alice"));
+        let attaching = registry.register(handle("alice"));
         assert!(Arc::ptr_eq(&registry.evict_excess(&attaching).unwrap(), &first));
         assert_eq!(registry.len(), 2);
         drop(first);
@@ -348,7 +349,7 @@ mod tests {
         let registry = Arc::new(Registry::new(16));
         let gone = Arc::new(AtomicU64::new(0));
         let take = || {
-            let mut registered = registry.register(seat("alice"));
+            let mut registered = registry.register(handle("alice"));
             let gone = Arc::clone(&gone);
             registered.when_last(move |_| {
                 gone.fetch_add(1, Ordering::Relaxed);
@@ -364,11 +365,11 @@ mod tests {
 
     #[test]
     fn a_client_is_told_once_per_incarnation_of_an_owner() {
-        let seat = seat("alice");
+        let handle = handle("alice");
         let (one, two) = (NodeId::parse("push-1").unwrap(), NodeId::parse("push-2").unwrap());
-        assert!(seat.tell_once(&one, 7));
-        assert!(!seat.tell_once(&one, 7));
-        assert!(seat.tell_once(&one, 8));
-        assert!(seat.tell_once(&two, 8));
+        assert!(handle.tell_once(&one, 7));
+        assert!(!handle.tell_once(&one, 7));
+        assert!(handle.tell_once(&one, 8));
+        assert!(handle.tell_once(&two, 8));
     }
 }

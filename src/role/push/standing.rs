@@ -15,7 +15,7 @@ use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
 use super::{Node, rebalance};
-use crate::membership::Standing;
+use crate::membership::LeaseState;
 
 /// How long the word of a router is remembered by a node that does not know yet that its lease has run out.
 const GONE_REMEMBERED: Duration = Duration::from_secs(20);
@@ -62,7 +62,7 @@ pub(super) async fn watch(node: Arc<Node>) {
         }
         let bar = *node.barred.borrow();
         match *standing.borrow_and_update() {
-            Standing::Member(n) if n > times => {
+            LeaseState::Member(n) if n > times => {
                 times = n;
                 *node.told_gone.lock() = None;
                 if node.barred.send_replace(None).is_some() {
@@ -72,14 +72,14 @@ pub(super) async fn watch(node: Arc<Node>) {
                 }
                 regained(&node);
             }
-            Standing::Lapsed if bar.is_none() && is_told_gone(&node) => {
+            LeaseState::Lapsed if bar.is_none() && is_told_gone(&node) => {
                 tracing::warn!(node = %node.name(), "cut off from Redis (redis.url) alone: its sessions move away");
                 node.health.set("membership", false, "cut off from Redis (redis.url) alone");
                 node.barred.send_replace(Some(Bar::CutOff));
                 node.sweep_now.notify_one();
                 leaving = rebalance::evacuate(Arc::clone(&node)).boxed();
             }
-            Standing::Fenced if bar != Some(Bar::Fenced) => {
+            LeaseState::Fenced if bar != Some(Bar::Fenced) => {
                 node.health.set("membership", false, "another process has this node's name (node.name)");
                 node.barred.send_replace(Some(Bar::Fenced));
                 leaving = rebalance::close_over_window(Arc::clone(&node)).boxed();

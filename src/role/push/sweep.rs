@@ -12,9 +12,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::Node;
-use super::registry::Seat;
+use super::registry::SessionHandle;
 use crate::backoff::{Backoff, around};
-use crate::inbox::{Answer, Ask, Change, From, Inbox, InboxError, InboxPage, PageLimit};
+use crate::inbox::{Change, Inbox, InboxError, InboxPage, PageLimit, PositionQuery, StartAt, UserPosition};
 use crate::message::{DeviceId, Message, Seq, UserId};
 use crate::session::{Item, Page};
 use crate::telemetry::WAY;
@@ -22,7 +22,7 @@ use crate::wire::close::CloseCode;
 use crate::wire::frame::message_frame;
 
 /// Questions in one lot (docs/design.md, section 5: 16 ms for 1000 on MongoDB).
-pub const LOT: usize = 1_000;
+pub const BATCH: usize = 1_000;
 /// Lots under way at once, and how long one is waited for alone: one that takes long, as when a position must be confirmed by
 /// the whole replica set, does not hold up the others.
 const LOTS_AT_ONCE: usize = 4;
@@ -52,8 +52,8 @@ pub const CURSOR_EVERY: Duration = Duration::from_millis(200);
 
 /// One attaching session's question.
 pub(super) struct AskRequest {
-    ask: Ask,
-    answer: oneshot::Sender<Result<Answer, InboxError>>,
+    ask: PositionQuery,
+    answer: oneshot::Sender<Result<UserPosition, InboxError>>,
 }
 
 /// Where attaching sessions ask: the inbox itself, or where lots form while the last one is under way.
@@ -70,13 +70,13 @@ impl Asks {
     }
 
     /// Where this position stands; an error where the inbox cannot answer or too many ask.
-    pub(super) async fn ask(&self, user: UserId, from: From) -> Result<Answer, InboxError> {
+    pub(super) async fn ask(&self, user: UserId, from: StartAt) -> Result<UserPosition, InboxError> {
         if self.inbox.answers_alone() {
-            let answers = self.inbox.standing(vec![Ask { user, from }]).await?;
+            let answers = self.inbox.positions(vec![PositionQuery { user, from }]).await?;
             return answers.into_iter().next().ok_or_else(|| InboxError::Corrupt("no answer".to_owned()));
         }
         let (answer, answered) = oneshot::channel();
-        let request = AskRequest { ask: Ask { user, from }, answer };
+        let request = AskRequest { ask: PositionQuery { user, from }, answer };
         let busy = || InboxError::Unavailable("too many sessions attach at once".to_owned());
         self.queue.try_send(request).map_err(|_| busy())?;
         answered.await.unwrap_or_else(|_| Err(busy()))
@@ -88,18 +88,18 @@ pub(super) async fn answer_asks(inbox: Arc<dyn Inbox>, mut requests: mpsc::Recei
     let mut under_way = JoinSet::new();
     let mut next_begins = Instant::now();
     loop {
-        let mut lot = Vec::new();
-        if requests.recv_many(&mut lot, LOT).await == 0 {
+        let mut batch = Vec::new();
+        if requests.recv_many(&mut batch, BATCH).await == 0 {
             return;
         }
         tokio::time::sleep_until(next_begins).await;
-        while lot.len() < LOT
+        while batch.len() < BATCH
             && let Ok(request) = requests.try_recv()
         {
-            lot.push(request);
+            batch.push(request);
         }
         next_begins = Instant::now() + LOT_EVERY;
-        under_way.spawn(answer_lot(Arc::clone(&inbox), lot));
+        under_way.spawn(answer_batch(Arc::clone(&inbox), batch));
         let _ = tokio::time::timeout(LOT_PATIENCE, ended(&mut under_way, 1)).await;
         ended(&mut under_way, LOTS_AT_ONCE).await;
     }
@@ -116,9 +116,9 @@ async fn ended(under_way: &mut JoinSet<()>, count: usize) {
     }
 }
 
-async fn answer_lot(inbox: Arc<dyn Inbox>, lot: Vec<AskRequest>) {
-    let (asks, answers): (Vec<_>, Vec<_>) = lot.into_iter().map(|r| (r.ask, r.answer)).unzip();
-    match inbox.standing(asks).await {
+async fn answer_batch(inbox: Arc<dyn Inbox>, batch: Vec<AskRequest>) {
+    let (asks, answers): (Vec<_>, Vec<_>) = batch.into_iter().map(|r| (r.ask, r.answer)).unzip();
+    match inbox.positions(asks).await {
         Ok(standings) => answers.into_iter().zip(standings).for_each(|(to, standing)| {
             // A client that left meanwhile wants no answer.
             let _ = to.send(Ok(standing));
@@ -133,18 +133,18 @@ async fn answer_lot(inbox: Arc<dyn Inbox>, lot: Vec<AskRequest>) {
 /// bounded by the sessions.
 #[derive(Default)]
 pub(super) struct Reads {
-    waiting: Mutex<VecDeque<(Weak<Seat>, Seq)>>,
+    waiting: Mutex<VecDeque<(Weak<SessionHandle>, Seq)>>,
     asked: Notify,
 }
 
 impl Reads {
     /// Reads the page after `after` and puts it into the seat's mailbox.
-    pub(super) fn request(&self, seat: &Arc<Seat>, after: Seq) {
-        self.waiting.lock().push_back((Arc::downgrade(seat), after));
+    pub(super) fn request(&self, handle: &Arc<SessionHandle>, after: Seq) {
+        self.waiting.lock().push_back((Arc::downgrade(handle), after));
         self.asked.notify_one();
     }
 
-    async fn next(&self) -> (Weak<Seat>, Seq) {
+    async fn next(&self) -> (Weak<SessionHandle>, Seq) {
         loop {
             let asked = self.asked.notified();
             if let Some(next) = self.waiting.lock().pop_front() {
@@ -160,8 +160,8 @@ pub(super) async fn perform_reads(node: Arc<Node>) {
     let mut under_way = JoinSet::new();
     loop {
         tokio::select! {
-            (seat, after) = node.reads.next(), if under_way.len() < READS_IN_FLIGHT => {
-                under_way.spawn(read(Arc::clone(&node), seat, after));
+            (handle, after) = node.reads.next(), if under_way.len() < READS_IN_FLIGHT => {
+                under_way.spawn(read(Arc::clone(&node), handle, after));
             }
             Some(_) = under_way.join_next() => {}
         }
@@ -169,17 +169,17 @@ pub(super) async fn perform_reads(node: Arc<Node>) {
 }
 
 /// Reads one page for a session that is still there; while the inbox cannot answer, again, ever more slowly.
-async fn read(node: Arc<Node>, seat: Weak<Seat>, after: Seq) {
+async fn read(node: Arc<Node>, handle: Weak<SessionHandle>, after: Seq) {
     let mut backoff = Backoff::new(READ_RETRY_FIRST, READ_RETRY_MAX);
-    while let Some(user) = seat.upgrade().map(|seat| seat.user.clone()) {
+    while let Some(user) = handle.upgrade().map(|handle| handle.user.clone()) {
         match node.inbox.page(user, after, PAGE).await {
             Ok(page) => {
                 node.metrics.pages.inc();
-                if let Some(seat) = seat.upgrade() {
-                    tell_unreadable(&node, &seat.user, &page.unreadable);
+                if let Some(handle) = handle.upgrade() {
+                    tell_unreadable(&node, &handle.user, &page.unreadable);
                     let items = page.messages.iter().map(item).collect();
                     let InboxPage { unreadable, upto, more, .. } = page;
-                    seat.mailbox.page(Page { after, items, unreadable, upto, more });
+                    handle.mailbox.page(Page { after, items, unreadable, upto, more });
                 }
                 return;
             }
@@ -240,66 +240,72 @@ async fn forced(asked: &Notify, not_before: Instant) {
 }
 
 /// Asks for each of these sessions whether there is more, in lots, and tells those for which there is.
-pub(super) async fn sweep_seats(node: &Node, seats: &[Arc<Seat>]) {
-    let begun: Vec<&Arc<Seat>> = seats.iter().filter(|seat| seat.has_begun()).collect();
-    for lot in begun.chunks(LOT) {
-        if let Err(error) = look_after(node, lot, |seat, position| seat.mailbox.more_after(position)).await {
+pub(super) async fn sweep_seats(node: &Node, handles: &[Arc<SessionHandle>]) {
+    let begun: Vec<&Arc<SessionHandle>> = handles.iter().filter(|handle| handle.has_begun()).collect();
+    for batch in begun.chunks(BATCH) {
+        if let Err(error) =
+            look_after(node, batch, |handle, position| handle.mailbox.more_after(position)).await
+        {
             tracing::debug!(%error, "the sweep could not ask; it will come round again");
         }
     }
 }
 
 /// The same for sessions that have surely missed something: where the inbox cannot answer now, each reads it as soon as it can.
-pub(super) async fn catch_up(node: &Node, seats: &[Arc<Seat>]) {
-    let (begun, attaching): (Vec<&Arc<Seat>>, Vec<_>) = seats.iter().partition(|seat| seat.has_begun());
+pub(super) async fn catch_up(node: &Node, handles: &[Arc<SessionHandle>]) {
+    let (begun, attaching): (Vec<&Arc<SessionHandle>>, Vec<_>) =
+        handles.iter().partition(|handle| handle.has_begun());
     // Where these stand is not known yet.
-    attaching.iter().for_each(|seat| seat.mailbox.lost());
-    for lot in begun.chunks(LOT) {
+    attaching.iter().for_each(|handle| handle.mailbox.lost());
+    for batch in begun.chunks(BATCH) {
         // Whatever went by was stored before the question. A page that is under way may show what is there and not that.
-        if let Err(error) = look_after(node, lot, |seat, _| seat.mailbox.lost()).await {
+        if let Err(error) = look_after(node, batch, |handle, _| handle.mailbox.lost()).await {
             tracing::debug!(%error, "what was missed could not be asked for in one lot");
-            lot.iter().for_each(|seat| seat.mailbox.lost());
+            batch.iter().for_each(|handle| handle.mailbox.lost());
         }
     }
 }
 
 async fn look_after(
     node: &Node,
-    lot: &[&Arc<Seat>],
-    tell_of_more: impl Fn(&Seat, Seq),
+    batch: &[&Arc<SessionHandle>],
+    tell_of_more: impl Fn(&SessionHandle, Seq),
 ) -> Result<(), InboxError> {
-    let positions: Vec<Seq> = lot.iter().map(|seat| seat.position()).collect();
-    let asks = lot
+    let positions: Vec<Seq> = batch.iter().map(|handle| handle.position()).collect();
+    let asks = batch
         .iter()
         .zip(&positions)
-        .map(|(seat, position)| Ask { user: seat.user.clone(), from: From::After(*position) })
+        .map(|(handle, position)| PositionQuery {
+            user: handle.user.clone(),
+            from: StartAt::After(*position),
+        })
         .collect();
-    let answers = node.inbox.standing(asks).await?;
-    for ((seat, position), answer) in lot.iter().zip(positions).zip(answers) {
+    let answers = node.inbox.positions(asks).await?;
+    for ((handle, position), answer) in batch.iter().zip(positions).zip(answers) {
         node.metrics.swept.inc();
         if answer.more {
-            tell_of_more(seat, position);
+            tell_of_more(handle, position);
         } else if answer.head < position {
-            reset(node, seat, position, answer.head).await?;
+            reset(node, handle, position, answer.head).await?;
         }
-        close_if_revoked(seat, answer.not_before_s);
+        close_if_revoked(handle, answer.not_before_s);
     }
     Ok(())
 }
 
 /// The store was restored to a state below what a session was shown. It goes on from there: what is accepted from now on stands above
 /// all that was shown.
-async fn reset(node: &Node, seat: &Seat, position: Seq, head: Seq) -> Result<(), InboxError> {
-    node.inbox.update(vec![Change::Shown { user: seat.user.clone(), upto: position }]).await?;
-    tracing::warn!(user = %seat.user, %position, %head, "a client was shown more than stands in the store: it is told");
-    seat.mailbox.reset(position, head);
+async fn reset(node: &Node, handle: &SessionHandle, position: Seq, head: Seq) -> Result<(), InboxError> {
+    node.inbox.update(vec![Change::Shown { user: handle.user.clone(), upto: position }]).await?;
+    tracing::warn!(user = %handle.user, %position, %head, "a client was shown more than stands in the store: it is told");
+    handle.mailbox.reset(position, head);
     Ok(())
 }
 
 /// Ends a session whose token was issued before the moment from which tokens count.
-pub(super) fn close_if_revoked(seat: &Seat, not_before_s: u64) {
-    if seat.token_iat_s() < not_before_s {
-        seat.mailbox.close(CloseCode::Unauthorized, "the token was revoked");
+pub(super) fn close_if_revoked(handle: &SessionHandle, not_before_s: u64) {
+    if handle.token_iat_s() < not_before_s {
+        handle.mailbox.close(CloseCode::Unauthorized, "the token was revoked");
     }
 }
 
@@ -311,10 +317,10 @@ pub(super) struct Cursors {
 
 impl Cursors {
     /// A device has taken everything up to `acked`.
-    pub(super) fn note(&self, seat: &Seat, acked: Seq) {
-        tracing::debug!(target: WAY, step = 8, user = %seat.user, device = %seat.device, seq = %acked, "acked");
+    pub(super) fn note(&self, handle: &SessionHandle, acked: Seq) {
+        tracing::debug!(target: WAY, step = 8, user = %handle.user, device = %handle.device, seq = %acked, "acked");
         let mut moved = self.moved.lock();
-        let cursor = moved.entry((seat.user.clone(), seat.device.clone())).or_default();
+        let cursor = moved.entry((handle.user.clone(), handle.device.clone())).or_default();
         // Two sessions of one device may ack in turn.
         *cursor = acked.max(*cursor);
     }
@@ -331,16 +337,16 @@ impl Cursors {
             return;
         }
         let moved: Vec<((UserId, DeviceId), Seq)> = moved.into_iter().collect();
-        for lot in moved.chunks(LOT) {
+        for batch in moved.chunks(BATCH) {
             let change = |((user, device), acked): &((UserId, DeviceId), Seq)| Change::Cursor {
                 user: user.clone(),
                 device: device.clone(),
                 acked: *acked,
             };
-            if let Err(error) = inbox.update(lot.iter().map(change).collect()).await {
+            if let Err(error) = inbox.update(batch.iter().map(change).collect()).await {
                 tracing::debug!(%error, "cursors could not be written; they are kept");
                 let mut kept = self.moved.lock();
-                for (device, acked) in lot {
+                for (device, acked) in batch {
                     kept.entry(device.clone()).or_insert(*acked);
                 }
             }

@@ -12,8 +12,10 @@ use tower::util::BoxCloneSyncService;
 use super::*;
 use crate::fallback::local::LocalFallback;
 use crate::inbox::memory::MemoryInbox;
-use crate::inbox::{Answer, Append, Appended, Ask, Change, InboxError, InboxPage, PageLimit, Profile};
-use crate::membership::Standing;
+use crate::inbox::{
+    Append, Appended, Change, InboxError, InboxPage, PageLimit, PositionQuery, Profile, UserPosition,
+};
+use crate::membership::LeaseState;
 use crate::membership::local::LocalMembership;
 use crate::message::{Message, MessageId, Millis, Seq, UserId};
 use crate::ring::Ring;
@@ -47,35 +49,35 @@ impl Full {
 }
 
 impl Stream for Wire {
-    type Item = Result<Incoming, SocketFault>;
+    type Item = Result<Incoming, SocketError>;
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.incoming.poll_recv(cx).map(|next| next.map(Ok))
     }
 }
 
 impl Sink<Outgoing> for Wire {
-    type Error = SocketFault;
-    fn poll_ready(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+    type Error = SocketError;
+    fn poll_ready(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
         Poll::Ready(Ok(()))
     }
-    fn start_send(mut self: Pin<&mut Self>, outgoing: Outgoing) -> Result<(), SocketFault> {
+    fn start_send(mut self: Pin<&mut Self>, outgoing: Outgoing) -> Result<(), SocketError> {
         self.unwritten.push(outgoing);
         Ok(())
     }
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
         self.full.waits.register(cx.waker());
         if self.full.full.load(std::sync::atomic::Ordering::SeqCst) {
             return Poll::Pending;
         }
         for outgoing in std::mem::take(&mut self.unwritten) {
             if self.outgoing.try_send(outgoing).is_err() {
-                return Poll::Ready(Err(SocketFault::Gone));
+                return Poll::Ready(Err(SocketError::Gone));
             }
         }
         self.flushed.notify_one();
         Poll::Ready(Ok(()))
     }
-    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketFault>> {
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
         Poll::Ready(Ok(()))
     }
 }
@@ -87,7 +89,7 @@ impl Inbox for Hanging {
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>> {
         self.0.append(batch)
     }
-    fn standing(&self, _: Vec<Ask>) -> BoxFuture<'_, Result<Vec<Answer>, InboxError>> {
+    fn positions(&self, _: Vec<PositionQuery>) -> BoxFuture<'_, Result<Vec<UserPosition>, InboxError>> {
         Box::pin(std::future::pending())
     }
     fn page(
@@ -148,7 +150,7 @@ impl Client {
 #[derive(Default)]
 struct Known(Mutex<std::collections::HashMap<NodeId, crate::role::PushService>>);
 
-impl crate::role::Directory for Known {
+impl crate::role::PeerDirectory for Known {
     fn find(&self, node: &NodeId) -> Option<crate::role::PushService> {
         self.0.lock().get(node).cloned()
     }
@@ -217,7 +219,7 @@ impl Cluster {
             verify,
             membership: Arc::new(self.membership.clone()),
             fallback: Arc::new(self.fallback.clone()),
-            reach: Reach::new(Arc::clone(&self.known) as _),
+            reach: PeerProbe::new(Arc::clone(&self.known) as _),
             health: Health::default(),
             urls: PublicUrls::Template(UrlTemplate::parse("wss://push.example/n/{node}/v1/ws").unwrap()),
             ticket_key: TicketKey::derive("secret"),
@@ -257,7 +259,7 @@ impl Cluster {
         let item = Append {
             user: UserId::parse(user).unwrap(),
             id: MessageId::parse("m").unwrap(),
-            fenced: false,
+            deduplicated: false,
             accepted_at: NOW,
             expires_at: NOW.plus_seconds(3600),
             payload: Bytes::from_static(payload.as_bytes()),
@@ -269,8 +271,8 @@ impl Cluster {
     }
 
     async fn deliver(&self, node: usize, user: &str, message: Arc<Message>, sweep: bool) {
-        let batch = vec![Live { user: UserId::parse(user).unwrap(), message }];
-        let request = PushRequest::Deliver { batch: batch.into(), sweep, stamp: Stamp::default() };
+        let batch = vec![LiveMessage { user: UserId::parse(user).unwrap(), message }];
+        let request = PushRequest::Deliver { batch: batch.into(), sweep, stamp: ViewVersion::default() };
         self.nodes[node].clone().oneshot(request).await.unwrap();
     }
 }
@@ -408,7 +410,7 @@ async fn a_node_that_drains_sends_everybody_away_and_leaves_nothing() {
     }
     let refused =
         cluster.nodes[0].admit(SocketRequest { bearer: Some("late"), ..SocketRequest::default() }).await;
-    assert!(matches!(refused, Err(Rejection::Unavailable(_))));
+    assert!(matches!(refused, Err(AdmissionError::Unavailable(_))));
     // They stay, and are served, until their grace is over.
     let user = clients[0].user.clone();
     let message = cluster.store(&user, "1").await;
@@ -450,7 +452,7 @@ async fn who_was_told_of_a_node_that_leaves_too_is_told_again() {
 
 /// As a router, cut off from the registry or not, would say.
 async fn told_gone(node: &Push) {
-    node.clone().oneshot(PushRequest::Gone(Stamp::default())).await.unwrap();
+    node.clone().oneshot(PushRequest::Gone(ViewVersion::default())).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -465,14 +467,14 @@ async fn a_node_is_barred_only_when_it_is_gone_and_cannot_register() {
     told_gone(&node).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(node.takes_sockets(), "it is a member: whoever says so has an old view");
-    cluster.membership.set_standing(node.name(), Standing::Lapsed);
+    cluster.membership.set_standing(node.name(), LeaseState::Lapsed);
     told_gone(&node).await;
     let moved = client.expect("move").await;
     assert_eq!((&moved["node"], &moved["reason"]), (&"push-1".into(), &"drain".into()));
     assert!(!node.takes_sockets() && !node.node.health.report().0);
     let request = SocketRequest { bearer: Some("late"), ..SocketRequest::default() };
-    assert!(matches!(node.admit(request).await, Err(Rejection::Unavailable(_))));
-    cluster.membership.set_standing(node.name(), Standing::Member(2));
+    assert!(matches!(node.admit(request).await, Err(AdmissionError::Unavailable(_))));
+    cluster.membership.set_standing(node.name(), LeaseState::Member(2));
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(node.takes_sockets() && node.node.health.report().0);
 }
@@ -548,15 +550,15 @@ async fn a_live_message_to_a_session_that_rests_is_sent_at_once() {
     // What waits in the mailbox comes first, and is not read again for having been overtaken.
     let third = cluster.store("alice", "3").await;
     let fourth = cluster.store("alice", "4").await;
-    let seats = cluster.nodes[0].node.registry.all();
-    seats[0].mailbox.try_live(sweep::item(&third));
+    let handles = cluster.nodes[0].node.registry.all();
+    handles[0].mailbox.try_live(sweep::item(&third));
     cluster.deliver(0, "alice", Arc::clone(&fourth), false).await;
     assert!(client.heard().is_empty(), "the task has had no turn");
     assert_eq!(client.expect("message").await["seq"], third.seq.get());
     assert_eq!(client.expect("message").await["seq"], fourth.seq.get());
     assert_eq!(cluster.nodes[0].node.metrics.pages.get(), 0);
     // So does an order to close: who was sent away is sent nothing more.
-    seats[0].mailbox.close(CloseCode::Unauthorized, "the token was revoked");
+    handles[0].mailbox.close(CloseCode::Unauthorized, "the token was revoked");
     let fifth = cluster.store("alice", "5").await;
     cluster.deliver(0, "alice", fifth, false).await;
     assert!(client.heard().is_empty());

@@ -43,7 +43,7 @@ fn read_into(buffer: &mut ReadBuf<'_>, mut stream: &TcpStream) -> io::Result<(us
 /// See the room's comment. What is written with comes first.
 #[derive(Debug)]
 #[repr(C)]
-pub struct Line {
+pub struct LazyTcpStream {
     /// Written before the next write or flush.
     held: Vec<u8>,
     stream: Stream,
@@ -146,7 +146,7 @@ impl Stream {
     }
 }
 
-impl Line {
+impl LazyTcpStream {
     /// A connection that blocks nobody, of which `unread` was read already and is to be read again.
     #[must_use]
     pub fn new(stream: TcpStream, unread: Vec<u8>) -> Self {
@@ -218,7 +218,7 @@ impl Line {
     }
 }
 
-impl AsyncRead for Line {
+impl AsyncRead for LazyTcpStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -238,7 +238,7 @@ impl AsyncRead for Line {
     }
 }
 
-impl AsyncWrite for Line {
+impl AsyncWrite for LazyTcpStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.poll_write_after_held(cx, bytes)
     }
@@ -281,10 +281,11 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
 
-    async fn pair(unread: &[u8], held: Vec<u8>) -> (Line, TcpStream) {
+    async fn pair(unread: &[u8], held: Vec<u8>) -> (LazyTcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let far = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut line = Line::new(listener.accept().await.unwrap().0.into_std().unwrap(), unread.to_vec());
+        let mut line =
+            LazyTcpStream::new(listener.accept().await.unwrap().0.into_std().unwrap(), unread.to_vec());
         line.more_held(held.len()).extend(held);
         (line, far)
     }
