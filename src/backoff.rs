@@ -1,11 +1,11 @@
-//! Jittered delays. The random source is an argument, so that every delay can be tested.
+//! Delays with jitter. The random source is an argument, so that every delay can be tested.
 
 use std::time::Duration;
 
 use rand::Rng;
 
-/// Exponential back-off with full jitter: the n-th delay is uniform in `0..=min(max, first * 2^n)`, which spreads a
-/// crowd better than jitter around the exponential itself.
+/// Exponential back-off with full jitter: the n-th delay is uniform in `0..=min(max, first * 2^n)`.
+/// Full jitter spreads a crowd better than jitter around the exponential.
 #[derive(Debug, Clone)]
 pub struct Backoff {
     first: Duration,
@@ -14,7 +14,7 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Delays of up to `first`, then twice that, never over `max`.
+    /// Starts with delays of up to `first`, which double up to `max`.
     #[must_use]
     pub const fn new(first: Duration, max: Duration) -> Self {
         Self { first, max, attempt: 0 }
@@ -27,18 +27,18 @@ impl Backoff {
         between(Duration::ZERO, ceiling, random)
     }
 
-    /// Starts over: the other side has answered.
+    /// Starts over, after the other side has responded.
     pub fn reset(&mut self) {
         self.attempt = 0;
     }
 }
 
-/// A delay drawn evenly from `low..=high`.
+/// A delay drawn uniformly from `low..=high`.
 pub fn between(low: Duration, high: Duration, random: &mut impl Rng) -> Duration {
     if high <= low { low } else { random.random_range(low..=high) }
 }
 
-/// `mean`, up to `part` of it (0.0 to 1.0) earlier or later.
+/// `mean`, moved by up to `part` of it (0.0 to 1.0) in either direction.
 pub fn around(mean: Duration, part: f64, random: &mut impl Rng) -> Duration {
     between(mean.mul_f64(1.0 - part), mean.mul_f64(1.0 + part), random)
 }

@@ -1,4 +1,5 @@
-//! The one door to the time of day. Everything that needs a moment is given a [`Clock`]; tests give one that stands.
+//! The only access to the time of day. Whatever needs the time is given a [`Clock`]; tests pass one
+//! that stands still.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,10 +7,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::message::Millis;
 
-/// Tells the moment; cheap to clone.
+/// Tells the time. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct Clock {
-    /// Set by hand, or None for the machine's own.
+    /// The time of a standing clock; `None` for the machine's clock.
     by_hand: Option<Arc<AtomicU64>>,
 }
 
@@ -20,13 +21,13 @@ impl Clock {
         Self { by_hand: None }
     }
 
-    /// A clock that stands at `start` until it is advanced.
+    /// A clock that shows `start` until it is advanced.
     #[must_use]
     pub fn standing(start: Millis) -> Self {
         Self { by_hand: Some(Arc::new(AtomicU64::new(start.0))) }
     }
 
-    /// Now. A machine whose clock stands before 1970 counts as 1970.
+    /// The current time. A machine whose clock is before 1970 counts as 1970.
     #[must_use]
     pub fn now(&self) -> Millis {
         match &self.by_hand {
@@ -35,7 +36,8 @@ impl Clock {
         }
     }
 
-    /// Since some moment in the past, counting on while the machine is suspended, and never set by anybody.
+    /// Time since an arbitrary point in the past. It counts on while the machine is suspended, and
+    /// nobody can set it.
     #[must_use]
     pub fn uptime(&self) -> Duration {
         match &self.by_hand {
@@ -47,7 +49,7 @@ impl Clock {
         }
     }
 
-    /// Moves a standing clock on by `ms`; the machine's own is left alone.
+    /// Advances a standing clock by `ms`. Does nothing to the machine's clock.
     pub fn advance(&self, ms: u64) {
         if let Some(at) = &self.by_hand {
             at.fetch_add(ms, Ordering::Relaxed);

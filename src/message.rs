@@ -1,8 +1,8 @@
-//! The nouns: who a message is for, where it stands in an inbox, and the message itself.
+//! The nouns: user, device, node, message id, position, time, and the message itself.
 //!
-//! Every name is checked where it enters ([`UserId::parse`] and its siblings), so a value of one of these types is
-//! always valid. One of up to 23 bytes, as nearly all are, lies where the value lies: to compare it is no look elsewhere in memory. Cloning
-//! a longer one is a reference count, never a copy of the text.
+//! Names are checked where they enter ([`UserId::parse`] and its siblings), so a value of one of
+//! these types is always valid. Names of up to 23 bytes (nearly all) are stored inline, so
+//! comparing them follows no pointer. Cloning a longer one only bumps a reference count.
 
 use std::fmt;
 
@@ -17,7 +17,7 @@ pub const DEVICE_MAX_BYTES: usize = 64;
 /// Longest node name, in bytes: one DNS label.
 pub const NODE_MAX_BYTES: usize = 63;
 
-/// Why a name was refused; the text says what is allowed.
+/// A name that breaks its rule; the text says what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct NameError(&'static str);
@@ -29,16 +29,17 @@ macro_rules! name_type {
         pub struct $name(SmolStr);
 
         impl $name {
-            /// Checks `text` and takes it over.
+            /// Checks `text` and copies it.
             ///
             /// # Errors
-            /// [`NameError`] with the rule, if the text breaks it.
+            ///
+            /// [`NameError`] with the rule that `text` breaks.
             pub fn parse(text: &str) -> Result<Self, NameError> {
                 let check: fn(&str) -> bool = $check;
                 if check(text) { Ok(Self(SmolStr::new(text))) } else { Err(NameError($rule)) }
             }
 
-            /// The text as it was given.
+            /// The name as text.
             #[must_use]
             pub fn as_str(&self) -> &str {
                 &self.0
@@ -60,7 +61,8 @@ macro_rules! name_type {
 }
 
 name_type!(
-    /// A recipient as the business system names it: 1-128 bytes of UTF-8 without control characters.
+    /// A recipient, as the business system names it: 1 to 128 bytes of UTF-8 without control
+    /// characters.
     UserId,
     |text| (1..=NAME_MAX_BYTES).contains(&text.len()) && !text.chars().any(char::is_control),
     "a user id is 1 to 128 bytes of UTF-8 without control characters"
@@ -75,7 +77,8 @@ name_type!(
     "a device is 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' and '-'"
 );
 name_type!(
-    /// The stable name of a node, such as `push-7`; one DNS label, so it can stand in a URL and a host name.
+    /// The stable name of a node, such as `push-7`: one DNS label, so that it can stand in a URL
+    /// and in a host name.
     NodeId,
     |text| {
         (1..=NODE_MAX_BYTES).contains(&text.len())
@@ -84,54 +87,55 @@ name_type!(
     "a node name is 1 to 63 characters of a-z, 0-9 and '-'"
 );
 name_type!(
-    /// A message's id: the sender's own, or a ULID made at the door.
+    /// The id of a message: the sender's own, or a ULID made by collect.
     MessageId,
     |text| (1..=NAME_MAX_BYTES).contains(&text.len()) && text.bytes().all(|b| (0x20..=0x7e).contains(&b)),
     "an id is 1 to 128 printable ASCII characters"
 );
 
 impl Default for DeviceId {
-    /// The device of a client that names none.
+    /// The device name of a client that gives none.
     fn default() -> Self {
         Self(SmolStr::new_static("default"))
     }
 }
 
-/// A place in one user's inbox. Rises by one per accepted message, for ever; zero is "from the beginning".
+/// A position in one user's inbox. It rises by one with each accepted message, for ever. Zero is
+/// the beginning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Seq(u64);
 
 impl Seq {
-    /// Before every message there ever was.
+    /// The position before every message.
     pub const BEGINNING: Self = Self(0);
-    /// The largest number that a JavaScript client can count with, 2^53 - 1.
+    /// The largest number that a JavaScript client can represent exactly, 2^53 - 1.
     pub const MAX: Self = Self((1 << 53) - 1);
 
-    /// The position `n`, if it is one that JSON clients can hold.
+    /// The position `n`, or `None` if it is above [`Seq::MAX`].
     #[must_use]
     pub const fn new(n: u64) -> Option<Self> {
         if n <= Self::MAX.0 { Some(Self(n)) } else { None }
     }
 
-    /// The position `n`, or [`Seq::MAX`] where that is less: for numbers from our own stores.
+    /// The position `n`, capped at [`Seq::MAX`]: for numbers from our own stores.
     #[must_use]
     pub const fn at(n: u64) -> Self {
         if n <= Self::MAX.0 { Self(n) } else { Self::MAX }
     }
 
-    /// The number itself.
+    /// The position as a number.
     #[must_use]
     pub const fn get(self) -> u64 {
         self.0
     }
 
-    /// The number that follows.
+    /// The next position.
     #[must_use]
     pub const fn next(self) -> Self {
         Self::at(self.0 + 1)
     }
 
-    /// Whether this is the place before every message.
+    /// Whether this is the beginning.
     #[must_use]
     pub const fn is_beginning(self) -> bool {
         self.0 == 0
@@ -144,16 +148,16 @@ impl fmt::Display for Seq {
     }
 }
 
-/// A moment, in milliseconds since the Unix epoch, UTC.
+/// A time in milliseconds since the Unix epoch, UTC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Millis(pub u64);
 
-/// As [`Millis::rfc3339`] says it.
+/// The printer behind [`Millis::rfc3339`].
 const RFC3339: DateTimePrinter = DateTimePrinter::new().precision(Some(3));
-/// And its length.
+/// Length of what [`RFC3339`] prints, in bytes.
 const RFC3339_BYTES: usize = "2026-11-22T20:49:26.123Z".len();
 
-/// Bytes that text is written into.
+/// Lets the printer write into a byte buffer.
 struct Text<'a>(&'a mut BytesMut);
 
 impl jiff::fmt::Write for Text<'_> {
@@ -164,13 +168,13 @@ impl jiff::fmt::Write for Text<'_> {
 }
 
 impl Millis {
-    /// This moment and `seconds` more.
+    /// This time plus `seconds`.
     #[must_use]
     pub const fn plus_seconds(self, seconds: u64) -> Self {
         Self(self.0.saturating_add(seconds.saturating_mul(1000)))
     }
 
-    /// Whole seconds since the epoch, as tokens count them.
+    /// Whole seconds since the epoch, the unit of times in tokens.
     #[must_use]
     pub const fn seconds(self) -> u64 {
         self.0 / 1000
@@ -184,14 +188,16 @@ impl Millis {
         String::from_utf8_lossy(&out).into_owned()
     }
 
-    /// The same, written where every message's frame needs it twice.
+    /// Appends [`Millis::rfc3339`] to `out` without an allocation: each message frame has two
+    /// times.
     pub fn put_rfc3339(self, out: &mut BytesMut) {
         let moment = i64::try_from(self.0).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
         let printed = RFC3339.print_timestamp(&moment.unwrap_or(jiff::Timestamp::MAX), Text(out));
         debug_assert!(printed.is_ok(), "memory takes every text");
     }
 
-    /// The reverse, of any offset and precision; None where it is no such text, or before the epoch.
+    /// Parses RFC 3339 of any offset and precision. Returns `None` for other text and for times
+    /// before the epoch.
     #[must_use]
     pub fn parse_rfc3339(text: &str) -> Option<Self> {
         let moment: jiff::Timestamp = text.parse().ok()?;
@@ -206,28 +212,28 @@ pub struct Message {
     pub seq: Seq,
     /// The sender's id, or the one made for it.
     pub id: MessageId,
-    /// When collect took it.
+    /// When collect accepted it.
     pub accepted_at: Millis,
-    /// From then on nobody is shown it any more.
+    /// From this time on it is not shown to anybody.
     pub expires_at: Millis,
     /// Valid JSON text.
     pub payload: Bytes,
 }
 
 impl Message {
-    /// Whether its life is over at `now`.
+    /// Whether the message has expired at `now`.
     #[must_use]
     pub fn is_expired(&self, now: Millis) -> bool {
         self.expires_at <= now
     }
 }
 
-/// Whom a publish is for. Typed, so that topics can join later without a change of every signature.
+/// The recipients of a publish. An enum, so that topics can join without changing every signature.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recipients {
-    /// One user: the answer is that user's alone.
+    /// One user; the answer to the publish describes this user alone.
     User(UserId),
-    /// Several users, each with an outcome of their own, in this order.
+    /// Several users, in the order given; each has an outcome of its own.
     Users(Vec<UserId>),
 }
 

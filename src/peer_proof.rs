@@ -1,10 +1,13 @@
-//! Proofs that somebody knows `peer.secret`: of a caller, for one call; and of a node, for its entry in the registry.
+//! Proofs that somebody knows `peer.secret`: a caller, for one call; a node, for its entry in the
+//! registry.
 //!
-//! A call's proof names the node and the process that it is for, and the method; it carries a moment, the caller's own number and a
-//! count that rises. Whoever sees one can use it nowhere else, for nothing else, and not again: the count is taken once
-//! ([`Calls`]). Proofs do not cover what is sent: without mutual TLS whoever stands between two roles can read and change that.
+//! The proof of a call names the node and process that it is for, and the method. It has a time, a
+//! random number of the caller's link and a counter. Whoever sees one cannot use it elsewhere, for
+//! another method, or again: each counter is taken once ([`Calls`]). A proof does not cover the
+//! message: without mutual TLS somebody between two roles can read and change it.
 //!
-//! An entry's proof covers where a node says that it is, so that nobody is dialled who has merely written into the registry.
+//! The proof of an entry covers the node's address, so that no node dials an address that somebody
+//! merely wrote into the registry.
 
 use std::collections::HashMap;
 
@@ -13,27 +16,29 @@ use crate::secret::{Keyed, derived, is_mac, mac};
 
 /// How far the clocks of two peers may differ, in seconds.
 pub const PROOF_LIFE_S: u64 = 60;
-/// Links of peers that are remembered at once, 550 bytes each: 2 MB. A process has one to each node that it calls.
+/// Most links of peers that are remembered, 550 bytes each: 2 MB. A process has one link to each
+/// node that it calls.
 pub const LINKS_MAX: usize = 4_096;
-/// How far the proofs of one link may overtake one another: four times the streams of one HTTP/2 connection.
+/// How far the counters of one link may overtake one another: four times the streams of an HTTP/2
+/// connection.
 const WINDOW: u64 = 4_096;
 const WORDS: usize = WINDOW as usize / 64;
 
-/// What a proof is for.
+/// The call that a proof is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Call<'a> {
     /// The node that is called.
     pub node: &'a str,
-    /// Which process of that name.
+    /// The incarnation of that node.
     pub incarnation: u64,
     /// The path of the method, such as `/ringpush.peer.v1.Push/Ping`.
     pub method: &'a str,
 }
 
-/// Why a proof is not taken; the text names the setting that is at fault.
+/// Why a proof is refused. The text names the setting at fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ProofError {
-    /// Not made with our secret.
+    /// It was not made with our secret.
     #[error("the caller's peer.secret is not the one of this node")]
     Secret,
     /// Made for another node, or for another process of this one.
@@ -41,13 +46,13 @@ pub enum ProofError {
         "the call is for another node or process: the peer.advertise of that node leads here, or its caller is late"
     )]
     Elsewhere,
-    /// Too long ago, or not yet.
+    /// Its time is too far in the past or future.
     #[error("the caller's clock is more than {PROOF_LIFE_S} s from the one of this node; set both by NTP")]
     Clock,
-    /// It was taken already.
+    /// It was taken before.
     #[error("this call was made already")]
     Repeated,
-    /// More callers than are remembered.
+    /// There are more links than are remembered.
     #[error("too many callers at once")]
     Crowded,
 }
@@ -56,7 +61,7 @@ fn call_key(peer_secret: &str) -> Keyed {
     derived(peer_secret, b"ringpush peer call, version 2")
 }
 
-/// Makes the proofs of one link; the counts of a link are its own.
+/// Makes the proofs of one link. Each link has a counter of its own.
 pub struct Signer {
     key: Keyed,
     link: u64,
@@ -64,13 +69,13 @@ pub struct Signer {
 }
 
 impl Signer {
-    /// `link` is a number that no other link has: random.
+    /// `link` is a random number that identifies the link.
     #[must_use]
     pub fn new(peer_secret: &str, link: u64) -> Self {
         Self { key: call_key(peer_secret), link, count: std::sync::atomic::AtomicU64::new(1) }
     }
 
-    /// The proof of one call made now.
+    /// The proof of one call that is made now.
     #[must_use]
     pub fn sign(&self, call: Call<'_>, now: Millis) -> String {
         let count = self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -87,25 +92,26 @@ pub struct Calls {
     links: HashMap<u64, Window>,
 }
 
-/// Which counts of a link were taken: all below `highest - WINDOW`, and those whose bit is set.
+/// Which counters of a link were taken: all below `highest - WINDOW`, and those whose bit is set.
 struct Window {
     highest: u64,
     bits: [u64; WORDS],
-    /// When the last of them was made, in seconds.
+    /// When the last proof of the link was made, in seconds.
     made_s: u64,
 }
 
 impl Calls {
-    /// Nothing was taken yet.
+    /// No counter was taken yet.
     #[must_use]
     pub fn new(peer_secret: &str) -> Self {
         Self { key: call_key(peer_secret), links: HashMap::new() }
     }
 
-    /// Takes the proof of a call of `method`; `is_here` says whether a node of this name and incarnation is in this process. Answers
-    /// which node is meant.
+    /// Takes the proof of a call of `method`. `is_here` says whether a node of this name and
+    /// incarnation runs in this process. Returns the node that is meant.
     ///
     /// # Errors
+    ///
     /// [`ProofError`].
     pub fn take(
         &mut self,
@@ -118,7 +124,7 @@ impl Calls {
         if !is_mac(&self.key, &format!("{said} {method}"), given) {
             return Err(ProofError::Secret);
         }
-        // What follows was said by somebody who knows the secret.
+        // From here on the text is known to come from somebody who knows the secret.
         let parts: Vec<&str> = said.split('.').collect();
         let ["2", node, incarnation, made_s, link, count] = parts[..] else { return Err(ProofError::Secret) };
         let number = |text: &str| text.parse::<u64>().map_err(|_| ProofError::Secret);
@@ -137,7 +143,8 @@ impl Calls {
     fn take_count(&mut self, link: u64, count: u64, made_s: u64, now: Millis) -> Result<(), ProofError> {
         if !self.links.contains_key(&link) {
             if self.links.len() >= LINKS_MAX {
-                // A proof that old is refused for its age, so that its count need not be known any more.
+                // A proof that is older is refused for its age, so its counter need not be
+                // remembered.
                 let old = now.seconds().saturating_sub(2 * PROOF_LIFE_S);
                 self.links.retain(|_, window| window.made_s >= old);
             }
@@ -153,13 +160,13 @@ impl Calls {
 }
 
 impl Window {
-    /// Whether `count` was not taken yet; then it is now.
+    /// Returns whether `count` was free, and marks it as taken.
     fn take(&mut self, count: u64) -> bool {
         if count == 0 || count.saturating_add(WINDOW) <= self.highest {
             return false;
         }
         if count > self.highest {
-            // What lies between was not taken.
+            // The counters in between were not taken.
             for passed in (self.highest + 1..=count).rev().take(WINDOW as usize) {
                 let (word, bit) = Self::place(passed);
                 self.bits[word] &= !bit;
@@ -178,47 +185,48 @@ impl Window {
     }
 }
 
-/// What a node says of itself in the registry, as far as others act on it before they have spoken to it.
+/// What a node says of itself in the registry, as far as others rely on it before they have spoken
+/// to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry<'a> {
-    /// Its name.
+    /// Name of the node.
     pub node: &'a str,
-    /// Where its peer port is.
+    /// Address of its peer port.
     pub peer: &'a str,
     /// Whether it holds sockets.
     pub push: bool,
     /// Whether it routes.
     pub dispatch: bool,
-    /// The identity of its store.
+    /// Identity of its store.
     pub store: &'a str,
 }
 
-/// Signs and verifies entries of the registry; cheap to clone.
+/// Signs and verifies entries of the registry. Cheap to clone.
 #[derive(Clone)]
 pub struct EntryKey {
     key: Keyed,
 }
 
 impl EntryKey {
-    /// Derives the key for entries from the secret that all roles share.
+    /// Derives the key for entries from `peer.secret`.
     #[must_use]
     pub fn derive(peer_secret: &str) -> Self {
         Self { key: derived(peer_secret, b"ringpush registry entry, version 1") }
     }
 
-    /// The proof that stands beside an entry.
+    /// The proof that is stored beside an entry.
     #[must_use]
     pub fn sign(&self, entry: Entry<'_>) -> String {
         mac(&self.key, &Self::text(entry))
     }
 
-    /// Whether an entry was made by somebody who knows the secret.
+    /// Whether `proof` was made for this entry by somebody who knows the secret.
     #[must_use]
     pub fn verify(&self, entry: Entry<'_>, proof: &str) -> bool {
         is_mac(&self.key, &Self::text(entry), proof)
     }
 
-    /// No part can hold a zero byte that would let two entries have one text: JSON strings may, so their lengths stand before them.
+    /// Each part is preceded by its length, so that two entries never have the same text.
     fn text(entry: Entry<'_>) -> String {
         let Entry { node, peer, push, dispatch, store } = entry;
         format!("{}:{node} {}:{peer} {push} {dispatch} {}:{store}", node.len(), peer.len(), store.len())
@@ -307,7 +315,8 @@ mod tests {
     }
 
     proptest! {
-        /// In whatever order they come, however often: each is taken once, unless so many came before it that it counts as old.
+        /// In whatever order they come, however often: each is taken once, unless so many came
+        /// before it that it counts as old.
         #[test]
         fn each_count_is_taken_at_most_once(counts in prop::collection::vec(1u64..20_000, 1..300)) {
             let (mut window, mut seen) =

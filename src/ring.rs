@@ -1,35 +1,37 @@
 //! The ring: which of a set of weighted names owns a key, by arithmetic alone.
 //!
-//! The engine is the `hashring` crate (sorted points, binary search). This wrapper owns what that crate leaves to the
-//! caller: the hash, the points of a name, and ties. A ring never changes; a new set of names makes a new ring. It
-//! knows no node type of ours, no store and no clock.
+//! The `hashring` crate does the search (sorted points, binary search). This wrapper owns what that
+//! crate leaves to its caller: the hash, the points of a name, and ties. A ring is immutable; a new
+//! set of names makes a new ring.
 
 use std::hash::{BuildHasher, Hash, Hasher};
 
 use hashring::HashRing;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Points per weight 1.0. Worst peak over average as measured: 1.08 / 1.11 / 1.15 / 1.20 at 3 / 10 / 100 / 1000 names
-/// (docs/design.md, section 3).
+/// Points for a weight of 1.0. Measured worst share over the mean: 1.08, 1.11, 1.15 and 1.20 at 3,
+/// 10, 100 and 1000 names (docs/design.md, section 3).
 pub const POINTS_PER_WEIGHT: f64 = 512.0;
 
-/// Points of one ring at the most: 2,097,152 x 16 bytes = 32 MB. Four times what 1000 names of weight 1.0 need. Weights that are worth
-/// more are all worth less, in the same proportion, so that whatever they say is built at once.
+/// Upper bound for the points of one ring: 2,097,152 x 16 bytes = 32 MB, four times what 1000 names
+/// of weight 1.0 need. If the weights ask for more, all are scaled down in proportion, so that no
+/// set of weights exhausts memory.
 pub const POINTS_MAX: f64 = 2_097_152.0;
 
-/// The place of a user on the ring: `xxh3_64` of the id's bytes.
+/// The key of a user: `xxh3_64` of the id's bytes.
 #[must_use]
 pub fn key(user: &str) -> u64 {
     xxh3_64(user.as_bytes())
 }
 
-/// The place of a name's `k`-th point: `xxh3_64(name, 0x00, k as u32 little-endian)`.
+/// The `k`-th point of a name: `xxh3_64(name, 0x00, k as u32 little-endian)`.
 #[must_use]
 pub fn point(name: &str, k: u32) -> u64 {
     point_in(&mut Vec::with_capacity(name.len() + 5), name, k)
 }
 
-/// The same in a buffer that is used again: a ring of a thousand names has half a million points.
+/// Like [`point`], with a buffer that is reused: a ring of a thousand names has half a million
+/// points.
 fn point_in(bytes: &mut Vec<u8>, name: &str, k: u32) -> u64 {
     bytes.clear();
     bytes.extend_from_slice(name.as_bytes());
@@ -38,33 +40,35 @@ fn point_in(bytes: &mut Vec<u8>, name: &str, k: u32) -> u64 {
     xxh3_64(bytes)
 }
 
-/// Points per arc, about: few enough for one or two cache lines, and a search of three or four steps.
+/// Mean number of points per arc: few enough for one or two cache lines.
 const POINTS_PER_ARC: usize = 8;
-/// Most arcs: 65,536 x 48 bytes of their own.
+/// Upper bound for the number of arcs, as a power of two: 65,536 arcs x 48 bytes.
 const ARC_BITS_MAX: u32 = 16;
 
 /// An immutable consistent-hash ring over weighted names.
 ///
-/// The circle is cut into arcs by the top bits of a key, each a `HashRing` of its own with the points of that arc and,
-/// behind them, the first point after it. A search then touches two cache lines rather than walk down a megabyte: at 100
-/// names x 512 points 25 ns for 87 (docs/benchmarks.md), with the same answers.
+/// The circle is cut into arcs by the top bits of a key. Each arc is a `HashRing` with the points
+/// of that arc and the first point after it. A look-up then touches two cache lines instead of
+/// searching a megabyte: 25 ns instead of 87 ns at 100 names x 512 points
+/// (docs/decisions/005-arcs-of-the-ring.md).
 #[derive(Debug, Clone)]
 pub struct Ring {
     names: Vec<String>,
-    /// The share of all keys that each name owns, in the order of the names.
+    /// The share of all keys that each name owns (0.0 to 1.0), in the order of the names.
     shares: Vec<f64>,
     arcs: Vec<HashRing<Point, AsIs>>,
-    /// A key's arc is its value shifted down by this; 64 where there is one arc alone.
+    /// A key's arc is the key shifted right by this. 64 if there is only one arc.
     shift: u32,
 }
 
 impl Ring {
-    /// Builds the ring of `members`, pairs of name and weight. The order given does not matter; a name given twice
-    /// counts once, with its larger weight. A weight that is not above zero, or not a number, gives no points.
+    /// Builds the ring of `members`, pairs of name and weight. Their order does not matter. A name
+    /// given twice counts once, with its larger weight. A weight that is not finite or not above
+    /// zero gives no points.
     #[must_use]
     pub fn build<'a>(members: impl IntoIterator<Item = (&'a str, f64)>) -> Self {
         let members: Vec<(&str, f64)> = members.into_iter().collect();
-        // What is infinite, or no number, is worth nothing: there is no proportion to keep.
+        // An infinite weight counts as zero: there is no proportion to keep.
         let weight_of = |weight: f64| if weight.is_finite() { weight.max(0.0) } else { 0.0 };
         let total: f64 = members.iter().map(|(_, weight)| weight_of(*weight) * POINTS_PER_WEIGHT).sum();
         let scale = if total > POINTS_MAX { POINTS_MAX / total } else { 1.0 };
@@ -84,14 +88,14 @@ impl Ring {
         }
     }
 
-    /// The name that owns `key`: the one whose point is the first at or after it, going round. None on a ring
-    /// without points.
+    /// The name that owns `key`: the one whose point is the first at or after it, clockwise. `None`
+    /// on a ring without points.
     #[must_use]
     pub fn owner(&self, key: u64) -> Option<&str> {
         self.owner_index(key).map(|index| self.names[index].as_str())
     }
 
-    /// The same, as its place among the names in their order, each counted once.
+    /// Like [`Ring::owner`], as an index into the sorted, distinct names.
     #[must_use]
     pub fn owner_index(&self, key: u64) -> Option<usize> {
         let arc = key.checked_shr(self.shift).unwrap_or(0) as usize;
@@ -104,7 +108,7 @@ impl Ring {
         self.owner(key(user))
     }
 
-    /// Whether nobody can own anything.
+    /// Whether the ring has no points, so that nobody owns anything.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.arcs.iter().all(HashRing::is_empty)
@@ -117,7 +121,7 @@ impl Ring {
     }
 }
 
-/// The points of all members, in the order of the circle, one at each place.
+/// The points of all members in ascending order, at most one at each place.
 fn sorted_points(members: &[(&str, u32)]) -> Vec<Point> {
     let total = members.iter().map(|member| member.1 as usize).sum();
     let mut points = Vec::with_capacity(total);
@@ -132,8 +136,8 @@ fn sorted_points(members: &[(&str, u32)]) -> Vec<Point> {
     points
 }
 
-/// Cuts the circle into `2^bits` arcs. Each ends in the first point after it, which for the last of all is the very first:
-/// the engine wraps round to it, as it should.
+/// Cuts the circle into `2^bits` arcs. The last point of an arc is the first one of the next arc.
+/// Behind the last arc that is the first point of the circle; the engine wraps around to it.
 fn arcs(points: &[Point], bits: u32) -> Vec<HashRing<Point, AsIs>> {
     let count = 1usize << bits;
     let mut arcs = Vec::with_capacity(count);
@@ -152,7 +156,8 @@ fn arcs(points: &[Point], bits: u32) -> Vec<HashRing<Point, AsIs>> {
     arcs
 }
 
-/// What each of `names` owns: the arc from the point before each of its points up to that.
+/// The share of each of `names`: the sum of the distances from the previous point to each of its
+/// own.
 fn shares(points: &[Point], names: usize) -> Vec<f64> {
     let mut owned = vec![0u128; names];
     if let (Some(first), Some(last)) = (points.first(), points.last()) {
@@ -164,7 +169,7 @@ fn shares(points: &[Point], names: usize) -> Vec<f64> {
     owned.into_iter().map(|keys| keys as f64 / 2f64.powi(64)).collect()
 }
 
-/// How many points a weight is worth: `round(512 * weight)`.
+/// The number of points for a weight: `round(512 * weight)`.
 fn points_of(weight: f64) -> u32 {
     // A cast from float saturates and sends NaN to zero, which is what is wanted here.
     (POINTS_PER_WEIGHT * weight).round() as u32
@@ -182,7 +187,8 @@ impl Hash for Point {
     }
 }
 
-/// Hands on the one `u64` that was written: points and keys are hashed before they reach the engine.
+/// Passes the `u64` that is written through unchanged: points and keys are hashed before they reach
+/// the engine.
 #[derive(Debug, Clone, Copy)]
 struct AsIs;
 
@@ -281,8 +287,9 @@ mod tests {
         }
     }
 
-    /// Five nodes of weight 1 and one of twice that: its share is twice the mean of the others within the spread of
-    /// 512 points (standard error of an arc sum about 1/sqrt(512) = 4.4 %); over 40 sets the mean is within 5 %.
+    /// Five nodes of weight 1 and one of twice that: its share is twice the mean of the others
+    /// within the spread of 512 points (standard error of an arc sum about 1/sqrt(512) = 4.4 %);
+    /// over 40 sets the mean is within 5 %.
     #[test]
     fn weights_are_respected_within_five_per_cent() {
         for weight in [0.5, 2.0, 3.0] {

@@ -1,13 +1,14 @@
-//! Keys for one use each, derived from `peer.secret`, so that what is made for one use can never pass for another.
+//! Keys derived from `peer.secret`, each for one use, so that what is made for one use never passes
+//! for another.
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
-/// A key that has been set up: cloned for each message that is signed or verified with it.
+/// A key that is ready to sign and verify; it is cloned for each message.
 pub type Keyed = Hmac<Sha256>;
 
-/// The key for one use, from the secret that all roles share: HMAC-SHA256 of the use's name under the secret.
+/// The key for one use: HMAC-SHA256 of the use's name under the secret that all roles share.
 #[must_use]
 pub fn derived(peer_secret: &str, usage: &[u8]) -> Keyed {
     let mut derivation = keyed(peer_secret.as_bytes());
@@ -15,7 +16,7 @@ pub fn derived(peer_secret: &str, usage: &[u8]) -> Keyed {
     keyed(&derivation.finalize().into_bytes())
 }
 
-/// The MAC of a text, as it stands in a URL or a header.
+/// The MAC of `text` in base64, as it stands in a URL or a header.
 #[must_use]
 pub fn mac(key: &Keyed, text: &str) -> String {
     let mut mac = key.clone();
@@ -23,7 +24,7 @@ pub fn mac(key: &Keyed, text: &str) -> String {
     URL_SAFE_NO_PAD.encode(mac.finalize().into_bytes())
 }
 
-/// Whether this is the MAC of that text, in a time that does not tell where it differs.
+/// Whether `given` is the MAC of `text`, in constant time.
 #[must_use]
 pub fn is_mac(key: &Keyed, text: &str, given: &str) -> bool {
     let Ok(given) = URL_SAFE_NO_PAD.decode(given) else { return false };
@@ -32,7 +33,7 @@ pub fn is_mac(key: &Keyed, text: &str, given: &str) -> bool {
     expected.verify_slice(&given).is_ok()
 }
 
-/// The code that opens the page of development: the same for as long as the secret is.
+/// The code that opens the page of development. It stays the same as long as the secret does.
 #[must_use]
 pub fn page_code(peer_secret: &str) -> String {
     let code = derived(peer_secret, b"ringpush development page, version 1").finalize().into_bytes();
@@ -40,6 +41,7 @@ pub fn page_code(peer_secret: &str) -> String {
 }
 
 fn keyed(key: &[u8]) -> Keyed {
-    // HMAC takes a key of any length; the error exists for other MACs. An unkeyed one would verify nothing of ours.
+    // HMAC takes a key of any length; the error exists for other MACs. The fallback key would
+    // verify nothing.
     Keyed::new_from_slice(key).unwrap_or_else(|_| Keyed::new(&Default::default()))
 }

@@ -1,14 +1,16 @@
 //! One session: a cursor over a user's inbox with a live tail.
 //!
-//! A pure state machine. It knows the number it sent last and is in one of two states: *behind*, reading the inbox page
-//! by page, or *live*, passing on what follows on. A live message that follows on is sent; an older one is ignored; one
-//! that leaves a gap, or comes while the socket is full, makes the session read the inbox. Reconnect, move, slow
-//! client, lost hint and restart are all these two states.
+//! A pure state machine. It knows the number that it sent last and is in one of two states:
+//! *behind* (it reads the inbox page by page) or *live* (it passes on live messages). A live
+//! message that follows on is sent. An older one is ignored. One that leaves a gap, or that comes
+//! while the socket is full, makes the session read the inbox. Reconnect, move, slow client, lost
+//! hint and restart are all these two states.
 //!
-//! `F` is the ready-made frame of a message: this room never looks into it.
+//! `F` is the encoded frame of a message; the session never looks into it.
 //!
-//! The promise, tested against a model below: on one connection every number above the start comes exactly once,
-//! strictly rising, or stands in a gap that was told; and when the inbox rests, the session ends up complete.
+//! The promise, tested against a model: on one connection every number above the start is sent
+//! exactly once, in rising order, or is part of a gap that was told. When the inbox is idle, the
+//! session ends up complete.
 
 use crate::message::{Millis, Seq};
 use crate::wire::frame::GapReason;
@@ -16,110 +18,112 @@ use crate::wire::frame::GapReason;
 /// A message as a session handles it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Item<F> {
-    /// Its number.
+    /// Its position in the inbox.
     pub seq: Seq,
-    /// From then on it is not shown.
+    /// From this time on it is not shown.
     pub expires_at: Millis,
-    /// What to send.
+    /// The encoded frame.
     pub frame: F,
 }
 
-/// What the inbox answered to "what comes after this position".
+/// The response of the inbox to "what comes after this position".
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Page<F> {
-    /// The position that was asked for.
+    /// The position that the page was requested for.
     pub after: Seq,
-    /// Unexpired messages, rising.
+    /// Unexpired messages in rising order.
     pub items: Vec<Item<F>>,
-    /// Numbers, rising, of messages that cannot be read.
+    /// Positions, in rising order, of messages that cannot be read.
     pub unreadable: Vec<Seq>,
-    /// Every number above `after` and up to here is in `items` or will never be shown.
+    /// Every number above `after` and up to this one is in `items` or will never be shown.
     pub upto: Seq,
-    /// The page was cut: there is more above `upto`.
+    /// The page was cut; there is more above `upto`.
     pub more: bool,
 }
 
-/// Where a session starts, as the inbox sees it.
+/// Where a session starts, as the inbox knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StartPoint {
-    /// The position to start after; the beginning is zero.
+    /// The position after which the session starts; zero is the beginning.
     pub start: Seq,
-    /// The highest number handed out, at the time of the question.
+    /// The highest number that was assigned when the inbox was asked.
     pub head: Seq,
-    /// There is something after `start`.
+    /// Whether there is something after `start`.
     pub more: bool,
 }
 
-/// What happens to a session.
+/// An event for a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input<F> {
-    /// A live message; may be lost, repeated or out of order.
+    /// A live message. It may be lost, repeated or out of order.
     Live(Item<F>),
-    /// Live messages were dropped on the way: only the inbox knows.
+    /// Live messages were dropped on the way here; only the inbox has them.
     Lost,
-    /// The page that was asked for.
+    /// The page that was requested.
     Page(Page<F>),
     /// The sweep found something after this position.
     MoreAfter(Seq),
-    /// The sweep found that the first position is above everything that stands there, for the store was restored; what came since stands
-    /// after the second.
+    /// The sweep found that the first position is above everything in the inbox, because the store
+    /// was restored. The session goes on after the second position.
     Reset(Seq, Seq),
-    /// The socket has no room: nothing more may be sent for now.
+    /// The socket is full; nothing may be sent for now.
     Blocked,
     /// The socket has room again.
     Writable,
-    /// The client has taken everything up to here.
+    /// The client has handled everything up to this number.
     Ack(u64),
 }
 
-/// What a session wants done, in this order.
+/// An action that a session wants, in this order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Output<F> {
-    /// Send a message.
+    /// Send this frame.
     Send(F),
-    /// Tell of numbers that will never come.
+    /// Tell the client about numbers that will never come.
     Gap {
-        /// The last one before the hole.
+        /// The last number before the gap.
         after: Seq,
-        /// The next that can come.
+        /// The next number that can come.
         before: Seq,
-        /// Why.
+        /// Why the numbers are missing.
         reason: GapReason,
     },
-    /// Tell that the backlog is delivered. Once in a session's life: a later return to the inbox is our own affair.
+    /// Tell the client that the backlog is delivered. This happens once in the life of a session; a
+    /// later return to the inbox is internal.
     CaughtUp(Seq),
-    /// Read the inbox after this position. At most one read is under way.
+    /// Read the inbox after this position. At most one read is in flight.
     Read(Seq),
-    /// Move the device's cursor.
+    /// Move the cursor of the device to this position.
     Cursor(Seq),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Live,
-    /// `reading`: a page was asked for and has not come yet.
+    /// `reading`: a page was requested and has not arrived.
     Behind {
         reading: bool,
     },
 }
 
-/// See the room's comment.
+/// The state machine of one session.
 #[derive(Debug, Clone)]
 pub struct Session {
     sent: Seq,
     acked: Seq,
     phase: Phase,
-    /// The highest number told of since the read under way was begun; that read may have missed it.
+    /// The highest number announced since the current read began. That read may have missed it.
     unread: Seq,
     full: bool,
     told_caught_up: bool,
-    /// Started at the beginning and has sent nothing: what is missing below the first message needs no gap.
+    /// The session started at the beginning and has sent nothing, so numbers missing below the
+    /// first message need no gap.
     untouched: bool,
 }
 
 impl Session {
-    /// Begins a session. A start above the head means another inbox than the client knew: it is told, and goes on from
-    /// the head.
+    /// Begins a session. A start above the head means that the client knew another inbox: it is
+    /// told so, and the session goes on from the head.
     pub fn start<F>(standing: StartPoint, mut out: impl FnMut(Output<F>)) -> Self {
         let mut session = Self {
             sent: standing.start,
@@ -144,7 +148,7 @@ impl Session {
         session
     }
 
-    /// Takes one input at the moment `now`.
+    /// Handles one event at the time `now`.
     pub fn step<F>(&mut self, input: Input<F>, now: Millis, mut out: impl FnMut(Output<F>)) {
         match input {
             Input::Live(item) => self.live(item, now, &mut out),
@@ -153,7 +157,7 @@ impl Session {
             Input::MoreAfter(position) if position == self.sent => self.fall_behind(Seq::MAX, &mut out),
             Input::MoreAfter(_) => {}
             Input::Reset(position, to) if position == self.sent && to < position => {
-                // A client that has seen nothing has nothing to forget.
+                // A client that was sent nothing has nothing to forget.
                 if !self.untouched {
                     out(Output::Gap { after: position, before: to.next(), reason: GapReason::Reset });
                 }
@@ -171,7 +175,7 @@ impl Session {
         }
     }
 
-    /// The position that is sent: everything up to it was sent or told to be gone.
+    /// The last position that was sent or told to be gone.
     #[must_use]
     pub const fn position(&self) -> Seq {
         self.sent
@@ -183,7 +187,7 @@ impl Session {
         self.acked
     }
 
-    /// Whether live messages pass straight through.
+    /// Whether the session is live.
     #[must_use]
     pub fn is_live(&self) -> bool {
         self.phase == Phase::Live
@@ -206,7 +210,7 @@ impl Session {
             return;
         }
         if page.after != self.sent {
-            // The position was reset while the page was read.
+            // The position was reset while the page was being read.
             self.phase = Phase::Behind { reading: false };
             return self.read_if_room(out);
         }
@@ -230,7 +234,8 @@ impl Session {
         }
     }
 
-    /// Everything up to `position` is gone: says so, unless the client never saw anything below it either.
+    /// Marks everything up to `position` as gone and tells the client, unless it was never sent
+    /// anything below either.
     fn skip_to<F>(&mut self, position: Seq, out: &mut impl FnMut(Output<F>)) {
         if position > self.sent {
             if !self.untouched {
@@ -240,7 +245,7 @@ impl Session {
         }
     }
 
-    /// A message that nobody will ever see: told, also to a client that has seen nothing yet.
+    /// Tells of a message that nobody will ever see, also to a client that was sent nothing yet.
     fn pass_unreadable<F>(&mut self, seq: Seq, out: &mut impl FnMut(Output<F>)) {
         if seq > self.sent {
             let after = Seq::new(seq.get() - 1).unwrap_or(self.sent);
@@ -257,7 +262,7 @@ impl Session {
         out(Output::Send(item.frame));
     }
 
-    /// The inbox holds something, up to `told`, that will not come by itself.
+    /// The inbox has something, up to `told`, that will not arrive as a live message.
     fn fall_behind<F>(&mut self, told: Seq, out: &mut impl FnMut(Output<F>)) {
         self.unread = self.unread.max(told);
         if self.phase == Phase::Live {
@@ -266,7 +271,7 @@ impl Session {
         self.read_if_room(out);
     }
 
-    /// A read that begins now will show all that was told of until now.
+    /// A read that begins now includes everything that was announced before.
     fn read_if_room<F>(&mut self, out: &mut impl FnMut(Output<F>)) {
         if !self.full && self.phase == (Phase::Behind { reading: false }) {
             self.phase = Phase::Behind { reading: true };
@@ -283,7 +288,7 @@ impl Session {
         }
     }
 
-    /// Above what was sent counts as the last one sent; going back is ignored.
+    /// An ack above the last number sent counts as that number. One that goes back is ignored.
     fn ack<F>(&mut self, seq: u64, out: &mut impl FnMut(Output<F>)) {
         let sent = if self.untouched { Seq::BEGINNING } else { self.sent };
         let acked = Seq::new(seq).unwrap_or(sent).min(sent);

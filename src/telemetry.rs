@@ -1,4 +1,4 @@
-//! What is told about the process: logs, metrics and health. A token or a payload is in none of them.
+//! Logs, metrics and health of the process. None of them contains a token or a payload.
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
@@ -23,26 +23,28 @@ pub enum LogFormat {
     Json,
 }
 
-/// These write whole frames and headers into their most verbose lines, and with them payloads and tokens.
+/// These crates write whole frames and headers into their most verbose lines, and with them
+/// payloads and tokens.
 const NEVER_VERBOSE: &str =
     "tungstenite=info,tokio_tungstenite=info,hyper=info,hyper_util=info,fjall=warn,lsm_tree=warn";
 
-/// Log lines that wait to be written, about 250 bytes each: 8 MB. A reader of standard error that has stopped reading costs this
-/// much memory, and then the lines.
+/// Log lines that wait to be written, about 250 bytes each: 8 MB. When the reader of standard error
+/// stops reading, this much memory is used, and further lines are dropped.
 const LOG_LINES_MAX: usize = 32_768;
-/// How long the last lines may take to be written when the process ends.
+/// How long writing the last lines may take when the process ends.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// Log lines that nobody will ever see. A process has one standard error, and so one of these.
+/// Log lines that were dropped. A process has one standard error, and so one counter.
 static LINES_DROPPED: LazyLock<Counter> = LazyLock::new(Counter::default);
 
-/// Writes the log on a thread of its own. Standard error may be a pipe whose reader has gone or has stopped reading, or a file on a
-/// full disk: a line that cannot be written is dropped and counted, and nothing else notices.
+/// Writes the log on a thread of its own. Standard error may be a pipe whose reader has gone or
+/// stopped reading, or a file on a full disk. A line that cannot be written is dropped and counted;
+/// nothing else is affected.
 #[derive(Clone)]
 struct LogQueue(mpsc::SyncSender<Vec<u8>>);
 
 impl io::Write for LogQueue {
-    /// Takes one whole line, as the formatter hands it over. Never fails.
+    /// Takes one whole line from the formatter. Never fails.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.0.try_send(line.to_vec()).is_err() {
             LINES_DROPPED.inc();
@@ -55,7 +57,7 @@ impl io::Write for LogQueue {
     }
 }
 
-/// Logging, for as long as this lives. Dropping it waits up to a second for the last lines to be written.
+/// Keeps logging alive. Dropping it waits up to a second for the last lines.
 #[must_use]
 pub struct Logging {
     queue: LogQueue,
@@ -64,7 +66,8 @@ pub struct Logging {
 
 impl Drop for Logging {
     fn drop(&mut self) {
-        // An empty line is the writer's sign to end. Where the queue is full, the reader of the log has stopped reading.
+        // An empty line tells the writer to end. If the queue is full, the reader of the log has
+        // stopped reading.
         if self.queue.0.try_send(Vec::new()).is_ok() {
             let _ = self.written.recv_timeout(LAST_LINES);
         }
@@ -89,10 +92,12 @@ fn write_lines(mut out: impl io::Write + Send + 'static) -> io::Result<Logging> 
     Ok(Logging { queue: LogQueue(queue), written })
 }
 
-/// Starts logging to standard error; `filter` is as in `RUST_LOG`, such as `info` or `ringpush=debug`.
+/// Starts logging to standard error. `filter` has the syntax of `RUST_LOG`, such as `info` or
+/// `ringpush=debug`.
 ///
 /// # Errors
-/// The filter's fault, that there is no thread for it, or that logging was started before.
+///
+/// The filter is wrong, the thread cannot be started, or logging was started before.
 pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<Logging> {
     let filter = EnvFilter::try_new(format!("{filter},{NEVER_VERBOSE}"))?;
     let logging = write_lines(io::stderr())?;
@@ -101,7 +106,8 @@ pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<Logging>
         .with_env_filter(filter)
         .with_writer(move || queue.clone())
         .with_target(false)
-        // It would tell of itself on standard error, by a macro that panics where that fails.
+        // tracing would report its own errors to standard error by a macro that panics when that
+        // fails.
         .log_internal_errors(false);
     let started = match format {
         LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).try_init(),
@@ -111,10 +117,11 @@ pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<Logging>
     Ok(logging)
 }
 
-/// The target of the log lines that follow one user's messages through all processes: `RUST_LOG=ringpush::way=debug`.
+/// The target of the log lines that follow one user's messages through all processes:
+/// `RUST_LOG=ringpush::way=debug`.
 pub const WAY: &str = "ringpush::way";
 
-/// All metrics of the process, their names beginning `ringpush_`.
+/// All metrics of the process. Their names begin with `ringpush_`.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
@@ -130,12 +137,12 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Lets a room register its own.
+    /// Calls `register` with the registry, so that a module can add its metrics.
     pub fn register<T>(&self, register: impl FnOnce(&mut Registry) -> T) -> T {
         register(&mut self.registry.lock())
     }
 
-    /// The exposition text, and its content type.
+    /// The content type and the text of the exposition.
     #[must_use]
     pub fn expose(&self) -> (&'static str, String) {
         let mut text = String::new();
@@ -145,20 +152,20 @@ impl Metrics {
     }
 }
 
-/// What somebody shows to prove who it is, or is judged by.
+/// A kind of credential, or what is checked like one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Credential {
-    /// Of a business system, at collect.
+    /// The key of a publisher, at collect.
     ApiKey,
-    /// Of whoever issues tokens, at auth.
+    /// The key that may issue tokens, at auth.
     AdminKey,
-    /// Of a user.
+    /// The token of a user.
     Token,
-    /// Of a client that `connect` has placed.
+    /// A ticket of `connect`.
     Ticket,
-    /// Of another role.
+    /// The proof of another role.
     PeerProof,
-    /// Of the page that a browser shows.
+    /// The origin of a web page.
     Origin,
 }
 
@@ -166,7 +173,7 @@ impl Credential {
     const ALL: [Self; 6] =
         [Self::ApiKey, Self::AdminKey, Self::Token, Self::Ticket, Self::PeerProof, Self::Origin];
 
-    /// As metrics and log lines name it.
+    /// The name in metrics and log lines.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -180,17 +187,18 @@ impl Credential {
     }
 }
 
-/// The least time between two warnings of refusals of one kind.
+/// Shortest time between two warnings about one kind.
 const WARN_EVERY: Duration = Duration::from_secs(1);
 
-/// Counts credentials that were refused, by kind, and warns of each kind at most once a second. Cheap to clone.
+/// Counts refused credentials by kind, and warns about each kind at most once a second. Cheap to
+/// clone.
 #[derive(Clone, Default)]
 pub struct Refusals {
     counts: Family<[(&'static str, &'static str); 1], Counter>,
     warned: Arc<Mutex<[Warned; Credential::ALL.len()]>>,
 }
 
-/// When a kind was warned of last, and how many were refused since.
+/// The time of the last warning about a kind, and how many were refused since.
 #[derive(Clone, Copy, Default)]
 struct Warned {
     at: Option<Instant>,
@@ -198,20 +206,20 @@ struct Warned {
 }
 
 impl Refusals {
-    /// Registers the counts.
+    /// Registers the counters.
     #[must_use]
     pub fn register(metrics: &Metrics) -> Self {
         let this = Self::default();
         let counts = this.counts.clone();
         metrics.register(|r| r.register("credentials_refused", "Credentials refused, by kind", counts));
         for kind in Credential::ALL {
-            // Shown from the start: a rate is judged by what it was before.
+            // Shown from the start, so that a rate can be computed from the first refusal.
             drop(this.counts.get_or_create(&[("kind", kind.as_str())]));
         }
         this
     }
 
-    /// One was refused; `why` holds no piece of it.
+    /// Counts one refusal. `why` must not contain any part of the credential.
     pub fn note(&self, kind: Credential, why: &str) {
         self.counts.get_or_create(&[("kind", kind.as_str())]).inc();
         if let Some(refused) = self.to_warn_of(kind, Instant::now()) {
@@ -219,7 +227,7 @@ impl Refusals {
         }
     }
 
-    /// How many were refused since the last warning, where another is due.
+    /// How many were refused since the last warning, if another warning is due.
     fn to_warn_of(&self, kind: Credential, now: Instant) -> Option<u64> {
         let mut warned = self.warned.lock();
         let warned = &mut warned[kind as usize];
@@ -232,11 +240,11 @@ impl Refusals {
     }
 }
 
-/// Counts one while it lives: a gauge that goes up always comes down.
+/// Counts one in a gauge as long as it lives.
 pub struct Counted(Gauge<i64, AtomicI64>);
 
 impl Counted {
-    /// One more.
+    /// Raises the gauge by one until the value is dropped.
     #[must_use]
     pub fn in_gauge(gauge: &Gauge<i64, AtomicI64>) -> Self {
         gauge.inc();
@@ -250,37 +258,37 @@ impl Drop for Counted {
     }
 }
 
-/// What `/readyz` answers from: named conditions, each with whether it holds and a word for a person.
+/// What `/readyz` reports: named conditions.
 #[derive(Clone, Default)]
 pub struct Health {
     conditions: Arc<Mutex<BTreeMap<&'static str, Condition>>>,
 }
 
-/// One of them.
+/// One condition of [`Health`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Condition {
-    /// Whether it holds.
+    /// Whether the condition holds.
     pub ok: bool,
-    /// Whether the process is not ready while it does not.
+    /// Whether the process is not ready while the condition does not hold.
     pub required: bool,
-    /// For a person.
+    /// An explanation for people.
     pub detail: String,
 }
 
 impl Health {
-    /// States a condition without which the process is not ready.
+    /// Sets a condition that readiness depends on.
     pub fn set(&self, name: &'static str, ok: bool, detail: impl Into<String>) {
         let condition = Condition { ok, required: true, detail: detail.into() };
         self.conditions.lock().insert(name, condition);
     }
 
-    /// States a condition that is worth knowing, and decides nothing.
+    /// Sets a condition that is only shown.
     pub fn note(&self, name: &'static str, ok: bool, detail: impl Into<String>) {
         let condition = Condition { ok, required: false, detail: detail.into() };
         self.conditions.lock().insert(name, condition);
     }
 
-    /// Whether every condition that decides holds, and all of them.
+    /// Whether every required condition holds, and all conditions.
     #[must_use]
     pub fn report(&self) -> (bool, BTreeMap<&'static str, Condition>) {
         let conditions = self.conditions.lock().clone();
@@ -320,7 +328,8 @@ mod tests {
         let before = LINES_DROPPED.get();
         let logging = write_lines(Paper { lines, torn: true }).unwrap();
         let mut queue = logging.queue.clone();
-        // The first meets a full disk; then one is being written, for ever, and the queue fills up behind it.
+        // The first meets a full disk; then one is being written, for ever, and the queue fills up
+        // behind it.
         queue.write_all(b"0").unwrap();
         for n in 0..LOG_LINES_MAX + 100 {
             queue.write_all(format!("{n} ").as_bytes()).unwrap();

@@ -1,8 +1,9 @@
-//! Tickets: what `connect` hands out so that a client may open one socket on one node without showing its token again.
+//! Tickets: `connect` hands one out so that a client can open one socket on one node without
+//! showing its token again.
 //!
-//! A ticket is signed under a key derived from `peer.secret` for this use alone, so it can never pass for a token, nor
-//! a token for a ticket. This room signs and verifies; that a ticket is taken only once is kept by the node it is for
-//! ([`UsedNonces`]).
+//! A ticket is signed under a key derived from `peer.secret` for this use alone, so a ticket never
+//! passes for a token, nor a token for a ticket. This module signs and verifies. The node that a
+//! ticket is for makes sure that it is taken only once ([`UsedNonces`]).
 
 use std::collections::BTreeSet;
 
@@ -12,53 +13,55 @@ use serde::{Deserialize, Serialize};
 use crate::message::{DeviceId, Millis, NodeId, UserId};
 use crate::secret::{Keyed, derived, is_mac, mac};
 
-/// How long a ticket is good for, in ms (docs/design.md, section 11).
+/// Life of a ticket, in ms (docs/design.md, section 11).
 pub const TICKET_LIFE_MS: u64 = 30_000;
-/// Nonces remembered by one node, until their tickets end: 4000/s for one life are 120,000; four times that, for a node
-/// without a limit on its accept rate. 500,000 x 40 bytes = 20 MB.
+/// Most nonces that one node remembers until their tickets expire. 4000 tickets/s over one life are
+/// 120,000; the bound is four times that, for a node without a limit on its accept rate. 500,000 x
+/// 40 bytes = 20 MB.
 pub const USED_NONCES_MAX: usize = 500_000;
 
 /// What a ticket vouches for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ticket {
-    /// Whose socket it opens.
+    /// The user whose socket it opens.
     pub user: UserId,
-    /// For which device.
+    /// The device of that socket.
     pub device: DeviceId,
-    /// On which node.
+    /// The node that must open it.
     pub node: NodeId,
-    /// And on which incarnation of it.
+    /// The incarnation of that node.
     pub incarnation: u64,
-    /// `iat` of the token that it was given for, whole seconds; zero where that had none.
+    /// `iat` of the token that it was made for, in whole seconds; zero if that token had none.
     pub token_iat_s: u64,
-    /// `exp` of that token, whole seconds: the session ends then.
+    /// `exp` of that token, in whole seconds. The session ends at that time.
     pub token_exp_s: u64,
-    /// The node was not the owner when this was made: keep the session there until the view changes.
+    /// The node was not the owner when the ticket was made: the session stays there until the view
+    /// changes.
     pub keep: bool,
-    /// Makes it one of a kind.
+    /// A random number that makes the ticket unique.
     pub nonce: u64,
-    /// When the ticket itself ends.
+    /// When the ticket itself expires.
     pub expires_at: Millis,
 }
 
-/// Why a ticket is not taken. All of them are answered 401: ask `connect` again.
+/// Why a ticket is refused. Each is answered 401; the client asks `connect` again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TicketError {
-    /// Not something that this cluster signed.
+    /// It was not signed by this cluster.
     #[error("this is not a ticket of this cluster")]
     Forged,
-    /// Its thirty seconds are over.
+    /// Its life is over.
     #[error("this ticket has expired")]
     Expired,
-    /// It opened a socket already.
+    /// It has opened a socket before.
     #[error("this ticket was used already")]
     Used,
-    /// It is for another node, or an earlier process of this one.
+    /// It is for another node, or for an earlier process of this node.
     #[error("this ticket is for another process")]
     Elsewhere,
 }
 
-/// The ticket as it travels: short names, since it stands in a URL.
+/// The ticket as it travels, with short names, because it stands in a URL.
 #[derive(Serialize, Deserialize)]
 struct Packed<'a> {
     u: &'a str,
@@ -72,20 +75,20 @@ struct Packed<'a> {
     e: u64,
 }
 
-/// Signs and verifies tickets; cheap to clone.
+/// Signs and verifies tickets. Cheap to clone.
 #[derive(Clone)]
 pub struct TicketKey {
     key: Keyed,
 }
 
 impl TicketKey {
-    /// Derives the key for tickets from the secret that all roles share.
+    /// Derives the key for tickets from `peer.secret`.
     #[must_use]
     pub fn derive(peer_secret: &str) -> Self {
         Self { key: derived(peer_secret, b"ringpush ticket key, version 1") }
     }
 
-    /// The ticket as text for a URL.
+    /// Encodes and signs `ticket` for a URL.
     #[must_use]
     pub fn sign(&self, ticket: &Ticket) -> String {
         let packed = Packed {
@@ -99,7 +102,7 @@ impl TicketKey {
             o: ticket.nonce,
             e: ticket.expires_at.0,
         };
-        // Strings and numbers only: there is nothing in it that JSON could refuse.
+        // Only strings and numbers: serialisation cannot fail.
         let body = URL_SAFE_NO_PAD.encode(serde_json::to_vec(&packed).unwrap_or_default());
         let mac = mac(&self.key, &body);
         format!("{body}.{mac}")
@@ -147,7 +150,7 @@ impl TicketKey {
     }
 }
 
-/// As [`Packed`], with strings of its own: a user id may hold characters that JSON escapes.
+/// Like [`Packed`] with owned strings: a user id may contain characters that JSON escapes.
 #[derive(Deserialize)]
 struct PackedOwned {
     u: String,
@@ -161,19 +164,21 @@ struct PackedOwned {
     e: u64,
 }
 
-/// The nonces of the tickets that were taken here and have not expired yet, in the order in which they will.
+/// The nonces of the tickets that were taken here and have not expired, in the order of their
+/// expiry.
 #[derive(Debug, Default)]
 pub struct UsedNonces {
     taken: BTreeSet<(Millis, u64)>,
 }
 
 impl UsedNonces {
-    /// Takes a ticket that [`TicketKey::verify`] found good, once. After its expiry that refuses it, so it need not be
-    /// remembered here any longer.
+    /// Takes a ticket that [`TicketKey::verify`] accepted, once. After its expiry `verify` refuses
+    /// it, so its nonce is dropped then.
     ///
     /// # Errors
-    /// [`TicketError::Used`] the second time, and when [`USED_NONCES_MAX`] tickets are remembered: refusing is safe,
-    /// forgetting is not.
+    ///
+    /// [`TicketError::Used`] the second time, and when [`USED_NONCES_MAX`] nonces are remembered:
+    /// to refuse is safe, to forget is not.
     pub fn take(&mut self, ticket: &Ticket, now: Millis) -> Result<(), TicketError> {
         while self.taken.first().is_some_and(|(expires_at, _)| *expires_at <= now) {
             self.taken.pop_first();
@@ -240,7 +245,8 @@ mod tests {
             bytes[at] ^= flip;
             let node = NodeId::parse("push-1").unwrap();
             if let Ok(text) = String::from_utf8(bytes) {
-                // The last character of a base64 group has bits that mean nothing; all else must be refused.
+                // The last character of a base64 group has bits that mean nothing; all else must be
+                // refused.
                 if let Ok(read) = key.verify(&text, &node, 7, Millis(100_000)) {
                     prop_assert_eq!(read, ticket());
                 }

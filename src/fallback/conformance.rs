@@ -1,4 +1,5 @@
-//! What every fallback must do, said once and run against each adapter. A failed expectation panics, as in any test.
+//! The conformance suite of the fallback: what every adapter must do. A failed expectation panics,
+//! as in any test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
 use std::sync::Arc;
@@ -7,15 +8,15 @@ use std::time::Duration;
 use super::{Fallback, Holder, Which};
 use crate::message::{NodeId, UserId};
 
-/// The same entries as a push node and a router see them; in one process they may be the same.
+/// One set of entries as a push node and a router see it. In one process both may be the same.
 pub struct Bench {
-    /// Of the push nodes.
+    /// The side of the push nodes.
     pub own: Arc<dyn Fallback>,
-    /// Of a router.
+    /// The side of a router.
     pub others: Arc<dyn Fallback>,
 }
 
-/// How long a change may take to be seen.
+/// How long a change may take to become visible.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Runs every part, on entries that nobody has used.
@@ -43,7 +44,8 @@ impl Bench {
         self.own.remove(holder, which).await.unwrap();
     }
 
-    /// Where these users are, once the answer is as expected; the last answer if it never is.
+    /// Waits until these users are where they are expected. Returns the last response if they never
+    /// are.
     async fn expect(&self, users: &[&str], expected: &[&[&str]]) {
         let users: Vec<UserId> = users.iter().map(|name| user(name)).collect();
         let began = tokio::time::Instant::now();

@@ -11,7 +11,7 @@ use parking_lot::RwLock;
 use super::{Fallback, FallbackError, Hints, Holder, Which};
 use crate::message::{NodeId, UserId};
 
-/// See the room's comment. Cloned, it is the same set of entries.
+/// Entries in memory. Cloned, it is the same set of entries.
 #[derive(Clone, Default)]
 pub struct LocalFallback {
     inner: Arc<Inner>,
@@ -19,9 +19,9 @@ pub struct LocalFallback {
 
 #[derive(Default)]
 struct Inner {
-    /// The holders of each displaced user: one or two, so a list serves better than a set.
+    /// The holders of each displaced user. There are one or two, so a list is better than a set.
     entries: RwLock<HashMap<UserId, Vec<Holder>>>,
-    /// The size of `entries`, to be asked for each batch without the lock.
+    /// Size of `entries`, to be read for each batch without the lock.
     count: AtomicUsize,
 }
 
@@ -68,7 +68,7 @@ impl Fallback for LocalFallback {
         })
     }
 
-    /// Nothing ends by itself here.
+    /// Entries have no lease here.
     fn keep(&self, holder: &Holder) -> BoxFuture<'_, Result<usize, FallbackError>> {
         let entries = self.inner.entries.read();
         let size = entries.values().filter(|holders| holders.contains(holder)).count();

@@ -1,12 +1,15 @@
-//! The fallback: where users are who are, for now, connected to a node that does not own them.
+//! The fallback: where users are who are connected, for now, to a node that does not own them.
 //!
 //! # The contract of a [`Fallback`]
 //!
-//! - A user stands in a holder's set from when [`Fallback::add`] answers until [`Fallback::remove`], or until nobody has
-//!   called [`Fallback::keep`] for a lease. Adding twice and removing what is not there do nothing.
-//! - [`Fallback::nodes_of`] answers every node whose set has the user. It may answer one too many for a moment; one too few
-//!   only until [`Hints::seen_after`] has passed since `add` answered, so whoever adds reads the inbox again then.
-//! - [`Fallback::keep`] answers the size of the set as it is stored: a wrong one twice running means that it was lost.
+//! - A user is in a holder's set from the time when [`Fallback::add`] returns until
+//!   [`Fallback::remove`], or until nobody has called [`Fallback::keep`] for a lease. Adding twice
+//!   and removing what is not there do nothing.
+//! - [`Fallback::nodes_of`] returns every node whose set has the user. For a moment it may return one
+//!   too many. It may return one too few only until [`Hints::seen_after`] has passed since `add`
+//!   returned, so whoever adds a user reads the inbox again then.
+//! - [`Fallback::keep`] returns the size of the set as it is stored. A wrong size twice running means
+//!   that the set was lost.
 //!
 //! Every adapter passes [`conformance::suite`].
 
@@ -20,52 +23,52 @@ use futures_util::future::BoxFuture;
 
 use crate::message::{NodeId, UserId};
 
-/// The port.
+/// The port of the fallback.
 pub trait Fallback: Send + Sync + 'static {
-    /// These users are displaced on `holder`.
+    /// Enters users that are displaced on `holder`.
     fn add(&self, holder: &Holder, users: Vec<UserId>) -> BoxFuture<'_, Result<(), FallbackError>>;
 
-    /// These are no longer.
+    /// Removes users that no longer are.
     fn remove(&self, holder: &Holder, which: Which) -> BoxFuture<'_, Result<(), FallbackError>>;
 
-    /// Renews the lease of the holder's set; answers how many users stand in it.
+    /// Renews the lease of the holder's set. Returns the number of users in it.
     fn keep(&self, holder: &Holder) -> BoxFuture<'_, Result<usize, FallbackError>>;
 
-    /// For each user, the nodes that have it; empty for nearly all.
+    /// For each user, the nodes whose set has it. Empty for nearly all users.
     fn nodes_of(&self, users: Vec<UserId>) -> BoxFuture<'_, Result<Vec<Vec<NodeId>>, FallbackError>>;
 
-    /// What is known here without asking anybody.
+    /// What is known here without asking the store.
     fn hints(&self) -> Hints;
 }
 
-/// Whose set it is: one process of a node.
+/// The owner of a set: one process of a node.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Holder {
     /// The node.
     pub node: NodeId,
-    /// Which process of that name.
+    /// Incarnation of its process.
     pub incarnation: u64,
 }
 
 /// Which users leave a set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Which {
-    /// These.
+    /// These users.
     Users(Vec<UserId>),
-    /// All: the node has gone.
+    /// All users: the node has left.
     All,
 }
 
-/// What is known of all sets without asking.
+/// What is known about all sets without asking the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hints {
-    /// No holder has any entry: nobody need be asked.
+    /// No holder has any entry, so no look-up is needed.
     pub empty: bool,
-    /// How long it takes at the most until an entry is seen everywhere.
+    /// Longest time until an entry is visible everywhere.
     pub seen_after: Duration,
 }
 
-/// The entries cannot be reached.
+/// The store of the entries cannot be reached.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the fallback entries cannot be reached: {0}")]
 pub struct FallbackError(pub String);

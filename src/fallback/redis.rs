@@ -1,5 +1,6 @@
-//! The fallback entries in Redis: one set per push node and process, with a lease, and beside it a bitmap of
-//! [`BUCKETS`] user buckets. A router asks Redis only about users whose bucket some bitmap has: in the steady state none.
+//! The fallback entries in Redis: one set per push node and process, with a lease, and beside it a
+//! bitmap of [`BUCKETS`] user buckets. A router asks Redis only about users whose bucket is set in
+//! some bitmap; in the steady state about none.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -15,23 +16,25 @@ use crate::backoff::around;
 use crate::message::{NodeId, UserId};
 use crate::transport::redis::{RedisError, RedisLink, Script};
 
-/// Buckets that users fall into: 1 KiB per holder, and with 100 displaced users 1.2 % of the others are asked for in vain
-/// (docs/design.md, section 6).
+/// Number of user buckets: 1 KiB per holder. With 100 displaced users 1.2 % of the others are
+/// looked up in vain (docs/design.md, section 6).
 pub const BUCKETS: usize = 8_192;
-/// Holders that are looked at: twice as many as a registry has nodes, for a node's former process may still be among them.
+/// Holders that are looked at: twice as many as a registry has nodes, because a node's former
+/// process may still be among them.
 const HOLDERS_MAX: usize = 2_000;
-/// The longest name of a holder, in bytes: a node's name, and a number of 20 digits.
+/// Longest name of a holder, in bytes: a node's name and a number of 20 digits.
 const NAME_MAX: usize = 300;
-/// The longest version of a bitmap, in bytes: a number, and what tells one process from another.
+/// Longest version of a bitmap, in bytes: a number, and what tells one process from another.
 const VERSION_MAX: usize = 64;
-/// Users in one call: a script's arguments have a limit, and a long one holds up the others.
+/// Users in one call. The arguments of a script are limited, and a long call delays others.
 const USERS_PER_CALL: usize = 1_000;
-/// How far polls are from their mean.
+/// Jitter of polls.
 const JITTER: f64 = 0.2;
-/// After a hint, what else happens in this time is seen by the same look.
+/// After a hint, changes within this time are seen by the same look.
 const AFTER_HINT: Duration = Duration::from_millis(20);
 
-/// See the room's comment. Cloned, it is the same set of entries; its task ends with the last clone.
+/// The fallback entries in Redis. Cloned, it is the same set of entries; its task ends with the
+/// last clone.
 #[derive(Clone)]
 pub struct RedisFallback {
     inner: Arc<Inner>,
@@ -49,18 +52,18 @@ struct Inner {
     seen: RwLock<Seen>,
 }
 
-/// The bitmaps of all holders, as they were seen last.
+/// The bitmaps of all holders, as they were last seen.
 #[derive(Default)]
 struct Seen {
     maps: HashMap<Holder, (String, Arc<[u8]>)>,
-    /// The last look failed: an answer would take as long as a failure takes to be noticed.
+    /// The last look failed. A look-up would take as long as it takes to notice a failure.
     unreachable: bool,
 }
 
 /// A set of this process.
 #[derive(Default)]
 struct Own {
-    /// Held over each call, so that an older bitmap never overtakes a newer one.
+    /// Held during each call, so that an older bitmap never overtakes a newer one.
     turn: tokio::sync::Mutex<()>,
     users: Mutex<Entered>,
 }
@@ -68,7 +71,7 @@ struct Own {
 #[derive(Default)]
 struct Entered {
     users: HashSet<UserId>,
-    /// Users per bucket: a bit goes when its last user has gone.
+    /// Number of users per bucket. The bit is cleared when the last one has left.
     buckets: HashMap<u16, u32>,
     version: u64,
 }
@@ -98,7 +101,7 @@ impl Entered {
         }
     }
 
-    /// The bitmap; empty where nobody is entered.
+    /// The bitmap; empty if no user is entered.
     fn map(&self) -> Vec<u8> {
         if self.buckets.is_empty() {
             return Vec::new();
@@ -114,7 +117,7 @@ fn has_bucket(map: &[u8], bucket: u16) -> bool {
 }
 
 impl RedisFallback {
-    /// Begins to look at the bitmaps, every `poll`; entries live for `lease` without being kept.
+    /// Starts to poll the bitmaps, every `poll`. Entries live for `lease` without being renewed.
     #[must_use]
     pub fn start(link: RedisLink, prefix: &str, lease: Duration, poll: Duration) -> Self {
         let inner = Arc::new(Inner {
@@ -154,7 +157,7 @@ impl RedisFallback {
         let mut size = 0;
         let mut batches: Vec<&[UserId]> = users.chunks(USERS_PER_CALL).collect();
         if batches.is_empty() {
-            // Renewing is a change of nobody.
+            // One call without users renews the lease.
             batches.push(&[]);
         }
         for batch in batches {
@@ -225,7 +228,7 @@ impl Inner {
     }
 }
 
-/// Looks at the bitmaps again and again, at once after a hint.
+/// Polls the bitmaps, and at once after a hint.
 async fn look(inner: Arc<Inner>, hint: Arc<Notify>) {
     loop {
         let looked = inner.look().await;
@@ -303,7 +306,7 @@ impl Fallback for RedisFallback {
     fn hints(&self) -> Hints {
         Hints {
             empty: self.inner.seen.read().maps.is_empty(),
-            // Two polls: one may have begun just before the entry stood.
+            // Two polls: one may have begun just before the entry was written.
             seen_after: self.inner.poll.mul_f64(1.0 + JITTER) * 2,
         }
     }
@@ -315,7 +318,8 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// The bitmap has a user's bucket exactly while somebody of that bucket is entered, and its version tells changes.
+        /// The bitmap has a user's bucket exactly while a user of that bucket is entered, and its
+        /// version changes with it.
         #[test]
         fn a_bitmap_has_whoever_is_entered(steps in proptest::collection::vec((0u16..300, any::<bool>()), 1..400)) {
             let mut entered = Entered::default();

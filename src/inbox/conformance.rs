@@ -1,4 +1,5 @@
-//! What every inbox must do, said once and run against each adapter. A failed expectation panics, as in any test.
+//! The conformance suite of the inbox: what every adapter must do. A failed expectation panics, as
+//! in any test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
 use std::sync::Arc;
@@ -12,11 +13,12 @@ use super::{
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Seq, UserId};
 
-/// An adapter under test: both ports, over the clock it was made with.
+/// An adapter under test: both ports.
 pub trait Adapter: Inbox + Janitor {}
 impl<T: Inbox + Janitor> Adapter for T {}
 
-/// One adapter with a clock that stands; users are named anew in each part, so one store serves the whole suite.
+/// An adapter with a standing clock. Each part uses users of its own, so one store serves the whole
+/// suite.
 pub struct Bench {
     /// The adapter.
     pub inbox: Arc<dyn Adapter>,
@@ -94,7 +96,7 @@ impl Bench {
         self.inbox.positions(vec![PositionQuery { user: user(name), from }]).await.unwrap().remove(0)
     }
 
-    /// What is expired is seen, and after an hour it is removed; answers how much.
+    /// Sees what has expired, and removes it an hour later. Returns how many messages were removed.
     async fn removes_expired(&self) -> u64 {
         self.clock.advance(10_000);
         let mut removed = self.inbox.run_once().await.unwrap();
@@ -339,7 +341,8 @@ async fn revocations_only_rise(bench: &Bench) {
     let unknown = Change::NotBefore { user: user("revoked-unknown"), seconds: 7 };
     bench.inbox.update(vec![unknown]).await.unwrap();
     assert_eq!(bench.ask("revoked-unknown", StartAt::Latest).await.not_before_s, 7);
-    // Made by a clock that was an hour ahead: it counts from when it is seen first, and stays there.
+    // Made by a clock that was an hour ahead: it counts from when it is first seen, and stays
+    // there.
     let seen = bench.clock.now().seconds();
     let ahead = Change::NotBefore { user: user("revoked-ahead"), seconds: seen + 3_600 };
     bench.inbox.update(vec![ahead]).await.unwrap();

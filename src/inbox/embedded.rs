@@ -1,29 +1,32 @@
 //! The inbox on the embedded store `fjall`, for one process alone.
 //!
-//! Four keyspaces of messages, and one about the store itself. Keys begin with four bytes of the user's hash, the user id and a zero byte, which no id contains, so users
-//! never mix:
+//! Four keyspaces hold messages, and one describes the store itself. A key begins with four bytes of
+//! the user's hash, the user id and a zero byte. No user id contains a zero byte, so users never mix:
 //!
 //! | keyspace | key | value |
 //! | --- | --- | --- |
-//! | messages | hash user 0 seq | accepted, expires, fenced, id, payload |
+//! | messages | hash user 0 seq | accepted, expires, deduplicated, id, payload |
 //! | heads | hash user | head, first, not before |
-//! | fences | hash user 0 message id | seq, expires, payload digest |
+//! | fences | hash user 0 idempotency key | seq, expires, payload digest |
 //! | cursors | hash user 0 device | acked, moved at |
 //!
-//! The hash is for speed alone: the store keeps the first four bytes of a key beside its pointer, and names of users begin
-//! alike, so that without it every comparison on the way through the memtable went to memory (docs/benchmarks.md).
+//! The hash is only for speed. fjall keeps the first four bytes of a key beside its pointer, and
+//! names of users begin alike; without the hash every comparison in the memtable went to memory
+//! (docs/benchmarks/log.md).
 //!
 //! # Locks
 //!
-//! `writer` is held through the whole of a commit, its sync included, by appends, updates and the janitor; it owns the
-//! heads in memory. Reads take no lock: each works on a snapshot, and a commit becomes visible only after its sync.
-//! The numbers need no other fence than this lock and the store's own lock on its directory.
+//! `writer` is held through the whole of a commit, including its sync, by appends, updates and the
+//! janitor; it owns the heads in memory. Reads take no lock: each works on a snapshot, and a commit
+//! becomes visible only after its sync. The writer's lock and fjall's lock on the directory are all
+//! that numbers need for their order.
 //!
 //! # New users
 //!
-//! All users who are new to this process begin at the moment when it opened the store. So a question about one who stands at the
-//! beginning is answered without writing anything: whenever the record is made, with the first message at the latest, it says
-//! what was answered. Nothing of it was told to a client, which hears 0 where there is nothing, so a crash takes nothing back.
+//! A user without a head record starts numbering at the time at which this process opened the store.
+//! `positions` can therefore answer for such a user without a write: the record that is created with
+//! the first message will hold the same number. A crash in between is harmless, because a client of
+//! an empty inbox is only ever told 0.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -46,29 +49,34 @@ use super::{
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
 
-/// Heads kept in memory, twice this at the most: 2 x 100,000 x about 100 bytes = 20 MB.
+/// Heads kept in memory, at most twice this number: 2 x 100,000 x about 100 bytes = 20 MB.
 const HEADS_IN_MEMORY: usize = 100_000;
-/// What is said of the store itself: its identity.
+/// The keyspace with the identity of the store.
 const ABOUT: &str = "about.1";
 const IDENTITY: &[u8] = b"identity";
-/// The layout of the keys, in the names of the keyspaces: a store of another one is refused, not misread.
+/// The layout of the keys is part of the keyspaces' names: a store of another layout is refused,
+/// not misread.
 const KEYSPACES: [&str; 4] = ["messages.2", "heads.2", "fences.2", "cursors.2"];
-/// A name that the first layout had.
+/// A keyspace of the first layout.
 const EARLIER: &str = "messages";
-/// A sync takes a fifth of a millisecond and ten wake-ups, for one message as for many (docs/benchmarks.md).
+/// A sync takes a fifth of a millisecond and ten wake-ups, for one message as for many
+/// (docs/decisions/004-group-commit.md).
 const GATHERING: GroupCommit = GroupCommit { every: Duration::from_millis(1), enough: 24 };
-/// So many questions are answered at once, on the asker's thread: a look into memory each, or a block of a file that the kernel
-/// mostly has. Handed to another thread, each would cost that thread's waking and several times the looking.
+/// Up to this many positions are looked up on the caller's thread: each is a look into memory, or
+/// into a block of a file that the kernel has cached. Handing them to another thread would cost
+/// several times as much.
 const ASKED_AT_ONCE: usize = 1;
-/// So many questions, a tenth of a millisecond, are answered before the processor is offered to others: a sweep asks a thousand,
-/// and what waits behind it is a message on its way.
+/// Positions that are looked up (about 0.1 ms) before the thread yields. A sweep asks for a
+/// thousand, and live messages wait behind it.
 const ASKED_IN_A_ROW: usize = 32;
-/// How often memory that is no longer needed is freed: the store fills 64 MiB in two seconds at the fastest.
+/// How often memory that the store no longer needs is freed. At the fastest the store fills 64 MiB
+/// in two seconds.
 const FREE_EVERY: Duration = Duration::from_millis(500);
-/// Users that the janitor looks at, and messages that it removes, in one commit: some milliseconds of the lock.
+/// Users that the janitor visits, and messages that it removes, in one commit: some milliseconds of
+/// the writer's lock.
 const JANITOR_BATCH: usize = 1_000;
 
-/// See the room's comment.
+/// The inbox on fjall. Cloned, it is the same store.
 #[derive(Clone)]
 pub struct EmbeddedInbox {
     store: Arc<Store>,
@@ -81,22 +89,23 @@ struct Store {
     fences: Keyspace,
     cursors: Keyspace,
     clock: Clock,
-    /// Made once, and kept in the store: tells it from every other.
+    /// Made once and kept in the store: tells this store from every other.
     identity: String,
-    /// What the head records begin with that this process makes.
+    /// The head record of users that are new to this process.
     newborn: Head,
     writer: Mutex<Writer>,
     poisoned: watch::Sender<bool>,
 }
 
-/// What only the holder of the lock may know.
+/// State that belongs to the holder of the writer's lock.
 #[derive(Default)]
 struct Writer {
     heads: Heads,
 }
 
-/// The highest number of recently written users, in two generations: when the young one is full it becomes the old
-/// one, and the old one is forgotten. A head that is not here is read from the store.
+/// The heads of recently written users, in two generations: when the young generation is full it
+/// becomes the old one, and the old one is dropped. A head that is in neither is read from the
+/// store.
 #[derive(Default)]
 struct Heads {
     young: HashMap<UserId, u64>,
@@ -104,7 +113,7 @@ struct Heads {
 }
 
 impl Heads {
-    /// Counts a user up, and answers where that leads.
+    /// Raises the head of `user` by one and returns it; `None` if the head is not in memory.
     fn next(&mut self, user: &UserId) -> Option<u64> {
         if let Some(head) = self.young.get_mut(user) {
             *head += 1;
@@ -126,9 +135,9 @@ impl Heads {
 /// A head record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Head {
-    /// Everything up to here is gone for good.
+    /// Everything up to this number is gone for good.
     head: u64,
-    /// What the record began with.
+    /// The value of `head` when the record was made.
     first: u64,
     not_before_s: u64,
 }
@@ -136,24 +145,25 @@ struct Head {
 /// Why the store could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Another process has it.
+    /// Another process has opened it.
     #[error("another process uses this data directory; stop it, or choose another with --data DIR")]
     Locked,
-    /// It was written by a version that no longer fits.
+    /// It was written by a version with another layout.
     #[error(
         "this data directory was written by an earlier version, whose layout this one cannot read; move it away"
     )]
     Earlier,
-    /// Anything else; the text is the store's own.
+    /// Any other error, in the words of fjall.
     #[error("{0}")]
     Failed(String),
 }
 
 impl EmbeddedInbox {
-    /// Opens the store under `directory`, making it where it does not exist.
+    /// Opens the store under `directory`, and creates it if it does not exist.
     ///
     /// # Errors
-    /// [`OpenError`], with the remedy where there is one.
+    ///
+    /// [`OpenError`], with the remedy if there is one.
     pub fn open(directory: &Path, clock: Clock) -> Result<Self, OpenError> {
         let open = || -> fjall::Result<Option<Store>> {
             let db = Database::builder(directory).open()?;
@@ -194,20 +204,21 @@ impl EmbeddedInbox {
         }
     }
 
-    /// What tells this store from every other; a copy has the same.
+    /// The identity of this store. A copy of the store has the same.
     #[must_use]
     pub fn identity(&self) -> &str {
         &self.store.identity
     }
 
-    /// Turns true when a write has failed: this process must end, for what is on disk is no longer known.
+    /// Becomes true when a write has failed: what is on disk is unknown, and the process must end.
     #[must_use]
     pub fn poisoned(&self) -> watch::Receiver<bool> {
         self.store.poisoned.subscribe()
     }
 
-    /// Frees the memory of what the store has written out, again and again. The store itself would do it while it holds up every
-    /// writer, 90 to 160 ms for 64 MiB in 220,000 pieces (docs/benchmarks.md), so all of it is held here until the store has let go.
+    /// Frees the memory of what the store has written out, again and again. fjall would do it under
+    /// the lock that every writer needs, for 90 to 160 ms per 64 MiB (docs/benchmarks/log.md). So
+    /// this task keeps the memory alive until fjall has dropped it, and frees it outside that lock.
     pub async fn free_memory(self) {
         let mut held = Vec::new();
         loop {
@@ -313,7 +324,7 @@ impl Janitor for EmbeddedInbox {
     }
 }
 
-/// What became of each item of a batch.
+/// The outcome of each item of a batch.
 type Outcomes = Vec<Result<Appended, InboxError>>;
 
 impl Store {
@@ -321,7 +332,7 @@ impl Store {
         let mut writer = self.writer.lock();
         let outcomes = self.append_as(&mut writer, batch);
         if outcomes.is_err() {
-            // Numbers were given that nothing has.
+            // The heads in memory count messages that were not stored.
             writer.heads = Heads::default();
         }
         outcomes
@@ -333,7 +344,7 @@ impl Store {
         let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
         let mut fences: HashMap<Vec<u8>, Fence> = HashMap::new();
         let mut outcomes = Vec::with_capacity(batch.len());
-        // The store copies what it is given.
+        // fjall copies what it is given, so the buffers are reused.
         let (mut key, mut value) = (Vec::new(), Vec::new());
         for item in batch {
             let fence =
@@ -353,7 +364,7 @@ impl Store {
             }
             let seq = match self.next_number(writer, &snapshot, &item.user, &mut pending) {
                 Ok(seq) => seq,
-                // The fault of one user's record is nobody else's.
+                // A damaged record of one user must not fail the others.
                 Err(error @ InboxError::Corrupt(_)) => {
                     outcomes.push(Err(error));
                     continue;
@@ -375,7 +386,8 @@ impl Store {
         Ok(outcomes)
     }
 
-    /// The number of a user's next message, after the last one in memory or in the store; a new user's head record joins the batch.
+    /// The number of a user's next message, from memory or from the store. The head record of a new
+    /// user joins the batch.
     fn next_number(
         &self,
         writer: &mut Writer,
@@ -423,7 +435,8 @@ impl Store {
         snapshot.get(&self.fences, key).map_err(unreadable)?.map(|raw| Fence::decode(&raw)).transpose()
     }
 
-    /// Where each position stands, and who needs a head record before that may be told.
+    /// Looks up each position. Also returns the users that need a head record before the result may
+    /// be told.
     fn positions(&self, batch: &[PositionQuery]) -> Result<(Vec<UserPosition>, Vec<UserId>), InboxError> {
         let snapshot = self.db.snapshot();
         let (mut answers, mut strangers) = (Vec::with_capacity(batch.len()), Vec::new());
@@ -432,7 +445,7 @@ impl Store {
                 std::thread::yield_now();
             }
             let head = match self.head(&snapshot, &ask.user) {
-                // Whoever asks for many does not go without the others.
+                // One damaged record must not fail a whole batch.
                 Err(error @ InboxError::Corrupt(_)) if batch.len() > 1 => {
                     tracing::warn!(%error, user = %ask.user, "a head record");
                     answers.push(Self::unknown(ask));
@@ -443,7 +456,8 @@ impl Store {
             answers.push(match head {
                 Some(record) => self.answer(&snapshot, ask, record)?,
                 None => {
-                    // A position that was not given here: the client will hear a number.
+                    // A position that this store never assigned: the client will be told a number,
+                    // which must then be durable.
                     if let StartAt::After(position) = &ask.from
                         && ![Seq::BEGINNING, Seq::at(self.newborn.head)].contains(position)
                     {
@@ -475,7 +489,7 @@ impl Store {
         let start = match &ask.from {
             StartAt::After(seq) => *seq,
             StartAt::Cursor(_) => cursor.map_or(Seq::BEGINNING, |cursor| cursor.acked),
-            // Where nothing ever was, the end is the beginning.
+            // In an inbox that never had a message, the end is the beginning.
             StartAt::Latest if highest == record.first => Seq::BEGINNING,
             StartAt::Latest => head,
         };
@@ -483,19 +497,19 @@ impl Store {
         UserPosition { start, head, more, not_before_s: record.not_before_s }
     }
 
-    /// Where a position stands is not known: a page says more, or fails.
+    /// The result for a record that cannot be read: a page will tell more, or fail.
     fn unknown(ask: &PositionQuery) -> UserPosition {
         let start = if let StartAt::After(seq) = &ask.from { *seq } else { Seq::BEGINNING };
         UserPosition { start, head: start, more: true, not_before_s: 0 }
     }
 
-    /// Whether a disconnect lies so far ahead that a clock was wrong.
+    /// Whether a disconnect is so far in the future that the clock that made it was wrong.
     fn is_ahead(&self, answers: &[UserPosition]) -> bool {
         let latest = self.clock.now().seconds() + REVOCATION_AHEAD_MAX_S;
         answers.iter().any(|answer| answer.not_before_s > latest)
     }
 
-    /// Has disconnects that lie too far ahead count from now.
+    /// Makes disconnects that are too far in the future count from now.
     fn correct(&self, batch: &[PositionQuery], answers: &mut [UserPosition]) -> Result<(), InboxError> {
         let now = self.clock.now().seconds();
         let _writer = self.writer.lock();
@@ -514,7 +528,7 @@ impl Store {
         self.commit(pending)
     }
 
-    /// Puts the numbers of users that are new on stable storage.
+    /// Makes the head records of new users durable.
     fn make_heads(&self, users: &[UserId]) -> Result<(), InboxError> {
         if users.is_empty() {
             return Ok(());
@@ -588,7 +602,7 @@ impl Store {
         device: &DeviceId,
     ) -> Result<Option<Cursor>, InboxError> {
         let raw = snapshot.get(&self.cursors, cursor_key(user, device.as_str())).map_err(unreadable)?;
-        // Losing a cursor costs repeats.
+        // A cursor that cannot be read counts as none: losing a cursor costs repeats.
         Ok(raw.and_then(|raw| Cursor::decode(&raw).ok()))
     }
 
@@ -616,7 +630,7 @@ impl Store {
             let (Change::Cursor { user, .. } | Change::NotBefore { user, .. } | Change::Shown { user, .. }) =
                 change;
             if !touched.insert(user) {
-                // A later change must see what an earlier one of the same user did.
+                // A later change of the same user must see an earlier one.
                 self.commit(std::mem::replace(&mut pending, self.db.batch()))?;
                 snapshot = self.db.snapshot();
                 touched = HashSet::from([user]);
@@ -625,7 +639,8 @@ impl Store {
                 Change::Cursor { user, device, acked } => {
                     self.move_cursor(&snapshot, &mut pending, (user, device), *acked, now)?;
                 }
-                // A store is restored while no process has it: every position that is shown comes from this one.
+                // An embedded store is restored while no process has it open, so every position
+                // that clients know comes from this process.
                 Change::Shown { .. } => {}
                 Change::NotBefore { user, seconds } => {
                     let mut head = self.head(&snapshot, user)?.unwrap_or(self.newborn);
@@ -697,7 +712,7 @@ impl Store {
         Ok(removed)
     }
 
-    /// The keys of some users' head records, after that one.
+    /// The keys of the next head records after `after`.
     fn heads_after(&self, after: Option<&[u8]>) -> Result<Vec<Vec<u8>>, InboxError> {
         let snapshot = self.db.snapshot();
         let mut from = after.unwrap_or_default().to_vec();
@@ -709,9 +724,10 @@ impl Store {
         keys.map(|entry| Ok(entry.key().map_err(unreadable)?.to_vec())).collect()
     }
 
-    /// Removes the expired run at the bottom of one inbox, up to a lot of it, and raises the head record over it.
+    /// Removes the expired run at the bottom of one inbox, up to one batch, and raises the head
+    /// record over it.
     fn clean_user(&self, user: &UserId) -> Result<usize, InboxError> {
-        // A look without the lock first: for nearly every user there is nothing to do.
+        // First without the lock: nearly no user has anything to remove.
         if self.expired_run(&self.db.snapshot(), user)?.is_empty() {
             return Ok(0);
         }
@@ -735,7 +751,7 @@ impl Store {
         Ok(run.len())
     }
 
-    /// Of a message that cannot be read it is not known when it expires: it goes with the next one above it.
+    /// When an unreadable message expires is unknown. It goes with the next readable one above it.
     fn expired_run(&self, snapshot: &Snapshot, user: &UserId) -> Result<Vec<Expired>, InboxError> {
         let now = self.clock.now();
         let (mut run, mut upto) = (Vec::new(), 0);
@@ -762,7 +778,7 @@ impl Store {
         let mut stale = Vec::new();
         for entry in snapshot.iter(&self.cursors) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
-            // A cursor that cannot be read is of no use to anybody.
+            // A cursor that cannot be read is useless.
             if Cursor::decode(&value).map_or(true, |cursor| cursor.is_stale(now)) {
                 stale.push(key);
             }
@@ -771,7 +787,7 @@ impl Store {
             let _writer = self.writer.lock();
             let mut pending = self.db.batch();
             for key in batch {
-                // It may have been moved since it was looked at.
+                // It may have been moved since the snapshot.
                 let raw = self.cursors.get(key).map_err(unreadable)?;
                 let stale = |raw: &[u8]| Cursor::decode(raw).map_or(true, |cursor| cursor.is_stale(now));
                 if raw.is_some_and(|raw| stale(&raw)) {
@@ -784,10 +800,10 @@ impl Store {
     }
 }
 
-/// A message that goes.
+/// A message that is to be removed.
 struct Expired {
     seq: u64,
-    /// Its id, if the sender gave it one.
+    /// Its idempotency key, if it has one.
     deduplicated: Option<MessageId>,
 }
 
@@ -866,10 +882,10 @@ impl Head {
     }
 }
 
-/// The layout of a stored message, so that a later one can be told from it.
+/// Version of the encoding of a message.
 const MESSAGE_LAYOUT: u8 = 1;
 
-/// Puts a message into `out`, instead of what was there.
+/// Encodes a message into `out`, replacing its content.
 fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bool) {
     let id = message.id.as_str().as_bytes();
     out.clear();
@@ -900,7 +916,7 @@ fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxError> {
     Ok((Message { seq: Seq::at(seq), id, accepted_at, expires_at, payload: raw }, deduplicated))
 }
 
-/// The user of a head record's key; None where that is none.
+/// The user of a head record's key; `None` if the key is not one.
 fn user_of(key: &[u8]) -> Option<UserId> {
     UserId::parse(std::str::from_utf8(key.get(HASH_BYTES..)?).ok()?).ok()
 }
@@ -920,7 +936,8 @@ fn unreadable(error: fjall::Error) -> InboxError {
 /// Bytes of the user's hash before each key.
 const HASH_BYTES: usize = 4;
 
-/// FNV-1a of 32 bits (draft-eastlake-fnv): stored, so it may never change; whoever makes users collide makes them slow.
+/// FNV-1a, 32 bits (draft-eastlake-fnv). It is part of stored keys and must never change. Users
+/// that collide only make their own look-ups slower.
 fn hash(user: &UserId) -> [u8; HASH_BYTES] {
     let step = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
     user.as_str().as_bytes().iter().fold(0x811c_9dc5, step).to_be_bytes()
@@ -933,7 +950,7 @@ fn head_key(user: &UserId) -> Vec<u8> {
 }
 
 fn put_head_key(key: &mut Vec<u8>, user: &UserId) {
-    // Room for a zero and a number.
+    // Room for a zero byte and a number.
     key.reserve(HASH_BYTES + user.as_str().len() + 9);
     key.extend_from_slice(&hash(user));
     key.extend_from_slice(user.as_str().as_bytes());
@@ -951,7 +968,7 @@ fn message_key(user: &UserId, seq: u64) -> Vec<u8> {
     key
 }
 
-/// Puts a message's key into `key`, instead of what was there.
+/// Encodes a message's key into `key`, replacing its content.
 fn put_message_key(key: &mut Vec<u8>, user: &UserId, seq: u64) {
     key.clear();
     put_head_key(key, user);
@@ -1030,7 +1047,8 @@ mod tests {
         let answers = ask(&first, [Seq::BEGINNING, Seq::at(START.0), strange]).await;
         assert!(answers.iter().all(|answer| answer.head == Seq::at(START.0) && !answer.more));
         drop(first);
-        // Meanwhile the clock was set back. Only the third user heard a number, and it stands.
+        // Meanwhile the clock was set back. Only the third user was told a number, and that number
+        // stands.
         let earlier = Millis(START.0 - 60_000);
         let again = EmbeddedInbox::open(directory.path(), Clock::standing(earlier)).unwrap();
         let answers = ask(&again, [Seq::BEGINNING, Seq::BEGINNING, Seq::at(START.0)]).await;
@@ -1058,7 +1076,7 @@ mod tests {
         let store = &inbox.store;
         let (good, deduplicated, bad) =
             (item("alice", "good", false), item("bob", "again", true), item("eve", "x", false));
-        // What a repeat would be known by, and a head record.
+        // Damage the fence of a repeat, and a head record.
         store.fences.insert(fence_key(&deduplicated.user, &deduplicated.id), b"no fence").unwrap();
         store.heads.insert(head_key(&bad.user), b"no head").unwrap();
         store.cursors.insert(cursor_key(&good.user, "web"), b"no cursor").unwrap();
@@ -1073,13 +1091,14 @@ mod tests {
             assert!(matches!(outcomes[1], Err(InboxError::Corrupt(_))));
             assert!(n > 0 || seq(2) == 1, "{:?}", outcomes[2]);
         }
-        // A sweep asks about many: one whose record is lost does not hide the others'.
+        // A sweep asks for many users: one damaged record must not hide the others.
         let after =
             |user: &UserId| PositionQuery { user: user.clone(), from: StartAt::After(Seq::at(START.0)) };
         let answers = inbox.positions(vec![after(&bad.user), after(&good.user)]).await.unwrap();
         assert!(answers[1].more);
         assert!(inbox.positions(vec![after(&bad.user)]).await.is_err());
-        // Messages: one of rubbish, one cut off, one whose payload is no JSON, one whose payload is no text.
+        // Damage four messages: rubbish, cut off, payload that is not JSON, payload that is not
+        // text.
         let value =
             |user: &UserId, n: u64| store.messages.get(message_key(user, START.0 + n)).unwrap().unwrap();
         let cut = value(&good.user, 3)[..5].to_vec();
@@ -1098,7 +1117,7 @@ mod tests {
         let unreadable: Vec<u64> = page.unreadable.iter().map(|seq| seq.get() - START.0).collect();
         assert_eq!((numbers, unreadable), (vec![1, 6], vec![2, 3, 4, 5]));
         inbox.run_once().await.unwrap();
-        // When the sixth has expired, those below it go too.
+        // When the sixth has expired, those below it are removed too.
         clock.advance(60_000);
         inbox.run_once().await.unwrap();
         let kept =

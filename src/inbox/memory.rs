@@ -1,4 +1,4 @@
-//! The inbox as a model: the contract in as few lines as it can be said. For tests.
+//! The inbox as a model, for tests: the contract in as few lines as possible.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use super::{
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
 
-/// See the room's comment.
+/// An inbox in memory.
 pub struct MemoryInbox {
     clock: Clock,
     users: Mutex<HashMap<UserId, Log>>,
@@ -22,7 +22,7 @@ pub struct MemoryInbox {
 
 #[derive(Default)]
 struct Log {
-    /// What the head record began with; no message has a number up to it.
+    /// The initial value of the head record; no message has a number up to it.
     first: u64,
     highest: u64,
     messages: BTreeMap<u64, Message>,
@@ -32,7 +32,7 @@ struct Log {
 }
 
 impl MemoryInbox {
-    /// An empty one.
+    /// An inbox without users.
     #[must_use]
     pub fn new(clock: Clock) -> Self {
         Self { clock, users: Mutex::default() }
@@ -142,7 +142,7 @@ impl MemoryInbox {
                     oldest.and_then(|device| log.cursors.remove(&device));
                 }
             }),
-            // Nothing here was ever restored.
+            // This model is never restored.
             Change::Shown { .. } => {}
             Change::NotBefore { user, seconds } => {
                 self.with(&user, |log, _| log.not_before_s = log.not_before_s.max(seconds));

@@ -2,18 +2,22 @@
 //!
 //! # The contract
 //!
-//! Each user has an append-only log of messages numbered by `seq`, and a *head record*, kept for ever and written
-//! before the user's first message with the moment in ms as its number. The next number is the highest ever given plus
-//! one, so numbers are dense for the whole life of a user, also after everything expired, and a wiped store starts
-//! above the old numbers.
+//! Each user has an append-only log of messages numbered by `seq`, and a *head record*. The head
+//! record is kept for ever and is written before the user's first message, with the time in ms as
+//! its number. The next number is the highest ever assigned plus one. So numbers are dense for the
+//! whole life of a user, also after everything has expired, and a store that was wiped starts above
+//! the old numbers.
 //!
-//! - [`Inbox::append`] answers only when the messages are on stable storage, and they are visible to no reader before.
-//!   A fenced id that stands there unexpired is answered as a duplicate, or as a conflict if the payload differs.
+//! - [`Inbox::append`] returns only when the messages are on stable storage. No reader sees them
+//!   before.
+//! - A repeated idempotency key whose message has not expired is a duplicate, or a conflict if the
+//!   payload differs.
 //! - A reader never sees a number without all unexpired numbers below it.
-//! - Expiry is applied when reading. What is removed is removed as an unbroken run from the head record upwards, and
-//!   the head record is raised over it in the same step.
-//! - [`Inbox::standing`] is exact: it says that there is more if and only if a number above the position was given.
-//! - What cannot be read is told apart by its number, and stands in nobody's way.
+//! - Expiry is applied when reading. Messages are removed as an unbroken run from the head record
+//!   upwards, and the head record is raised over it in the same step.
+//! - [`Inbox::positions`] is exact: it says that there is more if and only if a number above the
+//!   position was assigned.
+//! - A message that cannot be read is reported by its number and blocks nothing.
 //! - Cursors only rise. Losing one costs repeats, never a message.
 //!
 //! Every adapter passes [`conformance::suite`].
@@ -31,24 +35,25 @@ use futures_util::future::BoxFuture;
 
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
 
-/// Cursors kept per user; the longest unused goes (docs/design.md, section 11).
+/// Cursors kept per user. The longest unused one is dropped (docs/design.md, section 11).
 pub const DEVICES_PER_USER: usize = 64;
-/// A cursor that was not moved for this long goes too: 90 days, in ms.
+/// A cursor that was not moved for this long is dropped: 90 days, in ms.
 pub const CURSOR_LIFE_MS: u64 = 90 * 24 * 3600 * 1000;
 
-/// How far ahead a disconnect may lie, in seconds. One from further ahead was made by a clock that was wrong: it counts from when it is seen
-/// first, or new tokens would be refused until then.
+/// How far in the future a disconnect may lie, in seconds. One further away was made by a wrong
+/// clock. It counts from when it is first seen, because new tokens would be refused until then.
 pub const REVOCATION_AHEAD_MAX_S: u64 = 60;
 
-/// The port. Five methods; see the room's contract.
+/// The port of the inbox. Its contract is in the module's documentation.
 pub trait Inbox: Send + Sync + 'static {
-    /// Appends each item to its user's inbox, in this order; one outcome per item.
+    /// Appends each item to its user's inbox, in this order. Returns one outcome per item.
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>>;
 
-    /// For each question, where that position stands. A user without a head record gets one.
+    /// Looks up positions. A position that a client knows and this store does not is made durable
+    /// first, with a head record for its user.
     fn positions(&self, batch: Vec<PositionQuery>) -> BoxFuture<'_, Result<Vec<UserPosition>, InboxError>>;
 
-    /// The unexpired messages after a position.
+    /// Reads the unexpired messages after a position.
     fn page(
         &self,
         user: UserId,
@@ -56,195 +61,203 @@ pub trait Inbox: Send + Sync + 'static {
         limit: PageLimit,
     ) -> BoxFuture<'_, Result<InboxPage, InboxError>>;
 
-    /// What is known of a user; an unknown one has nothing.
+    /// Reads what is stored about a user. An unknown user has an empty profile.
     fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>>;
 
-    /// Moves cursors and moments up, never down. A `NotBefore` is on stable storage when this answers.
+    /// Raises cursors and times; it never lowers them. A `NotBefore` is on stable storage when this
+    /// returns.
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>>;
 
-    /// Whether questions should be asked one by one, at once: where one costs no more than its share of a lot.
+    /// Whether single look-ups are as cheap as batched ones; callers then do not batch.
     fn answers_alone(&self) -> bool {
         false
     }
 
-    /// Whether [`Inbox::append`] blocks the thread that polls it, which should then be one of the caller's own.
+    /// Whether [`Inbox::append`] blocks the thread that polls it. The caller then needs a thread of
+    /// its own.
     fn blocks(&self) -> bool {
         false
     }
 
-    /// How appends should be gathered; not at all, where one write costs no more than its share of a large one.
+    /// How appends should be gathered into writes. The default is not at all.
     fn gathering(&self) -> GroupCommit {
         GroupCommit { every: Duration::ZERO, enough: 1 }
     }
 }
 
-/// How appends are gathered into writes. The first after a rest never waits.
+/// How appends are gathered into writes. After a pause, the first append never waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GroupCommit {
-    /// Between the beginnings of two writes, at the least.
+    /// Shortest time between the beginnings of two writes.
     pub every: Duration,
-    /// So many do not wait for it.
+    /// This many appends do not wait for `every`.
     pub enough: usize,
 }
 
-/// The other port: removal of what nobody can read any more. Idempotent; run by collect.
+/// The second port: upkeep of the store, run by collect. Idempotent.
 pub trait Janitor: Send + Sync + 'static {
-    /// Looks after the store itself for as long as it is polled: that it is the one that it was, and whole.
+    /// Watches the store for as long as it is polled: whether it was restored or dropped, and
+    /// whether its indexes exist.
     fn watch(&self) -> BoxFuture<'_, ()> {
         Box::pin(std::future::pending())
     }
 
-    /// One pass over all users; answers how many messages it removed.
+    /// Removes expired messages and unused cursors of all users. Returns the number of removed
+    /// messages.
     fn run_once(&self) -> BoxFuture<'_, Result<u64, InboxError>>;
 }
 
 /// One message to append.
 #[derive(Debug, Clone)]
 pub struct Append {
-    /// Whose inbox.
+    /// The recipient.
     pub user: UserId,
-    /// The id it will carry.
+    /// The id of the message: the sender's idempotency key, or one made by collect.
     pub id: MessageId,
-    /// The id may be repeated by its sender: look for it, and remember it.
+    /// Whether the sender may repeat the id: it is looked up, and remembered.
     pub deduplicated: bool,
-    /// When collect took it.
+    /// When collect accepted the message.
     pub accepted_at: Millis,
-    /// When its life ends.
+    /// When the message expires.
     pub expires_at: Millis,
     /// Valid JSON text.
     pub payload: Bytes,
 }
 
-/// What became of it.
+/// The outcome of an append.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Appended {
-    /// It stands there now.
+    /// The message was stored.
     Stored(Arc<Message>),
-    /// It stood there before, with this number.
+    /// A message with this id and payload was stored before, at this position.
     Duplicate(Seq),
-    /// Another payload stands there under this id.
+    /// A message with this id and another payload was stored before.
     Conflict,
 }
 
-/// A question about a position.
+/// A question about a position of a user's inbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PositionQuery {
-    /// Whose inbox.
+    /// The user.
     pub user: UserId,
-    /// Which position.
+    /// The position.
     pub from: StartAt,
 }
 
-/// A position to start after.
+/// Where a session starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StartAt {
-    /// This one.
+    /// After this position.
     After(Seq),
-    /// The device's cursor, or the beginning where it has none.
+    /// After the cursor of this device; at the beginning if the device has none.
     Cursor(DeviceId),
-    /// The head; the beginning where there never was a message.
+    /// After the last message; at the beginning if there never was one.
     Latest,
 }
 
-/// Where a position stands.
+/// What an inbox says about a position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UserPosition {
-    /// The position itself.
+    /// The position after which to start.
     pub start: Seq,
-    /// The highest number given so far, where there is nothing after `start`; else some number above `start` that was.
+    /// The highest number assigned so far if there is nothing after `start`; otherwise some
+    /// assigned number above `start`.
     pub head: Seq,
-    /// There is something after `start`: read a page.
+    /// Whether there is something after `start`: then a page must be read.
     pub more: bool,
-    /// Tokens issued before this are refused, in whole seconds.
+    /// Tokens issued before this time are refused; whole seconds.
     pub not_before_s: u64,
 }
 
-/// Messages that a page may pass over besides those that it shows, expired or damaged ones: reading a page is bounded.
+/// Expired or unreadable messages that one page may pass over, so that reading a page is bounded.
 const PASSED_OVER: usize = 10_000;
 
-/// How large a page may be.
+/// Size limits of a page.
 #[derive(Debug, Clone, Copy)]
 pub struct PageLimit {
-    /// Most messages in it.
+    /// Most messages.
     pub messages: usize,
-    /// Most bytes of payload; one message always fits.
+    /// Most bytes of payload. One message always fits.
     pub bytes: usize,
 }
 
 /// A page of an inbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InboxPage {
-    /// Unexpired messages, rising.
+    /// Unexpired messages in rising order.
     pub messages: Vec<Message>,
-    /// Numbers, rising, of messages that stand there in a form that cannot be read.
+    /// Positions, in rising order, of messages that cannot be read.
     pub unreadable: Vec<Seq>,
-    /// Every number after the position and up to here is in `messages` or will never be shown.
+    /// Every number after the requested position and up to this one is in `messages` or will never
+    /// be shown.
     pub upto: Seq,
-    /// The page was cut at `upto`.
+    /// The page was cut at `upto`; there is more above.
     pub more: bool,
 }
 
-/// What is known of a user.
+/// What is stored about a user.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Profile {
-    /// The highest number given to a message; None if there never was one.
+    /// The highest position of a message; `None` if there never was one.
     pub head: Option<Seq>,
-    /// Tokens issued before this are refused, in whole seconds.
+    /// Tokens issued before this time are refused; whole seconds.
     pub not_before_s: u64,
-    /// The devices that have a cursor, in the order of their names.
+    /// The cursors by device, in the order of the names.
     pub cursors: Vec<(DeviceId, Seq)>,
 }
 
-/// Something to raise.
+/// A value to raise.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
-    /// A device has taken everything up to here.
+    /// A device has acked everything up to a position.
     Cursor {
-        /// Whose.
+        /// The user.
         user: UserId,
-        /// Which.
+        /// The device.
         device: DeviceId,
-        /// Up to where.
+        /// The acked position.
         acked: Seq,
     },
-    /// A client was shown numbers up to here that stand there no more, for the store was restored to an earlier state: none of them is
-    /// given again.
+    /// A client was sent numbers up to here that are gone, because the store was restored to an
+    /// earlier state. None of them is assigned again.
     Shown {
-        /// Whose inbox.
+        /// The user.
         user: UserId,
-        /// Up to where.
+        /// The highest such number.
         upto: Seq,
     },
-    /// Tokens issued before this are refused from now on.
+    /// Tokens issued before a time are refused from now on.
     NotBefore {
-        /// Whose.
+        /// The user.
         user: UserId,
-        /// In whole seconds.
+        /// The time, in whole seconds.
         seconds: u64,
     },
 }
 
-/// Why the inbox did not do what it was asked.
+/// Why the inbox could not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InboxError {
-    /// A write failed and what is on disk is no longer known: this process must end.
+    /// A write failed and what is on disk is unknown: the process must end.
     #[error("the store failed and takes no more writes: {0}")]
     Poisoned(String),
-    /// It cannot answer now; later it may.
+    /// The store does not respond now; it may later.
     #[error("the store cannot answer now: {0}")]
     Unavailable(String),
-    /// What is stored cannot be read.
+    /// A stored record cannot be read.
     #[error("the store holds something unreadable: {0}")]
     Corrupt(String),
 }
 
-/// Whether a stored payload is what was taken: JSON text. Anything else would end each connection that it is sent on, for ever.
+/// Whether a stored payload is JSON text, as it was when it was accepted. Anything else would end
+/// every connection that it is sent on, for ever.
 pub(crate) fn is_json(payload: &[u8]) -> bool {
     let text = std::str::from_utf8(payload).ok();
     text.is_some_and(|text| serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok())
 }
 
-/// Tells a repeat from a conflict without keeping the payload twice: the first half of its SHA-256.
+/// The first half of the payload's SHA-256. It tells a repeat from a conflict without keeping the
+/// payload twice.
 pub(crate) fn payload_digest(payload: &[u8]) -> [u8; 16] {
     use sha2::{Digest, Sha256};
     let mut half = [0u8; 16];

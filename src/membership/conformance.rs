@@ -1,4 +1,5 @@
-//! What every membership must do, said once and run against each adapter. A failed expectation panics, as in any test.
+//! The conformance suite of membership: what every adapter must do. A failed expectation panics, as
+//! in any test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
 use std::sync::Arc;
@@ -9,15 +10,15 @@ use super::{
 };
 use crate::message::{NodeId, UserId};
 
-/// The same membership as two processes see it; in one process they may be the same.
+/// One membership as two processes see it. In one process both may be the same.
 pub struct Bench {
-    /// Where nodes register.
+    /// Where the nodes register.
     pub own: Arc<dyn Membership>,
-    /// Where others look.
+    /// Where the views are read.
     pub others: Arc<dyn Membership>,
 }
 
-/// How long a change may take to be seen.
+/// How long a change may take to become visible.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Runs every part, on a membership that nobody has used.
@@ -40,7 +41,7 @@ fn info(name: &str) -> NodeInfo {
     }
 }
 
-/// Registers a node, and says that it was reached.
+/// Registers a node and marks it as reached.
 async fn join(membership: &Arc<dyn Membership>, info: NodeInfo) -> Registration {
     let registration = membership.join(info).await.unwrap();
     registration.proof.note();
@@ -48,7 +49,7 @@ async fn join(membership: &Arc<dyn Membership>, info: NodeInfo) -> Registration 
 }
 
 impl Bench {
-    /// Waits for a view like this, as others see it.
+    /// Waits for a view that `holds` accepts.
     async fn until(&self, what: &str, holds: impl Fn(&View) -> bool) -> Arc<View> {
         let mut views = self.others.views();
         let found = tokio::time::timeout(DEADLINE, views.wait_for(|view| holds(view))).await;

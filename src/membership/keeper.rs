@@ -1,17 +1,18 @@
-//! When a snapshot of the registry becomes the view in use, and when the old view is *held* instead: pure rules.
+//! When a snapshot of the registry becomes the view in use, and when the old view is *held*
+//! instead: pure rules.
 //!
-//! A registry that fails fails for all nodes at once, and what it shows then is not what there is: an empty set after a
-//! restart, a few nodes while the others have yet to register. Acting on that would move nearly every user, twice. So the
-//! old view is kept
+//! A registry fails for all nodes at once, and what it shows then is not what exists: an empty set
+//! after a restart, or a few nodes while the others have yet to register. To act on that would move
+//! nearly every user, twice. So the old view is kept
 //!
 //! - when the registry begins a new generation, or its epoch has gone back,
 //! - when it was silent for [`Times::silence`],
-//! - when more than one push node and more than [`VANISHED_PART`] of them vanish within a lease that had not said they would
-//!   (leases that were renewed at different moments end one after another),
+//! - when more than one push node and more than [`VANISHED_PART`] of them vanish within a lease
+//!   without a drain (leases that were renewed at different times end one after another),
 //! - when it shows no push node at all,
 //!
-//! until it shows the old nodes again, alone or among others, or has shown the same others for [`Times::settle`]: a registry
-//! that has all the nodes of the old view has forgotten nobody, and whoever else it shows has beaten there.
+//! until it shows all nodes of the old view again, or has shown the same nodes for
+//! [`Times::settle`]. A registry that shows all nodes of the old view has forgotten none of them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,21 +21,22 @@ use std::time::Duration;
 use super::{Member, NodeState, Outsiders, View};
 use crate::message::NodeId;
 
-/// Part of the push nodes that may vanish at once without a word.
+/// Part of the push nodes that may vanish at once without a drain.
 pub const VANISHED_PART: f64 = 0.3;
 
-/// The times of membership (docs/design.md, section 4). Tests have shorter ones, in the same proportion.
+/// The times of membership (docs/design.md, section 4). Tests use shorter ones in the same
+/// proportion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Times {
-    /// Between two renewals of a lease, give or take a fifth.
+    /// Time between two heartbeats, ± 20 %.
     pub beat: Duration,
-    /// How long a node counts as there without a renewal.
+    /// How long a node stays registered without a heartbeat.
     pub lease: Duration,
-    /// Between two looks at the registry, give or take a fifth.
+    /// Time between two snapshots, ± 20 %.
     pub poll: Duration,
-    /// Without a snapshot for this long, the view is held.
+    /// After this long without a snapshot the view is held.
     pub silence: Duration,
-    /// Between two views, so that a storm of changes costs a few rebuilds.
+    /// Shortest time between two views, so that a storm of changes costs a few rebuilds.
     pub rebuild: Duration,
 }
 
@@ -51,7 +53,7 @@ impl Default for Times {
 }
 
 impl Times {
-    /// All of them divided by `part`.
+    /// All times divided by `part`.
     #[must_use]
     pub fn shortened(self, part: u32) -> Self {
         Self {
@@ -63,36 +65,38 @@ impl Times {
         }
     }
 
-    /// How long a registry must show the same before a held view gives way: whoever is alive has beaten by then.
+    /// How long a registry must show the same nodes before a held view gives way. Every node that
+    /// is alive has sent a heartbeat by then.
     #[must_use]
     pub fn settle(&self) -> Duration {
         self.lease + self.beat * 2
     }
 }
 
-/// The registry, as it was seen at one moment.
+/// What the registry showed at one time.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Snapshot {
-    /// Changes when the registry forgot everything.
+    /// Changes when the registry has forgotten everything.
     pub generation: Arc<str>,
-    /// Rises with every change.
+    /// Rises with every change of the membership.
     pub epoch: u64,
-    /// Every node, push or not, that others have reached.
+    /// Every node that another node has reached, with or without the role push.
     pub nodes: Vec<Member>,
-    /// The others.
+    /// The nodes that are registered and in no ring.
     pub outsiders: Outsiders,
 }
 
-/// Holds the view in use. Moments are durations since any fixed one.
+/// Decides which view is in use. Times are durations since an arbitrary start.
 #[derive(Debug)]
 pub struct Keeper {
     times: Times,
     current: Arc<View>,
     heard: Option<Duration>,
     hold: Option<Hold>,
-    /// Nodes that vanished without a word, each with the moment, for as long as one lease.
+    /// Nodes that vanished without a drain, with the time, kept for one lease.
     vanished: HashMap<NodeId, Duration>,
-    /// Members whose name a new process has that nobody has reached yet, each with the moment when it was seen first.
+    /// Members whose name a new process has that nobody has reached yet, with the incarnation of
+    /// that process and the time when it was first seen.
     returning: HashMap<NodeId, (u64, Duration)>,
 }
 
@@ -104,7 +108,7 @@ struct Hold {
 }
 
 impl Keeper {
-    /// Nothing is known yet.
+    /// A keeper that has seen no snapshot.
     #[must_use]
     pub fn new(times: Times) -> Self {
         let current = Arc::new(View::new("".into(), 0, Vec::new(), false));
@@ -117,7 +121,7 @@ impl Keeper {
         &self.current
     }
 
-    /// The registry showed this; answers whether the view in use has changed.
+    /// Takes a snapshot. Returns whether the view in use has changed.
     pub fn shown(&mut self, now: Duration, snapshot: Snapshot) -> bool {
         let silent = self.heard.is_some_and(|heard| now.saturating_sub(heard) > self.times.silence);
         self.heard = Some(now);
@@ -143,7 +147,7 @@ impl Keeper {
         }
     }
 
-    /// No snapshot could be had; answers whether the view in use has changed.
+    /// No snapshot could be had. Returns whether the view in use has changed.
     pub fn silent(&mut self, now: Duration) -> bool {
         let silent = self.heard.is_some_and(|heard| now.saturating_sub(heard) > self.times.silence);
         if !silent || self.hold.is_some() || self.current.members.is_empty() {
@@ -154,8 +158,8 @@ impl Keeper {
         true
     }
 
-    /// Members that were started again and have yet to be reached: for a lease they keep their place, or their users would be moved away
-    /// and back.
+    /// Members that were restarted and have yet to be reached. They keep their place for a lease;
+    /// otherwise their users would be moved away and back.
     fn returning(&mut self, now: Duration, outsiders: &Outsiders) -> Vec<Member> {
         let candidates = &outsiders.candidates;
         let is_candidate = |node: &NodeId, incarnation| {
@@ -191,7 +195,7 @@ impl Keeper {
     fn is_suspicious(&self, next: &View) -> bool {
         let current = &self.current;
         let active = current.members.iter().filter(|m| m.state == NodeState::Active);
-        // Those that this view has lost already belong to what there was.
+        // Nodes that this view has lost already count as well.
         let earlier = self.vanished.keys().filter(|node| current.member(node).is_none());
         let before = active.count() + earlier.count();
         next.members.is_empty()
@@ -202,7 +206,7 @@ impl Keeper {
 
     fn take(&mut self, next: View) -> bool {
         let held = self.hold.take().is_some();
-        // A member that is no longer waited for goes without a change in the registry.
+        // A member that is no longer waited for leaves without a change in the registry.
         let same = next.generation == self.current.generation
             && next.epoch == self.current.epoch
             && next.digest == self.current.digest;
@@ -218,7 +222,8 @@ impl Keeper {
         self.keep_with_routers_of(next)
     }
 
-    /// The ring stays; who routes is no promise to any user, and is taken from what there is.
+    /// The ring stays. The routers are taken from the snapshot: no user depends on which routers
+    /// there are.
     fn keep_with_routers_of(&mut self, next: View) -> bool {
         let nodes = self.current.members.iter().map(|member| &member.info.node);
         let absent: Vec<_> = nodes.filter(|node| next.member(node).is_none()).cloned().collect();
@@ -307,7 +312,7 @@ mod tests {
         assert!(keeper.view().held && names(&keeper).len() == 4);
         assert!(keeper.shown(at(3.0), snapshot("g", 13, &FIVE)), "they are back");
         assert!(!keeper.view().held);
-        // A lease apart they are deaths of their own.
+        // A lease apart, they count as separate failures.
         assert!(keeper.shown(at(4.0), snapshot("g", 14, &FIVE[..4])) && !keeper.view().held);
         for second in 5..15 {
             assert!(!keeper.shown(at(f64::from(second)), snapshot("g", 14, &FIVE[..4])));
@@ -377,7 +382,7 @@ mod tests {
             ..snapshot("g", epoch, names)
         };
         let mut keeper = keeper(&FIVE);
-        // A node that nobody knows is in no ring before it was reached.
+        // A node that was never a member is in no ring before it was reached.
         keeper.shown(at(1.0), shown(11, &FIVE, vec![candidate("push-9", 9)]));
         assert_eq!((names(&keeper).len(), keeper.view().outsiders.candidates.len()), (5, 1));
         keeper.shown(at(2.0), shown(12, &FIVE[1..], vec![candidate("push-0", 2)]));
@@ -388,7 +393,7 @@ mod tests {
         keeper.current = Arc::clone(reached.view());
         reached.shown(at(3.0), shown(13, &FIVE, Vec::new()));
         assert!(names(&reached).len() == 5 && reached.returning.is_empty());
-        // One that is never reached loses it, once, whatever it says meanwhile.
+        // A node that is never reached loses its place once, whatever it registers meanwhile.
         for (second, epoch) in [(8.0, 13), (12.0, 14), (12.5, 14), (40.0, 16)] {
             keeper.shown(at(second), shown(epoch, &FIVE[1..], vec![candidate("push-0", 2)]));
             assert_eq!(names(&keeper).len(), if second <= 12.0 { 5 } else { 4 }, "{second}");
@@ -396,7 +401,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is shown: no view loses its push nodes, and an unheld one is what was shown last.
+        /// Whatever is shown: no view loses all push nodes, and a view that is not held is what was
+        /// shown last.
         #[test]
         fn the_rules_hold_whatever_is_shown(steps in proptest::collection::vec((0u8..32, 0u8..3, 0.1f64..20.0), 1..60)) {
             let mut keeper = keeper(&FIVE);

@@ -1,5 +1,5 @@
-//! Membership inside one process: for the embedded default and for tests. There is nothing that could be lost, so
-//! there are no leases and no holds; everything else is as the contract has it.
+//! Membership inside one process, for the embedded default and for tests. Nothing can be lost here,
+//! so there are no leases and no holds.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use super::{
 use crate::clock::Clock;
 use crate::message::NodeId;
 
-/// See the room's comment. Cloned, it is the same membership.
+/// Membership inside one process. Cloned, it is the same membership.
 #[derive(Clone)]
 pub struct LocalMembership {
     inner: Arc<Inner>,
@@ -23,9 +23,10 @@ pub struct LocalMembership {
 
 struct Inner {
     clock: Clock,
-    /// Locked while a view is built and published, so that views appear in the order of their epochs.
+    /// Locked while a view is built and published, so that views appear in the order of their
+    /// epochs.
     members: Mutex<BTreeMap<NodeId, Member>>,
-    /// The standing of the process that has a name now.
+    /// The lease state of the process that has a name now.
     standings: Mutex<HashMap<NodeId, watch::Sender<LeaseState>>>,
     counts: Mutex<HashMap<NodeId, Counts>>,
     published: watch::Sender<Arc<View>>,
@@ -49,7 +50,7 @@ impl LocalMembership {
         }
     }
 
-    /// Changes the members and, if anything came of it, publishes the next view.
+    /// Changes the members, and publishes the next view if anything has changed.
     fn change<T>(&self, act: impl FnOnce(&mut BTreeMap<NodeId, Member>) -> T) -> T {
         let mut members = self.inner.members.lock();
         let before = members.clone();
@@ -64,7 +65,7 @@ impl LocalMembership {
         answer
     }
 
-    /// Says to the process that has this name how it stands: for tests of what a node does then.
+    /// Sets the lease state of the process that has this name, for tests.
     pub fn set_standing(&self, node: &NodeId, standing: LeaseState) {
         if let Some(told) = self.inner.standings.lock().get(node) {
             told.send_replace(standing);
@@ -136,7 +137,7 @@ impl Membership for LocalMembership {
         counts.iter().map(|(node, counts)| (node.clone(), *counts)).collect()
     }
 
-    /// There is nothing newer than what is published.
+    /// The published view is always the newest.
     fn refresh(&self) {}
 }
 

@@ -2,14 +2,18 @@
 //!
 //! # The contract of a [`Membership`]
 //!
-//! - [`Membership::views`] always holds the last view in use; a view never changes once it is published.
-//! - The epoch rises with every published change of the members or what is known of them, and never falls within a
-//!   generation. Counts travel beside the view and never raise it.
-//! - A node that registers under a name that is taken wins it: its incarnation is higher, and the older one is told so.
-//! - A draining node is out of the ring at once, and still a member until it leaves.
-//! - A view that is *held* is older than what the registry shows, and is kept on purpose (see [`keeper`]).
-//! - A node that nobody has reached yet at the address that it gives ([`Reached`]) is no member, and no router.
-//! - A node is told by its [`LeaseState`] when it lost its place, when it has it again, and when another took it for good.
+//! - [`Membership::views`] always holds the view in use. A view never changes once it is published.
+//! - The epoch rises with every published change of the members or of what is known about them, and
+//!   never falls within a generation. Counts travel beside the view and never raise it.
+//! - A node that registers under a name that is taken wins it: its incarnation is higher, and the
+//!   older process is told so.
+//! - A draining node is out of the ring at once, and a member until it leaves.
+//! - A view that is *held* is older than what the registry shows, and is kept on purpose (see
+//!   [`keeper`]).
+//! - A node that no other node has reached yet at the address that it advertises ([`Reached`]) is
+//!   neither a member nor a router.
+//! - A [`LeaseState`] tells a node when it has lost its place, when it has it again, and when another
+//!   process took it for good.
 //!
 //! Every adapter passes [`conformance::suite`].
 
@@ -28,7 +32,7 @@ use crate::message::{NodeId, UserId};
 use crate::ring::{self, Ring};
 use crate::wire::peer::ViewVersion;
 
-/// The port.
+/// The port of membership.
 pub trait Membership: Send + Sync + 'static {
     /// The view in use, and every later one.
     fn views(&self) -> watch::Receiver<Arc<View>>;
@@ -44,35 +48,35 @@ pub trait Membership: Send + Sync + 'static {
         how: Departure,
     ) -> BoxFuture<'_, Result<(), MembershipError>>;
 
-    /// Reports what a node holds, and answers what each reported last.
+    /// Reports what a node of this process holds, and returns what each node reported last.
     fn counts(&self, own: Option<(NodeId, Counts)>) -> Vec<(NodeId, Counts)>;
 
-    /// Somebody has seen a newer view: look soon, rather than at the next turn.
+    /// A peer has a newer view: look soon instead of at the next poll.
     fn refresh(&self);
 }
 
-/// How a node goes.
+/// How a node departs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Departure {
-    /// It is leaving: out of the ring, still a member.
+    /// It is draining: out of the ring, still a member.
     Draining,
-    /// It has left: no member any more.
+    /// It has left: no longer a member.
     Left,
 }
 
-/// A node's place among the members.
+/// A node's registration.
 #[derive(Debug, Clone)]
 pub struct Registration {
-    /// Which process of that name this is.
+    /// Incarnation of this process.
     pub incarnation: u64,
-    /// How it stands with it now, and from now on.
+    /// The state of the node's lease.
     pub standing: watch::Receiver<LeaseState>,
-    /// To be told when somebody else has reached the node.
+    /// To be marked when another node has reached this one.
     pub proof: Reached,
 }
 
-/// Whether a call from outside has reached a node at the address that it advertises. Until then it is in nobody's ring: others could not
-/// hand it a message. Cloned, it is the same.
+/// Whether another node has reached a node at the address that it advertises. Until then the node
+/// is in nobody's ring, because nobody could hand it a message. Cloned, it is the same mark.
 #[derive(Debug, Clone)]
 pub struct Reached(Arc<watch::Sender<bool>>);
 
@@ -81,41 +85,42 @@ impl Reached {
         Self(Arc::new(watch::Sender::new(already)))
     }
 
-    /// A call has reached it.
+    /// Another node has reached it.
     pub fn note(&self) {
         self.0.send_if_modified(|reached| !std::mem::replace(reached, true));
     }
 
-    /// Whatever call has reached it proves nothing any more: it must be reached again.
+    /// What was proved before no longer counts: it must be reached again.
     pub fn forget(&self) {
         self.0.send_if_modified(|reached| std::mem::replace(reached, false));
     }
 
-    /// Whether one has.
+    /// Whether it was reached.
     #[must_use]
     pub fn is_noted(&self) -> bool {
         *self.0.borrow()
     }
 
-    /// Resolves when one has.
+    /// Resolves when it was reached.
     pub async fn noted(&self) {
-        // The sender is here.
+        // Cannot fail: the sender is part of `self`.
         let _ = self.0.subscribe().wait_for(|reached| *reached).await;
     }
 }
 
-/// How a registered node stands.
+/// The state of a node's lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LeaseState {
-    /// It is a member, for the n-th time: a higher number means that the registry had lost it in between.
+    /// It is a member for the n-th time. A higher number means that the registry had lost it in
+    /// between.
     Member(u64),
-    /// Its lease has run out, as far as it can tell: it could not renew it.
+    /// It could not renew its lease, which has run out by now.
     Lapsed,
-    /// A later process has its name; this one will not be a member again.
+    /// A later process has its name; this process will not be a member again.
     Fenced,
 }
 
-/// Why membership did not do what it was asked.
+/// Why membership could not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MembershipError {
     /// A later process has this node's name.
@@ -124,17 +129,17 @@ pub enum MembershipError {
     /// The registry cannot be reached.
     #[error("membership cannot be reached: {0}")]
     Unavailable(String),
-    /// The nodes that are registered have another store.
+    /// The registered nodes have another store.
     #[error(
         "redis.prefix: {node} is registered there with another store ({theirs}; here {ours}): two clusters share one \
          redis.prefix, or mongo.uri and mongo.database are not the same everywhere"
     )]
     OtherStore {
-        /// Who is registered.
+        /// A registered node.
         node: String,
-        /// The identity of its store.
+        /// Identity of that node's store.
         theirs: String,
-        /// Of the store of this process.
+        /// Identity of this process's store.
         ours: String,
     },
 }
@@ -144,51 +149,51 @@ pub enum MembershipError {
 pub struct NodeInfo {
     /// Its stable name.
     pub node: NodeId,
-    /// Its share of the users, 1.0 is one share.
+    /// Its share of the users, relative to 1.0.
     pub weight: f64,
-    /// New sockets that it takes per second; 0 is no limit.
+    /// New sockets that it accepts per second; 0 is no limit.
     pub accept_per_s: u32,
-    /// Where its peer port is, as others reach it; empty where there is no need to.
+    /// Address of its peer port, as other nodes reach it; empty if no node has to.
     pub peer: Arc<str>,
-    /// Whether it holds sockets: only such nodes stand in the ring.
+    /// Whether it has the role push. Only such nodes are in the ring.
     pub push: bool,
-    /// Whether it routes.
+    /// Whether it has the role dispatch.
     pub dispatch: bool,
-    /// The identity of its store; empty where it has none.
+    /// Identity of its store; empty if it has none.
     pub store: Arc<str>,
 }
 
-/// Who stands in the registry and is in no ring.
+/// Nodes that are registered and in no ring.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Outsiders {
-    /// Nodes that know our secret, and that nobody has reached yet at the address that they give.
+    /// Nodes with a good proof that no other node has reached yet.
     pub candidates: Vec<Member>,
-    /// Nodes that do not know our secret, as far as their entries show.
+    /// Nodes whose entry has no good proof: they have another `peer.secret`.
     pub strangers: Vec<NodeId>,
 }
 
-/// A node that routes.
+/// A node with the role dispatch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Router {
     /// Its name.
     pub node: NodeId,
-    /// Which process of that name.
+    /// Incarnation of its process.
     pub incarnation: u64,
-    /// Where its peer port is.
+    /// Address of its peer port.
     pub peer: Arc<str>,
 }
 
 /// Whether a member takes users.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NodeState {
-    /// It does.
+    /// It takes users.
     Active,
-    /// It is leaving: its users move away.
+    /// It is leaving: its users are moved away.
     Draining,
 }
 
 impl NodeState {
-    /// As it is shown.
+    /// The word in HTTP responses.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -198,62 +203,64 @@ impl NodeState {
     }
 }
 
-/// One member of a view.
+/// A member of a view.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Member {
     /// What it says of itself.
     pub info: NodeInfo,
-    /// Which process of that name.
+    /// Incarnation of its process.
     pub incarnation: u64,
     /// Whether it takes users.
     pub state: NodeState,
 }
 
-/// What a node holds at the moment.
+/// What a node holds now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counts {
-    /// Sessions.
+    /// Number of sessions.
     pub sessions: u64,
-    /// Users whose sessions are here though another node owns them: the moves under way.
+    /// Number of users with a session here that another node owns.
     pub displaced: u64,
-    /// Messages handed to sockets since the process began.
+    /// Messages sent to sockets since the process started.
     pub delivered: u64,
-    /// Moves told since the process began.
+    /// `move` frames sent since the process started.
     pub moves: u64,
 }
 
-/// Everything that is decided by membership, as one immutable value.
+/// Everything that membership decides, as one immutable value.
 #[derive(Debug, Clone)]
 pub struct View {
-    /// Changes when the registry forgot everything.
+    /// Changes when the registry has forgotten everything.
     pub generation: Arc<str>,
-    /// Rises with every change.
+    /// Rises with every change of the membership.
     pub epoch: u64,
-    /// The push nodes, in the order of their names.
+    /// The push nodes, sorted by name.
     pub members: Vec<Member>,
-    /// The nodes that route, in the order of their names.
+    /// The dispatch nodes, sorted by name.
     pub routers: Vec<Router>,
-    /// Over the active members.
+    /// The ring over the active members.
     pub ring: Ring,
-    /// The position among the members of each name on the ring, in the order of the names.
+    /// For each name on the ring, in order, its index among the members.
     on_ring: Vec<usize>,
-    /// Over ids, weights and states: two views that differ in any of them differ here.
+    /// Hash over names, weights and states: two views that differ in any of them have different
+    /// digests.
     pub digest: u64,
-    /// The registry shows something else, and this older view is kept on purpose.
+    /// The registry shows something else; this older view is kept on purpose.
     pub held: bool,
-    /// Members of a held view that the registry does not show: users are not sent there.
+    /// Members of a held view that the registry does not show. Users are not sent there.
     pub absent: Vec<NodeId>,
-    /// Who else stands in the registry.
+    /// The nodes that are registered and in no ring.
     pub outsiders: Arc<Outsiders>,
-    /// All members and routers that the registry shows, also where this view is an older one.
+    /// All members and routers that the registry shows, also if this view is an older one.
     pub shown: Arc<[NodeId]>,
 }
 
-/// The version of the arithmetic: part of the digest, so that two that count differently are seen.
+/// Version of the computation. It is part of the digest, so that two processes that compute
+/// differently notice it.
 const SCHEME: &[u8] = b"xxh3_64/512/1";
 
 impl View {
-    /// Builds the view of these nodes: the push nodes among them are its members.
+    /// Builds the view of these nodes. Its members are the push nodes among them.
     #[must_use]
     pub fn new(generation: Arc<str>, epoch: u64, mut nodes: Vec<Member>, held: bool) -> Self {
         nodes.sort_by(|a, b| a.info.node.cmp(&b.info.node));
@@ -284,31 +291,32 @@ impl View {
         Self { generation, epoch, members, routers, ring, on_ring, digest, held, absent, outsiders, shown }
     }
 
-    /// Who sees what, in three words.
+    /// The version of this view. Sent with every peer call, so that both sides notice when their
+    /// views differ.
     #[must_use]
     pub fn stamp(&self) -> ViewVersion {
         ViewVersion { generation: Arc::clone(&self.generation), epoch: self.epoch, digest: self.digest }
     }
 
-    /// The node that owns `user`; None while there is no active push node.
+    /// The node that owns `user`; `None` while there is no active push node.
     #[must_use]
     pub fn owner(&self, user: &UserId) -> Option<&Member> {
         self.owner_at(ring::key(user.as_str()))
     }
 
-    /// The node that owns this place on the ring.
+    /// The node that owns this key.
     #[must_use]
     pub fn owner_at(&self, key: u64) -> Option<&Member> {
         self.members.get(self.owner_position(key)?)
     }
 
-    /// The same, as its position among the members.
+    /// The index of the owner of this key among the members.
     #[must_use]
     pub fn owner_position(&self, key: u64) -> Option<usize> {
         self.on_ring.get(self.ring.owner_index(key)?).copied()
     }
 
-    /// This view without some of its members: what is left owns their users.
+    /// This view without some of its members; the others own their users.
     #[must_use]
     pub fn without(&self, nodes: &[NodeId]) -> Self {
         let left = self.members.iter().filter(|member| !nodes.contains(&member.info.node)).cloned().collect();

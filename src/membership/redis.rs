@@ -1,8 +1,9 @@
-//! Membership in Redis: leases by heartbeat, judged by the server's clock alone.
+//! Membership in Redis: leases with heartbeats, judged only by the server's clock.
 //!
-//! All keys of a cluster lie in one hash slot, `{prefix}`: a sorted set of nodes by the end of their lease, hashes of what
-//! each says of itself, of incarnations and of counts, and `meta` with the epoch and the generation. Every script first
-//! takes out whose lease is over, so that no one need watch. A change is published as a hint; polling is the truth.
+//! All keys of a cluster are in one hash slot, `{prefix}`: a sorted set of nodes by the end of
+//! their lease, hashes of node info, incarnations and counts, and `meta` with epoch and generation.
+//! Every script first removes the nodes whose lease has ended, so nobody has to watch for that. A
+//! change is published as a hint; polling is the truth.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -27,33 +28,34 @@ use crate::message::NodeId;
 use crate::peer_proof::{Entry, EntryKey};
 use crate::transport::redis::{RedisError, RedisLink, Reply, Script};
 
-/// How far beats and polls are from their mean, so that a cluster does not beat as one.
+/// Jitter of heartbeats and polls, so that the nodes of a cluster do not act at the same time.
 const JITTER: f64 = 0.2;
-/// Between two tries of the first beat.
+/// Delay between two tries of the first heartbeat.
 const JOIN_RETRY: Duration = Duration::from_millis(500);
-/// Tries to find out at start what no waiting would mend, and the rest between them.
+/// Number of checks at start for faults that waiting does not mend.
 const CHECKS: u32 = 3;
 const CHECK_REST: Duration = Duration::from_millis(50);
-/// Nodes that are looked at; the ring was measured up to as many.
+/// Nodes that are looked at. The ring was measured up to that number.
 const NODES_MAX: usize = 1_000;
-/// The longest text of one node that is looked at, in bytes: an entry has about 300.
+/// Longest text of one node that is looked at, in bytes. An entry has about 300.
 const TEXT_MAX: usize = 2_048;
-/// The longest address of a peer port: a host name of 253 characters, a colon and a port.
+/// Longest address of a peer port: a host name of 253 characters, a colon and a port.
 const PEER_MAX: usize = 260;
-/// The longest identity of a store, and of a generation: each is a ULID of 26 characters.
+/// Longest identity of a store or generation, in bytes. Each is a ULID of 26 characters.
 const ID_MAX: usize = 64;
-/// What may be said of nodes: the bounds of configuration.
+/// Bounds for what is registered about a node; the same as those of configuration.
 const WEIGHTS: std::ops::RangeInclusive<f64> = 0.01..=100.0;
 const ACCEPTS_MAX: u32 = 1_000_000;
-/// Numbers beyond it are no longer whole in the JSON of a browser.
+/// Larger numbers cannot be represented exactly in a browser's JSON.
 const COUNT_MAX: u64 = 1 << 53;
-/// Complaints about entries that are remembered, so that each is made once.
+/// Complaints about entries that are remembered, so that each is logged once.
 const COMPLAINTS_MAX: usize = 1_000;
 
-/// A clock further from the server's than this is told of: expiry and tokens are judged by it.
+/// A clock that differs from the server's by more than this is reported: expiry and tokens depend
+/// on it.
 pub const SKEW_MAX_MS: u64 = 2_000;
 
-/// See the room's comment. Cloned, it is the same membership; its tasks end with the last clone.
+/// Membership in Redis. Cloned, it is the same membership. Its tasks end with the last clone.
 #[derive(Clone)]
 pub struct RedisMembership {
     inner: Arc<Inner>,
@@ -66,17 +68,17 @@ struct Inner {
     times: Times,
     clock: Clock,
     published: watch::Sender<Arc<View>>,
-    /// What each node reported last, by the last snapshot.
+    /// What each node reported last, from the last snapshot.
     seen: Mutex<HashMap<NodeId, Counts>>,
     own: Mutex<HashMap<NodeId, Arc<Own>>>,
     hint: Arc<Notify>,
     skew_ms: AtomicI64,
     entries: EntryKey,
-    /// The prefix, for messages.
+    /// The prefix, for log lines.
     prefix: String,
-    /// When Redis said last that it takes nothing for now.
+    /// When Redis last said that it takes no writes for now.
     refused: Mutex<Option<Instant>>,
-    /// What was complained about already.
+    /// What was logged already.
     complaints: Mutex<HashSet<String>>,
 }
 
@@ -87,18 +89,19 @@ struct Own {
     state: Mutex<(NodeState, Counts)>,
     standing: watch::Sender<LeaseState>,
     proof: Reached,
-    /// Held over every call about this node: a beat that overtook a leave would register it again.
+    /// Held during every call about this node: a heartbeat that overtook a `leave` would register
+    /// the node again.
     turn: tokio::sync::Mutex<Turn>,
 }
 
-/// Whether a node still beats.
+/// Whether a node still sends heartbeats.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Turn {
     Beating,
     Left,
 }
 
-/// The names of the keys, and the scripts that take them.
+/// The names of the keys, and the scripts that use them.
 struct Keys {
     names: [String; 5],
     channel: String,
@@ -122,7 +125,7 @@ impl Keys {
     }
 }
 
-/// What a node says of itself, as it is stored. Fields that are not known are ignored: versions may mix.
+/// Node info as it is stored. Unknown fields are ignored, so that versions may mix.
 #[derive(Serialize, Deserialize)]
 struct StoredInfo {
     weight: f64,
@@ -131,13 +134,13 @@ struct StoredInfo {
     push: bool,
     dispatch: bool,
     draining: bool,
-    /// Others have reached it at `peer`.
+    /// Another node has reached it at `peer`.
     #[serde(default)]
     reached: bool,
-    /// The identity of its store.
+    /// Identity of its store.
     #[serde(default)]
     store: String,
-    /// Made with `peer.secret` over what others act on before they have spoken to the node.
+    /// Made with `peer.secret` over what others rely on before they have spoken to the node.
     #[serde(default)]
     proof: String,
 }
@@ -161,13 +164,13 @@ impl StoredInfo {
             proof: String::new(),
         };
         stored.proof = key.sign(stored.entry(&info.node));
-        // Plain fields always serialise.
+        // Plain fields: serialisation cannot fail.
         serde_json::to_string(&stored).unwrap_or_default()
     }
 }
 
 impl RedisMembership {
-    /// Begins to look at the registry.
+    /// Starts to poll the registry.
     #[must_use]
     pub fn start(link: RedisLink, prefix: &str, times: Times, clock: Clock, entries: EntryKey) -> Self {
         let keeper = Keeper::new(times);
@@ -192,18 +195,21 @@ impl RedisMembership {
         Self { inner, tasks: Arc::new(Mutex::new(tasks)) }
     }
 
-    /// How far this machine's clock is ahead of the server's, in ms, as the last beat showed.
+    /// How far this machine's clock is ahead of the server's, in ms, by the last heartbeat.
     #[must_use]
     pub fn skew_ms(&self) -> i64 {
         self.inner.skew_ms.load(Ordering::Relaxed)
     }
 
-    /// Asks the registry once, to find out at start what no waiting would mend.
+    /// Asks the registry once at start, to find faults that waiting does not mend.
     ///
     /// # Errors
-    /// The server's refusal, such as a wrong password; a server that cannot be reached is no error here.
+    ///
+    /// The server's refusal, such as a wrong password. A server that cannot be reached is no error
+    /// here.
     pub async fn check(&self) -> Result<(), RedisError> {
-        // Another call on the same connection may have been refused first, and taken the connection with it.
+        // Another call on the same connection may have been refused first and have closed the
+        // connection.
         for _ in 0..CHECKS {
             match self.inner.snapshot().await {
                 Err(refused @ RedisError::Refused(_)) => return Err(refused),
@@ -236,13 +242,13 @@ impl RedisMembership {
     }
 }
 
-/// The answer to a beat.
+/// The response to a heartbeat.
 enum Beaten {
-    /// The lease is renewed, or begins.
+    /// The lease is renewed, or has begun.
     Renewed { incarnation: u64, was_member: bool },
     /// A later process has the name.
     Fenced,
-    /// A node that is registered has another store.
+    /// A registered node has another store.
     OtherStore { node: String, theirs: String },
 }
 
@@ -262,7 +268,7 @@ impl Inner {
         answer
     }
 
-    /// Whether renewals were refused so lately that leases may have run out for that alone.
+    /// Whether renewals were refused so recently that leases may have ended for that reason alone.
     fn was_refused(&self) -> bool {
         self.refused.lock().is_some_and(|at| at.elapsed() < self.times.lease)
     }
@@ -290,7 +296,7 @@ impl Inner {
         })
     }
 
-    /// The server's moment lies between ours of asking and of hearing, if the clocks agree.
+    /// If the clocks agree, the server's time is between ours of sending and of receiving.
     fn note_skew(&self, sent: u64, server: u64, heard: u64) {
         let ahead = if sent > server {
             i64::try_from(sent - server).unwrap_or(i64::MAX)
@@ -314,13 +320,13 @@ impl Inner {
         read.complaints.into_iter().for_each(|complaint| self.complain(complaint));
         if let Some(why) = read.refused {
             *self.refused.lock() = Some(Instant::now());
-            // What it shows now it would show for ever.
+            // A full Redis would show the same nodes for ever.
             return Err(RedisError::ForNow(why));
         }
         Ok((read.snapshot, read.counts))
     }
 
-    /// Warns of what stands in the registry, once.
+    /// Logs a complaint about the registry, once.
     fn complain(&self, complaint: String) {
         let mut made = self.complaints.lock();
         if made.len() < COMPLAINTS_MAX && !made.contains(&complaint) {
@@ -330,18 +336,19 @@ impl Inner {
     }
 }
 
-/// What a look at the registry shows.
+/// What one look at the registry shows.
 #[derive(Debug)]
 struct Look {
     snapshot: Snapshot,
     counts: HashMap<NodeId, Counts>,
     /// Why Redis renews no lease for now.
     refused: Option<String>,
-    /// What stands there and is not as it should be, with its key.
+    /// Entries that are not as they should be, with their key.
     complaints: Vec<String>,
 }
 
-/// Reads the answer to a look. Nothing that stands there is trusted: any program may have written it, or another version of this one.
+/// Reads the response to a snapshot. Nothing in it is trusted: another program, or another version
+/// of this one, may have written it.
 fn read_snapshot(reply: &Reply, key: &EntryKey, prefix: &str) -> Result<Look, RedisError> {
     let [generation, epoch, all, refused, count] = reply.items() else {
         return Err(RedisError::Refused(
@@ -385,7 +392,7 @@ fn read_entry(entry: &Reply, key: &EntryKey, look: &mut Look) -> Result<(), Stri
     let [name, info, incarnation, held] = entry.items() else { return Err("is no entry".to_owned()) };
     let node = NodeId::parse(name.text()).map_err(|rule| format!("has a name that is none: {rule}"))?;
     let stored = serde_json::from_str::<StoredInfo>(info.text());
-    // What another version wrote and this one cannot read is no node of this one's.
+    // An entry of another version that this one cannot read is ignored.
     let mut stored = stored.map_err(|_| "cannot be read".to_owned())?;
     if stored.peer.len() > PEER_MAX || stored.store.len() > ID_MAX {
         return Err("has a text that is too long".to_owned());
@@ -437,7 +444,7 @@ fn member(node: NodeId, incarnation: u64, stored: StoredInfo) -> Member {
     }
 }
 
-/// Looks at the registry again and again, and publishes what the rules make of it.
+/// Polls the registry, and publishes the views that the rules make of it.
 async fn poll(inner: Arc<Inner>, mut keeper: Keeper) {
     let began = Instant::now();
     let mut reachable = true;
@@ -474,7 +481,7 @@ async fn poll(inner: Arc<Inner>, mut keeper: Keeper) {
             );
             inner.published.send_replace(view);
         }
-        // A hint that comes at once after a ring was built waits for the next.
+        // A hint that comes right after a ring was built waits for the next rebuild.
         let rebuilt = keeper.view().digest != before;
         let rest = if rebuilt { inner.times.rebuild } else { inner.times.rebuild / 10 };
         tokio::time::sleep(rest).await;
@@ -483,7 +490,7 @@ async fn poll(inner: Arc<Inner>, mut keeper: Keeper) {
     }
 }
 
-/// Renews a node's lease for as long as it has one, on a task of its own.
+/// Renews a node's lease as long as it has one, in a task of its own.
 async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
     let mut renewed = Instant::now();
     let mut times = 1;
@@ -493,7 +500,7 @@ async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
         let pause = around(inner.times.beat, JITTER, &mut rand::rng());
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
-            // Others wait to hear of it.
+            // Others wait to hear that the node was reached.
             () = own.proof.noted(), if answered && !said_reached => {}
         }
         let turn = own.turn.lock().await;
@@ -517,7 +524,7 @@ async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
             }
             Ok(Beaten::Renewed { was_member, .. }) => {
                 said_reached = reached;
-                // The beat that registered it again may have been one whose answer was lost.
+                // The heartbeat that registered it again may have been one whose response was lost.
                 let was_lost = !was_member || renewed.elapsed() > inner.times.lease;
                 renewed = sent;
                 times += u64::from(was_lost);
@@ -544,7 +551,7 @@ async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
 }
 
 impl Own {
-    /// The lease could not be renewed; whether it has run out by now.
+    /// The lease could not be renewed; `over` says whether it has run out.
     fn lapse(&self, over: bool) {
         if over {
             self.standing
@@ -622,7 +629,7 @@ impl Membership for RedisMembership {
         {
             own.state.lock().1 = counts;
         }
-        // What this process holds is known better here than in the registry.
+        // This process knows its own counts better than the registry does.
         all.extend(
             mine.iter()
                 .filter(|(_, own)| own.info.push)
@@ -727,7 +734,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever stands there, nothing panics, and whoever becomes a member is within the bounds.
+        /// Whatever the registry shows, nothing panics, and every member is within the bounds.
         #[test]
         fn rubbish_in_the_registry_is_no_member(
             rubbish in prop::collection::vec(anything(), 0..6), weight in any::<f64>(), accepts in any::<u32>(),

@@ -1,12 +1,13 @@
-//! Taking connections in, in one of two ways.
+//! Accepting connections, in one of two ways.
 //!
-//! [`in_task`] is for listeners whose connections stay: requests of services, a few hundred of them.
+//! [`in_task`] is for listeners with a few hundred long-lived connections: requests of services.
 //!
-//! [`on_thread`] is for sockets, which come by the ten thousand when a balancer or a node has died. A thread of its own accepts
-//! all that have come, then begins with each: the request is mostly there, so that it is read, judged and answered in one turn,
-//! and only then does the runtime hear of the connection, of many at once. In the runtime itself each new connection would wake
-//! the thread that waits for events, and each of its steps another (docs/benchmarks.md); and messages on their way would wait
-//! behind the crowd.
+//! [`on_thread`] is for sockets, which come by the ten thousand when a load balancer or a node has
+//! died. A thread of its own accepts all pending connections and then polls each once. The request
+//! has mostly arrived by then, so it is read, judged and answered in one turn. Only then are the
+//! connections handed to the runtime, many at once. In the runtime each new connection would wake
+//! the thread that waits for events, and each of its steps another one; live messages would wait
+//! behind the crowd (docs/decisions/002-accepting-thread.md).
 
 use std::future::Future;
 use std::io;
@@ -25,17 +26,18 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-/// Rest after an accept that failed, as when no more files can be opened.
+/// Delay after a failed accept, such as when no more files can be opened.
 const REST: Duration = Duration::from_millis(50);
-/// Connections that are accepted before the first of them is looked at: its request has time to come.
+/// Connections that are accepted before the first of them is polled, so that its request has time
+/// to arrive.
 const AT_ONCE: usize = 64;
-/// The runtime is given so many at the most together.
+/// Most connections that are handed to the runtime together.
 const TOGETHER: usize = 256;
-/// Between two times that it is given any, unless there are so many: each wakes a thread, which takes a core from who accepts or
-/// connects.
+/// Shortest time between two hand-overs, unless [`TOGETHER`] connections are waiting. Each
+/// hand-over wakes a worker, which takes a core from the thread that accepts or from the clients.
 const PATIENCE: Duration = Duration::from_millis(4);
 
-/// Spawns `begin` of each connection, until `stop`.
+/// Accepts connections and spawns `begin` for each, until `stop`.
 pub(super) async fn in_task<F>(
     listener: TcpListener,
     stop: &CancellationToken,
@@ -63,24 +65,25 @@ pub(super) async fn in_task<F>(
     }
 }
 
-/// A connection's life.
+/// The rest of a connection's life.
 type Life = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Begins with each connection on a thread of its own, until `stop`; what is not over then goes on in the runtime. Returns when
-/// the listener is closed.
+/// Accepts connections on a thread of its own and polls each once, until `stop`. Connections that
+/// are not finished by then go on in the runtime. Returns when the listener is closed.
 ///
 /// # Errors
-/// The system's, where it has no thread or no event to give.
+///
+/// The system has no thread or event to give.
 pub(super) async fn on_thread(
     listener: TcpListener,
     stop: &CancellationToken,
     begin: impl Fn(TcpStream) -> Life + Send + 'static,
 ) -> io::Result<()> {
-    let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-    // Also where nobody waits for this any more.
-    let closing = Closing { bell: Arc::clone(&bell), stop: stop.child_token() };
+    let shutdown_event = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+    // Also if the caller is dropped.
+    let closing = Closing { shutdown_event: Arc::clone(&shutdown_event), stop: stop.child_token() };
     let (ended, mut end) = oneshot::channel::<()>();
-    let door = Acceptor { listener, bell, stop: closing.stop.clone(), runtime: Handle::current() };
+    let door = Acceptor { listener, shutdown_event, stop: closing.stop.clone(), runtime: Handle::current() };
     std::thread::Builder::new().name("accept".to_owned()).spawn(move || {
         door.keep(begin);
         drop(ended);
@@ -96,29 +99,29 @@ pub(super) async fn on_thread(
 
 /// Tells the thread to end.
 struct Closing {
-    bell: Arc<OwnedFd>,
+    shutdown_event: Arc<OwnedFd>,
     stop: CancellationToken,
 }
 
 impl Drop for Closing {
     fn drop(&mut self) {
         self.stop.cancel();
-        // It can only fail where it rings already.
-        let _ = rustix::io::write(&*self.bell, &1u64.to_ne_bytes());
+        // Writing fails only if the event is set already.
+        let _ = rustix::io::write(&*self.shutdown_event, &1u64.to_ne_bytes());
     }
 }
 
 struct Acceptor {
     listener: TcpListener,
-    /// Rings when `stop` is there.
-    bell: Arc<OwnedFd>,
+    /// Set when `stop` is cancelled.
+    shutdown_event: Arc<OwnedFd>,
     stop: CancellationToken,
     runtime: Handle,
 }
 
 impl Acceptor {
     fn keep(self, begin: impl Fn(TcpStream) -> Life) {
-        // Timers and connections that are made here belong to the runtime.
+        // Timers and connections that are created here belong to the runtime.
         let _runtime = self.runtime.enter();
         let (mut came, mut begun) = (Vec::with_capacity(AT_ONCE), Vec::with_capacity(TOGETHER));
         let mut handed_over = Instant::now();
@@ -127,7 +130,7 @@ impl Acceptor {
             for stream in came.drain(..) {
                 begun.extend(first_turn(begin(stream)));
             }
-            // One that comes alone does not wait.
+            // A connection that comes alone does not wait.
             let patience = PATIENCE.saturating_sub(handed_over.elapsed());
             if begun.len() > TOGETHER - AT_ONCE || patience.is_zero() && !begun.is_empty() {
                 self.hand_over(&mut begun);
@@ -146,19 +149,20 @@ impl Acceptor {
         self.hand_over(&mut begun);
     }
 
-    /// All of them by one task: the runtime wakes a thread for each that it is given from outside.
+    /// Spawns one task for all: the runtime wakes a worker for each task that is spawned from
+    /// outside.
     fn hand_over(&self, begun: &mut Vec<Life>) {
         let begun = std::mem::replace(begun, Vec::with_capacity(TOGETHER));
         drop(self.runtime.spawn(async move { begun.into_iter().for_each(|life| drop(tokio::spawn(life))) }));
     }
 
-    /// Takes what has come; answers whether that was all.
+    /// Accepts pending connections. Returns whether that was all.
     fn accept(&self, came: &mut Vec<TcpStream>) -> Result<bool, Errno> {
         while came.len() < AT_ONCE {
             match accept_with(&self.listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok(socket) => came.push(socket.into()),
                 Err(Errno::WOULDBLOCK) => return Ok(true),
-                // One that has gone already says nothing of the next.
+                // A connection that has gone already says nothing about the next one.
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(error) => return Err(error),
             }
@@ -166,21 +170,22 @@ impl Acceptor {
         Ok(false)
     }
 
-    /// Until somebody comes, the bell rings, or the time is over.
+    /// Waits for a connection, the event, or the end of `time`.
     fn wait(&self, listener: Option<&TcpListener>, time: Option<Duration>) {
         let time = time.map(|time| Timespec { tv_sec: 0, tv_nsec: time.subsec_nanos().into() });
-        let bell = PollFd::from_borrowed_fd(self.bell.as_fd(), PollFlags::IN);
-        let mut all = vec![bell];
+        let shutdown_event = PollFd::from_borrowed_fd(self.shutdown_event.as_fd(), PollFlags::IN);
+        let mut all = vec![shutdown_event];
         all.extend(listener.map(|listener| PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)));
-        // Whatever it says, the next turn finds out.
+        // Whatever it returns, the next turn finds out.
         let _ = poll(&mut all, time.as_ref());
     }
 }
 
-/// What is left of a connection's life after its first turn. A panic costs the connection and not the door.
+/// Polls a connection once and returns what is left of it. A panic ends the connection and not the
+/// thread.
 fn first_turn(mut life: Life) -> Option<Life> {
     let mut nobody = Context::from_waker(Waker::noop());
-    // The runtime asks again as soon as it has it.
+    // The runtime polls again as soon as it has the task.
     match catch_unwind(AssertUnwindSafe(|| life.as_mut().poll(&mut nobody).is_pending())) {
         Ok(true) => Some(life),
         Ok(false) | Err(_) => None,

@@ -1,5 +1,6 @@
-//! How much memory the requests hold that are not answered yet, over all connections of the process. Each of them has a limit of its
-//! own, and their number another; only together they can fill a machine.
+//! A budget for the memory of all requests that are not answered yet, over all connections of the
+//! process. Each request and the number of connections have limits of their own; only their product
+//! could fill a machine.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,26 +11,26 @@ pub struct Budget {
     left: Arc<AtomicUsize>,
 }
 
-/// The budget is spent: whoever asks now must come again.
+/// The budget is exhausted; the caller must try again later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the requests under way hold as much as they may together; repeat after a moment")]
 pub struct Spent;
 
 impl Budget {
-    /// A budget of so many bytes.
+    /// A budget of this many bytes.
     #[must_use]
     pub fn of(bytes: usize) -> Self {
         Self { left: Arc::new(AtomicUsize::new(bytes)) }
     }
 
-    /// What one request holds: nothing yet.
+    /// The share of one request, empty at first.
     #[must_use]
     pub fn hold(&self) -> Held {
         Held { budget: self.clone(), bytes: 0 }
     }
 }
 
-/// What one request holds; given back when this is dropped.
+/// The share of one request. It is returned when this is dropped.
 #[derive(Debug)]
 pub struct Held {
     budget: Budget,
@@ -37,10 +38,11 @@ pub struct Held {
 }
 
 impl Held {
-    /// Holds so many bytes more.
+    /// Adds bytes to the share.
     ///
     /// # Errors
-    /// [`Spent`]: then it holds what it held before.
+    ///
+    /// [`Spent`]; the share is then as before.
     pub fn add(&mut self, bytes: usize) -> Result<(), Spent> {
         let take = |left: usize| left.checked_sub(bytes);
         self.budget.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).map_err(|_| Spent)?;
@@ -48,7 +50,7 @@ impl Held {
         Ok(())
     }
 
-    /// Holds nothing any more.
+    /// Returns the share.
     pub fn release(&mut self) {
         self.budget.left.fetch_add(std::mem::take(&mut self.bytes), Ordering::Relaxed);
     }

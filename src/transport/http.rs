@@ -1,10 +1,12 @@
-//! HTTP: an accept loop of our own over hyper, and a small client.
+//! HTTP: an accept loop over hyper, and a small client.
 //!
-//! Of our own, since hyper has no timer unless it is given one: without it a handshake that is never finished would be
-//! held for ever. A connection must show its first whole request head within [`HttpLimits::first_request`].
+//! The accept loop is our own because hyper has no timer unless it is given one: without it, a
+//! handshake that is never finished would be held for ever. A connection must send its first complete
+//! request head within [`HttpLimits::first_request`].
 //!
-//! A connection whose first request asks for a WebSocket never sees hyper: it has nothing more to say in HTTP, and hyper's
-//! machinery for what might come is a quarter of what such a socket would cost. See [`UpgradeHandler`].
+//! A connection whose first request asks for a WebSocket never reaches hyper: it says nothing more in
+//! HTTP, and hyper's machinery was a quarter of what a new socket cost. Any other connection is passed
+//! to hyper with the bytes that were read.
 
 use std::convert::Infallible;
 use std::io;
@@ -38,34 +40,35 @@ use super::held::Held;
 use super::lazy_stream::LazyTcpStream;
 use super::websocket::request_head;
 
-/// Connections that the kernel may hold for us while we are busy: a tenth of a second of 40,000/s.
+/// Connections that the kernel queues: a tenth of a second of 40,000/s.
 const BACKLOG: u32 = 4_096;
-/// A connection's read buffer, in bytes, at the most: a request head must fit. More than the 64 KiB that hyper takes for a target, so
-/// that one which is too long is told so (414) rather than that its head is (431).
+/// Read buffer of a connection, in bytes: a request head must fit. It is larger than the 64 KiB
+/// that hyper allows for a target, so that a target that is too long is told so (414) instead of
+/// its head (431).
 const READ_BUFFER: usize = 80 * 1024;
-/// A first request head for a WebSocket is looked for in so many bytes; a token is at most 8 KiB of them.
+/// A request head for a WebSocket is looked for in this many bytes. A token has at most 8 KiB.
 const SOCKET_HEAD: usize = 16 * 1024;
-/// Read at once of it.
+/// Bytes of it that are read at once.
 const SOCKET_HEAD_READ: usize = 1024;
 /// How long an HTTP/2 peer may take to answer a ping.
 const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the client may take to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the client keeps a connection that it does not use.
+/// How long the client keeps an idle connection.
 const CLIENT_IDLE: Duration = Duration::from_secs(50);
-/// Streams of one HTTP/2 connection.
+/// Concurrent streams of one HTTP/2 connection.
 const H2_STREAMS: u32 = 1_000;
 
-/// The times and sizes of one listener.
+/// Times and sizes of a listener.
 #[derive(Debug, Clone, Copy)]
 pub struct HttpLimits {
-    /// From accept to the first whole request head.
+    /// From accept to the first complete request head.
     pub first_request: Duration,
     /// Between two requests of one connection.
     pub idle: Duration,
-    /// For requests under way when the server stops.
+    /// For requests in flight when the server stops.
     pub shutdown: Duration,
-    /// The kernel's send buffer per connection, in bytes; None leaves it to the kernel.
+    /// The kernel's send buffer per connection, in bytes; `None` leaves it to the kernel.
     pub send_buffer: Option<u32>,
 }
 
@@ -80,14 +83,15 @@ impl Default for HttpLimits {
     }
 }
 
-/// Where connections come in, whose packets leave at once.
+/// A bound TCP listener whose connections have `TCP_NODELAY`.
 #[derive(Debug)]
 pub struct Listener(TcpListener);
 
 impl Listener {
-    /// The address, with the port that was found where none was asked for.
+    /// The address, with the real port if port 0 was requested.
     ///
     /// # Errors
+    ///
     /// The system's.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.0.local_addr()
@@ -97,11 +101,12 @@ impl Listener {
 /// Binds a listener.
 ///
 /// # Errors
-/// The system's, such as that the address is in use.
+///
+/// The system's, such as an address in use.
 pub fn bind(address: SocketAddr, limits: &HttpLimits) -> io::Result<Listener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
-    // Set on the listener: the connections inherit it.
+    // Connections inherit it from the listener.
     socket.set_nodelay(true)?;
     if let Some(bytes) = limits.send_buffer {
         socket.set_send_buffer_size(bytes)?;
@@ -110,7 +115,7 @@ pub fn bind(address: SocketAddr, limits: &HttpLimits) -> io::Result<Listener> {
     socket.listen(BACKLOG)?.into_std().map(Listener)
 }
 
-/// What answers requests.
+/// A service that answers requests.
 pub trait Answers<B>:
     Service<Request<Incoming>, Response = Response<B>, Error = Infallible, Future: Send + 'static>
     + Clone
@@ -128,7 +133,7 @@ impl<S, B> Answers<B> for S where
 {
 }
 
-/// What an answer may carry.
+/// The body of a response.
 pub trait AnswerBody:
     Body<Data: Send, Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static
 {
@@ -138,15 +143,16 @@ impl<B> AnswerBody for B where
 {
 }
 
-/// A socket's whole life.
+/// The whole life of a socket.
 pub type ConnectionFuture = BoxFuture<'static, ()>;
 
-/// Takes the connections whose first request asks for a WebSocket.
+/// Takes over connections whose first request asks for a WebSocket.
 pub trait UpgradeHandler<B>: Send + Sync {
-    /// Whether a request for this path, which has no body, is one to take.
+    /// Whether a request for this path, which has no body, is one to take over.
     fn is_for(&self, path: &str) -> bool;
 
-    /// Decides about it: what is to be run to the socket's end, or the connection again with what to answer.
+    /// Decides about a request. Returns what runs to the end of the socket, or the connection with
+    /// the response to send.
     fn take(
         &self,
         request: Request<()>,
@@ -154,7 +160,7 @@ pub trait UpgradeHandler<B>: Send + Sync {
     ) -> BoxFuture<'_, Result<ConnectionFuture, (LazyTcpStream, Response<B>)>>;
 }
 
-/// What serves a listener's connections.
+/// What serves the connections of a listener.
 struct Server<S, B> {
     http: auto::Builder<TokioExecutor>,
     service: S,
@@ -163,8 +169,8 @@ struct Server<S, B> {
     stop: CancellationToken,
 }
 
-/// Serves `service` on `listener` until `stop`, and `sockets` before it, if there are any; then requests under way are finished,
-/// within the limit.
+/// Serves `service` on `listener` until `stop`, and before it `sockets`, if given. Then requests in
+/// flight are finished within the limit.
 pub async fn serve<S, B>(
     Listener(listener): Listener,
     service: S,
@@ -191,9 +197,10 @@ pub async fn serve<S, B>(
     let _ = tokio::time::timeout(limits.shutdown, connections.wait()).await;
 }
 
-/// hyper is told neither to gather the answers to requests that came together (`pipeline_flush`: an answer would wait for the rest of
-/// whatever else has begun to come, and a refusal for ever), nor to give up a request whose sender has closed its own half. An answer is
-/// written as one piece of memory: nearly all are small, and a write of two pieces costs a single publish 5 to 7 % (docs/benchmarks.md).
+/// hyper is told not to gather responses (`pipeline_flush`): a response would wait for the rest of
+/// a following request that has begun to arrive. It is also told to finish a request whose sender
+/// has closed its half of the connection. A response is written as one piece of memory: nearly all
+/// are small, and a write of two pieces costs a single publish 5 to 7 % (docs/benchmarks/log.md).
 fn http(limits: &HttpLimits) -> auto::Builder<TokioExecutor> {
     let mut server = auto::Builder::new(TokioExecutor::new());
     server
@@ -212,7 +219,8 @@ fn http(limits: &HttpLimits) -> auto::Builder<TokioExecutor> {
     server
 }
 
-/// One connection. What a stage of it needs is boxed, and freed with it: a socket may be idle for weeks.
+/// Serves one connection. What a stage needs is boxed and freed with that stage, because a socket
+/// may be idle for weeks.
 fn serve_one<S, B>(
     server: Arc<Server<S, B>>,
     stream: TcpStream,
@@ -230,7 +238,7 @@ where
     }
 }
 
-/// Finds out what a connection is, and answers how to go on with it.
+/// Finds out what a connection asks for, and returns how to go on.
 async fn begin<S, B>(
     server: Arc<Server<S, B>>,
     stream: TcpStream,
@@ -260,11 +268,11 @@ where
                     let rest = read.split_off(length);
                     line.give_back(&rest);
                     match sockets.take(request, line).await {
-                        // From here on not tracked: the socket's own role knows how to end it.
+                        // Sockets are not tracked here: their role ends them.
                         Ok(socket) => return Some(socket),
                         Err((mut line, answer)) => {
                             line.give_back(&read);
-                            // The request was there in time; what took longer was our own decision.
+                            // The request came in time; what took longer was our own decision.
                             until = Instant::now() + server.limits.first_request;
                             (line, Some(answer))
                         }
@@ -279,11 +287,11 @@ where
     }))
 }
 
-/// What a connection begins with.
+/// The beginning of a connection.
 struct First {
-    /// As far as it was read.
+    /// The bytes that were read.
     read: Vec<u8>,
-    /// The request for a WebSocket that it is, and how long that is.
+    /// The request for a WebSocket and the length of its head, if it is one.
     request: Option<(Request<()>, usize)>,
 }
 
@@ -321,7 +329,8 @@ fn has_no_body(request: &Request<()>) -> bool {
     !headers.contains_key(CONTENT_LENGTH) && !headers.contains_key(TRANSFER_ENCODING)
 }
 
-/// A connection as HTTP. If there is an `answer` already, the first request gets it; that one must come whole until `until`.
+/// Serves a connection with hyper. If there is an `answer`, the first request gets it. The first
+/// request must be complete before `until`.
 async fn serve_http<S, B>(
     server: Arc<Server<S, B>>,
     line: LazyTcpStream,
@@ -371,21 +380,22 @@ fn note(ended: Result<(), Box<dyn std::error::Error + Send + Sync>>) {
 /// Why a body was not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BodyError {
-    /// Over the limit.
+    /// It is over the limit.
     TooLarge,
-    /// Slower than the deadline, or cut off.
+    /// It did not arrive within the deadline, or was cut off.
     Incomplete,
-    /// The requests under way hold as much as they may together.
+    /// The memory budget of all requests is exhausted.
     Spent,
 }
 
-/// What a request brings.
+/// The body of a request.
 pub trait RequestBody: Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> {}
 impl<B> RequestBody for B where B: Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> {}
 
-/// Reads a whole body of at most `limit` bytes within `deadline`; `held` has what was read for as long as it lives.
+/// Reads a body of at most `limit` bytes within `deadline`. `held` accounts for it.
 ///
 /// # Errors
+///
 /// [`BodyError`].
 pub async fn read_body<B: RequestBody>(
     body: B,
@@ -403,7 +413,7 @@ pub async fn read_body<B: RequestBody>(
             })?;
             let Ok(data) = frame.into_data() else { continue };
             held.add(data.len()).map_err(|_| BodyError::Spent)?;
-            // Nearly all come in one piece, which is then not copied.
+            // Nearly all bodies come in one piece, which is not copied.
             match (first.is_empty(), all.is_empty()) {
                 (true, true) => first = data,
                 (_, true) => {
@@ -418,15 +428,15 @@ pub async fn read_body<B: RequestBody>(
     tokio::time::timeout(deadline, reading).await.unwrap_or(Err(BodyError::Incomplete))
 }
 
-/// An HTTP client: pooled connections, TLS where the URL says so.
+/// An HTTP client with pooled connections, and TLS if the URL says so.
 #[derive(Clone)]
 pub struct HttpClient {
     client: Client<hyper_rustls::HttpsConnector<HttpConnector>, Full<Bytes>>,
-    /// Largest answer that it reads, in bytes.
+    /// Largest response that it reads, in bytes.
     answer_max: usize,
 }
 
-/// Largest answer that the client reads where nothing else is said: a page of history of the largest messages.
+/// Default of the largest response, in bytes: a page of history with the largest messages.
 const ANSWER_MAX: usize = 64 * 1024 * 1024;
 
 impl Default for HttpClient {
@@ -438,7 +448,7 @@ impl Default for HttpClient {
         let builder = hyper_rustls::HttpsConnectorBuilder::new();
         let connector = match builder.with_native_roots() {
             Ok(builder) => builder.https_or_http().enable_http1().wrap_connector(plain),
-            // A machine without any root certificate speaks plain HTTP and trusts no one.
+            // A machine without root certificates speaks plain HTTP and trusts no server.
             Err(_) => hyper_rustls::HttpsConnectorBuilder::new()
                 .with_tls_config(
                     rustls::ClientConfig::builder()
@@ -449,23 +459,25 @@ impl Default for HttpClient {
                 .enable_http1()
                 .wrap_connector(plain),
         };
-        // Shorter than servers keep theirs, this one's included: a request must not meet a connection that is just closed.
+        // Shorter than servers keep idle connections, this one included, so that a request does not
+        // meet a connection that is being closed.
         let client = Client::builder(TokioExecutor::new()).pool_idle_timeout(CLIENT_IDLE).build(connector);
         Self { client, answer_max: ANSWER_MAX }
     }
 }
 
 impl HttpClient {
-    /// The same, which reads no more than so many bytes of an answer.
+    /// Limits the responses that this client reads, in bytes.
     #[must_use]
     pub fn reading_at_most(self, bytes: usize) -> Self {
         Self { answer_max: bytes, ..self }
     }
 
-    /// Sends one request and reads the answer; `body` is JSON.
+    /// Sends one request and reads the response. `body` is JSON.
     ///
     /// # Errors
-    /// What went wrong on the way, in words.
+    ///
+    /// What went wrong, in words.
     pub async fn send(
         &self,
         method: &str,
@@ -494,7 +506,7 @@ impl HttpClient {
     }
 }
 
-/// An error with its causes: the last one says what happened.
+/// An error with its causes; the last one says what happened.
 fn words(error: &dyn std::error::Error) -> String {
     let mut words = error.to_string();
     let mut cause = error.source();
@@ -511,7 +523,8 @@ mod tests {
     use tokio::io::AsyncWriteExt;
     use tokio::net::TcpStream;
 
-    /// Refuses every socket, and takes longer for it than a request may take to come.
+    /// A handler that refuses every socket, and takes longer for it than a request may take to
+    /// arrive.
     struct Slow(Duration);
 
     impl UpgradeHandler<Full<Bytes>> for Slow {

@@ -1,10 +1,13 @@
-//! A TCP connection with something at either end that is not the kernel's yet: what was read and given back, and what waits
-//! to be written. The answer to a handshake waits here and leaves together with the first frame, in one packet; a packet costs
-//! both sides some ten microseconds, which is a fifth of what a new socket costs.
+//! A TCP stream that
 //!
-//! Nor is it the runtime's before it must wait: it writes without asking whether it may, and only the reading end is watched until
-//! a write would block. A connection that is watched for room is told at once that there is some, which wakes a thread for each
-//! new socket.
+//! 1. replays bytes that were read ahead,
+//! 2. holds written bytes back, so that they leave in one packet with the next write, and
+//! 3. registers with tokio's reactor late: for reading on the first read that would block, for writing
+//!    on the first write that would.
+//!
+//! The response to a handshake is held back and leaves together with the first frame. A packet costs
+//! both sides some ten microseconds, a fifth of what a new socket costs. Registering for reading and
+//! writing at once costs one wake-up per new socket.
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice, Read, Write};
@@ -16,15 +19,16 @@ use std::task::{Context, Poll, ready};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
-/// Read at once where the reader's memory would have to be cleared first, in bytes.
+/// Bytes that are read at once where the reader's memory would have to be cleared first.
 const READ_AT_ONCE: usize = 16 * 1024;
 
 thread_local! {
-    /// Cleared once. A reader offers some kilobytes for a request of 300 bytes, and clearing them costs more than copying those.
+    /// A buffer that was cleared once. A reader offers some kilobytes for a request of 300 bytes;
+    /// clearing them would cost more than copying the request.
     static CLEARED: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_AT_ONCE].into_boxed_slice());
 }
 
-/// Reads into `buffer` once; how much that was, and whether it was less than there was room for.
+/// Reads into `buffer` once. Returns how much, and whether that was less than there was room for.
 fn read_into(buffer: &mut ReadBuf<'_>, mut stream: &TcpStream) -> io::Result<(usize, bool)> {
     if buffer.initialized().len() == buffer.capacity() {
         let room = buffer.initialize_unfilled();
@@ -40,20 +44,21 @@ fn read_into(buffer: &mut ReadBuf<'_>, mut stream: &TcpStream) -> io::Result<(us
     })
 }
 
-/// See the room's comment. What is written with comes first.
+/// A TCP stream that replays bytes, holds writes back, and registers with the reactor late.
 #[derive(Debug)]
 #[repr(C)]
 pub struct LazyTcpStream {
-    /// Written before the next write or flush.
+    /// To be written before the next write or flush.
     held: Vec<u8>,
     stream: Stream,
-    /// Read before all that still comes.
+    /// To be read before anything that still arrives.
     unread: Vec<u8>,
 }
 
-/// A socket of the standard library that the runtime watches for `interest`.
+/// Registers a standard socket with the reactor for `interest`.
 ///
 /// # Errors
+///
 /// The system's.
 #[expect(
     deprecated,
@@ -63,21 +68,21 @@ fn watched<S: AsFd + AsRawFd>(socket: S, interest: Interest) -> io::Result<Async
     AsyncFd::with_interest(socket, interest)
 }
 
-/// How far the runtime knows of the connection.
+/// How far the connection is registered with the reactor.
 #[derive(Debug)]
 enum Stream {
-    /// Not at all.
+    /// Not registered.
     Fresh(TcpStream),
-    /// It says when there is something to read.
+    /// For reading.
     Read(AsyncFd<TcpStream>),
-    /// And when there is room to write.
+    /// For reading and writing.
     Both(AsyncFd<TcpStream>),
-    /// It could not be told.
+    /// Registration failed.
     Broken,
 }
 
 impl Stream {
-    /// Has the runtime watch for `interest`.
+    /// Registers for `interest`.
     fn watch(&mut self, interest: Interest) -> io::Result<&AsyncFd<TcpStream>> {
         let stream = match std::mem::replace(self, Self::Broken) {
             Self::Fresh(stream) => stream,
@@ -102,7 +107,7 @@ impl Stream {
             match ready.try_io(|watched| read_into(buffer, watched.get_ref())) {
                 Ok(Ok((count, less))) => {
                     if count > 0 && less {
-                        // Less than there was room for: that was all.
+                        // Less than there was room for: the kernel's buffer is empty.
                         ready.clear_ready();
                     }
                     return Poll::Ready(Ok(()));
@@ -114,7 +119,7 @@ impl Stream {
         }
     }
 
-    /// Does `write` as soon as it does not block.
+    /// Calls `write` as soon as it does not block.
     fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
@@ -136,7 +141,8 @@ impl Stream {
             match written {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.watch(Interest::READABLE | Interest::WRITABLE)?;
-                    // Who waits for something to read waits for what is watched no longer, and must ask again.
+                    // The earlier registration for reading is gone, so whoever waits for data must
+                    // poll again.
                     cx.waker().wake_by_ref();
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -147,15 +153,16 @@ impl Stream {
 }
 
 impl LazyTcpStream {
-    /// A connection that blocks nobody, of which `unread` was read already and is to be read again.
+    /// A non-blocking connection. `unread` was read before and is replayed.
     #[must_use]
     pub fn new(stream: TcpStream, unread: Vec<u8>) -> Self {
         Self { stream: Stream::Fresh(stream), unread, held: Vec::new() }
     }
 
-    /// Reads what has come already, without waiting.
+    /// Reads what has arrived already, without waiting.
     ///
     /// # Errors
+    ///
     /// The system's; `WouldBlock` if there is nothing.
     pub fn read_now(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match &mut self.stream {
@@ -165,32 +172,35 @@ impl LazyTcpStream {
         }
     }
 
-    /// Pending, and then to be told, if nothing can be read: a look that costs less than a read. Ready does not mean the opposite.
+    /// Pending, with the waker registered, if nothing can be read. This costs less than a read.
+    /// Ready does not mean that there is something.
     pub fn poll_maybe_readable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match &self.stream {
-            // A write has never blocked: no more than reading can be waited for.
+            // No write has ever blocked, so only reading can be waited for.
             Stream::Read(watched) if self.unread.is_empty() => watched.poll_read_ready(cx).map(|_| ()),
             _ => Poll::Ready(()),
         }
     }
 
-    /// Lets this be read again before all else.
+    /// Makes the next reads return this first.
     pub fn give_back(&mut self, read: &[u8]) {
         self.unread.splice(..0, read.iter().copied());
     }
 
-    /// What leaves before what is written next, and with it: to be added to, with room for so many bytes more.
+    /// The buffer that is sent before the next write and together with it, with room for this many
+    /// more bytes.
     pub fn more_held(&mut self, room: usize) -> &mut Vec<u8> {
         self.held.reserve(room);
         &mut self.held
     }
 
-    /// How many bytes wait to be written.
+    /// Number of bytes held back.
     pub fn held(&self) -> usize {
         self.held.len()
     }
 
-    /// Writes what was held back and then `more`; answers how much of `more` was written, which is nothing only if it is empty.
+    /// Writes what was held back and then `more`. Returns how much of `more` was written, which is
+    /// nothing only if `more` is empty.
     fn poll_write_after_held(&mut self, cx: &mut Context<'_>, more: &[u8]) -> Poll<io::Result<usize>> {
         while !self.held.is_empty() {
             let both = [IoSlice::new(&self.held), IoSlice::new(more)];
@@ -231,7 +241,7 @@ impl AsyncRead for LazyTcpStream {
         buffer.put_slice(&self.unread[..count]);
         self.unread.drain(..count);
         if self.unread.is_empty() {
-            // Its memory too: a connection may live for weeks.
+            // Frees the memory as well: a connection may live for weeks.
             self.unread = Vec::new();
         }
         Poll::Ready(Ok(()))
@@ -361,7 +371,7 @@ mod tests {
             };
             tokio::join!(reading, writing);
         });
-        // The near end runs until it can do nothing more, and is heard by nobody before it has heard.
+        // The near end runs until it can do nothing more, before the far end reads.
         tokio::task::yield_now().await;
         far.write_all(b"hello").await.unwrap();
         let heard = tokio::time::timeout(Duration::from_secs(10), told).await;

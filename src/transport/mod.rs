@@ -1,4 +1,5 @@
-//! The doors to the network: hyper, tungstenite, tonic, Redis. This room knows frames and requests, not users.
+//! Adapters to the network: hyper, tungstenite, tonic, Redis. This module knows frames and
+//! requests, not users.
 
 mod accept;
 pub mod held;

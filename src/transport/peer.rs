@@ -1,5 +1,5 @@
-//! gRPC between roles: clients and servers for the values of [`crate::wire::peer`]. Each call carries a proof that its sender knows the
-//! shared secret, for this call alone; how that is made is not this room's affair.
+//! gRPC between roles: clients and servers for the values of [`crate::wire::peer`]. Each call
+//! carries a proof that its sender knows `peer.secret`; [`Sign`] makes it and [`Verify`] checks it.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -33,34 +33,35 @@ use calls::dispatch_server::{Dispatch, DispatchServer};
 use calls::push_client::PushClient;
 use calls::push_server::{Push, PushServer};
 
-/// How long connecting may take.
+/// Deadline for connecting.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long one call may take, but for the stream.
+/// Deadline for one call; streams have none.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// A connection is asked this often whether it lives, and given up when it does not answer as long.
+/// A connection is pinged this often, and closed if a ping is not answered for as long.
 const KEEP_ALIVE: Duration = Duration::from_secs(3);
-/// Largest message: a batch of 1000 of 64 KiB.
+/// Largest gRPC message: a batch of 1000 messages of 64 KiB.
 const MESSAGE_MAX: usize = 80 * 1024 * 1024;
-/// Batches on a stream: the next is sent when the last was answered.
+/// Batches in flight on a stream.
 const IN_FLIGHT: usize = 1;
-/// Where the proof stands.
+/// The metadata key of the proof.
 const PROOF: &str = "ringpush-peer";
-/// Where the node stands that is meant.
+/// The metadata key of the node that is called.
 const NODE: &str = "ringpush-node";
 
-/// Makes the proof for one call, of this method.
+/// Makes the proof for one call of this method.
 pub type Sign = Arc<dyn Fn(&str) -> String + Send + Sync>;
-/// Takes the proof of a call: the proof, and the method.
+/// Takes the proof of a call: the proof and the method.
 ///
 /// # Errors
+///
 /// What is wrong with it, for the caller.
 pub type Verify = Arc<dyn Fn(&str, &str) -> Result<(), String> + Send + Sync>;
-/// A role, wherever it is.
+/// A role, in this process or another one.
 pub type Service<Req, Res> = BoxCloneSyncService<Req, Res, PeerError>;
-/// Finds the push node that is meant.
+/// Finds the push node that is called.
 pub type FindPush = Arc<dyn Fn(&str) -> Option<Service<PushRequest, PushResponse>> + Send + Sync>;
 
-/// Puts proof and node into each call.
+/// Adds proof and node to each call.
 #[derive(Clone)]
 struct Signed {
     sign: Sign,
@@ -69,7 +70,7 @@ struct Signed {
 
 impl Interceptor for Signed {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        // The generated clients say which call this is.
+        // The generated clients set the method as an extension.
         let method = request.extensions().get::<GrpcMethod<'_>>();
         let method = method.map(|method| format!("/{}/{}", method.service(), method.method()));
         let proof = (self.sign)(&method.unwrap_or_default());
@@ -179,7 +180,8 @@ impl RemotePush {
     async fn deliver(&mut self, batch: message::PushBatch) -> Result<PushResponse, PeerError> {
         let kept = Arc::clone(&self.feed);
         let mut kept = kept.lock().await;
-        // Taken out until it is answered: a call that is given up must not leave its answer to the next one.
+        // Taken out until it is answered: a call that is given up must not leave its answer to the
+        // next one.
         let mut feed = match kept.take() {
             Some(feed) => feed,
             None => self.open().await?,
@@ -258,7 +260,8 @@ impl RemoteDispatch {
     }
 }
 
-/// What a process offers to its peers: all calls of the roles that run there, each looked at by `verify` before anything of it is read.
+/// What a process offers to its peers: all calls of the roles that run there, each looked at by
+/// `verify` before anything of it is read.
 pub fn routes(
     dispatch: Option<Service<DispatchRequest, DispatchResponse>>,
     push: Option<FindPush>,

@@ -1,4 +1,5 @@
-//! Redis: one connection, made when it is needed and made anew after it failed. It knows scripts and values, not nodes.
+//! Redis: one connection, made when it is needed and made anew after it failed. It knows scripts
+//! and values, not nodes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,10 +16,11 @@ use tokio::sync::{Mutex, Notify};
 
 use crate::wire::address::{RedisServers, RedisUrl};
 
-/// How long one call may take, connecting included: well below a lease, so that several tries fit into one.
+/// How long one call may take, connecting included: well below a lease, so that several tries fit
+/// into one.
 pub const CALL_DEADLINE: Duration = Duration::from_millis(1_500);
-/// The same for a Redis Cluster, which is asked who has a key's slot: nodes that do not answer are passed over one by one, each after
-/// [`CLUSTER_PATIENCE`].
+/// The same for a Redis Cluster, which is asked who has a key's slot: nodes that do not answer are
+/// passed over one by one, each after [`CLUSTER_PATIENCE`].
 const CLUSTER_DEADLINE: Duration = Duration::from_secs(4);
 /// How long one node of a cluster may take to connect, or to answer.
 const CLUSTER_PATIENCE: Duration = Duration::from_millis(700);
@@ -39,27 +41,27 @@ pub enum RedisError {
     ForNow(String),
 }
 
-/// A script that is sent once and then called by its digest.
+/// A script. It is sent once and then called by its digest.
 pub struct Script(redis::Script);
 
 impl Script {
-    /// Of this Lua text.
+    /// A script with this Lua text.
     #[must_use]
     pub fn new(text: &str) -> Self {
         Self(redis::Script::new(text))
     }
 }
 
-/// What Redis answered.
+/// A response of Redis.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Reply {
-    /// Nothing.
+    /// Nil.
     Nil,
-    /// A number.
+    /// An integer.
     Int(i64),
-    /// A string, of any bytes.
+    /// A string of any bytes.
     Bytes(Vec<u8>),
-    /// Several.
+    /// A list.
     List(Vec<Reply>),
 }
 
@@ -79,7 +81,7 @@ impl Reply {
         }
     }
 
-    /// A number, also where it came as text; zero where it is none.
+    /// The number, also if it came as text; zero for anything else.
     #[must_use]
     pub fn int(&self) -> u64 {
         match self {
@@ -89,26 +91,26 @@ impl Reply {
         }
     }
 
-    /// Text; empty where it is none.
+    /// The text; empty for anything else.
     #[must_use]
     pub fn text(&self) -> &str {
         std::str::from_utf8(self.bytes()).unwrap_or("")
     }
 
-    /// Bytes; empty where there are none.
+    /// The bytes; empty for anything else.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         if let Self::Bytes(bytes) = self { bytes } else { &[] }
     }
 
-    /// The items of a list; empty where it is none.
+    /// The items of a list; empty for anything else.
     #[must_use]
     pub fn items(&self) -> &[Reply] {
         if let Self::List(items) = self { items } else { &[] }
     }
 }
 
-/// A connection that is made when needed. Cloned, it is the same one.
+/// A connection that is made when it is needed. Cloned, it is the same connection.
 #[derive(Clone)]
 pub struct RedisLink {
     inner: Arc<Inner>,
@@ -132,10 +134,11 @@ enum Connection {
 }
 
 impl RedisLink {
-    /// Nothing is connected yet.
+    /// A link that is not connected yet.
     ///
     /// # Errors
-    /// What cannot be made of the URL, in words.
+    ///
+    /// What is wrong with the URL.
     pub fn new(url: &RedisUrl) -> Result<Self, RedisError> {
         let source = source(url).map_err(|error| RedisError::Refused(error.to_string()))?;
         Ok(Self { inner: Arc::new(Inner { source, connection: Mutex::new(None) }) })
@@ -144,7 +147,8 @@ impl RedisLink {
     /// Runs a script.
     ///
     /// # Errors
-    /// [`RedisError`]; whether the script ran is then not known.
+    ///
+    /// [`RedisError`]; it is then unknown whether the script ran.
     pub async fn run(&self, script: &Script, keys: &[&str], args: &[&[u8]]) -> Result<Reply, RedisError> {
         let mut call = script.0.prepare_invoke();
         for key in keys {
@@ -160,9 +164,11 @@ impl RedisLink {
         .await
     }
 
-    /// Sends commands together, of one hash slot; each with its words. Answers theirs in order.
+    /// Sends commands of one hash slot together, each as a list of words. Returns the responses in
+    /// order.
     ///
     /// # Errors
+    ///
     /// [`RedisError`].
     pub async fn send(&self, commands: Vec<Vec<Vec<u8>>>) -> Result<Vec<Reply>, RedisError> {
         let mut pipeline = redis::pipe();
@@ -180,7 +186,7 @@ impl RedisLink {
                     Connection::Cluster(cluster) => cluster,
                 };
                 let answers = link.req_packed_commands(&pipeline, 0, commands.len()).await?;
-                // One that failed must not be taken for an empty answer.
+                // A command that failed must not count as an empty response.
                 Value::Array(answers).extract_error()
             })
             .await?;
@@ -219,7 +225,7 @@ impl RedisLink {
             || error.is_timeout()
             || error.is_connection_dropped()
             || error.is_unrecoverable_error();
-        // After a failover the old master says READONLY: another connection finds the new one.
+        // After a failover the old master says READONLY; a new connection finds the new master.
         let elsewhere =
             error.code().is_some_and(|code| matches!(code, "READONLY" | "LOADING" | "MASTERDOWN"));
         match error.code() {
@@ -230,7 +236,8 @@ impl RedisLink {
         }
     }
 
-    /// The next call makes a new one. Whoever holds the lock is about to replace it anyway.
+    /// The next call connects again. Whoever holds the lock is about to replace the connection
+    /// anyway.
     fn drop_connection(&self) {
         if let Ok(mut connection) = self.inner.connection.try_lock() {
             *connection = None;
@@ -257,7 +264,7 @@ impl RedisLink {
         };
         let made = made.map_err(|error| match error.code() {
             Some("NOAUTH" | "WRONGPASS" | "NOPERM") => RedisError::Refused(error.to_string()),
-            // The server's reason stands behind the library's for a failed AUTH.
+            // The server's reason for a failed AUTH follows the library's.
             _ if error.to_string().contains("assword") => RedisError::Refused(error.to_string()),
             _ => RedisError::Unreachable(error.to_string()),
         })?;
@@ -265,8 +272,8 @@ impl RedisLink {
         Ok(made)
     }
 
-    /// Wakes `heard` whenever something is published on `channel`, for ever. A hint: what is missed is missed, and a
-    /// Redis Cluster is not listened to at all.
+    /// Wakes `heard` whenever something is published on `channel`. It is only a hint: messages may
+    /// be missed, and a Redis Cluster is not listened to at all.
     pub async fn listen(self, channel: String, heard: Arc<Notify>) {
         loop {
             let client = match &self.inner.source {

@@ -1,17 +1,19 @@
-//! What every request must keep, on every listener, whatever it asks for: RFC 9112 and RFC 9110, as far as hyper leaves it to the
-//! server.
+//! What every request on every listener must comply with: RFC 9112 and RFC 9110, as far as hyper
+//! leaves it to the server.
 
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, ORIGIN};
 use http::uri::Authority;
 use http::{Request, Version};
 
-/// Headers that a request has once: two would let this server and whatever stands before it read different requests.
+/// Headers that may occur once. With two of them, this server and a proxy before it could read
+/// different requests.
 const ONCE: [HeaderName; 4] = [HOST, ORIGIN, AUTHORIZATION, CONTENT_TYPE];
 
-/// Whether the head of a request is well formed.
+/// Checks the head of a request.
 ///
 /// # Errors
-/// What is wrong with it, for the answer 400.
+///
+/// What is wrong with it, for a 400.
 pub fn check_head<B>(request: &Request<B>) -> Result<(), &'static str> {
     let headers = request.headers();
     if request.version() == Version::HTTP_11 && !headers.contains_key(HOST) {
@@ -29,7 +31,7 @@ pub fn check_head<B>(request: &Request<B>) -> Result<(), &'static str> {
     }
     if let Some(host) = headers.get(HOST) {
         let host = host.to_str().map_err(|_| "Host is not ASCII")?;
-        // Empty where the target has no authority (RFC 9112, section 3.2).
+        // Empty if the target has no authority (RFC 9112, section 3.2).
         if !host.is_empty() && !is_host(host) {
             return Err("Host is not a name or an address, with a port or without");
         }
@@ -42,12 +44,12 @@ pub fn check_head<B>(request: &Request<B>) -> Result<(), &'static str> {
 
 fn is_host(text: &str) -> bool {
     let Ok(authority) = text.parse::<Authority>() else { return false };
-    // Behind the brackets of an IPv6 address, if it is one.
+    // What follows the brackets of an IPv6 address, or the whole text.
     let after = text.rsplit(']').next().unwrap_or_default();
     !text.contains('@') && !authority.host().is_empty() && after.contains(':') == authority.port().is_some()
 }
 
-/// Whether a percent sign escapes nothing (RFC 3986, section 2.1).
+/// Whether a percent sign is not followed by two hexadecimal digits (RFC 3986, section 2.1).
 fn has_bad_escape(path: &str) -> bool {
     path.split('%').skip(1).any(|after| {
         let mut digits = after.bytes().take(2);

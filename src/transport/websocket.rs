@@ -1,7 +1,7 @@
 //! WebSockets: tungstenite behind one type for each side.
 //!
-//! tungstenite allocates its read buffer per connection and bounds its write buffer by nothing unless told: both are set
-//! here. Its buffers decide what an idle socket costs.
+//! Unless told otherwise, tungstenite allocates a large read buffer per connection and does not
+//! limit its write buffer. Both are set here. These buffers decide what an idle socket costs.
 
 use std::io::{self, Read, Write};
 use std::pin::Pin;
@@ -39,52 +39,55 @@ use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
 /// Largest client frame and message, in bytes (docs/design.md, section 11).
 pub const CLIENT_FRAME_MAX: usize = 4 * 1024;
-/// Eagerly allocated per connection; client frames are acks of 30 bytes.
+/// Read buffer per connection, in bytes, allocated at once. Client frames are acks of 30 bytes.
 const READ_BUFFER: usize = 256;
-/// Framed and not written: above this a socket takes no more text, and no more answers to a client's pings.
+/// Bytes that are framed and not written. Above this the socket takes no more text and no more
+/// answers to pings.
 const HELD_MAX: usize = 16 * 1024;
-/// The nonce of a handshake, in bytes (RFC 6455, section 4.1).
+/// Length of the nonce of a handshake, in bytes (RFC 6455, section 4.1).
 const KEY_BYTES: usize = 16;
-/// The answer to a handshake, with the subprotocol, and the welcome that leaves with it.
+/// Room for the response to a handshake, with the subprotocol, and the welcome that is sent with
+/// it, in bytes.
 const ANSWER_ROOM: usize = 640;
 
 fn server_config() -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER)
-        // Control frames that the line did not take: a client may ping for ever and read nothing.
+        // Bounds control frames that were not written: a client may ping for ever and read nothing.
         .write_buffer_size(HELD_MAX)
         .max_write_buffer_size(2 * HELD_MAX)
         .max_message_size(Some(CLIENT_FRAME_MAX))
         .max_frame_size(Some(CLIENT_FRAME_MAX))
 }
 
-/// Why a request is no handshake.
+/// Why a request is not a handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HandshakeError {
-    /// It asks for no WebSocket, or for another version of it: 426.
+    /// It does not ask for a WebSocket, or for another version: 426.
     Upgrade(&'static str),
-    /// It asks for one wrongly: 400.
+    /// It asks for a WebSocket in a wrong way: 400.
     Bad(&'static str),
 }
 
-/// Reads the head of a request, as much of it as there is: what it says and how long it is, or None until it is whole.
+/// Parses the head of a request. Returns it with its length, or `None` if it is not complete.
 ///
 /// # Errors
-/// [`HandshakeError`], where no handshake begins like that.
+///
+/// [`HandshakeError`], if no handshake begins like this.
 pub fn request_head(read: &[u8]) -> Result<Option<(usize, Request<()>)>, HandshakeError> {
     Request::try_parse(read).map_err(|_| HandshakeError::Bad("a handshake is a GET of HTTP/1.1"))
 }
 
-/// The answer to a request that asks for a WebSocket.
+/// The response to a handshake.
 #[derive(Debug)]
 pub struct Handshake {
     accept: HeaderValue,
-    /// Whether the client asked for ours.
+    /// Whether the client offered our subprotocol.
     subprotocol: bool,
 }
 
 impl Handshake {
-    /// As hyper sends it.
+    /// The response for hyper.
     #[must_use]
     pub fn response(&self) -> Response<()> {
         let mut response = Response::new(());
@@ -93,7 +96,7 @@ impl Handshake {
         response
     }
 
-    /// As it is sent without hyper.
+    /// The response as bytes, for a socket without hyper.
     fn write(&self, head: &mut Vec<u8>) {
         head.extend_from_slice(b"HTTP/1.1 101 Switching Protocols\r\n");
         for (name, value) in self.fields() {
@@ -116,10 +119,11 @@ impl Handshake {
     }
 }
 
-/// Whether a request asks for a WebSocket (RFC 6455, section 4.2.1); if so, the answer to it.
+/// Checks that a request is a handshake (RFC 6455, section 4.2.1). Returns the response to it.
 ///
 /// # Errors
-/// [`HandshakeError`], with what is missing, for a person who opened the URL in a browser.
+///
+/// [`HandshakeError`] with what is missing, for a person who opened the URL in a browser.
 pub fn handshake<B>(request: &Request<B>) -> Result<Handshake, HandshakeError> {
     check_head(request).map_err(HandshakeError::Bad)?;
     let headers = request.headers();
@@ -156,7 +160,7 @@ pub fn handshake<B>(request: &Request<B>) -> Result<Handshake, HandshakeError> {
     }
     let accept = HeaderValue::from_str(&derive_accept_key(key.as_bytes()))
         .map_err(|_| HandshakeError::Bad("Sec-WebSocket-Key is bad"))?;
-    // Names of subprotocols are compared as they stand.
+    // Names of subprotocols are compared as they are.
     let subprotocol = has(SEC_WEBSOCKET_PROTOCOL, &|offered| offered == SUBPROTOCOL);
     if !subprotocol && headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
         return Err(HandshakeError::Bad("the only subprotocol here is ringpush.v1.json"));
@@ -166,36 +170,38 @@ pub fn handshake<B>(request: &Request<B>) -> Result<Handshake, HandshakeError> {
 
 /// The server's side of a socket, bare of everything that the handshake needed.
 ///
-/// tungstenite's rules over a [`LazyTcpStream`], without the two wakers that tokio-tungstenite keeps for each stream: one task both reads and
-/// writes here. Text is framed into the line itself, whose memory is given back with the last byte of it; tungstenite's own
-/// buffer sees control frames alone. An idle socket has nothing to write, and owns no room for it.
+/// tungstenite's rules over a [`LazyTcpStream`], without the two wakers that tokio-tungstenite
+/// keeps for each stream: one task both reads and writes here. Text is framed into the line itself,
+/// whose memory is given back with the last byte of it; tungstenite's own buffer sees control
+/// frames alone. An idle socket has nothing to write, and owns no room for it.
 pub struct ServerSocket {
-    /// Boxed, for it is handed on from stage to stage.
+    /// Boxed, because it is passed from stage to stage.
     inner: Box<Inner>,
 }
 
-/// In this order, for a socket that is in no cache: who sends a text needs no more than what comes first.
+/// The order of the fields matters: sending a text touches only the first cache line.
 #[repr(C)]
 struct Inner {
-    /// The rules take no more text: as they said themselves when they were asked last, for they lie further off.
-    silent: bool,
-    /// The rules may have a control frame that the line has not.
-    speaks: bool,
-    /// Nothing that was read is left: more must come before there is a frame.
-    dry: bool,
+    /// Cached `!rules.can_write()`: the close handshake has begun and no data frame may follow.
+    write_closed: bool,
+    /// tungstenite may hold a control frame that is not in the stream's buffer yet.
+    control_pending: bool,
+    /// No buffered input is left, so check readability before parsing.
+    read_drained: bool,
     ended: bool,
     line: LazyTcpStream,
     rules: WebSocketContext,
 }
 
 impl ServerSocket {
-    /// The socket on a connection whose request for it has this answer, which leaves with the first frame or flush.
+    /// The socket on a connection whose handshake gets this response. The response is sent with the
+    /// first frame or flush.
     pub fn answered(mut line: LazyTcpStream, answer: &Handshake) -> Self {
         answer.write(line.more_held(ANSWER_ROOM));
         Self::on(line)
     }
 
-    /// The socket after hyper answered; it comes within `deadline`, or not at all.
+    /// The socket of a connection that hyper upgraded; `None` if that takes longer than `deadline`.
     pub async fn upgraded(upgrade: OnUpgrade, deadline: Duration) -> Option<Self> {
         let upgraded = tokio::time::timeout(deadline, upgrade).await.ok()?.ok()?;
         let parts = auto::upgrade::downcast::<TokioIo<LazyTcpStream>>(upgraded).ok()?;
@@ -206,15 +212,16 @@ impl ServerSocket {
 
     fn on(line: LazyTcpStream) -> Self {
         let rules = WebSocketContext::new(Role::Server, Some(server_config()));
-        let (silent, speaks, dry, ended) = (false, false, false, false);
-        Self { inner: Box::new(Inner { silent, speaks, dry, ended, line, rules }) }
+        let (write_closed, control_pending, read_drained, ended) = (false, false, false, false);
+        Self { inner: Box::new(Inner { write_closed, control_pending, read_drained, ended, line, rules }) }
     }
 }
 
-/// A line as tungstenite takes it: what must wait for it would block, and is told in the context.
+/// The stream as tungstenite needs it: an operation that must wait returns `WouldBlock` and
+/// registers the context's waker.
 struct Now<'a, 'cx> {
     line: &'a mut LazyTcpStream,
-    /// Without one, nothing is read and nothing leaves.
+    /// Without a context nothing is read and nothing is sent.
     cx: Option<&'a mut Context<'cx>>,
 }
 
@@ -238,7 +245,7 @@ impl Read for Now<'_, '_> {
     }
 }
 
-/// Frames are taken whole or not at all, so that text may come between two of them.
+/// Frames are taken whole or not at all, so that a text can be put between two of them.
 impl Write for Now<'_, '_> {
     fn write(&mut self, frames: &[u8]) -> io::Result<usize> {
         if self.line.held() >= HELD_MAX {
@@ -253,7 +260,7 @@ impl Write for Now<'_, '_> {
     }
 }
 
-/// Pending for what would block.
+/// Turns `WouldBlock` into Pending.
 fn waits<T>(result: Result<T, Error>) -> Poll<Result<T, Error>> {
     match result {
         Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
@@ -266,16 +273,16 @@ impl Inner {
         if self.ended {
             return Poll::Ready(None);
         }
-        if self.dry && self.line.poll_maybe_readable(cx).is_pending() {
+        if self.read_drained && self.line.poll_maybe_readable(cx).is_pending() {
             return Poll::Pending;
         }
         let next = waits(self.rules.read(&mut Now { line: &mut self.line, cx: Some(cx) }));
-        self.dry = next.is_pending();
-        self.silent = !self.rules.can_write();
+        self.read_drained = next.is_pending();
+        self.write_closed = !self.rules.can_write();
         next.map(|next| {
             self.ended = next.is_err();
-            // What answers it waits for the next read or flush.
-            self.speaks |= !matches!(next, Ok(Message::Text(_) | Message::Binary(_)));
+            // An answer to this message waits for the next read or flush.
+            self.control_pending |= !matches!(next, Ok(Message::Text(_) | Message::Binary(_)));
             match next {
                 Err(Error::AlreadyClosed | Error::ConnectionClosed) => None,
                 next => Some(next),
@@ -284,22 +291,23 @@ impl Inner {
     }
 
     fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
-        if self.speaks {
+        if self.control_pending {
             let said = ready!(waits(self.rules.flush(&mut Now { line: &mut self.line, cx: Some(cx) })));
-            // With the last frame of all the rules are through; the line has it, and may have it still.
+            // tungstenite reports the end with the last frame. The frame is in the stream and may
+            // not be sent yet.
             if let Err(error) = said
                 && !matches!(error, Error::ConnectionClosed)
             {
                 return Poll::Ready(Err(fault(&error)));
             }
-            self.speaks = false;
+            self.control_pending = false;
         }
         Pin::new(&mut self.line).poll_flush(cx).map_err(|_| SocketError::Gone)
     }
 
-    /// Frames a text; it leaves with the next flush.
+    /// Frames a text. It is sent with the next flush.
     fn text(&mut self, text: &Bytes) -> Result<(), SocketError> {
-        if self.silent {
+        if self.write_closed {
             return Err(SocketError::Gone);
         }
         std::str::from_utf8(text).map_err(|_| SocketError::InvalidUtf8)?;
@@ -311,13 +319,13 @@ impl Inner {
         Ok(())
     }
 
-    /// Has the rules say something; it leaves with the next flush.
+    /// Queues a control frame. It is sent with the next flush.
     fn control(&mut self, message: Message) -> Result<(), SocketError> {
-        self.speaks = true;
+        self.control_pending = true;
         let said = waits(self.rules.write(&mut Now { line: &mut self.line, cx: None }, message));
-        self.silent = !self.rules.can_write();
+        self.write_closed = !self.rules.can_write();
         match said {
-            // Kept for the next flush.
+            // It stays for the next flush.
             Poll::Pending => Ok(()),
             Poll::Ready(said) => said.map_err(|error| fault(&error)),
         }
@@ -355,8 +363,9 @@ impl Sink<Outgoing> for ServerSocket {
         self.inner.poll_flushed(cx)
     }
 
-    /// Ends the connection after the last frame: nothing more is written, and what still comes is thrown away until the
-    /// peer ends too. A socket that is dropped with bytes unread is reset, and the peer would lose our close frame.
+    /// Ends the connection after the last frame: nothing more is written, and what still arrives is
+    /// discarded until the peer ends too. A socket that is dropped with unread bytes is reset, and
+    /// the peer would lose our close frame.
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
         ready!(self.inner.poll_flushed(cx))?;
         let mut line = Pin::new(&mut self.inner.line);
@@ -396,17 +405,17 @@ fn fault(error: &Error) -> SocketError {
 /// The client's side of a socket.
 pub struct ClientSocket {
     inner: WebSocketStream<MaybeTlsStream<TcpStream>>,
-    /// When something was heard last, and for how long nothing may be.
+    /// When something was received last, and how long silence may last.
     heard: Instant,
     silence: Duration,
 }
 
-/// What a client hears.
+/// Something that a client received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Heard {
     /// A text message.
     Text(Bytes),
-    /// The server closed, with this code; 1005 where it gave none.
+    /// The server closed with this code; 1005 if it gave none.
     Closed(u16),
     /// The connection broke.
     Lost,
@@ -415,18 +424,20 @@ pub enum Heard {
 /// Why a socket could not be opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectionError {
-    /// The server answered something else; 401 means that the token or ticket is not good.
+    /// The server answered with another status. 401 means that the token or ticket is refused.
     #[error("the server answered {0}")]
     Answered(u16),
-    /// It cannot be reached.
+    /// The server cannot be reached.
     #[error("{0}")]
     Unreachable(String),
 }
 
-/// Opens a socket at `url`, with a token if one is given. Until [`ClientSocket::expect_life_within`] says otherwise, a server
-/// that says nothing for `deadline` counts as lost, also after the upgrade.
+/// Opens a socket at `url`, with a token if one is given. A server that says nothing for `deadline`
+/// counts as lost, also after the upgrade, until [`ClientSocket::expect_life_within`] sets another
+/// limit.
 ///
 /// # Errors
+///
 /// [`ConnectionError`].
 pub async fn open(
     url: &str,
@@ -453,10 +464,10 @@ pub async fn open(
 }
 
 impl ClientSocket {
-    /// The next thing heard; pings are answered below.
+    /// Receives the next message. Pings are answered.
     pub async fn hear(&mut self) -> Heard {
         loop {
-            // From when something was heard last, however often this is asked anew meanwhile.
+            // Counts from when something was received last, however often this is called anew.
             let Ok(next) = timeout_at(self.heard + self.silence, self.inner.next()).await else {
                 return Heard::Lost;
             };
@@ -472,12 +483,13 @@ impl ClientSocket {
         }
     }
 
-    /// From now on a server that says nothing for this long, not even a ping, counts as lost.
+    /// From now on, silence of this length means that the connection is lost. Pings count as a sign
+    /// of life.
     pub fn expect_life_within(&mut self, silence: Duration) {
         self.silence = silence;
     }
 
-    /// Says something; false if the connection is gone.
+    /// Sends a text. Returns false if the connection is gone.
     pub async fn say(&mut self, text: String) -> bool {
         self.inner.send(Message::Text(text.into())).await.is_ok()
     }

@@ -1,11 +1,12 @@
-//! Public addresses: the template that names a node to clients, and the paths and queries of a socket.
+//! Public addresses: the template that names a node to clients, and the paths and queries of a
+//! socket request.
 
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
 
 use super::frame::Since;
 use crate::message::{DeviceId, NodeId};
 
-/// What must be escaped in a path segment or a query value.
+/// Characters that are escaped in a path segment or a query value.
 const RESERVED: &AsciiSet = &CONTROLS
     .add(b' ')
     .add(b'"')
@@ -22,20 +23,20 @@ const RESERVED: &AsciiSet = &CONTROLS
     .add(b'{')
     .add(b'}');
 
-/// `text` as it may stand in a path segment or query value.
+/// Escapes `text` for a path segment or a query value.
 #[must_use]
 pub fn escape(text: &str) -> String {
     utf8_percent_encode(text, RESERVED).to_string()
 }
 
-/// The reverse of [`escape`]; None where the bytes are not UTF-8.
+/// Reverses [`escape`]. Returns `None` if the bytes are not UTF-8.
 #[must_use]
 pub fn unescape(text: &str) -> Option<String> {
     percent_decode_str(text).decode_utf8().ok().map(std::borrow::Cow::into_owned)
 }
 
-/// The public URL of any node's socket, from a template of the answering node and a checked node id: never from what a
-/// client or a store says.
+/// Builds the public URL of a node's socket from a template and a checked node id, never from what
+/// a client or a store says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UrlTemplate {
     before: String,
@@ -43,10 +44,11 @@ pub struct UrlTemplate {
 }
 
 impl UrlTemplate {
-    /// Reads a template such as `wss://push.example.com/n/{node}/v1/ws`.
+    /// Parses a template such as `wss://push.example.com/n/{node}/v1/ws`.
     ///
     /// # Errors
-    /// The rule that it breaks.
+    ///
+    /// The rule that the template breaks.
     pub fn parse(text: &str) -> Result<Self, &'static str> {
         if !(text.starts_with("ws://") || text.starts_with("wss://")) {
             return Err("must begin with ws:// or wss://");
@@ -62,7 +64,7 @@ impl UrlTemplate {
         }
     }
 
-    /// A fixed URL: the node's own address, as in development.
+    /// A URL that does not depend on the node: the node's own address, as in development.
     #[must_use]
     pub fn fixed(url: &str) -> Self {
         Self { before: url.to_owned(), after: None }
@@ -78,23 +80,23 @@ impl UrlTemplate {
     }
 }
 
-/// Where Redis is: the forms of `redis.url`.
+/// Where Redis is, as `redis.url` says it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RedisUrl {
-    /// `rediss…`: TLS to every server.
+    /// Whether every server is spoken to over TLS (`rediss…`).
     pub tls: bool,
-    /// As `user:password@` has it; empty where there is none.
+    /// The user of `user:password@`; empty if there is none.
     pub username: String,
     /// The password; empty where there is none.
     pub password: String,
-    /// Which kind of server.
+    /// The servers, and how they are organised.
     pub servers: RedisServers,
 }
 
-/// The servers behind a `redis.url`.
+/// The servers of a `redis.url`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RedisServers {
-    /// One server, and the number of the database.
+    /// One server, and the number of its database.
     One((String, u16), i64),
     /// Sentinels, and the name of the master that they know.
     Sentinel(Vec<(String, u16)>, String),
@@ -103,21 +105,23 @@ pub enum RedisServers {
 }
 
 impl std::fmt::Debug for RedisUrl {
-    /// A password never reaches a log.
+    /// Hides the password.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "RedisUrl({:?})", self.servers)
     }
 }
 
-/// The port of a Redis server, and of a Sentinel.
+/// Default port of a Redis server and of a Sentinel.
 const REDIS_PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
 
 impl RedisUrl {
-    /// Reads `redis://`, `rediss://`, `redis+sentinel://h:p,h:p/NAME`, `redis+cluster://h:p,h:p`, and the two with `rediss+`.
+    /// Parses `redis://`, `rediss://`, `redis+sentinel://h:p,h:p/NAME`, `redis+cluster://h:p,h:p`,
+    /// and the latter two with `rediss+`.
     ///
     /// # Errors
-    /// The rule that it breaks, without a piece of it: it may hold a password.
+    ///
+    /// The rule that the text breaks, without any part of the text: it may contain a password.
     pub fn parse(text: &str) -> Result<Self, &'static str> {
         const FORMS: &str = "must be redis://HOST:PORT, rediss://HOST:PORT, redis+sentinel://HOST:PORT,HOST:PORT/NAME or \
                              redis+cluster://HOST:PORT,HOST:PORT";
@@ -170,30 +174,31 @@ fn servers_of(hosts: &str, default_port: u16) -> Result<Vec<(String, u16)>, &'st
         .collect()
 }
 
-/// What stands in the query of a socket's request.
+/// The query of a socket request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SocketQuery {
-    /// Which device.
+    /// `device`.
     pub device: Option<DeviceId>,
-    /// Where to start.
+    /// `since`: where to start.
     pub since: Option<Since>,
-    /// A ticket from `connect`.
+    /// `ticket`, from `connect`.
     pub ticket: Option<String>,
-    /// How often this client was sent on already.
+    /// `hops`: how often this client was sent on.
     pub hops: u32,
-    /// The epoch of the view that sent it on.
+    /// `epoch` of the view that sent it on.
     pub epoch: u64,
-    /// Asked for a 307 instead of a `move` frame.
+    /// `redirect=http`: a 307 instead of a `move` frame.
     pub redirect_http: bool,
-    /// A token in the URL; only looked at where that is allowed.
+    /// `access_token`. It is used only where the configuration allows it.
     pub access_token: Option<String>,
 }
 
 impl SocketQuery {
-    /// Reads a raw query; names that are not known are ignored.
+    /// Parses a raw query. Unknown parameters are ignored.
     ///
     /// # Errors
-    /// Pairs of the parameter's name and its rule, all of them.
+    ///
+    /// Every faulty parameter with the rule that it breaks.
     pub fn parse(query: &str) -> Result<Self, Vec<(&'static str, String)>> {
         let mut read = Self::default();
         let mut faults = Vec::new();
@@ -228,7 +233,8 @@ impl SocketQuery {
     }
 }
 
-/// The node named in the path of a socket's request: `/n/{node}/v1/ws`. None where no node can have that name.
+/// The node in the path `/n/{node}/v1/ws`. `None` for other paths and for names that no node can
+/// have.
 #[must_use]
 pub fn node_in_path(path: &str) -> Option<&str> {
     path.strip_prefix("/n/")?.strip_suffix("/v1/ws").filter(|node| NodeId::parse(node).is_ok())

@@ -1,37 +1,38 @@
-//! The close codes, as one table. 4000-4499: reconnect after the hint; 4500-4999: not without doing something first.
+//! The close codes, as one table. After 4000 to 4499 a client reconnects after the hint; after 4500
+//! to 4999 it must do something first.
 
-/// Why a socket of ours is closed.
+/// Why the server closes a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CloseCode {
-    /// The peer's own farewell, answered in kind.
+    /// The response to the client's own close.
     Normal,
     /// The node is leaving.
     Draining,
-    /// No token within the deadline.
+    /// No token came within the deadline.
     AuthTimeout,
     /// Too many frames or connections.
     RateLimited,
-    /// Two pings without any sign of life.
+    /// Two pings went unanswered, without any other sign of life.
     HeartbeatTimeout,
     /// The node sheds load, or auth cannot be reached.
     Overloaded,
     /// Not JSON, unknown type, wrong field, binary where text is due.
     BadFrame,
-    /// Token missing, bad, expired or revoked.
+    /// The token is missing, bad, expired or revoked.
     Unauthorized,
     /// The page's origin is not on the list.
     ForbiddenOrigin,
-    /// Too many sessions of this user: the oldest goes.
+    /// The user has too many sessions: the oldest one is closed.
     Replaced,
-    /// A frame or message over the limit.
+    /// A frame or message is over the limit.
     TooBig,
-    /// A fault of RFC 6455 itself.
+    /// A violation of RFC 6455.
     Protocol,
     /// Text that is not UTF-8.
     InvalidUtf8,
 }
 
-/// (code, number on the wire, name).
+/// Code, number on the wire, name.
 const TABLE: [(CloseCode, u16, &str); 13] = [
     (CloseCode::Normal, 1000, "normal"),
     (CloseCode::Protocol, 1002, "protocol"),
@@ -59,14 +60,14 @@ impl CloseCode {
         self.row().0
     }
 
-    /// The name, used as the reason in the close frame and as `code` in an `error` frame.
+    /// The name: the reason in the close frame and `code` in an `error` frame.
     #[must_use]
     pub fn name(self) -> &'static str {
         self.row().1
     }
 
-    /// Whether a client may connect again without doing anything else first. Codes that are not ours count as a lost
-    /// connection, save a plain farewell.
+    /// Whether a client may reconnect without doing anything else first. Codes that are not ours
+    /// count as a lost connection, except a normal close.
     #[must_use]
     pub fn may_reconnect(number: u16) -> bool {
         !matches!(number, 1000 | 4500..=4999)

@@ -1,7 +1,8 @@
 //! The frames of the client WebSocket, subprotocol `ringpush.v1.json`.
 //!
-//! The server reads [`ClientFrame`] and writes [`ServerFrame`]; the client library does the reverse. The two hot
-//! frames, `message` and its history twin, are written by hand: the payload passes through byte for byte.
+//! The server reads [`ClientFrame`] and writes [`ServerFrame`]; the client library does the
+//! reverse. `message` and its history form are written by hand, because the payload passes through
+//! byte for byte.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
@@ -9,30 +10,30 @@ use serde_json::value::RawValue;
 
 use crate::message::{DeviceId, Message, Seq};
 
-/// The subprotocol that is chosen if the client offers any.
+/// The subprotocol that the server selects if the client offers any.
 pub const SUBPROTOCOL: &str = "ringpush.v1.json";
 
-/// What a client may say.
+/// A frame from a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ClientFrame {
-    /// The first frame, where no token came with the request.
+    /// The first frame, if no token came with the request.
     Auth {
         /// The token, unverified.
         token: String,
-        /// The device, if it names one.
+        /// The device, if the client names one.
         device: Option<DeviceId>,
-        /// Where to start, if it says so.
+        /// Where to start, if the client says so.
         since: Option<Since>,
     },
-    /// Cumulative for this device.
+    /// The client has handled everything up to this number, on this device.
     Ack(u64),
     /// A new token for the same user.
     Refresh(String),
-    /// For clients that cannot send WebSocket pings.
+    /// A ping of a client that cannot send WebSocket pings.
     Ping,
 }
 
-/// Where a session is to start.
+/// Where a session starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Since {
     /// After this position.
@@ -42,10 +43,11 @@ pub enum Since {
 }
 
 impl Since {
-    /// Reads `latest` or a number.
+    /// Parses `latest` or a number.
     ///
     /// # Errors
-    /// The rule, if it is neither.
+    ///
+    /// The rule that `text` breaks.
     pub fn parse(text: &str) -> Result<Self, &'static str> {
         if text == "latest" {
             return Ok(Self::Latest);
@@ -69,12 +71,13 @@ struct Tagged<'a> {
 }
 
 impl ClientFrame {
-    /// Reads one text message of a client.
+    /// Parses one text message of a client.
     ///
     /// # Errors
-    /// What is wrong with it, for the `error` frame; never a piece of a token.
+    ///
+    /// What is wrong, for the `error` frame. It never contains a part of a token.
     pub fn parse(text: &[u8]) -> Result<Self, String> {
-        // serde would take an array for a struct; a frame is an object.
+        // serde would accept an array for a struct.
         if text.trim_ascii_start().first() != Some(&b'{') {
             return Err("a frame is one JSON object".to_owned());
         }
@@ -98,7 +101,7 @@ impl ClientFrame {
         }
     }
 
-    /// The frame as a client sends it.
+    /// Encodes the frame as a client sends it.
     #[must_use]
     pub fn encode(&self) -> String {
         match self {
@@ -130,12 +133,12 @@ fn describe(fault: &serde_json::Error) -> String {
     }
 }
 
-/// When and how widely spread to come back.
+/// How long to wait before a reconnect: a delay drawn uniformly between the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReconnectHint {
-    /// Wait at least this long.
+    /// Shortest delay, in ms.
     pub min_ms: u64,
-    /// And at most this long: draw evenly between.
+    /// Longest delay, in ms.
     pub max_ms: u64,
 }
 
@@ -143,11 +146,11 @@ pub struct ReconnectHint {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GapReason {
-    /// They were there, and their life is over.
+    /// The messages have expired.
     Expired,
-    /// The client's position is above everything here: this is another inbox than it knew.
+    /// The client's position is above everything in the inbox: it knew another inbox.
     Reset,
-    /// They stand in the store, in a form that cannot be read.
+    /// The messages are stored in a form that cannot be read.
     Unreadable,
 }
 
@@ -161,87 +164,87 @@ pub enum MoveReason {
     Drain,
 }
 
-/// What the server says, but for `message`, which [`message_frame`] writes.
+/// A frame from the server. `message` is missing here: [`message_frame`] writes it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ServerFrame {
-    /// Always the first.
+    /// The first frame of every session.
     Welcome {
-        /// Whose socket this is.
+        /// The user of this socket.
         user: String,
-        /// Which device's cursor it moves.
+        /// The device whose cursor acks move.
         device: String,
-        /// The node that holds it.
+        /// The node that holds the socket.
         node: String,
-        /// Names this session in logs.
+        /// The name of this session in logs.
         session: String,
-        /// Of the view in use.
+        /// Generation of the node's view.
         generation: String,
-        /// Of the view in use.
+        /// Epoch of the node's view.
         epoch: u64,
-        /// Where this session starts; 0 for the beginning.
+        /// The position at which this session starts; 0 is the beginning.
         since: u64,
-        /// How often the server pings.
+        /// Time between two pings of the server, in ms.
         ping_every_ms: u64,
-        /// For the next time.
+        /// The hint for the next reconnect.
         reconnect: ReconnectHint,
     },
-    /// The backlog is delivered; what follows is live.
+    /// The backlog is delivered; live messages follow.
     CaughtUp {
-        /// The last one.
+        /// The last position that was sent.
         seq: u64,
     },
     /// Numbers that will never come.
     Gap {
-        /// The last one before the hole.
+        /// The last number before the gap.
         after: u64,
-        /// The next one that can come.
+        /// The next number that can come.
         before: u64,
-        /// Why.
+        /// Why the numbers are missing.
         reason: GapReason,
     },
-    /// Open this, then close here.
+    /// The client must open another socket and then close this one.
     Move {
-        /// Where to.
+        /// The URL to open.
         url: String,
-        /// The node there.
+        /// The node at that URL.
         node: String,
-        /// Of the view that says so.
+        /// Epoch of the view that names that node.
         epoch: u64,
-        /// How long to wait first.
+        /// How long to wait first, in ms.
         after_ms: u64,
-        /// Why.
+        /// Why the client must move.
         reason: MoveReason,
     },
-    /// The new token is taken.
+    /// The new token was accepted.
     Refreshed {
-        /// When it ends.
+        /// When the new token expires, RFC 3339.
         expires_at: String,
     },
-    /// Comes before a close that is somebody's fault.
+    /// Precedes a close that is caused by a fault.
     Error {
         /// The name of the close code.
         code: String,
-        /// For a person.
+        /// An explanation for people.
         message: String,
-        /// When to come back, where that makes sense.
+        /// When to reconnect, if that makes sense.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         reconnect: Option<ReconnectHint>,
     },
-    /// The answer to `ping`.
+    /// The response to `ping`.
     Pong,
 }
 
 impl ServerFrame {
-    /// The frame as text.
+    /// Encodes the frame as text.
     #[must_use]
     pub fn encode(&self) -> Bytes {
-        // Strings and numbers only: there is nothing in it that JSON could refuse.
+        // Only strings and numbers: serialisation cannot fail.
         Bytes::from(serde_json::to_vec(self).unwrap_or_default())
     }
 }
 
-/// The `message` frame, built once and shared by all sessions that get it.
+/// Encodes a `message` frame. It is built once and shared by all sessions that get it.
 #[must_use]
 pub fn message_frame(message: &Message) -> Bytes {
     let mut out = BytesMut::with_capacity(message.payload.len() + message.id.as_str().len() + 160);
@@ -250,7 +253,7 @@ pub fn message_frame(message: &Message) -> Bytes {
     out.freeze()
 }
 
-/// A message as history shows it: a `message` frame without `type`.
+/// Appends a message in the form of a history response: a `message` frame without `type`.
 pub fn put_history_item(out: &mut BytesMut, message: &Message) {
     out.put_u8(b'{');
     put_message_fields(out, message);
@@ -270,7 +273,7 @@ fn put_message_fields(out: &mut BytesMut, message: &Message) {
     out.put_u8(b'}');
 }
 
-/// A decimal number without going through `fmt`.
+/// Appends a decimal number.
 pub fn put_number(out: &mut BytesMut, mut n: u64) {
     let mut digits = [0u8; 20];
     let mut at = digits.len();
@@ -285,7 +288,8 @@ pub fn put_number(out: &mut BytesMut, mut n: u64) {
     out.put_slice(&digits[at..]);
 }
 
-/// A message id as a JSON string: printable ASCII, so only two characters need a backslash.
+/// Appends a message id as a JSON string. It is printable ASCII, so only two characters need
+/// escaping.
 pub fn put_id(out: &mut BytesMut, id: &str) {
     out.put_u8(b'"');
     for byte in id.bytes() {
@@ -300,34 +304,35 @@ pub fn put_id(out: &mut BytesMut, id: &str) {
 /// A `message` frame as a client reads it.
 #[derive(Debug, Clone, Deserialize)]
 pub struct MessageFrame {
-    /// Its number.
+    /// Position in the inbox.
     pub seq: u64,
-    /// Its id.
+    /// Id of the message.
     pub id: String,
-    /// When it was taken, RFC 3339.
+    /// When it was accepted, RFC 3339.
     pub accepted_at: String,
-    /// When it ends, RFC 3339.
+    /// When it expires, RFC 3339.
     pub expires_at: String,
-    /// The payload as it was sent.
+    /// The payload as the sender wrote it.
     pub payload: Box<RawValue>,
 }
 
-/// Any frame of the server, as a client reads it.
+/// A frame of the server, as a client reads it.
 #[derive(Debug)]
 pub enum ReceivedFrame {
-    /// A message.
+    /// A `message` frame.
     Message(MessageFrame),
-    /// Anything else that we know.
+    /// Any other frame that this version knows.
     Other(ServerFrame),
-    /// A type that is newer than this client: ignored.
+    /// A frame of an unknown, newer type; to be ignored.
     Unknown,
 }
 
 impl ReceivedFrame {
-    /// Reads one text message of a server.
+    /// Parses one text message of a server.
     ///
     /// # Errors
-    /// The parser's words, if it is not a frame.
+    ///
+    /// The error of the JSON parser.
     pub fn parse(text: &[u8]) -> Result<Self, serde_json::Error> {
         #[derive(Deserialize)]
         struct Kind {

@@ -1,6 +1,6 @@
-//! The bodies of the HTTP interfaces: what senders and clients may say, and the problems they are answered with.
+//! The bodies of the HTTP interfaces, and the problems that are returned.
 //!
-//! A publish is read in one pass; its payload stays a slice of the body, byte for byte as it was sent.
+//! A publish is parsed in one pass. Its payload stays a slice of the body, byte for byte.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -9,48 +9,48 @@ use serde_json::value::RawValue;
 use super::frame::{put_history_item, put_id, put_number};
 use crate::message::{DeviceId, Message, MessageId, Recipients, Seq, UserId};
 
-/// Shortest and longest life of a message, in seconds (docs/design.md, section 11).
+/// Life of a message, in seconds (docs/design.md, section 11).
 pub const TTL_S: std::ops::RangeInclusive<u64> = 1..=30 * 24 * 3600;
 
-/// The limits that a publish is read against.
+/// The limits that a publish is checked against.
 #[derive(Debug, Clone, Copy)]
 pub struct PublishLimits {
     /// Largest payload, in bytes as sent.
     pub message_bytes: usize,
     /// Most recipients of one publish.
     pub recipients: usize,
-    /// Most publishes of one batch.
+    /// Most publishes in one batch.
     pub batch: usize,
-    /// Life of a message whose sender names none, in seconds.
+    /// Default life of a message, in seconds.
     pub ttl_s: u64,
 }
 
-/// A publish that is well formed.
+/// A publish that is well-formed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Publish {
-    /// For whom.
+    /// The recipients.
     pub to: Recipients,
     /// Valid JSON text, byte for byte as sent.
     pub payload: Bytes,
-    /// Its life, in seconds.
+    /// Life of the message, in seconds.
     pub ttl_s: u64,
-    /// The sender's own id, if it gave one.
+    /// The sender's id, if it gave one.
     pub id: Option<MessageId>,
 }
 
-/// One thing wrong with a body.
+/// One fault in a body.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FieldError {
-    /// A JSON pointer to the field.
+    /// JSON pointer to the field.
     pub pointer: String,
     /// What is wrong, and what is allowed.
     pub detail: String,
 }
 
-/// An error as RFC 9457 has it.
+/// An error as in RFC 9457.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Problem {
-    /// Always `about:blank`: the status says the kind.
+    /// Always `about:blank`: the status tells the kind.
     #[serde(rename = "type", default = "about_blank")]
     pub kind: String,
     /// The status in words.
@@ -59,16 +59,16 @@ pub struct Problem {
     pub status: u16,
     /// What happened, and the remedy.
     pub detail: String,
-    /// Field by field, for a body.
+    /// The faults of a body, field by field.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<FieldError>,
-    /// The id of a publish of which only a part was stored.
+    /// Id of a publish that was stored in part.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// And what became of each recipient.
+    /// The outcome for each recipient of that publish.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accepted: Option<Vec<Accepted>>,
-    /// Seconds until a repeat may help: the `Retry-After` header.
+    /// Value of `Retry-After`, in seconds.
     #[serde(skip)]
     pub retry_after_s: Option<u32>,
 }
@@ -78,7 +78,7 @@ fn about_blank() -> String {
 }
 
 impl Problem {
-    /// A problem with this status, and its usual words as the title.
+    /// A problem with this status and its usual title.
     #[must_use]
     pub fn new(status: u16, detail: impl Into<String>) -> Self {
         let title = match status {
@@ -105,12 +105,12 @@ impl Problem {
             errors: Vec::new(),
             id: None,
             accepted: None,
-            // A second is long enough for a queue to drain and short enough not to be felt.
+            // A second is long enough for a queue to drain and short enough not to be noticed.
             retry_after_s: matches!(status, 429 | 503).then_some(1),
         }
     }
 
-    /// Wrong fields, each with its place.
+    /// A 422 (or 413) for wrong fields.
     #[must_use]
     pub fn fields(errors: Vec<FieldError>) -> Self {
         let status = if errors.iter().any(|e| e.detail.starts_with(TOO_LARGE)) { 413 } else { 422 };
@@ -128,63 +128,63 @@ impl Problem {
     }
 }
 
-/// How the detail of a field over its size begins; it makes the problem a 413.
+/// Prefix of the detail of a field that is too large. It turns the problem into a 413.
 const TOO_LARGE: &str = "too large: ";
 
-/// What became of a publish for one recipient, as it is answered.
+/// The outcome for one recipient, as it is returned.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Accepted {
-    /// It stands in the inbox, on stable storage.
+    /// The message is in the inbox, on stable storage.
     Stored {
         /// The recipient.
         user: String,
-        /// Its number there.
+        /// Position in the recipient's inbox.
         seq: u64,
-        /// It stood there before, under the same id.
+        /// It was stored before under the same id.
         duplicate: bool,
     },
-    /// It does not.
+    /// The message is not stored.
     Failed {
         /// The recipient.
         user: String,
-        /// Why.
+        /// Why it is not stored.
         error: PublishError,
     },
 }
 
-/// Why one recipient was not served.
+/// Why a message was not stored for one recipient.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublishError {
-    /// As an HTTP status: 409 or 503.
+    /// HTTP status: 409 or 503.
     pub status: u16,
-    /// What happened.
+    /// An explanation for people.
     #[serde(default)]
     pub detail: String,
 }
 
-/// What became of one publish.
+/// The outcome of one publish.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Published {
     /// The sender's id, or the one made for it.
     pub id: MessageId,
-    /// A repeat under that id stores nothing twice.
+    /// Whether a repeat under `id` is deduplicated.
     pub repeatable: bool,
     /// One entry per recipient, in the order given.
     pub accepted: Vec<(UserId, Result<Stored, PublishError>)>,
 }
 
-/// Where a message stands.
+/// Where a message is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored {
-    /// Its number.
+    /// Position in the recipient's inbox.
     pub seq: Seq,
-    /// It stood there before.
+    /// It was stored before under the same id.
     pub duplicate: bool,
 }
 
 impl Published {
-    /// The problem to answer with, unless every recipient was served.
+    /// The problem to return, unless every recipient was served.
     #[must_use]
     pub fn problem(&self) -> Option<Problem> {
         let failed: Vec<&PublishError> = self.accepted.iter().filter_map(|(_, r)| r.as_ref().err()).collect();
@@ -200,14 +200,14 @@ impl Published {
             )
         };
         Some(Problem {
-            // An id that nobody looks for must not be offered for a repeat.
+            // An id that is not deduplicated must not be offered for a repeat.
             id: self.repeatable.then(|| self.id.as_str().to_owned()),
             accepted: Some(self.accepted.iter().map(as_accepted).collect()),
             ..Problem::new(first.status, detail)
         })
     }
 
-    /// Writes the body of a 202.
+    /// Appends the body of a 202.
     pub fn put(&self, out: &mut BytesMut) {
         out.put_slice(br#"{"id":"#);
         put_id(out, self.id.as_str());
@@ -255,7 +255,7 @@ fn put_string(out: &mut BytesMut, text: &str) {
     out.put_slice(&serde_json::to_vec(text).unwrap_or_default());
 }
 
-/// The answer to a batch: one result per publish, in the order sent.
+/// The body of the response to a batch: one result per publish, in the order sent.
 #[must_use]
 pub fn batch_body(results: &[Result<Published, Problem>]) -> Bytes {
     let mut out = BytesMut::with_capacity(results.len() * 110 + 16);
@@ -280,7 +280,7 @@ fn put_error(out: &mut BytesMut, problem: &Problem) {
     out.put_u8(b'}');
 }
 
-/// The answer to a history request.
+/// The body of the response to a history request.
 #[must_use]
 pub fn history_body(messages: &[Message], next: Option<Seq>) -> Bytes {
     let mut out = BytesMut::with_capacity(messages.iter().map(|m| m.payload.len() + 200).sum::<usize>() + 32);
@@ -300,7 +300,7 @@ pub fn history_body(messages: &[Message], next: Option<Seq>) -> Bytes {
     out.freeze()
 }
 
-/// Keeps `null` apart from an absent field, where it is a value; elsewhere the two are the same.
+/// Tells `null` from an absent field where `null` is a value. Elsewhere the two are the same.
 fn present<'de: 'a, 'a, D: Deserializer<'de>>(from: D) -> Result<Option<&'a RawValue>, D::Error> {
     <&RawValue>::deserialize(from).map(Some)
 }
@@ -331,10 +331,11 @@ struct RawBatch<'a> {
     messages: Option<&'a RawValue>,
 }
 
-/// Reads a JSON object; serde alone would take an array for one.
+/// Parses a JSON object; serde alone would accept an array.
 ///
 /// # Errors
-/// 400 where it is not JSON, 422 where it is not an object of this shape.
+///
+/// 400 if it is not JSON, 422 if it is not an object of this shape.
 pub fn parse_object<'a, T: Deserialize<'a>>(body: &'a [u8], pointer: &str) -> Result<T, Problem> {
     let looks = body.trim_ascii_start().first();
     if looks.is_some_and(|byte| *byte != b'{') && serde_json::from_slice::<&RawValue>(body).is_ok() {
@@ -350,13 +351,15 @@ fn fault(pointer: impl Into<String>, detail: impl Into<String>) -> FieldError {
     FieldError { pointer: pointer.into(), detail: detail.into() }
 }
 
-/// Payloads from so many bytes on are not copied out of the body: a connection's read buffer is twice that, at least.
+/// Payloads of at least this many bytes are not copied out of the body. The read buffer of a
+/// connection is at least twice as large.
 const SHARED_PAYLOAD: usize = 4 * 1024;
 
-/// Reads the body of one publish.
+/// Parses the body of one publish.
 ///
 /// # Errors
-/// 400 not JSON, 413 a payload over the limit, 422 wrong fields, each named.
+///
+/// 400 not JSON, 413 payload over the limit, 422 wrong fields.
 pub fn parse_publish(body: &Bytes, limits: &PublishLimits) -> Result<Publish, Problem> {
     let raw: RawPublish<'_> = parse_object(body, "")?;
     let mut faults = Vec::new();
@@ -396,16 +399,16 @@ fn parse_payload(
         faults.push(fault("/payload", TOO_DEEP));
         return None;
     }
-    // A slice keeps the whole body alive, and the buffer that it was read into: only worth it for much, and where the body is little
-    // more than the payload.
+    // A slice keeps the whole body and its read buffer alive. That pays only for a large payload
+    // that makes up most of the body.
     let shared = text.len() >= SHARED_PAYLOAD && body.len() <= 2 * text.len();
     Some(if shared { body.slice_ref(text) } else { Bytes::copy_from_slice(text) })
 }
 
-/// Levels of a payload: as many as common parsers take by default (that of serde_json among them). Clients have parsers of all kinds, and
-/// one that dies of a payload would get it again for ever.
+/// Most levels of nesting of a payload, the default of common parsers (serde_json among them). A
+/// client whose parser dies of a payload would get it again for ever.
 pub const PAYLOAD_LEVELS: usize = 128;
-/// What is told of a payload with more.
+/// Detail of a payload that is nested deeper.
 pub const TOO_DEEP: &str =
     "is nested more than 128 levels deep, which the parsers of many clients do not take";
 
@@ -413,7 +416,7 @@ pub const TOO_DEEP: &str =
 #[must_use]
 pub fn is_shallow(json: &[u8]) -> bool {
     let opens = |byte: &&u8| matches!(byte, b'[' | b'{');
-    // Nearly all have fewer brackets than that, in strings or not.
+    // Nearly all payloads have fewer brackets than that, inside or outside of strings.
     if json.iter().filter(opens).count() <= PAYLOAD_LEVELS {
         return true;
     }
@@ -472,7 +475,7 @@ fn parse_to(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldError>
 }
 
 fn parse_user(raw: &RawValue, pointer: &str, faults: &mut Vec<FieldError>) -> Option<UserId> {
-    // Most ids need no unescaping: borrow where that is so.
+    // Most ids need no unescaping; they are borrowed.
     let text: Option<std::borrow::Cow<'_, str>> = match serde_json::from_str::<&str>(raw.get()) {
         Ok(text) => Some(text.into()),
         Err(_) => serde_json::from_str::<String>(raw.get()).ok().map(Into::into),
@@ -494,7 +497,8 @@ fn parse_users(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldErr
         faults.push(fault("/to/users", detail));
         return None;
     }
-    // A user named twice is stored once: both entries carry the publish's id, so the second is a duplicate.
+    // A user that is named twice is stored once: both entries carry the id of the publish, so the
+    // second one is a duplicate.
     let read: Vec<UserId> = users
         .into_iter()
         .enumerate()
@@ -503,10 +507,11 @@ fn parse_users(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldErr
     (read.len() == count).then_some(Recipients::Users(read))
 }
 
-/// Reads the body of a batch: each item stands alone.
+/// Parses the body of a batch. Each item stands alone.
 ///
 /// # Errors
-/// A problem of the batch as a whole.
+///
+/// A fault of the batch as a whole.
 pub fn parse_batch(body: &Bytes, limits: &PublishLimits) -> Result<Vec<Result<Publish, Problem>>, Problem> {
     let raw: RawBatch<'_> = parse_object(body, "")?;
     let items = raw.messages.and_then(|raw| serde_json::from_str::<UpTo<'_>>(raw.get()).ok());
@@ -519,9 +524,10 @@ pub fn parse_batch(body: &Bytes, limits: &PublishLimits) -> Result<Vec<Result<Pu
     }
     let (mut all, mut recipients) = (Vec::with_capacity(items.len()), 0);
     for (n, item) in items.iter().enumerate() {
-        // Each item gets a body of its own: one that waits must not keep the whole batch alive.
+        // Each item gets a copy of its own, so that one item that waits does not keep the whole
+        // batch alive.
         let parsed = parse_publish(&Bytes::copy_from_slice(item.get().as_bytes()), limits);
-        // Faults cost what recipients do, but for one of each item.
+        // A faulty item counts by its errors, at least one.
         recipients += parsed.as_ref().map_or_else(
             |problem| problem.errors.len().saturating_sub(1),
             |publish| publish.to.users().len(),
@@ -536,12 +542,13 @@ pub fn parse_batch(body: &Bytes, limits: &PublishLimits) -> Result<Vec<Result<Pu
     Ok(all)
 }
 
-/// Recipients of all publishes of a batch together. Each costs about 400 bytes while it waits to be stored: 4 MB.
+/// Most recipients of all publishes of a batch together. Each costs about 400 bytes while it waits
+/// to be stored: 4 MB.
 pub const BATCH_RECIPIENTS: usize = 10_000;
-/// Items of a list that are looked at: more than any limit of a list allows.
+/// Items of a list that are parsed: more than any limit of a list allows.
 const LIST_ITEMS: usize = 1_000;
 
-/// A list, as far as it may be used, and how long it is. What is too long is counted and costs nothing more.
+/// A list, parsed as far as it may be used, and its length. Items beyond are only counted.
 struct UpTo<'a> {
     items: Vec<&'a RawValue>,
     count: usize,
@@ -576,10 +583,11 @@ impl<'de: 'a, 'a> Deserialize<'de> for UpTo<'a> {
     }
 }
 
-/// The body of `POST /v1/connect`.
+/// Parses the body of `POST /v1/connect`. An empty body is the default device.
 ///
 /// # Errors
-/// 400 or 422, as for any body; an empty one is the default device.
+///
+/// 400 or 422.
 pub fn parse_connect(body: &[u8]) -> Result<DeviceId, Problem> {
     #[derive(Deserialize)]
     struct Connect {
@@ -597,10 +605,11 @@ pub fn parse_connect(body: &[u8]) -> Result<DeviceId, Problem> {
     }
 }
 
-/// The body of `POST /v1/tokens`: a user, and the token's life in seconds.
+/// Parses the body of `POST /v1/tokens`: a user, and the life of the token in seconds.
 ///
 /// # Errors
-/// 400 or 422, as for any body.
+///
+/// 400 or 422.
 pub fn parse_token_request(
     body: &[u8],
     life_s: std::ops::RangeInclusive<u64>,
@@ -632,10 +641,11 @@ pub fn parse_token_request(
     }
 }
 
-/// The body of `POST /v1/verify`.
+/// Parses the body of `POST /v1/verify`.
 ///
 /// # Errors
-/// 400 or 422, as for any body.
+///
+/// 400 or 422.
 pub fn parse_verify_request(body: &[u8]) -> Result<String, Problem> {
     #[derive(Deserialize)]
     struct Raw {

@@ -1,5 +1,5 @@
-//! Every byte agreed with others, and nothing else: client frames, close codes, HTTP bodies, addresses, and what the
-//! roles say to one another. Pure: text in, values out, and back.
+//! Every byte that is agreed with other programs: client frames, close codes, HTTP bodies,
+//! addresses, and the messages between roles. Pure: text in, values out, and back.
 
 pub mod address;
 pub mod close;

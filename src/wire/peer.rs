@@ -1,5 +1,5 @@
-//! What the roles say to one another. In one process these values pass through a `tower::Service` as they are; between
-//! processes they are carried by the peer transport.
+//! The messages between roles. In one process they pass through a `tower::Service` as they are;
+//! between processes the peer transport carries them.
 
 use std::sync::Arc;
 
@@ -7,22 +7,24 @@ use bytes::Bytes;
 
 use crate::message::{DeviceId, Message, Millis, NodeId, Seq, UserId};
 
-/// Which view somebody has: two that differ in it see different nodes.
+/// The version of a view. It is sent with every peer call, so that both sides notice when their
+/// views differ.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ViewVersion {
-    /// Changes when the registry forgot everything.
+    /// Changes when the registry has forgotten everything.
     pub generation: Arc<str>,
-    /// Rises with every change.
+    /// Rises with every change of the membership.
     pub epoch: u64,
-    /// Over what decides about owners.
+    /// Hash over everything that decides about owners.
     pub digest: u64,
 }
 
 impl ViewVersion {
-    /// Whether whoever has this knows something that `other` does not: a later view, or one of another generation.
+    /// Whether this version is something that `other` does not know: a later view, or one of
+    /// another generation.
     #[must_use]
     pub fn is_news_to(&self, other: &Self) -> bool {
-        // Who has no view yet knows nothing.
+        // A process without a view knows nothing.
         let has_one = !self.generation.is_empty();
         has_one
             && self.digest != other.digest
@@ -30,103 +32,105 @@ impl ViewVersion {
     }
 }
 
-/// One stored message on its way to its user's sockets. A hint: it may be lost, repeated or late without harm.
+/// A stored message on its way to its user's sockets. It is a hint: it may be lost, repeated or
+/// late without harm.
 #[derive(Debug, Clone)]
 pub struct LiveMessage {
-    /// Whose inbox it stands in.
+    /// The user in whose inbox it is stored.
     pub user: UserId,
-    /// What was stored there.
+    /// The message as it is stored.
     pub message: Arc<Message>,
 }
 
-/// To dispatch, from collect.
+/// A request from collect to dispatch.
 #[derive(Debug, Clone)]
 pub enum DispatchRequest {
-    /// Hand these on to wherever their users are.
+    /// Route these messages.
     Deliver {
-        /// In the order they were stored.
+        /// The messages, in the order in which they were stored.
         batch: Vec<LiveMessage>,
-        /// Something before this was dropped: every node must look into the inboxes.
+        /// Messages before these were dropped: every node must look into the inboxes.
         missed: bool,
-        /// The sender's view.
+        /// Version of the sender's view.
         stamp: ViewVersion,
     },
-    /// Where is this user connected?
+    /// Find the sessions of this user.
     Lookup(UserId),
-    /// Close the sockets of this user whose token was issued before this moment.
+    /// Close the sockets of this user whose token was issued before a time.
     Disconnect(Revocation),
-    /// Are you there?
+    /// Check that the process responds.
     Ping,
 }
 
-/// The answer of dispatch.
+/// The response of dispatch.
 #[derive(Debug, Clone)]
 pub enum DispatchResponse {
-    /// Taken, or dropped with a mark that makes the node look for itself.
+    /// Accepted, or dropped with a mark that makes the node sweep.
     Done,
-    /// The owner by arithmetic, and every session found.
+    /// The result of a look-up.
     Found {
-        /// By the view in use; None where there is no push node.
+        /// The owner in the view in use; `None` if there is no push node.
         owner: Option<NodeId>,
-        /// On all nodes asked.
+        /// The sessions on all nodes that were asked.
         sessions: Vec<Presence>,
     },
 }
 
-/// To a push node, from dispatch.
+/// A request from dispatch to a push node.
 #[derive(Debug, Clone)]
 pub enum PushRequest {
-    /// Live messages for users that may be here.
+    /// Live messages for users that may be connected here.
     Deliver {
-        /// In the order they were stored; shared with the sender, who may need them again.
+        /// The messages, in the order in which they were stored. They are shared with the sender,
+        /// which may need them again.
         batch: Arc<[LiveMessage]>,
-        /// Something before this was dropped: look into the inboxes.
+        /// Messages before these were dropped: look into the inboxes.
         sweep: bool,
-        /// The sender's view.
+        /// Version of the sender's view.
         stamp: ViewVersion,
     },
-    /// The sender's view has this node no more.
+    /// The sender's view no longer has this node.
     Gone(ViewVersion),
-    /// Are you there?
+    /// Check that the node responds.
     Ping,
-    /// Is this user here?
+    /// Find the sessions of this user on this node.
     Lookup(UserId),
-    /// Close the sockets of this user whose token was issued before this moment.
+    /// Close the sockets of this user whose token was issued before a time.
     Disconnect(Revocation),
 }
 
-/// The answer of a push node.
+/// The response of a push node.
 #[derive(Debug, Clone)]
 pub enum PushResponse {
-    /// Taken, by a node that has this view.
+    /// Accepted, by a node with this version of the view.
     Done(ViewVersion),
-    /// The sessions of the user that was asked for.
+    /// The sessions of the user.
     Sessions(Vec<Presence>),
 }
 
-/// Tokens of a user issued before a moment are no longer good.
+/// Tokens of a user that were issued before a time are refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Revocation {
-    /// Whose.
+    /// The user.
     pub user: UserId,
-    /// Whole seconds: a token with an earlier `iat` is refused.
+    /// A token with an earlier `iat` is refused; in whole seconds.
     pub not_before_s: u64,
 }
 
 /// One session of a user, as a node reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Presence {
-    /// Which device.
+    /// The device.
     pub device: DeviceId,
-    /// Where.
+    /// The node that holds the session.
     pub node: NodeId,
-    /// Since when.
+    /// When the session began.
     pub connected_at: Millis,
-    /// What it has acked, as far as this node knows.
+    /// The last position that the device acked, as far as this node knows.
     pub acked: Seq,
 }
 
-/// To auth: is this token good?
+/// A request to auth: is this token good?
 #[derive(Clone, PartialEq, Eq)]
 pub struct VerifyRequest {
     /// The token as the client gave it.
@@ -134,7 +138,7 @@ pub struct VerifyRequest {
 }
 
 impl std::fmt::Debug for VerifyRequest {
-    /// A token never reaches a log.
+    /// Hides the token.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("VerifyRequest")
     }
@@ -143,23 +147,23 @@ impl std::fmt::Debug for VerifyRequest {
 /// What a good token says.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Identity {
-    /// Its `sub`.
+    /// `sub`.
     pub user: UserId,
-    /// Its `iat`, whole seconds; zero where it has none.
+    /// `iat` in whole seconds; zero if the token has none.
     pub issued_at_s: u64,
-    /// Its `exp`, whole seconds.
+    /// `exp` in whole seconds.
     pub expires_at_s: u64,
-    /// All its claims, as JSON text.
+    /// All claims, as JSON text.
     pub claims: Bytes,
 }
 
 /// Why a peer did not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PeerError {
-    /// It cannot be reached, or cannot do it now: try again, or another.
+    /// It cannot be reached or cannot do it now; the caller may try again or ask another one.
     #[error("{0}")]
     Unavailable(String),
-    /// The token is not good; the reason is for the client.
+    /// The token is refused; the reason may be shown to the client.
     #[error("{0}")]
     Unauthorized(String),
 }

@@ -1,23 +1,24 @@
-//! The messages of gRPC, and what they mean: stored and sent types are not the domain's, and are checked where they enter.
+//! The gRPC messages and their conversion. Stored and sent types are not the domain's; they are
+//! checked where they enter.
 
 use std::sync::Arc;
 
 use super::peer::{LiveMessage, Presence, Revocation, ViewVersion};
 use crate::message::{DeviceId, Message, MessageId, Millis, NodeId, Seq, UserId};
 
-/// Between roles: `proto/peer.proto`.
+/// Messages between roles, from `proto/peer.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod peer {
     include!(concat!(env!("OUT_DIR"), "/messages/ringpush.peer.v1.rs"));
 }
 
-/// For publishers: `proto/collect.proto`.
+/// Messages of publishers, from `proto/collect.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod collect {
     include!(concat!(env!("OUT_DIR"), "/messages/ringpush.v1.rs"));
 }
 
-/// A message of a peer that says nothing this version understands.
+/// A peer message that this version does not understand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0} is missing or breaks its rule")]
 pub struct ProtoError(pub &'static str);
@@ -29,7 +30,7 @@ impl From<&ViewVersion> for peer::Stamp {
 }
 
 impl From<Option<peer::Stamp>> for ViewVersion {
-    /// One that is missing knows nothing.
+    /// A missing version counts as one that knows nothing.
     fn from(stamp: Option<peer::Stamp>) -> Self {
         let stamp = stamp.unwrap_or_default();
         Self { generation: stamp.generation.into(), epoch: stamp.epoch, digest: stamp.digest }
@@ -65,25 +66,28 @@ impl TryFrom<peer::Live> for LiveMessage {
     }
 }
 
-/// A whole batch, or its first fault.
+/// Converts a whole batch.
 ///
 /// # Errors
-/// [`ProtoError`].
+///
+/// The first fault.
 pub fn batch_of(messages: Vec<peer::Live>) -> Result<Vec<LiveMessage>, ProtoError> {
     messages.into_iter().map(LiveMessage::try_from).collect()
 }
 
-/// A user id.
+/// Converts a user id.
 ///
 /// # Errors
+///
 /// [`ProtoError`].
 pub fn user_of(text: &str) -> Result<UserId, ProtoError> {
     UserId::parse(text).map_err(|_| ProtoError("user"))
 }
 
-/// A node's name.
+/// Converts a node name.
 ///
 /// # Errors
+///
 /// [`ProtoError`].
 pub fn node_of(text: &str) -> Result<NodeId, ProtoError> {
     NodeId::parse(text).map_err(|_| ProtoError("node"))

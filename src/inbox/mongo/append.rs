@@ -1,12 +1,15 @@
-//! Appending: the numbers, the fence, and answers that were lost. docs/design.md, section 5 has the rules, `model` explores them:
+//! Appending: numbers, order among writers, and responses that were lost. The rules are in
+//! docs/design.md, section 5; `model` explores them:
 //!
-//! 1. n goes in only when n-1 is known to be durable, or after it in the same ordered insert; one insert of a user is in
-//!    flight per process.
-//! 2. After a duplicate key look at (u, n). This append's own: stored, once a majority read shows it. Another's: look the
-//!    sender's id up if there is one, and go on above n, by the head that was read before; the second time read the head again.
-//! 3. After an ambiguous error, or where nothing stands: the same n again, until the deadline.
-//! 4. A head in memory is trusted for a while after its read was sent. An append that was answered long after that is
-//!    acknowledged only if a linearizable read of the head record is below its number; else the number is void.
+//! 1. n goes in only when n-1 is known to be durable, or after it in the same ordered insert. One
+//!    insert of a user is in flight per process.
+//! 2. After a duplicate key, look at (u, n). If this append wrote it, it is stored, once a majority
+//!    read shows it. If another one did, look up the sender's id if there is one, and go on above n
+//!    by the head that was read before; the second time read the head again.
+//! 3. After an ambiguous error, or where nothing stands, try the same n again until the deadline.
+//! 4. A head in memory is trusted for a while after its read was sent. An append that was answered
+//!    long after that is acknowledged only if a linearizable read of the head record is below its
+//!    number. Otherwise the number is void.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -23,32 +26,37 @@ use crate::backoff::between;
 use crate::inbox::{Append, Appended, InboxError, payload_digest};
 use crate::message::{Message, Seq, UserId};
 
-/// The server's code for a key that is taken.
+/// MongoDB's code for a duplicate key.
 pub(super) const DUPLICATE_KEY: i32 = 11_000;
-/// How long an append is tried: within the publish's own deadline, 10 s, so that its sender hears of it.
+/// How long an append is tried. It is shorter than the deadline of a publish (10 s), so that the
+/// sender hears the outcome.
 const APPEND_DEADLINE: Duration = Duration::from_secs(8);
-/// Between two tries of what is not known.
+/// Delay between two tries of an append whose outcome is unknown.
 const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_millis(100);
-/// Heads in memory, 150 bytes each: 30 MB. More, and those that are trusted no longer go; then all.
+/// Heads kept in memory, 150 bytes each: 30 MB. Above that, heads that are no longer trusted are
+/// dropped first, then all.
 const HEADS: usize = 200_000;
-/// Inserts of one item of each user, after a taken key has shown that another process writes here too; what a user has beyond
-/// that goes in order.
+/// After a duplicate key has shown that another process writes too, users get their items inserted
+/// one by one, up to this many; what is left of a user follows in order.
 const WAVES: usize = 8;
 
-/// How long after another process was seen to write to a user of this one that is expected to happen again.
+/// How long another writer is expected after it was seen.
 const OTHERS_FOR: Duration = Duration::from_secs(60);
-/// Places above a head in memory that are looked at then; whoever has more than these is read in full.
+/// Positions above a head in memory that are looked at while another writer is expected. A user
+/// with more than that is read in full.
 const AHEAD: u64 = 3;
 
-/// What is known of the heads of users, by this process.
+/// What this process knows about the heads of users.
 #[derive(Default)]
 pub(super) struct Heads {
     known: HashMap<UserId, Known>,
-    /// Users that this process has written to, perhaps without an answer, whose head it does not remember; and when that was sent.
+    /// When this process last sent an insert for a user whose head it does not remember; the insert
+    /// may have been executed without a response.
     written: HashMap<UserId, Duration>,
-    /// Until then another process is expected to write to the same users: what came above a head in memory is looked for
-    /// before the next number is tried, which is cheaper than to find it taken.
+    /// Until this time another process is expected to write to the same users. What came above a
+    /// head in memory is then looked up before the next number is tried, which is cheaper than a
+    /// duplicate key.
     others_until: Duration,
 }
 
@@ -56,15 +64,16 @@ pub(super) struct Heads {
 struct Known {
     /// The highest number known to be durable.
     n: u64,
-    /// When this process sent its last insert above the head that it read, if it has written there.
+    /// When this process sent its last insert above the head that it had read; `None` if it sent
+    /// none.
     wrote: Option<Duration>,
-    /// When the read that says so, or the insert that was acknowledged, was sent.
+    /// When the read of `n`, or the acknowledged insert, was sent.
     sent: Duration,
 }
 
 impl Heads {
-    /// Another process has written up to here. What the head was read for still counts: nothing above it was old enough to
-    /// be removed then.
+    /// Another process has written up to `n`. The trust in the earlier read still holds: nothing
+    /// above it was old enough to be removed then.
     fn raise(&mut self, user: &UserId, n: u64, now: Duration) {
         self.others_until = now + OTHERS_FOR;
         if let Some(known) = self.known.get_mut(user) {
@@ -72,7 +81,8 @@ impl Heads {
         }
     }
 
-    /// The head of this user must be read again; `tried` is when an insert was sent of which nothing is known.
+    /// The head of this user must be read again. `tried` is when an insert was sent whose outcome
+    /// is unknown.
     fn forget(&mut self, user: &UserId, tried: Option<Duration>) {
         let known = self.known.remove(user);
         let wrote = tried.max(known.and_then(|known| known.wrote));
@@ -88,14 +98,16 @@ impl Heads {
         self.known.insert(user, Known { n, wrote, sent: now });
     }
 
-    /// Whom this process has written to since then, if what it wrote may stand above a head that is no more.
+    /// The users to whom this process has sent an insert since then. After a restore, it may stand
+    /// above a head that is gone.
     fn written_since(&self, since: Duration) -> Vec<UserId> {
         let known = self.known.iter().filter_map(|(user, known)| Some((user, known.wrote?)));
         let all = known.chain(self.written.iter().map(|(user, wrote)| (user, *wrote)));
         all.filter(|(_, wrote)| *wrote >= since).map(|(user, _)| user.clone()).collect()
     }
 
-    /// `well` is when the store was seen last to be what it was: nobody asks for what was written before.
+    /// `well` is when the store was last known to be whole: inserts before that need not be
+    /// remembered.
     fn make_room(&mut self, now: Duration, trust: Duration, well: Duration) {
         if self.known.len() + self.written.len() <= HEADS {
             return;
@@ -111,33 +123,34 @@ impl Heads {
             self.written.retain(|_, wrote| *wrote >= well);
         }
         if self.written.len() > HEADS {
-            // The store has not been reached for long: what is not mended now is mended before the user's next message.
+            // The store has not responded for long. What is not mended now is mended before the
+            // user's next message.
             self.written.clear();
         }
     }
 }
 
-/// One append on its way.
+/// An append in progress.
 struct Item {
-    /// Its place among the outcomes.
+    /// Index among the outcomes.
     at: usize,
     append: Append,
-    /// Of this append alone, never the sender's: tells what this process wrote from what another did.
+    /// Random id of this append. It tells what this process wrote from what another one did.
     append_id: String,
 }
 
-/// What became of one item in one insert.
+/// The outcome of one item in one insert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Tried {
     Inserted,
     Taken,
-    /// Nobody knows, or it was not tried.
+    /// The outcome is unknown, or the item was not tried.
     Unknown,
 }
 
 type Outcomes = Vec<Option<Result<Appended, InboxError>>>;
 
-/// Appends a batch; see the room's comment.
+/// Appends a batch; see the rules above.
 pub(super) async fn append(inner: &Inner, batch: Vec<Append>) -> Vec<Result<Appended, InboxError>> {
     let mut heads = inner.appends.lock().await;
     if let Err(error) = give_up_heads(inner, &mut heads).await {
@@ -164,14 +177,14 @@ pub(super) async fn append(inner: &Inner, batch: Vec<Append>) -> Vec<Result<Appe
         tokio::time::sleep(rest).await;
     }
     for item in pending {
-        // Perhaps stored, perhaps not: the next append of this user asks what there is.
+        // Perhaps it is stored: the next append of this user reads the head.
         heads.forget(&item.append.user, Some(inner.clock.uptime()));
         outcomes[item.at] = Some(Err(why.clone()));
     }
     outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| Err(why.clone()))).collect()
 }
 
-/// Where the store is not what it was, heads in memory are of another state of it.
+/// After a restore, heads in memory belong to another state of the store.
 pub(super) async fn give_up_heads(inner: &Inner, heads: &mut Heads) -> Result<(), InboxError> {
     if !inner.restored.load(Ordering::Acquire) {
         return Ok(());
@@ -186,7 +199,7 @@ pub(super) async fn give_up_heads(inner: &Inner, heads: &mut Heads) -> Result<()
     Ok(())
 }
 
-/// While ids may be stored twice, none is.
+/// While ids could be stored twice, publishes with an id are refused.
 fn refuse_ids(inner: &Inner, pending: &mut Vec<Item>, outcomes: &mut Outcomes) {
     let why = inner.ids_refused.lock().clone();
     if let Some(why) = why {
@@ -198,7 +211,7 @@ fn refuse_ids(inner: &Inner, pending: &mut Vec<Item>, outcomes: &mut Outcomes) {
     }
 }
 
-/// Tries all that is pending once; what is done leaves `pending`.
+/// Tries all pending items once. Items that are settled leave `pending`.
 async fn round(
     inner: &Inner,
     heads: &mut Heads,
@@ -216,13 +229,13 @@ async fn round(
     };
     let mut done = HashSet::new();
     let settled = settle(inner, heads, pending, &numbers, sent, tried, again, &mut done, outcomes).await;
-    // Also when something failed on the way: what is settled must not be appended again under another number.
+    // Also after an error: a settled item must not be appended again under another number.
     pending.retain(|item| !done.contains(&item.at));
     void_ids(pending, outcomes);
     settled.and(fault.map_or(Ok(()), Err))
 }
 
-/// Finds out what became of each item; those that need no further try go into `done`.
+/// Determines the outcome of each item. Items that need no further try go into `done`.
 #[allow(clippy::too_many_arguments)]
 async fn settle(
     inner: &Inner,
@@ -248,7 +261,7 @@ async fn settle(
             Tried::Unknown => {}
         }
     }
-    // In order: what stands before an item of the same user must be settled first.
+    // In order: what precedes an item of the same user must be settled first.
     let found = look_at(inner, pending, numbers, &taken).await?;
     let (mut repeats, mut raised, mut bridged) = (Vec::new(), Vec::new(), Vec::new());
     for n in taken {
@@ -261,7 +274,7 @@ async fn settle(
             continue;
         }
         match stored {
-            // Numbers go on further above.
+            // A bridge: numbers go on further above.
             Some(append_id) if append_id.is_empty() => bridged.push(&item.append.user),
             Some(_) => raised.push((&item.append.user, numbers[n])),
             None => {}
@@ -274,7 +287,8 @@ async fn settle(
     for (user, n) in raised {
         heads.raise(user, n, now);
         if again {
-            // More than one number was taken meanwhile: the whole truth, not one number after another.
+            // More than one number was taken meanwhile: read the head instead of trying one number
+            // after another.
             heads.forget(user, None);
         }
     }
@@ -284,7 +298,7 @@ async fn settle(
     answer_repeats(inner, &repeats, outcomes, done).await
 }
 
-/// An append whose number is void begins anew, as another append.
+/// An append whose number is void starts over as another append.
 fn void_ids(pending: &mut [Item], outcomes: &mut Outcomes) {
     for item in pending {
         if outcomes[item.at].take().is_some() {
@@ -293,8 +307,9 @@ fn void_ids(pending: &mut [Item], outcomes: &mut Outcomes) {
     }
 }
 
-/// Reads the heads that are not known, or not trusted any more. Whether one is trusted is decided once for a batch: an item
-/// whose insert may have succeeded must be tried under the same number again, not above itself.
+/// Reads the heads that are not known or no longer trusted. Trust is decided once per batch: an
+/// item whose insert may have been executed must be tried under the same number again, not above
+/// itself.
 async fn read_heads(
     inner: &Inner,
     heads: &mut Heads,
@@ -311,14 +326,15 @@ async fn read_heads(
     users.dedup();
     let (known, mut unknown): (Vec<&UserId>, Vec<&UserId>) =
         users.into_iter().partition(|user| trusted(user));
-    // Not again: it would find what this batch itself has written, perhaps without an answer.
+    // Not on a repeat: it would find what this batch itself has written, perhaps without a
+    // response.
     if !again && now < heads.others_until {
         unknown.extend(look_above(inner, heads, known, now).await?);
     }
     if !unknown.is_empty() {
         let tops = inner.tops_made(&unknown).await?;
         let floor = watch::read(inner).await?;
-        // What was given before the store was restored is not given again.
+        // Numbers that were assigned before a restore are not assigned again.
         let lowest = |record: &HeadRecord| floor.max(record.shown);
         let last = |(record, top): &(HeadRecord, u64)| record.head.max(*top);
         let below = tops.iter().filter(|(_, top)| last(top) < lowest(&top.0));
@@ -331,8 +347,9 @@ async fn read_heads(
     Ok(())
 }
 
-/// Takes up what other processes have written above the heads of these users, which are trusted; answers those who have more
-/// there than was looked at, or a bridge. Numbers are dense up to there: what is above the first that is missing was not given yet.
+/// Learns what other processes have written above the trusted heads of these users. Returns the
+/// users that have more than [`AHEAD`] messages there, or a bridge. Numbers are dense: above the
+/// first that is missing, none was assigned yet.
 async fn look_above<'a>(
     inner: &Inner,
     heads: &mut Heads,
@@ -372,8 +389,8 @@ fn number(heads: &Heads, pending: &[Item]) -> Vec<u64> {
         .collect()
 }
 
-/// One insert for users with one item, where one's fault is nobody else's; one ordered insert for all others, so that no
-/// number goes in before the one below it.
+/// One unordered insert for users with one item, so that one's error does not affect another; one
+/// ordered insert for all others, so that no number goes in before the one below it.
 async fn insert(inner: &Inner, pending: &[Item], numbers: &[u64]) -> (Vec<Tried>, Option<InboxError>) {
     let mut count: HashMap<&UserId, usize> = HashMap::new();
     pending.iter().for_each(|item| *count.entry(&item.append.user).or_default() += 1);
@@ -390,8 +407,8 @@ async fn insert(inner: &Inner, pending: &[Item], numbers: &[u64]) -> (Vec<Tried>
     (tried, one.1.or(other.1))
 }
 
-/// The first item of every user, then the next of those whose item went in, and so on: a head that is not ours any more
-/// stops its own user alone.
+/// The first item of every user, then the next of those whose item went in, and so on. A head that
+/// is outdated stops only its own user.
 async fn insert_in_waves(
     inner: &Inner,
     pending: &[Item],
@@ -451,20 +468,21 @@ async fn insert_these(
     let mut tried = vec![if acknowledged { Tried::Inserted } else { Tried::Unknown }; batch.len()];
     for fault in many.write_errors.iter().flatten() {
         if let Some(result) = tried.get_mut(fault.index) {
-            // Where nothing is known of those before it, a key may be taken by what was written after one of our own.
+            // If the preceding items are unknown, a duplicate key may be one of our own.
             *result = if fault.code == DUPLICATE_KEY && acknowledged { Tried::Taken } else { Tried::Unknown };
         }
         if ordered {
             tried.iter_mut().skip(fault.index + 1).for_each(|result| *result = Tried::Unknown);
         }
     }
-    // Taken keys are an answer, not a fault.
+    // Duplicate keys are a response, not an error.
     let fault =
         (!acknowledged).then(|| InboxError::Unavailable(format!("MongoDB (mongo.uri): {}", words(&error))));
     (tried, fault)
 }
 
-/// Takes an item as stored under its number, unless that number turns out to be void.
+/// Takes an item as stored under its number, unless that number turns out to be void. Returns
+/// whether it is stored.
 async fn acknowledge(
     inner: &Inner,
     heads: &mut Heads,
@@ -482,7 +500,7 @@ async fn acknowledge(
             tracing::warn!("an append took so long that its number is void; it is appended anew");
             heads.forget(user, Some(read));
             give_up_id(inner, &id(user, n), &item.append).await?;
-            // Marked, so that it goes on as another append.
+            // A mark, so that it goes on as another append.
             outcomes[item.at] = Some(Err(InboxError::Unavailable("void".to_owned())));
             return Ok(false);
         }
@@ -500,7 +518,7 @@ async fn acknowledge(
     Ok(true)
 }
 
-/// Which append a majority has at each of the places that were taken; what another program has put there is nobody's.
+/// The append ids that a majority has at the positions that were taken.
 async fn look_at<'a>(
     inner: &Inner,
     pending: &'a [Item],
@@ -519,8 +537,8 @@ async fn look_at<'a>(
     Ok(shown.collect())
 }
 
-/// Answers repeats from what a majority shows under the senders' ids. Where nothing stands there (any more) the append is
-/// tried again.
+/// Settles repeats by what a majority shows under the senders' ids. If nothing is stored there (any
+/// more), the append is tried again.
 async fn answer_repeats(
     inner: &Inner,
     items: &[&Item],
@@ -563,7 +581,7 @@ async fn answer_repeats(
     Ok(())
 }
 
-/// A message that has expired, or whose number is void, stands in nobody's way: its id is free.
+/// Frees the id of a message that has expired or whose number is void.
 async fn give_up_id(inner: &Inner, place: &Document, append: &Append) -> Result<(), InboxError> {
     if !append.deduplicated {
         return Ok(());
@@ -599,7 +617,7 @@ mod tests {
         all.sort();
         assert_eq!(all, [user("answered"), user("kept"), user("unanswered")]);
         assert_eq!(heads.written_since(at(13)), [user("kept")]);
-        // That the head is read again, as it is for the user's next message, changes nothing of that.
+        // Reading the head again, as for the user's next message, keeps the record.
         heads.take(user("unanswered"), 9, at(14));
         heads.take(user("kept"), 9, at(14));
         assert_eq!(heads.written_since(at(11)).len(), 3);

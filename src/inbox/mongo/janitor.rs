@@ -1,6 +1,7 @@
-//! Removal. It lifts the fence of what it removes, so it is no TTL index but this: only an unbroken run of expired messages
-//! from the head record upwards, only an hour after this janitor first saw them expired, and only once the head record
-//! was raised over them. Idempotent; any number of them may run.
+//! Removal of expired messages. It is not a TTL index, because a removed number no longer orders
+//! two writers. Only an unbroken run of expired messages from the head record upwards is removed,
+//! only an hour after this janitor first saw it expired, and only after the head record was raised
+//! over it. Idempotent; any number of janitors may run.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -13,20 +14,20 @@ use super::{CURSOR_LIFE_MS, Inner, unavailable};
 use crate::inbox::InboxError;
 use crate::message::UserId;
 
-/// Users in one lot of a pass.
+/// Users fetched at once.
 const BATCH: usize = 1_000;
-/// Messages of a user looked at in one pass; the rest is for the next.
+/// Messages of one user looked at in one pass.
 const RUN: i64 = 10_000;
 /// Runs remembered, 150 bytes each: 30 MB.
 const SEEN: usize = 200_000;
 
-/// The runs that were seen expired, by user: up to which number, and when first.
+/// The expired runs by user: up to which number, and when it was first seen.
 #[derive(Default)]
 pub(super) struct Seen {
     runs: HashMap<UserId, (u64, Duration)>,
 }
 
-/// One pass over all users that have something expired; answers how many messages it removed.
+/// Visits all users that have something expired. Returns how many messages were removed.
 pub(super) async fn run_once(inner: &Inner) -> Result<u64, InboxError> {
     let mut seen = inner.removals.lock().await;
     let now = int(inner.clock.now().0);
@@ -48,14 +49,16 @@ pub(super) async fn run_once(inner: &Inner) -> Result<u64, InboxError> {
     }
     seen.runs = still;
     let unused = int(inner.clock.now().0.saturating_sub(CURSOR_LIFE_MS));
-    // The minute is indexed, the moment is exact; cursors of earlier versions have it in the minute's place.
+    // `at` is the minute, which is indexed; `t` is the exact time. Cursors of earlier versions have
+    // the exact time in `at`.
     let exact = doc! { "$not": { "$gt": unused } };
     let unused = inner.cursors.delete_many(doc! { "at": { "$lte": unused }, "t": exact }).into_future();
     inner.in_time(unused).await.map_err(unavailable)?;
     Ok(removed)
 }
 
-/// Removes the run that was seen long enough ago; answers the run to remember, and how many went.
+/// Removes the run that was first seen long enough ago. Returns the run to remember, and how many
+/// messages were removed.
 async fn clean_user(
     inner: &Inner,
     user: &UserId,
@@ -77,16 +80,16 @@ async fn clean_user(
     let run = expired_run(inner, user, from, floor).await?;
     let kept = match (run, earlier) {
         (0, _) => None,
-        // Seen before, and not yet long enough ago: the moment of the first sight counts for what was seen then.
+        // Seen before, but not long enough ago: the first sight counts.
         (_, Some(earlier)) if count == 0 && earlier.0 > from => Some(earlier),
         (upto, _) => Some((upto, uptime)),
     };
     Ok((kept, count))
 }
 
-/// Up to which number the messages without a hole between them are expired, from the one after `from` on; 0 where none is. Numbers that were
-/// left out when the store was restored, up to `floor`, are no hole. Of a message without a moment that can be read it is not known when it
-/// expires: it goes with the next one above it.
+/// The highest number of the unbroken run of expired messages above `from`; 0 if there is none.
+/// Numbers up to `floor` that were left out at a restore do not break the run. When an unreadable
+/// message expires is unknown: it goes with the next readable one above it.
 async fn expired_run(inner: &Inner, user: &UserId, from: u64, floor: u64) -> Result<u64, InboxError> {
     let now = int(inner.clock.now().0);
     let reading = async {
@@ -97,7 +100,7 @@ async fn expired_run(inner: &Inner, user: &UserId, from: u64, floor: u64) -> Res
             .limit(RUN)
             .projection(doc! { "_id": 1, "x": 1 })
             .await?;
-        // The last one that is expired, and the last one looked at.
+        // The last number that is expired, and the last number looked at.
         let (mut upto, mut last, mut after_bridge) = (0, from, false);
         while let Some(message) = found.try_next().await? {
             let Some((_, n)) = super::place_of(&message) else { break };
@@ -117,7 +120,7 @@ async fn expired_run(inner: &Inner, user: &UserId, from: u64, floor: u64) -> Res
     inner.in_time(reading).await.map_err(unavailable)
 }
 
-/// Raises the head record over the run (majority), and only then removes it.
+/// Raises the head record over the run (majority), and then removes the run.
 async fn remove(inner: &Inner, user: &UserId, upto: u64) -> Result<u64, InboxError> {
     let raise = doc! { "$max": { "head": int(upto) } };
     let raised = inner.documents.update_one(doc! { "_id": id(user, 0) }, raise).into_future();

@@ -1,12 +1,13 @@
 //! The inbox in MongoDB: a replica set, or a sharded cluster ranged on the user.
 //!
-//! One document per message, `_id: {u, n}`, and the head record of each user at n = 0. Every writer computes the same next
-//! number, so the unique `_id` is the fence; no clock and no ack has a say after that. Whatever decides something is read
-//! from the primary with read concern majority, whatever the URI says. The rules of appending are in [`append`], those
-//! of removal in [`janitor`]; they belong together, and `model` explores them.
+//! One document per message, `_id: {u, n}`, and the head record of each user at n = 0. Every writer
+//! computes the same next number, so the unique `_id` orders the writers; no clock decides. Every
+//! read that decides something goes to the primary with read concern majority, whatever the URI
+//! says. The rules of appending are in [`append`], those of removal in [`janitor`]. They belong
+//! together, and `model` explores them.
 //!
-//! A head record's `head` rises only when everything up to it is expired for good, and is raised before anything is removed: a
-//! document at or below it counts nowhere.
+//! A head record's `head` rises only when everything up to it has expired for good, and it is
+//! raised before anything is removed. A document at or below it counts nowhere.
 
 mod append;
 mod janitor;
@@ -39,31 +40,32 @@ use crate::clock::Clock;
 use crate::message::{DeviceId, Seq, UserId};
 use stored::{ABOUT, CURSORS, HeadRecord, INBOX, StoredMessage, id, ids_above, int, integer, place_of};
 
-/// How long one command may take: a primary that fell over is replaced in about ten seconds, and a command that hangs on
-/// the old one must not wait for it.
+/// Deadline of one command. A failed primary is replaced in about ten seconds; a command that hangs
+/// on the old one must not wait for that.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(4);
-/// What is said where that is over.
+/// The error text for a command that exceeded [`COMMAND_DEADLINE`].
 const TIMED_OUT: &str = "timed out: no answer within 4 s";
-/// How long the driver looks for a primary before it says that there is none.
+/// How long the driver looks for a primary.
 const SELECTION_TIMEOUT: Duration = Duration::from_secs(3);
-/// A majority that takes longer than this counts as no answer.
+/// A majority that takes longer counts as no response.
 const MAJORITY_TIMEOUT: Duration = Duration::from_secs(3);
 /// Documents fetched at once while a page is read.
 const PAGE_FETCH: u32 = 64;
-/// Positions above the head of one lot that are confirmed at once; each takes two linearizable reads, some 200 ms.
+/// Positions above the head that are confirmed at the same time. Each takes two linearizable reads,
+/// some 200 ms.
 const CONFIRMATIONS: usize = 16;
 
-/// Two indexes hold when a cursor was last used, to the minute, so that nearly every ack leaves both alone; the moment itself
-/// stands beside it.
+/// Two indexes contain when a cursor was last used, to the minute, so that nearly no ack changes
+/// them. The exact time stands beside it, without an index.
 const MINUTE_MS: u64 = 60_000;
 
 /// A command costs MongoDB as much as some twenty documents in it.
 const GATHERING: GroupCommit = GroupCommit { every: Duration::from_millis(8), enough: 100 };
 
-/// The times of the rules; see docs/design.md, section 5.
+/// The times of the rules (docs/design.md, section 5).
 #[derive(Debug, Clone, Copy)]
 pub struct MongoTimes {
-    /// How long a head in memory is trusted after its read, or acknowledged insert, was sent.
+    /// How long a head in memory is trusted after its read, or its acknowledged insert, was sent.
     pub head_trust: Duration,
 }
 
@@ -74,21 +76,22 @@ impl Default for MongoTimes {
 }
 
 impl MongoTimes {
-    /// An append that is answered later than this after its head was read is verified before it is acknowledged.
+    /// An append that is answered later than this after its head was read is verified before it is
+    /// acknowledged.
     #[must_use]
     pub fn verify_after(&self) -> Duration {
         self.head_trust * 3
     }
 
-    /// How long the janitor waits after it first saw a run expired: twice the above, so that no writer trusts a head of
-    /// before.
+    /// How long the janitor waits after it first saw a run expired: twice [`Self::verify_after`],
+    /// so that no writer trusts an older head.
     #[must_use]
     pub fn removal_delay(&self) -> Duration {
         self.head_trust * 6
     }
 }
 
-/// See the room's comment. Cloned, it is the same inbox.
+/// The inbox on MongoDB. Cloned, it is the same inbox.
 #[derive(Clone)]
 pub struct MongoInbox {
     inner: Arc<Inner>,
@@ -103,30 +106,31 @@ struct Inner {
     times: MongoTimes,
     appends: tokio::sync::Mutex<append::Heads>,
     marker: Mutex<watch::Marker>,
-    /// The store is not what it was: heads in memory are of another state of it.
+    /// The store was restored or dropped: heads in memory are outdated.
     restored: AtomicBool,
     /// Why publishes with an id are refused for now.
     ids_refused: Mutex<Option<String>>,
     removals: tokio::sync::Mutex<janitor::Seen>,
-    /// What tells this store from every other, once it was asked for.
+    /// The identity of the store, once it was read.
     identity: std::sync::OnceLock<String>,
 }
 
-/// Why the inbox cannot be used at all, and what to do about it.
+/// Why the inbox cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
-    /// Waiting may help.
+    /// The store does not respond; waiting may help.
     #[error("MongoDB cannot be reached: {0}")]
     Unreachable(String),
-    /// Waiting does not help: the key, and what is wrong with its value.
+    /// A configuration key, and what is wrong with its value. Waiting does not help.
     #[error("{0}: {1}")]
     Refused(&'static str, String),
 }
 
 impl MongoInbox {
-    /// Reads the URI; nothing is connected yet.
+    /// Parses the URI. Nothing is connected yet.
     ///
     /// # Errors
+    ///
     /// [`OpenError::Refused`].
     pub async fn new(uri: &str, database: &str, times: MongoTimes, clock: Clock) -> Result<Self, OpenError> {
         let refused = |error: Error| OpenError::Refused("mongo.uri", words(&error));
@@ -164,9 +168,11 @@ impl MongoInbox {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Connects, and makes or checks what must be there: a replica set, the indexes, and the store's identity, which is returned.
+    /// Connects and checks or creates what must exist: a replica set, the indexes, and the store's
+    /// identity, which is returned.
     ///
     /// # Errors
+    ///
     /// [`OpenError`].
     pub async fn prepare(&self) -> Result<String, OpenError> {
         let inner = &self.inner;
@@ -191,10 +197,11 @@ impl MongoInbox {
 }
 
 impl MongoInbox {
-    /// Whether the store answers: a look at one document, as a majority has it.
+    /// Checks that the store responds, by a majority read of one document.
     ///
     /// # Errors
-    /// That it does not, with the reason.
+    ///
+    /// [`InboxError::Unavailable`] with the reason.
     pub async fn alive(&self) -> Result<(), InboxError> {
         watch::read(&self.inner).await.map(drop)
     }
@@ -204,7 +211,7 @@ fn majority() -> WriteConcern {
     WriteConcern::builder().w(Acknowledgment::Majority).journal(true).w_timeout(MAJORITY_TIMEOUT).build()
 }
 
-/// The driver's words, without the URI in them; or ours, where the driver has none.
+/// The driver's error text without the URI, or ours where the driver has none.
 fn words(error: &Error) -> String {
     match &*error.kind {
         ErrorKind::Custom(own) => {
@@ -227,7 +234,7 @@ fn open_fault(error: &Error) -> OpenError {
         ErrorKind::Command(command) if [73, 13_297].contains(&command.code) => {
             OpenError::Refused("mongo.database", command.message.clone())
         }
-        // A wrong password shows as a selection that found nobody.
+        // A wrong password shows as a failed server selection.
         ErrorKind::ServerSelection { message, .. } if message.contains("uthentication") => {
             OpenError::Refused("mongo.uri", format!("the user or password is refused: {message}"))
         }
@@ -254,7 +261,7 @@ fn unavailable(error: Error) -> InboxError {
 }
 
 impl Inner {
-    /// One command, given up when it takes too long.
+    /// Runs one command with [`COMMAND_DEADLINE`].
     async fn in_time<T>(
         &self,
         command: impl Future<Output = mongodb::error::Result<T>>,
@@ -265,7 +272,7 @@ impl Inner {
         }
     }
 
-    /// What tells this store from every other: as it stands there, or `made` if nothing stands there yet (majority).
+    /// The identity of the store. `made` is stored and returned if there is none yet (majority).
     async fn identity(&self, made: &str) -> mongodb::error::Result<String> {
         let about = self.database.collection::<Document>(ABOUT);
         let update = doc! { "$setOnInsert": { "id": made } };
@@ -280,7 +287,7 @@ impl Inner {
             .map_err(|_| Error::custom("the identity of the store is no text"))
     }
 
-    /// An index that removes documents by itself would lift the fence.
+    /// An index that removes documents by itself would break the order of writers.
     async fn check_indexes(&self) -> Result<(), OpenError> {
         for collection in [&self.documents, &self.cursors] {
             let Ok(mut indexes) = collection.list_indexes().await else { continue };
@@ -300,7 +307,7 @@ impl Inner {
         Ok(())
     }
 
-    /// Documents by their `_id`s, the fields named, as a majority has them.
+    /// Documents by `_id`, with these fields, as a majority has them.
     async fn by_ids(&self, ids: Vec<Document>, fields: Document) -> Result<Vec<Document>, InboxError> {
         if ids.is_empty() {
             return Ok(Vec::new());
@@ -308,7 +315,7 @@ impl Inner {
         self.find(doc! { "_id": { "$in": ids } }, fields).await
     }
 
-    /// What a filter finds, the fields named, as a majority has it.
+    /// Documents by a filter, with these fields, as a majority has them.
     async fn find(&self, filter: Document, fields: Document) -> Result<Vec<Document>, InboxError> {
         let found = async {
             let cursor = self.documents.find(filter).projection(fields).batch_size(10_000).await?;
@@ -317,7 +324,8 @@ impl Inner {
         self.in_time(found).await.map_err(unavailable)
     }
 
-    /// The head record and the highest number of each of these users that has a head record, at one snapshot.
+    /// The head record and the highest number of each of these users that has a head record, at one
+    /// snapshot.
     async fn tops(&self, users: &[&UserId]) -> Result<HashMap<UserId, (HeadRecord, u64)>, InboxError> {
         let records: Vec<Document> = users.iter().map(|user| id(user, 0)).collect();
         let above = doc! { "$gt": ["$_id", { "u": "$$u", "n": 0i64 }] };
@@ -349,7 +357,7 @@ impl Inner {
         rows.iter().map(read).collect()
     }
 
-    /// The same; who has no head record gets one first.
+    /// Like [`Self::tops`]; users without a head record get one first.
     async fn tops_made(&self, users: &[&UserId]) -> Result<HashMap<UserId, (HeadRecord, u64)>, InboxError> {
         let mut tops = self.tops(users).await?;
         let without: Vec<&UserId> = users.iter().filter(|user| !tops.contains_key(**user)).copied().collect();
@@ -360,7 +368,7 @@ impl Inner {
         Ok(tops)
     }
 
-    /// Inserts head records (majority); those that exist meanwhile are left as they are.
+    /// Inserts head records (majority). Existing ones stay as they are.
     async fn make_heads(&self, users: &[&UserId]) -> Result<(), InboxError> {
         let now = int(self.clock.now().0);
         let record = |user: &&UserId| doc! { "_id": id(user, 0), "head": now, "first": now, "nb": 0i64 };
@@ -383,8 +391,8 @@ impl Inner {
         }
     }
 
-    /// The cursors of those that ask for one. One that is not there yet is the beginning: a majority is not waited for, as
-    /// losing a cursor costs repeats and nothing else.
+    /// The cursors of the queries that ask for one. A cursor that does not exist counts as the
+    /// beginning. A majority is not waited for, because losing a cursor costs only repeats.
     async fn cursors_of(
         &self,
         batch: &[PositionQuery],
@@ -432,7 +440,8 @@ impl Inner {
             })
             .collect();
         let near = self.near(&batch, &starts).await?;
-        // From the beginning, from the end, and where nothing shows the position: the whole truth about the head.
+        // Queries from the beginning, from the end, and those whose position was not found need the
+        // head.
         let far: Vec<&UserId> = batch
             .iter()
             .zip(&starts)
@@ -447,14 +456,14 @@ impl Inner {
         for ((ask, start), near) in batch.iter().zip(starts).zip(near) {
             answers.push(self.answer(ask, start, near, tops.get(&ask.user).copied()));
         }
-        // Nearly all of them are there already; those that must be confirmed wait for one another only in part.
+        // Nearly all are ready; those that must be confirmed overlap.
         let mut answers: Vec<UserPosition> =
             futures_util::stream::iter(answers).buffered(CONFIRMATIONS).try_collect().await?;
         self.correct(&batch, &mut answers).await?;
         Ok(answers)
     }
 
-    /// Has disconnects that lie too far ahead, made by a clock that was wrong, count from now.
+    /// Makes disconnects that are too far in the future, made by a wrong clock, count from now.
     async fn correct(&self, batch: &[PositionQuery], answers: &mut [UserPosition]) -> Result<(), InboxError> {
         let now = self.clock.now().seconds();
         for (ask, answer) in batch.iter().zip(answers) {
@@ -483,7 +492,8 @@ impl Inner {
         }
     }
 
-    /// "Is there more after p" for all at once: (u, p+1) is there, or the head record is above p.
+    /// Whether there is more after p, for all queries at once: (u, p+1) exists, or the head record
+    /// is above p.
     async fn near(
         &self,
         batch: &[PositionQuery],
@@ -539,9 +549,9 @@ impl Inner {
         Ok(answer)
     }
 
-    /// A position above the head is a matter for the whole replica set: a primary that was just elected may not know yet
-    /// what an earlier one acknowledged. First the message, then the head record: the janitor raises the one before it
-    /// removes the other.
+    /// A position above the head is confirmed by linearizable reads, because a primary that was
+    /// just elected may not know yet what an earlier one acknowledged. The message is read before
+    /// the head record, because the janitor raises the head record before it removes the message.
     async fn is_there_after_all(&self, user: &UserId, position: Seq) -> Result<bool, InboxError> {
         if self.linearizable(user, position.get()).await?.is_some() {
             return Ok(true);
@@ -589,7 +599,8 @@ impl Inner {
                 let expired = message.as_ref().is_ok_and(|message| message.is_expired(now));
                 let message = message.ok().and_then(|message| message.into_message().ok());
                 let Some(message) = message else {
-                    // Another program wrote it, or it is damaged. Without a number it is nobody's.
+                    // Another program wrote it, or it is damaged. Without a number it belongs to
+                    // nobody.
                     if let Some((_, n)) = Document::try_from(raw).ok().as_ref().and_then(place_of) {
                         page.unreadable.push(Seq::at(n));
                         page.upto = Seq::at(n);
@@ -692,12 +703,13 @@ impl Inner {
         if last < upto.get() {
             watch::bridge(self, &[(user, last)]).await?;
         }
-        // Whoever remembers a head reads it again, and what was shown with it.
+        // Writers must read heads again, and with them what was shown.
         self.restored.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Users with more devices than are kept lose the longest unused. One look for all of them: nearly none has so many.
+    /// Users with more devices than [`DEVICES_PER_USER`] lose the longest unused cursors. One query
+    /// for all: nearly no user has so many.
     async fn trim_devices(&self, users: &[&UserId]) -> Result<(), InboxError> {
         let names: Vec<&str> = users.iter().map(|user| user.as_str()).collect();
         let trimming = async {
@@ -720,7 +732,7 @@ impl Inner {
 
 /// The `_id`s of the cursors beyond those that each user keeps.
 fn longest_unused(mut cursors: Vec<Document>) -> Vec<Document> {
-    // The later one: an earlier version knows the first alone.
+    // The later of the two: an earlier version knows only the first.
     let used =
         |cursor: &Document| ["at", "t"].map(|name| integer(cursor, name).unwrap_or(0)).into_iter().max();
     cursors.sort_by_key(|cursor| std::cmp::Reverse(used(cursor)));
@@ -736,7 +748,7 @@ fn longest_unused(mut cursors: Vec<Document>) -> Vec<Document> {
     excess
 }
 
-/// What the documents around a position say of it.
+/// What the documents around a position say about it.
 struct Near {
     answer: UserPosition,
     /// The position is not above the head.
@@ -780,7 +792,7 @@ impl Inbox for MongoInbox {
     }
 }
 
-/// Between two looks at the store: as a part of how long a head is trusted, 2 s.
+/// The store is looked at this many times per [`MongoTimes::head_trust`]: every 2 s.
 const LOOKS_PER_TRUST: u32 = 300;
 
 impl Janitor for MongoInbox {

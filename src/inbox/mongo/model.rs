@@ -1,43 +1,45 @@
-//! The rules of append, janitor and reader, explored exhaustively on a model of one user's inbox: two writers, a reader, a
-//! failover with rollback, stale majority reads after it, a lost answer, and pauses of any length. A second reader would change
-//! nothing: readers touch neither the store nor one another, and this one reads at any moment. A writer that crashes is one
-//! that takes no further step.
+//! The rules of append, janitor and reader, explored exhaustively on a model of one user's inbox:
+//! two writers, a reader, a failover with rollback, stale majority reads after it, a lost response,
+//! and pauses of any length. A second reader would change nothing: readers touch neither the store
+//! nor one another, and this one reads at any time. A writer that crashes is one that takes no
+//! further step.
 //!
-//! The store is two layers: what a majority has (`durable`, never lost) and what the primary has beside it (lost when it
-//! falls). A majority read shows what was known to be committed, which after a failover may be less than what is. Time passes
-//! in steps of ten minutes, between any two other steps. Every interleaving up to the bounds is visited; [`RULES`] lists the
-//! rules, and each one taken out is found to break a promise.
+//! The store has two layers: what a majority has (`durable`, never lost) and what the primary has
+//! besides (lost when it fails). A majority read shows what was known to be committed, which after
+//! a failover may be less than what is. Time passes in steps of ten minutes, between any two other
+//! steps. Every interleaving up to the bounds is visited. Each rule of [`Without`] that is taken
+//! out is found to break a promise.
 
 use std::collections::{HashSet, VecDeque};
 
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
-/// The life of a head in memory, when an answer is late, and how long removal waits: one step after another, as 10, 30 and
-/// 60 minutes follow on one another in `MongoTimes`. What lies between changes nothing.
+/// The life of a head in memory, when a response is late, and how long removal waits: one step
+/// after another, as 10, 30 and 60 minutes follow on one another in `MongoTimes`.
 const TRUST: u8 = 1;
 const VERIFY: u8 = 2;
 const REMOVAL: u8 = 3;
 const TIME_MAX: u8 = 4;
-/// Where numbers begin: the head record as it was inserted.
+/// The initial number of the head record.
 const FIRST: u8 = 0;
 
-/// Which rule is taken out.
+/// The rule that is taken out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Without {
     Nothing,
     /// n goes in only when n-1 is known to be durable.
     Order,
-    /// After a duplicate key, one's own append id is stored, not another's.
+    /// After a duplicate key, only one's own append id counts as stored.
     OwnAppend,
     /// After an ambiguous answer the same n again.
     SameNumber,
-    /// What decides is read from what a majority has.
+    /// Decisions are based on majority reads.
     MajorityReads,
     /// The head record is raised before anything is removed.
     RaiseFirst,
     /// Removal waits an hour.
     RemovalDelay,
-    /// A head in memory is trusted for ten minutes, and a late answer is verified.
+    /// A head in memory is trusted for ten minutes, and a late response is verified.
     HeadAge,
     /// Only an unbroken run from the head record upwards is removed.
     UnbrokenRun,
@@ -54,11 +56,11 @@ const RULES: [Without; 8] = [
     Without::UnbrokenRun,
 ];
 
-/// A publish: 0 and 1 are of the first writer, one after the other; 2 is of the second.
+/// A publish: 0 and 1 belong to the first writer, in this order; 2 to the second.
 type Publish = u8;
 const PUBLISHES: usize = 3;
 
-/// Numbers that are ever given: each publish at most twice.
+/// Most numbers that are assigned: each publish at most twice.
 const NUMBERS: u8 = 7;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -80,7 +82,7 @@ impl Docs {
         self.0[usize::from(n)] = doc;
     }
 
-    /// From the lowest number up.
+    /// In rising order.
     fn all(&self) -> impl DoubleEndedIterator<Item = (u8, Doc)> {
         (0..NUMBERS).filter_map(|n| Some((n, self.get(n)?)))
     }
@@ -102,20 +104,20 @@ impl Layer {
     }
 }
 
-/// Where a writer is with its present publish.
+/// The state of a writer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum At {
     /// It has no head that it trusts.
     NeedsHead,
-    /// It is about to insert `n`.
+    /// It is about to insert at `n`.
     Inserts {
         n: u8,
     },
-    /// Its insert is on its way, and will be executed once or never.
+    /// Its insert is in flight, and will be executed once or never.
     Waits {
         n: u8,
     },
-    /// The insert was executed and will be answered with this: stored, or a key that is taken.
+    /// The insert was executed; the response is this: stored, or duplicate key.
     Answered {
         n: u8,
         stored: bool,
@@ -125,7 +127,7 @@ enum At {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Writer {
-    /// The publish it is at, and the one after its last.
+    /// The current publish, and the one after its last.
     next: Publish,
     end: Publish,
     at: At,
@@ -134,7 +136,8 @@ struct Writer {
     read_at: u8,
 }
 
-/// A reader: it has seen everything up to here, or was told that it is gone; which numbers it saw, as bits.
+/// A reader: everything up to `upto` was seen or told to be gone; `saw` has the numbers that were
+/// seen, as bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 struct Reader {
     upto: u8,
@@ -144,7 +147,7 @@ struct Reader {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct State {
     durable: Layer,
-    /// On the primary, and not yet by a majority.
+    /// On the primary, and not yet on a majority.
     loose: Docs,
     /// What majority reads show.
     shown: Layer,
@@ -156,14 +159,14 @@ struct State {
     failovers: u8,
     lost_answers: u8,
     acked: [Option<u8>; PUBLISHES],
-    /// Whose life is over.
+    /// Which publishes have expired.
     expired: [bool; PUBLISHES],
 }
 
-/// Failovers, and lost answers, of one history.
+/// Failovers, and lost responses, in one history.
 const FAILOVERS: u8 = 1;
 const LOST_ANSWERS: u8 = 1;
-/// More, and the bounds were widened by mistake.
+/// More states mean that the bounds were widened by mistake.
 const STATES_MAX: usize = 6_000_000;
 
 impl State {
@@ -184,12 +187,12 @@ impl State {
         }
     }
 
-    /// Everything on the primary, which is what a unique index is checked against.
+    /// The document on the primary: what the unique index is checked against.
     fn on_primary(&self, n: u8) -> Option<Doc> {
         self.loose.get(n).or_else(|| self.durable.docs.get(n))
     }
 
-    /// What a promise says that this state breaks.
+    /// The promise that this state breaks.
     fn broken(&self) -> Option<&'static str> {
         let head = self.durable.head;
         for (publish, n) in self.acked.iter().enumerate() {
@@ -198,7 +201,8 @@ impl State {
             if there.is_none() && head < n {
                 return Some("what was acknowledged is not durable");
             }
-            // At or below the head record a document counts nowhere: a late insert may have put it there.
+            // A document at or below the head record counts nowhere: a late insert may have put it
+            // there.
             if head < n && there.is_some_and(|doc| usize::from(doc.publish) != publish) {
                 return Some("an acknowledged number belongs to another");
             }
@@ -258,7 +262,7 @@ impl State {
                 next.push(
                     self.with(|s| s.writers[w].at = if stale { At::NeedsHead } else { At::Waits { n } }),
                 );
-                // Others write here too: first it looks what stands above the head that it knows.
+                // Another process writes too: first look at what stands above the known head.
                 let above = (n..NUMBERS).take_while(|n| self.shown.docs.get(*n).is_some()).last();
                 if let Some(top) = above.filter(|top| !stale && top + 1 < NUMBERS) {
                     next.push(self.with(|s| s.writers[w].at = At::Waits { n: top + 1 }));
@@ -268,7 +272,8 @@ impl State {
                 let stored = s.on_primary(n).is_none();
                 if stored {
                     s.loose.set(n, Some(Doc { publish, expired: false }));
-                    // Both at once, neither waiting for the other: the upper one may be there alone.
+                    // Both at once, neither waiting for the other: the upper one may be there
+                    // alone.
                     let both = writer.end - writer.next > 1 && s.on_primary(n + 1).is_none();
                     if without == Without::Order && both {
                         s.loose.set(n + 1, Some(Doc { publish: publish + 1, expired: false }));
@@ -294,13 +299,13 @@ impl State {
         }
     }
 
-    /// After an answer that was lost.
+    /// After a lost response.
     fn again(&mut self, w: usize, n: u8, without: Without) {
         let another = without == Without::SameNumber;
         self.writers[w].at = if another { At::NeedsHead } else { At::Waits { n } };
     }
 
-    /// After a duplicate key: whose is it?
+    /// After a duplicate key: whose document is it?
     fn look(&self, w: usize, n: u8, publish: Publish, without: Without, next: &mut Vec<Self>) {
         let found =
             if without == Without::MajorityReads { self.on_primary(n) } else { self.shown.docs.get(n) };
@@ -315,7 +320,7 @@ impl State {
                     next.push(self.with(|s| s.writers[w].at = At::Waits { n: n + 1 }));
                 }
             }
-            // Nothing stands there, as far as a majority shows: the same number again.
+            // As far as a majority shows, nothing stands there: the same number again.
             None => next.push(self.with(|s| s.again(w, n, without))),
         }
     }
@@ -323,7 +328,7 @@ impl State {
     fn acknowledge(&self, w: usize, n: u8, without: Without, next: &mut Vec<Self>) {
         let late = self.time - self.writers[w].read_at > VERIFY && without != Without::HeadAge;
         if late && self.durable.head >= n {
-            // Void: appended anew, by another append. What stands there is nobody's.
+            // Void: it starts over as another append.
             next.push(self.with(|s| s.writers[w].at = At::NeedsHead));
             return;
         }
@@ -347,7 +352,7 @@ impl State {
     }
 
     fn store_steps(&self, next: &mut Vec<Self>) {
-        // Replication: in the order in which the primary took them.
+        // Replication, in the order in which the primary executed.
         if let Some((n, doc)) = self.loose.all().next() {
             next.push(self.with(|s| {
                 s.loose.set(n, None);
@@ -358,7 +363,8 @@ impl State {
             next.push(self.with(|s| s.shown = s.durable));
         }
         if self.failovers < FAILOVERS {
-            // What no majority had is rolled back, and majority reads may show less than there is for a while.
+            // What no majority had is rolled back, and majority reads may show less than there is
+            // for a while.
             next.push(self.with(|s| {
                 s.failovers += 1;
                 s.loose = Docs::default();
@@ -385,7 +391,7 @@ impl State {
             }
             run = n;
         }
-        // Without the rule also a number that is not there yet is passed over.
+        // Without the rule, a number that does not exist yet is passed over too.
         let run = if whole && run > self.shown.head { run + 1 } else { run };
         if self.seen.is_none() && run > self.durable.head {
             next.push(self.with(|s| s.seen = Some((run, s.time))));
@@ -406,7 +412,7 @@ impl State {
     }
 }
 
-/// Visits every state within the bounds; the first promise that is broken, or how many states there were.
+/// Visits every state within the bounds. Returns the first broken promise, or the number of states.
 fn explore(without: Without) -> Result<usize, (&'static str, Box<State>)> {
     let mut known: HashSet<State, Xxh3DefaultBuilder> = HashSet::default();
     let mut open = VecDeque::from([State::new()]);

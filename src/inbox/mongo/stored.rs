@@ -1,4 +1,4 @@
-//! What stands in MongoDB, and its names.
+//! The documents in MongoDB, and their names.
 
 use bytes::Bytes;
 use mongodb::bson::spec::BinarySubtype;
@@ -21,44 +21,44 @@ pub(super) const ABOUT: &str = "about";
 pub(super) struct StoredMessage {
     #[serde(rename = "_id")]
     pub(super) place: Place,
-    /// Which append wrote it: tells one's own from another's after an answer was lost.
+    /// Id of the append that wrote it: tells one's own from another's after a lost response.
     pub(super) a: String,
-    /// The message's id.
+    /// Id of the message.
     pub(super) i: String,
-    /// Accepted at, ms.
+    /// When it was accepted, ms.
     pub(super) at: i64,
-    /// Expires at, ms.
+    /// When it expires, ms.
     pub(super) x: i64,
-    /// The payload.
+    /// Payload.
     pub(super) p: Binary,
-    /// The id again, where it is fenced; unset when it is given up.
+    /// The idempotency key; unset when it is given up.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(super) f: Option<String>,
-    /// Digest of the payload, where the id is fenced.
+    /// Digest of the payload, if there is an idempotency key.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(super) d: Option<Binary>,
 }
 
-/// Where it stands.
+/// The `_id` of a message.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Place {
     pub(super) u: String,
     pub(super) n: i64,
 }
 
-/// A head record, with its user's place.
+/// A head record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct HeadRecord {
-    /// Every number up to here was removed, or never given.
+    /// Every number up to this one was removed or never assigned.
     pub(super) head: u64,
-    /// What `head` was at first: no message ever had a number up to it.
+    /// The initial value of `head`: no message ever had a number up to it.
     pub(super) first: u64,
     pub(super) not_before_s: u64,
-    /// Numbers up to here were shown to a client before the store was restored.
+    /// Numbers up to this one were sent to a client before the store was restored.
     pub(super) shown: u64,
 }
 
-/// A number as MongoDB keeps it.
+/// A number as MongoDB stores it.
 pub(super) fn int(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
@@ -67,12 +67,12 @@ fn binary(bytes: &[u8]) -> Binary {
     Binary { subtype: BinarySubtype::Generic, bytes: bytes.to_vec() }
 }
 
-/// The `_id` of a place.
+/// The `_id` of user and number.
 pub(super) fn id(user: &UserId, n: u64) -> Document {
     doc! { "u": user.as_str(), "n": int(n) }
 }
 
-/// Every `_id` of a user above `n`.
+/// A filter for every `_id` of a user above `n`.
 pub(super) fn ids_above(user: &UserId, n: u64) -> Document {
     doc! { "$gt": id(user, n), "$lt": { "u": user.as_str(), "n": Bson::MaxKey } }
 }
@@ -91,7 +91,7 @@ impl StoredMessage {
         }
     }
 
-    /// A message that nobody will ever see, at a place after which numbers were left out.
+    /// A bridge: an expired message at `n`, after which numbers were left out.
     pub(super) fn bridge(user: &UserId, n: u64) -> Self {
         Self {
             place: Place { u: user.as_str().to_owned(), n: int(n) },
@@ -105,7 +105,7 @@ impl StoredMessage {
         }
     }
 
-    /// Whether this is one of those.
+    /// Whether a document is a bridge.
     pub(super) fn is_bridge(document: &Document) -> bool {
         integer(document, "x") == Some(0)
     }
@@ -142,13 +142,13 @@ impl HeadRecord {
     }
 }
 
-/// A whole number, in whatever type it stands there: tools that copy documents write what was an Int64 as a Double or an Int32, and
-/// MongoDB takes the three for the same key.
+/// An integer of any numeric type. Tools that copy documents may turn an Int64 into a Double or an
+/// Int32, and MongoDB treats the three as the same key.
 pub(super) fn integer(document: &Document, name: &str) -> Option<i64> {
     match *document.get(name)? {
         Bson::Int64(n) => Some(n),
         Bson::Int32(n) => Some(i64::from(n)),
-        // As far as a Double is exact.
+        // Only doubles that are exact.
         Bson::Double(n) if n.fract() == 0.0 && n.abs() <= EXACT => Some(n as i64),
         _ => None,
     }

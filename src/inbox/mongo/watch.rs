@@ -1,19 +1,20 @@
-//! What is looked at again and again while this process writes: whether the store is the one that it was, and whether the indexes are
-//! there.
+//! What this process watches while it writes: whether the store is still the same, and whether its
+//! indexes exist.
 //!
-//! # A store that was restored
+//! # Restores
 //!
-//! A *marker* stands among the messages, at the place of a user without a name: `pulse`, a moment that every writer raises; `lineage`, which
-//! changes when somebody finds the pulse below what he has seen there; and `floor`, the moment when that was. A backup that was put
-//! back, or a collection that was dropped, takes the pulse with it. Then
+//! A *marker* stands among the messages, at the position of a user without a name. Its `pulse` is a
+//! time that every writer raises. Its `lineage` changes when a writer finds the pulse below one
+//! that it has seen. Its `floor` is the time when that happened. A backup that is put back, or a
+//! collection that is dropped, takes the pulse back with it. Then
 //!
-//! - heads in memory are given up: they are of another state of the store;
-//! - numbers go on above the floor, for all that were given before are below it: a number is a moment in ms plus the count of a
-//!   user's messages. None of them is given twice;
-//! - where that leaves numbers out, a *bridge* stands after the last one before: a message that has expired. So the rule holds by which
-//!   readers find out whether there is more: the next number is there.
+//! - heads in memory are dropped, because they belong to another state of the store;
+//! - numbers go on above the floor. All numbers assigned before are below it, because a number is a
+//!   time in ms plus the count of a user's messages. So no number is assigned twice;
+//! - where that leaves numbers out, a *bridge* (an expired message) stands after the last one
+//!   before, so that readers still find the next number.
 //!
-//! Whoever reads a head that it does not remember looks at the marker too, so that it cannot miss a state that it should know of.
+//! A writer that reads a head also reads the marker, so that it cannot miss such a state.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -31,37 +32,37 @@ use super::{Inner, OpenError, index_fault, unavailable, words};
 use crate::inbox::InboxError;
 use crate::message::UserId;
 
-/// Looks between two at the indexes: a minute.
+/// Looks at the store per look at the indexes: one a minute.
 const LOOKS_PER_INDEX_LOOK: u32 = 30;
-/// Messages of one user that are looked through for numbers that were left out.
+/// Messages of one user that are searched for numbers that were left out.
 const RUN: i64 = 5_000;
-/// The code of MongoDB's error where there is no such collection.
+/// MongoDB's code for a collection that does not exist.
 const NO_COLLECTION: i32 = 26;
-/// Users looked after at once.
+/// Users mended at the same time.
 const AT_ONCE: usize = 16;
-/// Ids that stand twice, as far as they are named.
+/// Duplicate ids that are named in the error text.
 const NAMED: i64 = 5;
 
-/// What is known of the marker.
+/// What is known about the marker.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Marker {
     /// The highest pulse seen.
     pulse: i64,
     lineage: String,
-    /// Numbers up to here may have been given, and are not there any more.
+    /// Numbers up to this one may have been assigned and are gone.
     pub(super) floor: u64,
-    /// When the last look was sent that found all as it was.
+    /// When the last look was sent that found the store unchanged.
     pub(super) well: Duration,
-    /// What was written since then has yet to be mended.
+    /// What was written since this time must be mended.
     pub(super) mend_since: Option<Duration>,
 }
 
-/// The place of the marker. No user has that name.
+/// The `_id` of the marker. No user has an empty name.
 fn place() -> Document {
     doc! { "u": "", "n": 0i64 }
 }
 
-/// Looks for as long as the process runs; `every` is the time between two looks.
+/// Watches the store as long as the process runs; `every` is the time between two looks.
 pub(super) async fn watch(inner: &Inner, every: Duration) {
     let mut looks = 0u32;
     loop {
@@ -72,10 +73,11 @@ pub(super) async fn watch(inner: &Inner, every: Duration) {
             && let Some(identity) = inner.identity.get()
             && let Err(error) = inner.identity(identity).await
         {
-            // It may have been dropped with the messages: whoever is started next must find the store that the others have.
+            // It may have been dropped with the messages. A process that starts must find the
+            // identity that the others have.
             tracing::debug!(%error, "the store's identity could not be put back");
         }
-        // Also where nobody publishes: readers wait for what is to be mended.
+        // Also if nobody publishes: readers wait for what is to be mended.
         if inner.restored.load(Ordering::Acquire)
             && let Err(error) = super::append::give_up_heads(inner, &mut *inner.appends.lock().await).await
         {
@@ -94,11 +96,11 @@ pub(super) async fn watch(inner: &Inner, every: Duration) {
     }
 }
 
-/// Raises the pulse, and acts on a store that is not what it was. Answers the floor.
+/// Raises the pulse and reacts to a store that was restored. Returns the floor.
 pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
     let sent = inner.clock.uptime();
     let last = inner.marker.lock().pulse;
-    // A clock that was ahead when numbers were given may have been put right since.
+    // A clock that was ahead when numbers were assigned may have been corrected since.
     let now = int(inner.clock.now().0).max(last);
     let fresh = ulid::Ulid::generate().to_string();
     let fallen = doc! { "$lt": [{ "$ifNull": ["$pulse", 0i64] }, last] };
@@ -107,7 +109,8 @@ pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
         doc! { "$set": {
             "lineage": { "$cond": ["$fallen", &fresh, { "$ifNull": ["$lineage", &fresh] }] },
             "floor": { "$cond": ["$fallen", now, { "$ifNull": ["$floor", 0i64] }] },
-            // It rises with each look, also where a clock was ahead: a pulse that stands shows no restore.
+            // It rises with each look, also after a clock was ahead: a pulse that stands still
+            // would not show a restore.
             "pulse": { "$max": [{ "$add": [{ "$ifNull": ["$pulse", 0i64] }, 1i64] }, now] },
         } },
         doc! { "$unset": "fallen" },
@@ -121,7 +124,7 @@ pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
     Ok(take(inner, &found, Some(sent)))
 }
 
-/// The marker as it stands there, for one who reads heads.
+/// Reads the marker, for a writer that reads heads. Returns the floor.
 pub(super) async fn read(inner: &Inner) -> Result<u64, InboxError> {
     let found = inner.by_ids(vec![place()], doc! {}).await?;
     let found = found.first().cloned().unwrap_or_default();
@@ -131,7 +134,7 @@ pub(super) async fn read(inner: &Inner) -> Result<u64, InboxError> {
     Ok(take(inner, &found, None))
 }
 
-/// Takes up what the marker says; `sent` is when it was asked for by a look.
+/// Takes over what the marker says. `sent` is when it was requested by [`look`].
 fn take(inner: &Inner, found: &Document, sent: Option<Duration>) -> u64 {
     let lineage = found.get_str("lineage").unwrap_or_default();
     let floor = integer(found, "floor").unwrap_or(0).max(0).unsigned_abs();
@@ -159,8 +162,8 @@ fn take(inner: &Inner, found: &Document, sent: Option<Duration>) -> u64 {
     inner.marker.lock().floor
 }
 
-/// Mends what this process has written above heads that are no longer there: below its messages stands a bridge, or the head record that
-/// went missing.
+/// Mends what this process has written above heads that are gone: adds the bridge, or the head
+/// record, that is missing below its messages.
 pub(super) async fn mend(inner: &Inner, written: Vec<UserId>) -> Result<(), InboxError> {
     let mut written = written;
     while !written.is_empty() {
@@ -196,7 +199,8 @@ async fn mend_user(inner: &Inner, user: UserId) -> Result<(), InboxError> {
     bridge(inner, &bridges).await
 }
 
-/// The last number below each hole in `numbers`, which fall; `head` and what is below it is there, or was removed.
+/// The last number below each hole in `numbers`, which are in falling order. `head` and everything
+/// below it exists or was removed.
 fn holes(numbers: &[u64], head: u64) -> impl Iterator<Item = u64> {
     let below = numbers.iter().copied().skip(1).chain([head]);
     let pairs = numbers.iter().copied().zip(below);
@@ -206,7 +210,8 @@ fn holes(numbers: &[u64], head: u64) -> impl Iterator<Item = u64> {
         .map(|(_, below)| below)
 }
 
-/// Puts a bridge after the last number of each of these users, so that what comes further above is found.
+/// Puts a bridge after the last number of each of these users, so that readers find what comes
+/// further above.
 pub(super) async fn bridge(inner: &Inner, last: &[(&UserId, u64)]) -> Result<(), InboxError> {
     if last.is_empty() {
         return Ok(());
@@ -218,7 +223,7 @@ pub(super) async fn bridge(inner: &Inner, last: &[(&UserId, u64)]) -> Result<(),
         let ids = last.iter().map(|(user, n)| id(user, n + 1)).collect();
         let there = inner.by_ids(ids, doc! { "_id": 1, "x": 1 }).await?;
         if !there.iter().all(StoredMessage::is_bridge) {
-            // Somebody has written there meanwhile: what is last must be looked at again.
+            // Another process has written there meanwhile: the last number must be read again.
             return Err(InboxError::Unavailable(
                 "another message was stored where numbers were to go on above".to_owned(),
             ));
@@ -227,7 +232,7 @@ pub(super) async fn bridge(inner: &Inner, last: &[(&UserId, u64)]) -> Result<(),
     Ok(())
 }
 
-/// What stands there already need not be written; whether something did.
+/// Treats duplicate keys as success; returns whether there was one.
 fn if_not_taken(written: mongodb::error::Result<()>) -> Result<bool, InboxError> {
     let error = match written {
         Ok(()) => return Ok(false),
@@ -245,7 +250,7 @@ fn if_not_taken(written: mongodb::error::Result<()>) -> Result<bool, InboxError>
 }
 
 impl Inner {
-    /// Whether the index stands there by which an id is stored once.
+    /// Whether the unique index on idempotency keys exists.
     async fn tells_ids_apart(&self) -> Result<bool, OpenError> {
         let all = async { self.documents.list_indexes().await?.try_collect::<Vec<IndexModel>>().await };
         let all = match self.in_time(all).await {
@@ -262,7 +267,7 @@ impl Inner {
 
     fn refuse_ids(&self, why: Option<String>) {
         let before = std::mem::replace(&mut *self.ids_refused.lock(), why.clone());
-        // A store that is opened has yet to get its indexes.
+        // A store that is being opened has no indexes yet.
         let is_open = self.identity.get().is_some();
         match (before, why) {
             (before, Some(why)) if is_open && before.as_ref() != Some(&why) => {
@@ -273,12 +278,12 @@ impl Inner {
         }
     }
 
-    /// Makes the indexes that are not there. Where ids that stand twice are in the way, publishes with an id are refused until they are
-    /// gone: another one could be stored twice.
+    /// Creates missing indexes. While duplicate ids prevent the unique one, publishes with an id
+    /// are refused, because another one could be stored twice.
     pub(super) async fn make_indexes(&self) -> Result<(), OpenError> {
         let missing = !self.tells_ids_apart().await?;
         if missing && self.ids_refused.lock().is_none() {
-            // However long it takes to make it, or whatever is in the way.
+            // Holds until the index exists, however long it takes to create it.
             let why = "the index sender_id of the collection inbox is not there, or is not unique";
             self.refuse_ids(Some(why.to_owned()));
         }
@@ -313,7 +318,7 @@ impl Inner {
         Ok(())
     }
 
-    /// What to do about ids that stand twice, with some of them.
+    /// An error text that names some duplicate ids and the remedy.
     async fn ids_that_stand_twice(&self) -> String {
         let group =
             doc! { "_id": { "u": "$_id.u", "f": "$f" }, "at": { "$push": "$_id.n" }, "count": { "$sum": 1 } };
