@@ -1,7 +1,8 @@
 //! The client library: connect, move, resume, ack. Each message is handed on once and in order.
 //!
-//! A [`Client`] is a handle; a task behind it holds the socket, or two of them during a move: the new one is opened first,
-//! and the old one closed when the new one has caught up. What both deliver is told apart by `seq`.
+//! A [`Client`] is a handle; a task behind it holds the socket, or two of them during a move: the
+//! new one is opened first, and the old one closed when the new one has caught up. What both
+//! deliver is told apart by `seq`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,9 +50,11 @@ pub struct ClientConfig {
     pub device: DeviceId,
     /// Where to start; None is the device's own cursor.
     pub since: Option<Since>,
-    /// Ask `POST /v1/connect` for the right node first. Otherwise any node is taken, and moves are followed.
+    /// Ask `POST /v1/connect` for the right node first. Otherwise any node is taken, and moves are
+    /// followed.
     pub ask_first: bool,
-    /// Asks it. Clones of one share their connections; one each would cost every client 100 KiB of trusted roots.
+    /// Asks it. Clones of one share their connections; one each would cost every client 100 KiB of
+    /// trusted roots.
     pub http: HttpClient,
 }
 
@@ -92,21 +95,23 @@ pub enum Event {
         /// Until the next try.
         rest: Duration,
     },
-    /// The server closed with a code that says not to come back, or refused the token. The last event.
+    /// The server closed with a code that says not to come back, or refused the token. The last
+    /// event.
     Refused {
         /// The close code, or 4501 for a 401.
         code: u16,
     },
 }
 
-/// What the application has taken: up to `seq`, in the numbers that hold since so many resets. After one, smaller numbers count again.
+/// What the application has taken: up to `seq`, in the numbers that hold since so many resets.
+/// After one, smaller numbers count again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Acked {
     resets: u64,
     seq: u64,
 }
 
-/// See the room's comment. Dropping it ends the connection.
+/// A connection that reconnects, moves and resumes. Dropping it ends the connection.
 pub struct Client {
     events: mpsc::Receiver<Event>,
     /// Acks are cumulative, so only the newest counts, and saying one never waits.
@@ -230,7 +235,8 @@ impl Actor {
     async fn open(&self, url: String, token: Option<&str>) -> Result<ClientSocket, Ending> {
         match open(&url, token, OPEN_DEADLINE).await {
             Ok(socket) => Ok(socket),
-            // A ticket that was used or ran out is no reason to give up: the next try asks for another.
+            // A ticket that was used or ran out is no reason to give up: the next try asks for
+            // another.
             Err(ConnectionError::Answered(401)) if token.is_some() => Err(Ending::Refused(4501)),
             Err(ConnectionError::Answered(403)) => Err(Ending::Refused(4503)),
             Err(fault) => Err(Ending::Lost(fault.to_string())),
@@ -309,7 +315,8 @@ impl Actor {
         }
     }
 
-    /// Acks are cumulative: the newest says it all, also to a socket that has not heard the earlier ones.
+    /// Acks are cumulative: the newest says it all, also to a socket that has not heard the earlier
+    /// ones.
     async fn repeat_ack(&mut self, socket: &mut ClientSocket) {
         let newest = *self.acks.borrow_and_update();
         // What was acked before a reset was of other numbers.
@@ -382,7 +389,8 @@ impl Actor {
             }
             ReceivedFrame::Other(ServerFrame::Welcome { node, since, reconnect, ping_every_ms, .. }) => {
                 self.hint = reconnect;
-                // Where this client began holds for all its sockets: `latest` would mean another moment on each.
+                // Where this client began holds for all its sockets: `latest` would mean another
+                // moment on each.
                 self.last.get_or_insert(since);
                 self.tell(Event::Welcome { node, since }).await?;
                 return Ok(Taken::Welcome(Duration::from_millis(ping_every_ms)));
@@ -417,8 +425,8 @@ enum Taken {
     Move(MoveOrder),
 }
 
-/// The server pings on schedule, whatever else it sends: one ping that does not come means that its host, or the network, has gone without
-/// a word.
+/// The server pings on schedule, whatever else it sends: one ping that does not come means that its
+/// host, or the network, has gone without a word.
 fn silence(ping_every: Duration) -> Duration {
     ping_every + PING_GRACE
 }

@@ -1,5 +1,5 @@
-//! Configuration: a TOML file, then `RINGPUSH_SECTION__KEY`, then flags. All of it is read and checked before anything is
-//! built, and every fault is reported, not only the first.
+//! Configuration: a TOML file, then `RINGPUSH_SECTION__KEY`, then flags. Everything is read and
+//! checked before anything is built, and every fault is reported.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -14,7 +14,7 @@ use crate::role::push::{Origins, PushLimits};
 use crate::wire::address::{RedisUrl, UrlTemplate};
 use crate::wire::http::{PublishLimits, TTL_S};
 
-/// What a key holds.
+/// The type of a key's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Text,
@@ -26,7 +26,7 @@ enum Kind {
     Switch,
 }
 
-/// One key: its name, what it holds, and its default as it would stand in the file.
+/// A key: its name, its type, and its default as it stands in the file.
 struct Key {
     name: &'static str,
     kind: Kind,
@@ -37,7 +37,7 @@ const fn key(name: &'static str, kind: Kind, default: &'static str) -> Key {
     Key { name, kind, default }
 }
 
-/// Every key there is. Addresses are those of development; elsewhere the host is 0.0.0.0.
+/// All keys. Addresses are those of development; elsewhere the host is 0.0.0.0.
 const KEYS: &[Key] = &[
     key("node.name", Kind::Text, "\"\""),
     key("node.roles", Kind::List, "[\"auth\", \"collect\", \"dispatch\", \"push\"]"),
@@ -82,14 +82,14 @@ const KEYS: &[Key] = &[
     key("limits.head_trust_ms", Kind::Number, "600000"),
 ];
 
-/// A role that runs in this process.
+/// A role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RoleName {
-    /// Token to user.
+    /// Verifies tokens.
     Auth,
-    /// Takes messages.
+    /// Takes publishes.
     Collect,
-    /// Routes them.
+    /// Routes messages.
     Dispatch,
     /// Holds sockets.
     Push,
@@ -106,7 +106,7 @@ impl RoleName {
         }
     }
 
-    /// As it is written.
+    /// The name in configuration.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -123,55 +123,56 @@ impl RoleName {
 pub struct Config {
     /// Neither Redis nor MongoDB is configured.
     pub development: bool,
-    /// This node's name.
+    /// `node.name`.
     pub node: NodeId,
-    /// Which roles run here.
+    /// `node.roles`.
     pub roles: Vec<RoleName>,
-    /// Where each listens.
+    /// The listening addresses.
     pub listen: Listeners,
-    /// The template of public URLs; None in development, where each node has its own address.
+    /// `push.public_url`; `None` in development, where each node has its own address.
     pub public_url: Option<UrlTemplate>,
-    /// Which pages may open sockets.
+    /// `push.origins`.
     pub origins: Origins,
-    /// The window of a drain.
+    /// `push.drain_window_s`.
     pub drain_window: Duration,
-    /// New sockets per second and node.
+    /// `push.accept_per_s`: new sockets per second and node; 0 is no limit.
     pub accept_per_s: u32,
-    /// This node's share.
+    /// `push.weight`: this node's share, relative to 1.0.
     pub weight: f64,
-    /// How tokens are verified; the key is empty where development has yet to make it.
+    /// How tokens are verified. The key is empty if development has yet to make it.
     pub auth: AuthConfig,
-    /// By what push and dispatch verify tokens.
+    /// How push and dispatch verify tokens.
     pub verify_by: VerifyBy,
-    /// Whether a token may stand in the URL.
+    /// `auth.token_in_url`: whether a token may stand in the URL.
     pub token_in_url: bool,
-    /// The key that may issue tokens.
+    /// `auth.admin_key`: the key that may issue tokens.
     pub admin_key: String,
-    /// The keys that may publish.
+    /// `collect.api_keys`: the keys that may publish.
     pub api_keys: Vec<String>,
-    /// Shared by all roles.
+    /// `peer.secret`, shared by all roles.
     pub peer_secret: String,
-    /// Where other roles reach this process; None: found out from the listener.
+    /// `peer.advertise`: where other roles reach this process. `None`: derived from the listener.
     pub peer_advertise: Option<String>,
-    /// None: membership and fallback inside the process.
+    /// `redis.url`; `None` keeps membership and fallback inside the process.
     pub redis: Option<RedisUrl>,
-    /// Before every key in Redis.
+    /// `redis.prefix` of every key in Redis.
     pub redis_prefix: String,
-    /// Empty: embedded.
+    /// `mongo.uri`; empty selects the embedded store.
     pub mongo_uri: String,
-    /// Which database there.
+    /// `mongo.database`.
     pub mongo_database: String,
-    /// How long a user's head in memory is trusted; the other times of the inbox in MongoDB follow from it.
+    /// How long a user's head in memory is trusted. The other times of the inbox in MongoDB follow
+    /// from it.
     pub head_trust: Duration,
-    /// Where the embedded inbox and the development keys are.
+    /// `data.dir`: the embedded store and the keys of development.
     pub data_dir: PathBuf,
-    /// Of publishes.
+    /// Limits of publishes.
     pub publish: PublishLimits,
-    /// Of sessions.
+    /// Limits of sessions.
     pub push: PushLimits,
-    /// Between two passes of the janitor.
+    /// Time between two runs of the janitor.
     pub janitor_every: Duration,
-    /// Every key with the value in force, secrets left out.
+    /// Every key with its value, without secrets.
     pub effective: BTreeMap<&'static str, String>,
 }
 
@@ -180,7 +181,7 @@ pub struct Config {
 pub enum VerifyBy {
     /// With `auth.token_key`.
     Key,
-    /// With keys fetched from here.
+    /// With keys fetched from this URL.
     Jwks(String),
     /// By asking the auth at this URL.
     Asking(String),
@@ -189,43 +190,44 @@ pub enum VerifyBy {
 /// The listening addresses.
 #[derive(Debug, Clone, Copy)]
 pub struct Listeners {
-    /// WebSocket, connect, page.
+    /// Sockets, connect, page.
     pub push: SocketAddr,
     /// Publishing.
     pub collect: SocketAddr,
     /// Tokens.
     pub auth: SocketAddr,
-    /// Connect.
+    /// Connect on dispatch.
     pub dispatch: SocketAddr,
-    /// Between roles.
+    /// Calls between roles.
     pub peer: SocketAddr,
     /// Health, metrics, dashboard.
     pub ops: SocketAddr,
 }
 
-/// Everything that is wrong with a configuration, a line each.
+/// All faults of a configuration, one line each.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}", .0.join("\n"))]
 pub struct Faults(pub Vec<String>);
 
-/// Where values come from, the later ones winning.
+/// The sources of values; later ones override earlier ones.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
-    /// The text of the file, with its name for messages.
+    /// Name and text of the file.
     pub file: Option<(String, String)>,
     /// The environment.
     pub environment: Vec<(String, String)>,
-    /// Flags: key and value as in the environment.
+    /// Flags: key and value, as in the environment.
     pub flags: Vec<(&'static str, String)>,
-    /// For a command that is no server: what only a server needs may be missing.
+    /// For a command that is not the server: keys that only the server needs may be missing.
     pub for_command: bool,
 }
 
 impl Sources {
-    /// Of this process, with a file if one is named.
+    /// The sources of this process, with a file if one is given.
     ///
     /// # Errors
-    /// That the file cannot be read.
+    ///
+    /// The file cannot be read.
     pub fn of_process(file: Option<&std::path::Path>) -> Result<Self, Faults> {
         let file = match file {
             None => None,
@@ -240,10 +242,11 @@ impl Sources {
     }
 }
 
-/// Variables besides `RINGPUSH_…` that say how this process is to behave.
+/// Variables without the prefix `RINGPUSH_` that are read too.
 const READ_TOO: [&str; 3] = ["POD_NAME", "POD_IP", "RUST_LOG"];
 
-/// The environment as text. What is not UTF-8 is a fault where it is meant for this program, and of no interest elsewhere.
+/// The environment as text. A variable that is not UTF-8 is a fault if its name is ours, and is
+/// ignored otherwise.
 fn read_environment(
     all: impl Iterator<Item = (OsString, OsString)>,
 ) -> Result<Vec<(String, String)>, Faults> {
@@ -267,7 +270,8 @@ impl Config {
     /// Reads and checks everything.
     ///
     /// # Errors
-    /// Every fault found.
+    ///
+    /// Every fault.
     pub fn load(sources: &Sources) -> Result<Self, Faults> {
         let mut reader = Reader::collect(sources);
         let config = reader.build();
@@ -277,7 +281,7 @@ impl Config {
         }
     }
 
-    /// Whether a role runs here.
+    /// Whether a role runs in this process.
     #[must_use]
     pub fn runs(&self, role: RoleName) -> bool {
         self.roles.contains(&role)
@@ -304,11 +308,11 @@ impl Config {
     }
 }
 
-/// The values as they were found, and what was wrong on the way.
+/// The values that were found, and the faults.
 struct Reader {
     values: BTreeMap<&'static str, toml::Value>,
     faults: Vec<String>,
-    /// Where the host name and the pod's name come from.
+    /// For the host name and the pod's name.
     environment: Vec<(String, String)>,
     for_command: bool,
 }
@@ -337,7 +341,7 @@ impl Reader {
         let table: toml::Table = match text.parse() {
             Ok(table) => table,
             Err(error) => {
-                // The error's own text quotes the line, which may hold a key.
+                // The parser's own text quotes the line, which may contain a key.
                 let before =
                     error.span().map_or(0, |span| text[..span.start.min(text.len())].matches('\n').count());
                 return self.faults.push(format!(
@@ -380,7 +384,8 @@ impl Reader {
         self.faults.push(format!("{name}: no such key (in {from}){nearest}"));
     }
 
-    /// `RINGPUSH_SECTION__KEY`; names without the double underscore are not ours, as those that Kubernetes injects.
+    /// Reads `RINGPUSH_SECTION__KEY`. Names without the double underscore are not ours; Kubernetes
+    /// injects such.
     fn take_variable(&mut self, name: &str, value: &str) {
         if let Some(rest) = name.strip_prefix("RINGPUSH_")
             && let Some((section, key)) = rest.split_once("__")
@@ -535,7 +540,8 @@ impl Reader {
         })
     }
 
-    /// As configured, else the pod's name, else the host's, with what a name may not hold left out.
+    /// As configured, else the pod's name, else the host's name without characters that are not
+    /// allowed.
     fn node_name(&mut self) -> Option<NodeId> {
         let configured = self.text("node.name");
         if !configured.is_empty() {
@@ -567,7 +573,7 @@ impl Reader {
         RedisUrl::parse(url).map_err(|rule| self.faults.push(format!("redis.url: {rule}"))).ok()
     }
 
-    /// A name that goes into keys and names of a store.
+    /// A name that becomes part of keys and names in a store.
     fn word(&mut self, name: &'static str) -> String {
         let text = self.text(name);
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.:".contains(c);
@@ -578,7 +584,7 @@ impl Reader {
         text
     }
 
-    /// As MongoDB allows it on every system, with room for names of collections.
+    /// A name that MongoDB allows on every system, with room for names of collections.
     fn database(&mut self) -> String {
         let text = self.text("mongo.database");
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
@@ -608,7 +614,7 @@ impl Reader {
             url.trim_end_matches('/').to_owned()
         };
         match mode.as_str() {
-            // An empty one is told of where the mode is read.
+            // An empty URL is reported where the mode is read.
             "remote" if !url.is_empty() => VerifyBy::Asking(checked("auth.url", url)),
             "local" if !jwks.is_empty() => VerifyBy::Jwks(checked("auth.jwks_url", jwks)),
             _ => VerifyBy::Key,
@@ -760,7 +766,7 @@ impl Reader {
             ("auth.token_key", verifies && no_key),
             ("auth.admin_key", runs(RoleName::Auth) && secrets.admin_key.is_empty()),
             ("collect.api_keys", runs(RoleName::Collect) && secrets.api_keys.is_empty()),
-            // Auth alone speaks to nobody who would ask for it.
+            // A process with the role auth alone does not ask another auth.
             (
                 "peer.secret",
                 roles.iter().any(|role| *role != RoleName::Auth) && secrets.peer_secret.is_empty(),
@@ -861,16 +867,17 @@ fn rule_of(kind: Kind) -> &'static str {
     }
 }
 
-/// The shortest key or secret that is taken, in bytes: as long as the digest that is made with it. Whoever sees a ticket can try
-/// secrets at leisure.
+/// Shortest key or secret, in bytes: the length of the digest. Somebody who sees a ticket can try
+/// secrets offline.
 const SECRET_MIN_BYTES: usize = 32;
 
-/// The text with user and password of every URL in it left out.
+/// The text without user and password of every URL in it.
 fn without_passwords(text: &str) -> String {
     let mut parts = text.split("://");
     let mut shown = parts.next().unwrap_or_default().to_owned();
     for part in parts {
-        // Passwords may hold what should stand there encoded: all before the last @ of the URL is left out.
+        // A password may contain characters that should be encoded, so everything before the last @
+        // is left out.
         let end = part.find(['"', ' ']).unwrap_or(part.len());
         let (url, rest) = part.split_at(end);
         shown.push_str("://");
@@ -882,7 +889,7 @@ fn without_passwords(text: &str) -> String {
     shown
 }
 
-/// A JSON array, or values with commas between.
+/// A JSON array, or values separated by commas.
 fn list_of(text: &str) -> Option<toml::Value> {
     let items: Vec<String> = if text.trim_start().starts_with('[') {
         serde_json::from_str(text).ok()?

@@ -1,34 +1,38 @@
 //! ringpush: a WebSocket push cluster.
 //!
-//! A business system posts a message for a user; it is written down, and every device of that user has it a moment later,
-//! on whichever node its socket lives. Three ideas carry it. *The inbox is the truth; routing is a hint*: any live
-//! delivery may be lost, repeated or late without harm. *A session is a cursor over the inbox with a live tail*:
-//! reconnect, move, slow client and restart are the same two states. *Owner is arithmetic*: every node computes where a
-//! user belongs, and nobody looks it up.
+//! A business system posts a message for a user. ringpush stores it, and every device of that user has
+//! it a moment later, on whichever node its socket lives. Three ideas carry this. *The inbox is the
+//! truth; routing is a hint*: a live delivery may be lost, repeated or late without harm. *A session is
+//! a cursor over the inbox with a live tail*: reconnect, move, slow client and restart are the same two
+//! states. *The owner is computed*: every node computes where a user belongs, and nobody looks it up.
 //!
-//! # The rooms, in reading order
+//! `docs/architecture.md` has the map with the life cycles of a connection, a message and a node;
+//! `docs/glossary.md` defines the terms.
+//!
+//! # The modules, in reading order
 //!
 //! Tier 0 is pure: no clock, no tasks, no I/O, no randomness of its own.
 //!
 //! - [`message`]: the nouns.
 //! - [`ring`]: who owns a key.
-//! - [`session`]: one session's life, the heart of it all.
+//! - [`session`]: one session's life; the most important file.
 //! - [`secret`], [`ticket`], [`peer_proof`]: what is signed with the secret that all roles share.
-//! - [`backoff`]: jittered delays.
-//! - [`wire`]: every byte agreed with others.
+//! - [`backoff`]: delays with jitter.
+//! - [`wire`]: every byte that is agreed with other programs.
 //!
-//! Tier 1 has one door for each foreign system.
+//! Tier 1 has one adapter for each foreign system.
 //!
-//! - [`inbox`]: the truth, with its contract; on `fjall`, and in memory as the model.
-//! - [`membership`], [`fallback`]: which nodes there are, and who is displaced.
-//! - [`transport`]: hyper and tungstenite. [`client`]: the client library.
-//! - [`clock`], [`telemetry`], [`thread`]: the time of day; logs, metrics, health; a thread that many wait for.
+//! - [`inbox`]: the contract of the inbox; on MongoDB, on fjall, and in memory as a model.
+//! - [`membership`], [`fallback`]: which nodes there are, and who is displaced; in Redis and in memory.
+//! - [`transport`]: hyper, tungstenite, tonic, Redis, and a TCP stream of our own.
+//! - [`client`]: the client library.
+//! - [`clock`], [`telemetry`]: the time of day; logs, metrics, health.
 //!
 //! Tier 2 says what should happen: [`role`], four of them, which never import one another.
 //!
-//! Tier 3 puts it together: [`config`] and [`app`].
+//! Tier 3 assembles: [`config`] and [`app`].
 //!
-//! Arrows point down only; `tests/it/rooms.rs` holds the house to it.
+//! Imports point downwards only; `tests/it/rooms.rs` checks that.
 
 pub mod app;
 pub mod backoff;

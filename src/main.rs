@@ -15,14 +15,15 @@ use rustix::fs::Mode;
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 
-/// Messages live from one thread to another, and stores free them by the thousand: both are what it is made for.
+/// Messages pass from one thread to another and are freed by the thousand, which mimalloc is good
+/// at.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Open files that there is room for from the start: half a megabyte of the kernel's memory.
+/// File descriptors that the kernel's table has room for from the start: half a megabyte.
 const FILES_AT_FIRST: u64 = 65_536;
 
-/// As `sysexits.h` has it: the command was used wrongly.
+/// `EX_USAGE` of `sysexits.h`: bad usage or configuration.
 const USAGE: u8 = 64;
 
 #[derive(Parser)]
@@ -109,7 +110,8 @@ enum Command {
         #[arg(long, value_name = "URL")]
         target: Option<String>,
     },
-    /// Publish to many users, hold their sockets, and account for every message: exits 1 if one is lost.
+    /// Publish to many users, hold their sockets, and account for every message: exits 1 if one is
+    /// lost.
     #[command(after_help = "Example:
   ringpush audit --target https://push.example.com --publish http://collect:8081 --users 2000 --rate 500 --for 60s")]
     Audit(AuditOptions),
@@ -137,13 +139,13 @@ struct AuditOptions {
     /// How long it publishes, such as 60s or 5m.
     #[arg(long = "for", default_value = "60s", value_name = "TIME")]
     time: String,
-    /// How long what was accepted may take to arrive after the last publish: longer than a sweep.
+    /// How long accepted messages may take to arrive after the last publish; longer than a sweep.
     #[arg(long, default_value = "50s", value_name = "TIME")]
     settle: String,
     /// Fail when a message takes longer than this.
     #[arg(long, value_name = "TIME")]
     max_delay: Option<String>,
-    /// Of the random choice of users [default: any].
+    /// Seed of the random choice of users [default: random].
     #[arg(long)]
     seed: Option<u64>,
     /// Print one line of JSON.
@@ -181,8 +183,9 @@ fn parse_since(text: &str) -> Result<Since, String> {
 }
 
 fn main() -> ExitCode {
-    // A huge page is cleared whole when it is first touched, 0.2 ms and more, and thousands of small buffers touch many: a third
-    // of the sockets accepted per second (docs/benchmarks.md). A kernel without them is as good.
+    // A huge page is cleared when it is first touched, in 0.2 ms and more, and thousands of small
+    // buffers touch many: a third of the sockets accepted per second (docs/benchmarks/log.md). A
+    // kernel without huge pages is as good.
     let _ = rustix::thread::disable_transparent_huge_pages(true);
     make_room_for_files();
     let cli = match Cli::try_parse() {
@@ -201,12 +204,12 @@ fn main() -> ExitCode {
         Err(error) => return ended(&anyhow::anyhow!("the runtime cannot start: {error}")),
     };
     let outcome = runtime.block_on(run(cli));
-    // Blocking work that is still under way has nobody left to answer to.
+    // Blocking work that is still running has nobody to answer to.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     outcome.unwrap_or_else(|error| ended(&error))
 }
 
-/// Says why a command ended, unless whoever read its output has gone, and with what code it ends.
+/// Says why a command ended, unless its reader has gone. Returns the exit code.
 fn ended(error: &anyhow::Error) -> ExitCode {
     if let Some(faults) = error.downcast_ref::<Faults>() {
         let lines: Vec<String> = faults.0.iter().map(|fault| format!("ringpush: {fault}")).collect();
@@ -220,9 +223,10 @@ fn ended(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// As many open files as the system grants, and room for them in the kernel's table while this process has one thread: later,
-/// each doubling of the table makes every thread that opens a socket wait for all processors to pass a quiet moment, 10 to 50 ms,
-/// and a crowd of clients causes ten of them (docs/benchmarks.md). Where it cannot be had, the table grows as it always did.
+/// Raises the limit of open files, and makes room for them in the kernel's table while this process
+/// has one thread. Later, each doubling of the table makes every thread that opens a socket wait 10
+/// to 50 ms, and a crowd of clients causes ten doublings (docs/benchmarks/log.md). If it fails, the
+/// table grows later.
 fn make_room_for_files() {
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
@@ -284,7 +288,8 @@ async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<Exit
     audit(config, plan).await
 }
 
-/// For a command that is no server: each says itself which key it lacks.
+/// The configuration of a command that is not the server. Each command says itself which key it
+/// lacks.
 fn command_config(common: &Common) -> Result<Config, Faults> {
     Config::load(&Sources { for_command: true, ..sources(common)? })
 }
@@ -303,7 +308,7 @@ fn sources(common: &Common) -> Result<Sources, Faults> {
 
 async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
     ignore_other_signals()?;
-    // Messages and keys are for their owner alone.
+    // Messages and keys are only for their owner.
     umask(Mode::RWXG | Mode::RWXO);
     let mut sources = sources(common)?;
     sources.flags.extend(options.roles.map(|roles| ("node.roles", roles)));
@@ -313,17 +318,17 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
         options.log_filter.or_else(|| std::env::var("RUST_LOG").ok()).unwrap_or_else(|| "info".to_owned());
     let _logging =
         start_logging(format, &filter).map_err(|error| Faults(vec![format!("--log-filter: {error}")]))?;
-    // Before anything is bound: a signal that comes early must not be lost.
+    // Before anything is bound, so that an early signal is not lost.
     let stop = stop_signal()?;
     let development = config.development;
     let mut stop = std::pin::pin!(stop);
     let app = tokio::select! {
         started = App::start(config, options.push_nodes.map(usize::from)) => started?,
-        // Nothing was promised yet.
+        // Nothing was accepted yet.
         () = &mut stop => return Ok(ExitCode::SUCCESS),
     };
     if development {
-        // A server has its listeners to speak for it.
+        // The server runs, even if nobody reads the greeting.
         let _ = print_line(app.greeting(&commands::own_command(common.data.as_deref())));
     }
     match app.run(stop).await? {
@@ -336,13 +341,13 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Signals that mean nothing here yet and would end the process without a drain. SIGXFSZ comes where a log file has reached the
-/// size that it may have; the write fails then, which is dealt with.
+/// Ignores signals that have no meaning yet and would end the process without a drain. SIGXFSZ
+/// comes when a log file has reached its size limit; the write fails then, which is handled.
 fn ignore_other_signals() -> anyhow::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let file_size = SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
     for kind in [SignalKind::hangup(), SignalKind::user_defined1(), SignalKind::user_defined2(), file_size] {
-        // What is installed here stays for as long as the process lives, whether anybody listens or not.
+        // The handler stays installed after the stream is dropped.
         drop(signal(kind)?);
     }
     Ok(())

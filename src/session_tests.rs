@@ -1,5 +1,6 @@
-//! The session against a model of everything around it: an inbox that grows and expires, a live path that loses,
-//! repeats and reorders, a socket that fills and drains, and a client that acks, leaves and comes back.
+//! The session against a model of everything around it: an inbox that grows and expires, a live
+//! path that loses, repeats and reorders, a socket that fills and drains, and a client that acks,
+//! leaves and comes back.
 
 use super::*;
 use proptest::prelude::*;
@@ -16,7 +17,8 @@ enum Op {
     Expire(usize),
     /// The n-th youngest message is damaged.
     Damage(usize),
-    /// The store is restored to what it was n messages ago; no number that was given is given again.
+    /// The store is restored to what it was n messages ago; no number that was given is given
+    /// again.
     Restore(usize),
     /// A live delivery of the n-th youngest message; those never named were lost.
     Deliver(usize),
@@ -161,7 +163,8 @@ impl World {
                 }
                 Output::Gap { after, before, reason } => {
                     let stands = after.get() == self.client.at;
-                    // As a first message may, it comes to a client that has seen nothing without a gap before it.
+                    // As a first message may, it comes to a client that has seen nothing without a
+                    // gap before it.
                     let first = self.client.fresh && reason == GapReason::Unreadable;
                     assert!(
                         stands || first,
@@ -255,7 +258,8 @@ impl World {
             }
             Op::Restore(count) => {
                 self.inbox.truncate(self.inbox.len().saturating_sub(count));
-                // What was read of the other state arrives, or not; here it does not, so that it is not told apart.
+                // What was read of the other state arrives, or not; here it does not, so that it is
+                // not told apart.
                 self.in_flight = None;
             }
             Op::Deliver(back) => {
@@ -273,8 +277,9 @@ impl World {
                 self.step(Input::Writable);
             }
             Op::PerformRead => self.perform_read(),
-            // An answer that was performed for an earlier connection must not be taken for this one's: the connection
-            // drops it with the session it was for, so here it only arrives while its question stands.
+            // An answer that was performed for an earlier connection must not be taken for this
+            // one's: the connection drops it with the session it was for, so here it only arrives
+            // while its question stands.
             Op::DeliverPage if self.full || self.asked.is_none() => {}
             Op::DeliverPage => self.deliver_page(),
             Op::Sweep => {

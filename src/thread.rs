@@ -1,22 +1,25 @@
 //! A thread that many wait for, and a remedy for when it could run and does not.
 //!
-//! Where one processor is held by a thread that computes, another thread that was waiting there can stay behind it until the next
-//! tick, for four milliseconds, while other processors idle: a kernel from 6.12 on leaves a thread that goes to sleep after more
-//! than its share on the queue of its processor, and wakes it there. A thread that syncs sleeps three times for each sync. So
-//! whoever finds such a thread late asks for it on the own processor, and then lets it run everywhere again as before: a thread that
-//! is kept waiting moves at once, one that rightly sleeps does not notice. Figures: docs/benchmarks.md.
+//! Where one processor is held by a thread that computes, another thread that was waiting there can
+//! stay behind it until the next tick, for four milliseconds, while other processors idle: a kernel
+//! from 6.12 on leaves a thread that goes to sleep after more than its share on the queue of its
+//! processor, and wakes it there. A thread that syncs sleeps three times for each sync. So whoever
+//! finds such a thread late asks for it on the own processor, and then lets it run everywhere again
+//! as before: a thread that is kept waiting moves at once, one that rightly sleeps does not notice.
+//! Figures: docs/benchmarks.md.
 
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, Pid, gettid, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
-/// So much later than expected is late: the wake-up of a thread on an idle processor takes a tenth of it.
+/// So much later than expected is late: the wake-up of a thread on an idle processor takes a tenth
+/// of it.
 const TOLERANCE: Duration = Duration::from_micros(250);
 /// Nothing is expected.
 const NEVER: u64 = u64::MAX;
 
-/// See the room's comment. Moments are microseconds since it was made.
+/// Watches a thread. Times are microseconds since it was made.
 #[derive(Debug)]
 pub struct Awaited {
     made: Instant,
@@ -56,8 +59,8 @@ impl Awaited {
         self.late_us.store(NEVER, Ordering::Relaxed);
     }
 
-    /// Fetches the thread to the caller's processor if it is late, and answers whether it was; while it stays late, again after
-    /// twice the time.
+    /// Fetches the thread to the caller's processor if it is late, and answers whether it was;
+    /// while it stays late, again after twice the time.
     pub fn fetch_if_late(&self) -> bool {
         let late = self.late_us.load(Ordering::Relaxed);
         // The clock is asked only if there is something to hold against it.

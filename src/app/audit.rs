@@ -1,5 +1,6 @@
-//! The loss audit: publishes numbered messages to many users, holds their sockets as real clients do, and accounts for every
-//! id in the end. Exits 1 if anything accepted was lost, repeated to the application, or out of order.
+//! The loss audit: publishes numbered messages to many users, holds their sockets as real clients
+//! do, and accounts for every id in the end. Exits with 1 if anything accepted was lost, repeated
+//! to the application, or out of order.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::process::ExitCode;
@@ -28,11 +29,11 @@ use crate::transport::http::HttpClient;
 use crate::wire::address::escape;
 use crate::wire::frame::{MoveReason, Since};
 
-/// Publishes whose answer is waited for at once.
+/// Publishes in flight at once.
 const IN_FLIGHT: usize = 512;
-/// How long a publish is tried before it counts as refused.
+/// How long a publish is retried before it counts as refused.
 const PUBLISH_DEADLINE: Duration = Duration::from_secs(90);
-/// How long one request may take.
+/// Deadline of one request.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(15);
 /// Life of the users' tokens, in seconds.
 const TOKEN_S: u64 = 24 * 3600;
@@ -40,38 +41,38 @@ const TOKEN_S: u64 = 24 * 3600;
 const CONNECTS_PER_S: u32 = 1_000;
 /// How long all clients may take to connect.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(120);
-/// A move that took longer than this is over, for the percentiles.
+/// A move that took longer than this does not count in the percentiles.
 const MOVE_LIFE: Duration = Duration::from_secs(15);
-/// Users whose moves are printed though their owner is the same in the end: a drain that comes back has all of them.
+/// Users whose unexpected moves are printed: a drain that comes back has all of them.
 const MOVES_PRINTED: usize = 20;
 
-/// What to do.
+/// What the audit does.
 #[derive(Debug, Clone)]
 pub struct AuditPlan {
     /// The load balancer, or any push node.
     pub target: String,
-    /// Collect, one or several.
+    /// One or several collects.
     pub publish: Vec<String>,
-    /// Users, each with one socket.
+    /// Number of users, each with one socket.
     pub users: usize,
     /// Messages per second.
     pub rate: f64,
-    /// How long.
+    /// Duration of the load.
     pub time: Duration,
-    /// How long what was accepted may take to arrive, after the last publish.
+    /// How long accepted messages may take to arrive after the last publish.
     pub settle: Duration,
-    /// A message that takes longer fails the audit; None: only loss does.
+    /// A message that takes longer fails the audit. `None`: only loss does.
     pub max_delay: Option<Duration>,
-    /// Of the random choice of users.
+    /// Seed of the random choice of users.
     pub seed: u64,
     /// One line of JSON instead of a table.
     pub json: bool,
 }
 
-/// What every task writes into.
+/// What all tasks record.
 #[derive(Default)]
 struct Book {
-    /// By message id: to whom, its number, and when it was meant to be sent.
+    /// By message id: recipient, position, and when it was due.
     accepted: Mutex<HashMap<String, Accepted>>,
     refused: Mutex<BTreeMap<String, u64>>,
     users: Mutex<Vec<UserBook>>,
@@ -88,19 +89,19 @@ struct UserBook {
     received: Vec<Received>,
     gaps: Vec<(u64, u64)>,
     ready: bool,
-    /// The node of its first socket, and of its last.
+    /// The node of the user's first socket, and of the last one.
     began_on: Option<String>,
     is_on: String,
     moves: Vec<Moved>,
     reconnects: u64,
     refused: Option<u16>,
     moving_since: Option<Instant>,
-    /// Since its socket was lost, until it has caught up on another.
+    /// Since its socket was lost, until it has caught up on another one.
     away_since: Option<Instant>,
     away: Vec<Duration>,
 }
 
-/// Told to move, by an owner's change or a drain.
+/// Users that were told to move, by an owner's change or by a drain.
 #[derive(Clone)]
 struct Moved {
     at: Instant,
@@ -123,7 +124,7 @@ struct Received {
     in_move: bool,
 }
 
-/// How it ended.
+/// The result of an audit.
 #[derive(Debug, Default)]
 struct Verdict {
     once: u64,
@@ -139,23 +140,24 @@ struct Verdict {
     delays_by_second: BTreeMap<u64, Vec<Duration>>,
 }
 
-/// Users by what the arithmetic of the ring says, before and after, and by what they were told.
+/// Users by what the ring says before and after, and by what they were told.
 #[derive(Debug, Default)]
 struct Placement {
-    /// The owner is another node in the end.
+    /// Users with another owner in the end.
     changed: usize,
-    /// The first socket was on another node than the owner, which explains a move home.
+    /// Users whose first socket was not on the owner, which explains a move.
     began_elsewhere: usize,
-    /// Told to move though the owner is the same in the end.
+    /// Users told to move although the owner is the same in the end.
     moved_though_stayed: usize,
-    /// Never told to move though the owner is another.
+    /// Users never told to move although the owner is another one.
     stayed_though_changed: usize,
 }
 
 /// Runs the audit.
 ///
 /// # Errors
-/// That it could not begin.
+///
+/// It could not begin.
 pub async fn audit(mut config: Config, plan: AuditPlan) -> Result<ExitCode> {
     let tokens = signer(&mut config)?;
     let key = Keys::of(&mut config)?.api_key;
@@ -245,7 +247,8 @@ async fn listen(bench: Arc<Bench>, n: usize, token: String) {
     }
 }
 
-/// Publishes at the rate, each message at its moment whether the earlier ones were answered or not.
+/// Publishes at the rate. Each message is sent when it is due, whether earlier ones were answered
+/// or not.
 async fn publish_all(bench: &Arc<Bench>) {
     let mut random = StdRng::seed_from_u64(bench.plan.seed);
     let began = Instant::now();
@@ -285,7 +288,8 @@ impl Bench {
         }
     }
 
-    /// One message under one id, again and again until it is accepted; another collect is asked where one fails.
+    /// Publishes one message under one id until it is accepted. After a failure another collect is
+    /// asked.
     async fn publish(&self, k: u64, user: usize, due: Instant) {
         let id = format!("audit-{}-{k}", self.run);
         let body =
@@ -332,7 +336,7 @@ impl Bench {
         began.elapsed()
     }
 
-    /// What became of every id.
+    /// Accounts for every id.
     async fn verdict(&self) -> Result<Verdict> {
         let users = self.book.users.lock().clone();
         let accepted = std::mem::take(&mut *self.book.accepted.lock());
@@ -345,7 +349,7 @@ impl Bench {
             for one in &user.received {
                 *arrivals.entry(&one.id).or_default() += 1;
                 let Some(accepted) = accepted.get(&one.id) else { continue };
-                // Another number than was promised would be another message.
+                // Another position than was promised would be another message.
                 verdict.out_of_order += u64::from(accepted.seq != one.seq);
                 let delay = one.at.saturating_duration_since(accepted.due);
                 verdict.late += u64::from(self.plan.max_delay.is_some_and(|max| delay > max));
@@ -370,7 +374,7 @@ impl Bench {
             for (id, seq) in ids {
                 let told = users[user].gaps.iter().any(|(after, before)| *after < seq && seq < *before);
                 match (stored.contains(id), told) {
-                    // Its client is away: it will have it when it is back.
+                    // Its client is away, and will get it when it is back.
                     (true, _) if !users[user].ready || users[user].refused.is_some() => verdict.queued += 1,
                     (false, true) => verdict.expired += 1,
                     _ => {
@@ -422,7 +426,8 @@ impl Bench {
         self.get("/v1/cluster").await
     }
 
-    /// Who moved, and who should have; moves that no change of owner explains are printed, a few of them.
+    /// Who moved, and who should have. Some of the moves that no change of owner explains are
+    /// printed.
     fn placement(&self, began: Instant, before: &Value, after: &Value) -> Placement {
         let (before, after) = (ring_of(before), ring_of(after));
         let users = self.book.users.lock();
@@ -496,7 +501,7 @@ fn ring_of(cluster: &Value) -> Ring {
     Ring::build(active.filter_map(|node| Some((node["node"].as_str()?, node["weight"].as_f64()?))))
 }
 
-/// In ms, to a tenth; None of nothing.
+/// In ms, to a tenth; `None` if there are no values.
 fn percentile(sorted: &[Duration], part: f64) -> Option<f64> {
     let index = ((sorted.len() as f64 * part).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
     sorted.get(index).map(|delay| (delay.as_secs_f64() * 10_000.0).round() / 10.0)

@@ -65,7 +65,7 @@ async fn issue(State(edge): Edge, request: Request<Body>) -> Answer {
     issue_body(&edge.auth, request, edge.budgets.known.hold()).await
 }
 
-/// Issues a token to somebody who may have one.
+/// Issues a token to a caller with the admin key.
 pub(super) async fn issue_body(auth: &Auth, request: Request<Body>, mut held: Held) -> Answer {
     let body = json_body(request, SMALL_BODY, &mut held).await?;
     let (user, ttl_s) = parse_token_request(&body, TOKEN_TTL_S)?;

@@ -29,12 +29,12 @@ mod calls {
 
 use calls::collect_server::{Collect, CollectServer};
 
-/// Requests of one stream whose results are not out yet.
+/// Most requests of one stream whose results are not sent yet.
 const IN_FLIGHT: usize = 1_000;
-/// Room for ids and users around a payload.
+/// Room for ids and users beside a payload, in bytes.
 const AROUND_PAYLOAD: usize = 256 * 1024;
 
-/// Adds the service to the routes of collect. The key is looked at before anything of a message is read.
+/// Adds the service to the routes of collect. The key is checked before any message is read.
 pub(super) fn with_grpc(routes: Routes, edge: Arc<CollectEdge>) -> Routes {
     let largest = edge.limits.message_bytes + AROUND_PAYLOAD;
     let server = CollectServer::new(Edge { edge: Arc::clone(&edge) }).max_decoding_message_size(largest);
@@ -53,7 +53,8 @@ pub(super) fn with_grpc(routes: Routes, edge: Arc<CollectEdge>) -> Routes {
 
 fn authorize(edge: &CollectEdge, request: &Request<()>) -> Result<(), Status> {
     let given = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
-    // As over HTTP the scheme is of any case; a key alone is one too, for metadata knows no schemes.
+    // As over HTTP, the scheme is case-insensitive. A key without a scheme is accepted too, because
+    // metadata has no schemes.
     let key = given.map(|given| match given.split_once(' ') {
         Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => key.trim(),
         _ => given,
@@ -106,14 +107,15 @@ async fn publish(edge: &CollectEdge, request: message::PublishRequest) -> messag
     }
 }
 
-/// The body of a call while it is read: what has come of a message that is not whole counts as held, and must become whole in time.
+/// The body of a call while it is read: an incomplete message counts against the memory budget, and
+/// must be completed in time.
 struct Watched {
     body: Body,
     /// There is one message, and then the end.
     one: bool,
     held: Held,
     message: Prefix,
-    /// Set while something is due.
+    /// Set while a message is incomplete.
     due: Option<Pin<Box<Sleep>>>,
 }
 
@@ -123,10 +125,11 @@ impl Watched {
         Self { body, one, held, message: Prefix::default(), due }
     }
 
-    /// Something has come.
+    /// Accounts for data that has arrived.
     ///
     /// # Errors
-    /// The requests under way hold as much as they may together.
+    ///
+    /// The memory budget of all requests is exhausted.
     fn note(&mut self, data: &[u8]) -> Result<(), Status> {
         let Passed { ended, open } = self.message.pass(data);
         if ended {
@@ -137,7 +140,7 @@ impl Watched {
             self.due = None;
         }
         if !self.one && open > 0 && self.due.is_none() {
-            // From when the message began; not anew with each piece of it.
+            // The deadline counts from the beginning of the message.
             self.due = Some(Box::pin(tokio::time::sleep(BODY_DEADLINE)));
         }
         Ok(())
@@ -176,7 +179,8 @@ impl HttpBody for Watched {
     }
 }
 
-/// How far the messages of a body have come: each is five bytes, a flag and its length, and so many more.
+/// Follows the messages of a body. Each has five bytes, a flag and its length, and then the
+/// message.
 #[derive(Default)]
 struct Prefix {
     head: [u8; 5],
@@ -184,17 +188,17 @@ struct Prefix {
     left: usize,
 }
 
-/// What a piece of a body was.
+/// What a piece of a body contained.
 #[derive(Debug, PartialEq, Eq)]
 struct Passed {
     /// A message ended in it.
     ended: bool,
-    /// So many bytes of it are of a message that has not ended.
+    /// Bytes of the message that has not ended.
     open: usize,
 }
 
 impl Prefix {
-    /// Counts what has come.
+    /// Passes over data that has arrived.
     fn pass(&mut self, mut data: &[u8]) -> Passed {
         let mut passed = Passed { ended: false, open: 0 };
         while !data.is_empty() {
@@ -222,7 +226,7 @@ impl Prefix {
     }
 }
 
-/// The rules of `POST /v1/messages`, by the names of this request.
+/// Applies the rules of `POST /v1/messages`, with the names of this request.
 fn read(edge: &CollectEdge, request: message::PublishRequest) -> Result<Publish, Problem> {
     let limits = &edge.limits;
     let fault = |pointer: &str, detail: String| {
@@ -293,7 +297,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// However the bytes are cut, it is known which message they are of.
+        /// However the bytes are cut, the message boundaries are known.
         #[test]
         fn the_end_of_a_message_is_seen_however_it_comes(
             lengths in prop::collection::vec(0usize..300, 1..6), cuts in prop::collection::vec(1usize..80, 1..40),

@@ -30,21 +30,22 @@ use crate::wire::http::{
     Problem, Publish, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish,
 };
 
-/// Where to publish.
+/// Path of a publish.
 const MESSAGES: &str = "/v1/messages";
-/// Largest body of one publish: 64 KiB of payload and 1000 recipients of 128 bytes, escaped at their worst.
+/// Largest body of one publish: 64 KiB of payload and 1000 recipients of 128 bytes, escaped in the
+/// worst way.
 const PUBLISH_BODY: usize = 1024 * 1024;
 /// Largest body of a batch.
 const BATCH_BODY: usize = 16 * 1024 * 1024;
-/// Batches read and written at once: eight times the largest is 128 MiB.
+/// Batches that are read and written at the same time: eight of the largest are 128 MiB.
 const BATCHES_AT_ONCE: usize = 8;
-/// How long a batch may wait for others, whose senders may have gone, before it is read.
+/// How long a batch may wait for others before it is read.
 const BATCH_WAIT: Duration = Duration::from_secs(5);
-/// Recipients of a batch that wait to be stored at once. All batches together leave others a fifth of what may wait
-/// ([`WAITING_APPENDS`](crate::role::collect::WAITING_APPENDS)).
+/// Recipients of a batch that wait to be stored at the same time. All batches together leave a
+/// fifth of [`WAITING_APPENDS`](crate::role::collect::WAITING_APPENDS) to others.
 const PART_RECIPIENTS: usize = 1_000;
 const _: () = assert!(BATCHES_AT_ONCE * PART_RECIPIENTS <= crate::role::collect::WAITING_APPENDS / 5 * 4);
-/// Messages of a page of history where none are asked for.
+/// Default page size of history, in messages.
 const HISTORY_LIMIT: usize = 100;
 
 pub(super) struct CollectEdge {
@@ -54,7 +55,7 @@ pub(super) struct CollectEdge {
     pub(super) api_keys: Vec<String>,
     pub(super) limits: PublishLimits,
     refusals: Refusals,
-    /// What unanswered requests may hold.
+    /// The memory budget of unanswered requests.
     pub(super) budget: Budget,
     batches: Semaphore,
 }
@@ -72,10 +73,11 @@ impl CollectEdge {
         Arc::new(Self { collect, membership, urls, api_keys, limits, refusals, budget, batches })
     }
 
-    /// Whether this is one of the API keys.
+    /// Checks an API key.
     ///
     /// # Errors
-    /// What to say to whoever has none.
+    ///
+    /// What to tell a caller without a good key.
     pub(super) fn check_key(&self, given: Option<&str>) -> Result<(), &'static str> {
         let why = match given {
             Some(given) if self.api_keys.iter().any(|key| same_secret(key, given)) => return Ok(()),
@@ -92,12 +94,13 @@ impl CollectEdge {
 }
 
 type Edge = State<Arc<CollectEdge>>;
-/// Percent-decoded; refused by axum where that is not UTF-8.
+/// Percent-decoded; axum refuses what is not UTF-8.
 type Path = Result<RawPathParams, RawPathParamsRejection>;
 type Answer = Result<Response<Body>, HttpError>;
 
-/// What answers on collect's port. A publish goes past the router: what that boxes and clones for a request is as much as all else
-/// that a small publish needs before it waits to be stored.
+/// The service on collect's port. A publish bypasses the router: what the router boxes and clones
+/// for a request costs as much as everything else that a small publish needs before it waits to be
+/// stored.
 pub(super) fn front(edge: Arc<CollectEdge>, routes: Routes) -> impl Answers<Body> {
     tower::service_fn(move |request: Request<Incoming>| {
         let (edge, routes) = (Arc::clone(&edge), routes.clone());
@@ -111,7 +114,7 @@ pub(super) fn front(edge: Arc<CollectEdge>, routes: Routes) -> impl Answers<Body
 }
 
 pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
-    // Behind `front` this answers other methods alone, which is what the router is there for.
+    // `front` takes the publishes, so this only answers other methods.
     let publish_here =
         |State(edge): Edge, request: Request<Body>| async move { publish(&edge, request).await };
     closed(
@@ -132,12 +135,12 @@ async fn publish<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Ans
     publish_body(edge, request).await
 }
 
-/// A publish whose sender is known already.
+/// A publish whose sender was checked.
 pub(super) async fn publish_body<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Answer {
     let mut held = edge.budget.hold();
     let body = json_body(request, PUBLISH_BODY, &mut held).await?;
     let publish = parse_publish(&body, &edge.limits)?;
-    // A large payload is a slice of the body: nothing else may keep that alive.
+    // A large payload is a slice of the body; nothing else may keep the body alive.
     drop(body);
     Ok(published(&edge.collect.publish(publish).await))
 }
@@ -174,10 +177,10 @@ async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
     Ok(json(StatusCode::ACCEPTED, batch_body(&results)))
 }
 
-/// A publish of a batch, or why it is none.
+/// A publish of a batch, or why it is not one.
 type Item = Result<Publish, Problem>;
 
-/// A batch in parts of at most [`PART_RECIPIENTS`] recipients.
+/// Splits a batch into parts of at most [`PART_RECIPIENTS`] recipients.
 fn parts(items: Vec<Item>) -> Vec<Vec<Item>> {
     let mut parts: Vec<Vec<Item>> = Vec::new();
     let mut left = 0usize;
@@ -215,7 +218,7 @@ fn page_query(query: &str) -> Result<(Seq, usize), HttpError> {
             }
             "limit" => {
                 let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-                // More than any number is more than 1000 too.
+                // A number that does not fit counts as more than 1000.
                 let count = digits.then(|| text.parse().unwrap_or(u64::MAX)).filter(|count: &u64| *count > 0);
                 let count = count.ok_or_else(|| refuse(422, "limit: must be an integer from 1 to 1000"))?;
                 limit = usize::try_from(count).unwrap_or(usize::MAX).min(HISTORY_PAGE.messages);
@@ -233,7 +236,7 @@ async fn user(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
     Ok(json(StatusCode::OK, user_report(&user, &report).to_string()))
 }
 
-/// Every device with a cursor or a session; one with several sessions shows the youngest.
+/// Every device with a cursor or a session. A device with several sessions shows the youngest.
 fn user_report(user: &UserId, report: &UserReport) -> Value {
     let mut devices: BTreeMap<&str, Value> = BTreeMap::new();
     for (device, acked) in &report.profile.cursors {

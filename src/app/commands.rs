@@ -24,30 +24,31 @@ use crate::transport::http::HttpClient;
 use crate::wire::frame::Since;
 use crate::wire::http::Problem;
 
-/// How long one request may take: longer than the server's own deadline for a publish.
+/// Deadline of one request: longer than the server's own deadline for a publish.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(15);
-/// How often a request is tried that cannot be delivered or is answered 503.
+/// How often a request is tried that fails or is answered 503.
 const TRIES: u32 = 5;
-/// Payloads sent together.
+/// Most payloads sent together.
 const BATCH: usize = 1_000;
-/// Bytes of payload sent together.
+/// Most bytes of payload sent together.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
-/// How long a payload waits for others to be sent with.
+/// How long a payload waits for others to be sent with it.
 const LINE_REST: Duration = Duration::from_millis(50);
-/// Life of the tokens that `listen` makes for itself, in seconds; each connection has a new one.
+/// Life of the tokens that `listen` makes for itself, in seconds. Each connection gets a new one.
 const LISTEN_TOKEN_S: u64 = 24 * 3600;
 
-/// Which server.
+/// The server to speak to.
 pub struct Addressed {
-    /// Its URL; None is the server whose `listen.json` stands in the data directory.
+    /// Its URL. `None` is the server whose `listen.json` is in the data directory.
     pub target: Option<String>,
 }
 
 impl Addressed {
-    /// The URL of a role's listener there.
+    /// The URL of a role's listener.
     ///
     /// # Errors
-    /// That it is no URL, or that no server runs on the data directory.
+    ///
+    /// It is not a URL, or no server runs on the data directory.
     pub fn url(&self, config: &Config, role: &str) -> Result<String> {
         if let Some(target) = &self.target {
             if !target.starts_with("http://") && !target.starts_with("https://") {
@@ -75,7 +76,7 @@ fn user_id(text: &str) -> Result<UserId> {
     UserId::parse(text).map_err(|rule| Faults(vec![format!("USER: {rule}")]).into())
 }
 
-/// This program as it would be typed here, for the lines that are printed to be tried.
+/// This program as one would type it here, for lines that are printed to be tried.
 #[must_use]
 pub fn own_command(data: Option<&Path>) -> String {
     let program = std::env::current_exe().unwrap_or_else(|_| "ringpush".into());
@@ -90,9 +91,10 @@ pub fn own_command(data: Option<&Path>) -> String {
     }
 }
 
-/// Prints a token, alone.
+/// Prints a token and nothing else.
 ///
 /// # Errors
+///
 /// A bad user or life; a key that cannot sign.
 pub fn token(mut config: Config, user: &str, ttl: &str) -> Result<ExitCode> {
     let user = user_id(user)?;
@@ -109,7 +111,7 @@ pub(super) fn signer(config: &mut Config) -> Result<Auth> {
         .map_err(|fault| Faults(vec![format!("auth.token_key: {fault}")]).into())
 }
 
-/// A number and one of s, m, h, d.
+/// Parses a duration: a number and one of s, m, h, d.
 #[must_use]
 pub fn seconds(text: &str) -> Option<u64> {
     let unit = text.chars().last()?;
@@ -124,7 +126,7 @@ pub fn seconds(text: &str) -> Option<u64> {
     number.checked_mul(factor)
 }
 
-/// A server's collect interface.
+/// A client of a server's collect.
 struct Collector {
     http: HttpClient,
     base: String,
@@ -143,7 +145,7 @@ impl Collector {
         Ok(Self { http: HttpClient::default(), base, key })
     }
 
-    /// Sends until it is answered with something else than 503; every request here is safe to repeat.
+    /// Sends until the answer is not 503. Every request here is safe to repeat.
     async fn send(&self, method: &str, path: &str, body: Bytes) -> Result<(u16, Bytes)> {
         let url = format!("{}{path}", self.base);
         let mut tried = 0;
@@ -179,6 +181,7 @@ fn problem_of(status: u16, body: &[u8]) -> String {
 /// Publishes one payload, or one per line of standard input.
 ///
 /// # Errors
+///
 /// What was refused or could not be delivered.
 pub async fn publish(mut config: Config, at: Addressed, user: &str, payload: &str) -> Result<ExitCode> {
     let user = user_id(user)?;
@@ -190,7 +193,7 @@ pub async fn publish(mut config: Config, at: Addressed, user: &str, payload: &st
         let hint = "PAYLOAD: must be JSON, such as '{\"text\":\"hello\"}' or '\"hello\"'";
         return Err(Faults(vec![hint.to_owned()]).into());
     }
-    // An id makes the repeat of a request whose answer was lost harmless.
+    // An id makes a repeat after a lost response harmless.
     let body = publish_json(&user, payload, &new_id());
     match collector.send("POST", "/v1/messages", body.into()).await? {
         (202, answer) => {
@@ -215,7 +218,7 @@ async fn publish_lines(collector: &Collector, user: &UserId) -> Result<ExitCode>
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     let (mut batch, mut bytes, mut number, mut refused) = (Vec::new(), 0, 0u64, 0u64);
     loop {
-        // A line that waits is sent when no other follows at once: `tail -f` is a sender too.
+        // A line that waits is sent if no other one follows at once: `tail -f` is a sender too.
         let next = match tokio::time::timeout(LINE_REST, lines.next_line()).await {
             Err(_) if batch.is_empty() => lines.next_line().await,
             Err(_) => {
@@ -255,7 +258,8 @@ async fn publish_lines(collector: &Collector, user: &UserId) -> Result<ExitCode>
     Ok(if refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Sends one batch, and what the server could not take again; answers how many were refused for good.
+/// Sends one batch, and again what the server could not take. Returns how many were refused for
+/// good.
 async fn send_batch(collector: &Collector, batch: &[(u64, String)], progress: &ProgressBar) -> Result<u64> {
     let mut waiting: Vec<&(u64, String)> = batch.iter().collect();
     let mut refused = 0;
@@ -291,7 +295,7 @@ async fn send_batch(collector: &Collector, batch: &[(u64, String)], progress: &P
     Ok(refused)
 }
 
-/// A counter on the terminal; silent where there is none.
+/// A counter on the terminal; hidden if there is no terminal.
 fn progress(what: &'static str) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
@@ -305,10 +309,12 @@ fn progress(what: &'static str) -> ProgressBar {
     bar
 }
 
-/// Connects as a user and prints what comes, a JSON line per message; each is acked once it is printed.
+/// Connects as a user and prints one JSON line per message. Each message is acked once it is
+/// printed.
 ///
 /// # Errors
-/// The reason, when the server refuses for good.
+///
+/// The reason why the server refuses for good.
 pub async fn listen(
     mut config: Config,
     at: Addressed,
@@ -347,7 +353,7 @@ pub async fn listen(
     }
 }
 
-/// Prints one event: messages to standard output, all else to standard error.
+/// Prints one event: messages to standard output, everything else to standard error.
 fn show(client: &Client, event: Event) -> Result<()> {
     match event {
         Event::Message(message) => {
@@ -379,7 +385,8 @@ fn show(client: &Client, event: Event) -> Result<()> {
 /// Prints members, shares and epoch; with a user, its owner by the same arithmetic.
 ///
 /// # Errors
-/// A server that cannot be asked.
+///
+/// The server cannot be asked.
 pub async fn ring(mut config: Config, at: Addressed, user: Option<&str>) -> Result<ExitCode> {
     let user = user.map(user_id).transpose()?;
     let collector = Collector::new(&mut config, &at)?;

@@ -1,4 +1,4 @@
-//! What all HTTP edges share: problems as answers, bearers, bodies.
+//! What all HTTP listeners share: problems as responses, bearer tokens, bodies.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -22,19 +22,19 @@ use crate::transport::http::{Answers, BodyError, RequestBody, read_body};
 use crate::transport::request::check_head;
 use crate::wire::http::Problem;
 
-/// How long a sender may take to send a body.
+/// Deadline for a body.
 pub(super) const BODY_DEADLINE: Duration = Duration::from_secs(10);
-/// Body of anything small: a token, a device.
+/// Largest body of small requests, in bytes.
 pub(super) const SMALL_BODY: usize = 16 * 1024;
 
-/// What the bodies of unanswered requests may hold in one process, in bytes: eight batches of 16 MiB, and as much again for single
-/// publishes, 2,000 of 64 KiB.
+/// Memory budget of the bodies of unanswered requests in one process, in bytes: eight batches of 16
+/// MiB, and as much again for single publishes, 2,000 of 64 KiB.
 const KNOWN_HELD: usize = 256 * 1024 * 1024;
-/// The same of requests whose sender is not known before they are read (`POST /v1/verify`): 4,096 of 16 KiB. Apart,
-/// so that strangers hold up nobody who has a key.
+/// The same for requests whose sender is unknown before they are read (`POST /v1/verify`): 4,096 of
+/// 16 KiB. It is separate, so that strangers do not hold up callers with a key.
 const STRANGERS_HELD: usize = 64 * 1024 * 1024;
 
-/// The two budgets of a process.
+/// The two memory budgets of a process.
 #[derive(Clone)]
 pub(super) struct Budgets {
     pub(super) known: Budget,
@@ -47,7 +47,7 @@ impl Default for Budgets {
     }
 }
 
-/// A problem as an answer.
+/// A problem as a response.
 pub(super) struct HttpError(pub(super) Problem);
 
 impl From<Problem> for HttpError {
@@ -78,7 +78,7 @@ pub(super) fn refuse(status: u16, detail: impl Into<String>) -> HttpError {
     HttpError(Problem::new(status, detail))
 }
 
-/// A JSON answer that no cache may keep.
+/// A JSON response that no cache may keep.
 pub(super) fn json(status: StatusCode, body: impl Into<Body>) -> Response<Body> {
     let mut response = Response::new(body.into());
     *response.status_mut() = status;
@@ -88,12 +88,12 @@ pub(super) fn json(status: StatusCode, body: impl Into<Body>) -> Response<Body> 
     response
 }
 
-/// What a page of ours may load and speak to, and that no other page may show it in a frame. A socket may be on any host: where a
-/// client is told to move is named by the template of the public URL.
+/// What our pages may load and connect to, and that no other page may frame them. A socket may be
+/// on any host, because the template of the public URL decides where a client is sent.
 const PAGE_POLICY: &str = "default-src 'self'; img-src 'self' data:; connect-src 'self' ws: wss:; base-uri 'none'; \
                            form-action 'none'; frame-ancestors 'none'";
 
-/// A page or a script of ours.
+/// A page or script of ours.
 pub(super) fn asset(kind: &'static str, text: &'static str) -> Response<Body> {
     let mut response = Response::new(Body::from(text));
     let headers = response.headers_mut();
@@ -103,8 +103,8 @@ pub(super) fn asset(kind: &'static str, text: &'static str) -> Response<Body> {
     response
 }
 
-/// Wraps what answers on a listener in what holds on each of them: a head that is not well formed is refused, and no answer may be
-/// taken for something else than its type says.
+/// Wraps a listener's service in what holds on every listener: a malformed head is refused, and
+/// browsers must not guess the type of a response.
 pub(super) fn guarded(service: impl Answers<Body>) -> impl Answers<Body> {
     tower::service_fn(move |request: Request<Incoming>| {
         let service = service.clone();
@@ -121,7 +121,7 @@ pub(super) fn guarded(service: impl Answers<Body>) -> impl Answers<Body> {
     })
 }
 
-/// The answer to `OPTIONS /`, by which load balancers look whether anybody is there.
+/// The response to `OPTIONS /`, the check of load balancers.
 pub(super) fn options() -> Response<Body> {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::NO_CONTENT;
@@ -129,19 +129,19 @@ pub(super) fn options() -> Response<Body> {
     response
 }
 
-/// The root of a listener that has no page: a word for a person, and an answer for a load balancer.
+/// The root of a listener without a page: a word for people, and a response for load balancers.
 pub(super) fn root(word: &'static str) -> Routes {
     axum::Router::new().route("/", get(async move || word).options(async || options()))
 }
 
-/// Refuses requests for another host on a listener that only this machine can reach. Any web site that somebody here visits can make
-/// a name of its own resolve to this machine, and would then read what is answered (DNS rebinding).
+/// Refuses requests for another host on a listener that only this machine can reach. A web site can
+/// make a name of its own resolve to this machine and then read the responses (DNS rebinding).
 pub(super) async fn own_host(
     State(loopback): State<bool>,
     request: Request<Body>,
     next: Next,
 ) -> Response<Body> {
-    // What a load balancer asks for has nothing in it to be read.
+    // A load balancer's check returns nothing that could be read.
     let reads = request.method() != Method::HEAD && request.method() != Method::OPTIONS;
     if loopback && reads && !is_for_loopback(request.headers()) {
         return refuse(403, "this listener is for this machine: ask for it as 127.0.0.1 or localhost")
@@ -150,12 +150,12 @@ pub(super) async fn own_host(
     next.run(request).await
 }
 
-/// Whether the host that a request names is this machine; one that names none comes from no browser.
+/// Whether the host of a request is this machine. A request without a host comes from no browser.
 pub(super) fn is_for_loopback(headers: &HeaderMap) -> bool {
     headers.get(HOST).is_none_or(|host| host.to_str().is_ok_and(is_loopback))
 }
 
-/// Whether the host of a URL or of a header, with a port or without, is this machine.
+/// Whether the host of a URL or header, with a port or without, is this machine.
 pub(super) fn is_loopback(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or_default(),
@@ -165,7 +165,7 @@ pub(super) fn is_loopback(host: &str) -> bool {
         || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// Whether a request came through a proxy that says so: then it need not be of this machine.
+/// Whether a request came through a proxy that says so; it need not come from this machine then.
 pub(super) fn is_forwarded(headers: &HeaderMap) -> bool {
     headers.keys().any(|name| {
         let name = name.as_str();
@@ -173,7 +173,8 @@ pub(super) fn is_forwarded(headers: &HeaderMap) -> bool {
     })
 }
 
-/// The token of `Authorization: Bearer`: None where there is no such header, empty where nothing that can be a token stands behind it.
+/// The token of `Authorization: Bearer`. `None` if there is no such header, empty if nothing that
+/// can be a token follows.
 pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(AUTHORIZATION)?.as_bytes();
     let scheme = value.split(|byte| *byte == b' ').next().unwrap_or_default();
@@ -181,12 +182,12 @@ pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case(b"bearer").then_some(token)
 }
 
-/// Whether two secrets are the same, in a time that does not tell where they differ.
+/// Whether two secrets are equal, in constant time.
 pub(super) fn same_secret(one: &str, other: &str) -> bool {
     one.len() == other.len() && one.bytes().zip(other.bytes()).fold(0, |sum, (a, b)| sum | (a ^ b)) == 0
 }
 
-/// Reads a JSON body of at most `limit` bytes; `held` is to live until the request is answered.
+/// Reads a JSON body of at most `limit` bytes. `held` must live until the request is answered.
 pub(super) async fn json_body<B: RequestBody>(
     request: Request<B>,
     limit: usize,
@@ -210,20 +211,20 @@ pub(super) async fn json_body<B: RequestBody>(
     })
 }
 
-/// The answer to a path that there is not.
+/// The response to an unknown path.
 pub(super) async fn not_found() -> HttpError {
     refuse(404, "there is nothing at this path")
 }
 
-/// The answer to a method that the path does not take; axum adds `Allow`.
+/// The response to a method that the path does not take; axum adds `Allow`.
 pub(super) async fn wrong_method(method: Method) -> HttpError {
     refuse(405, format!("this path does not take {method}"))
 }
 
-/// A router as the service that the accept loop wants.
+/// A router that the accept loop can serve.
 pub(super) type Routes = axum::Router;
 
-/// Ends a router in the answers that every edge gives to what it does not know.
+/// Completes a router with the responses to what it does not know.
 pub(super) fn closed(routes: Routes) -> Routes {
     routes.fallback(not_found).method_not_allowed_fallback(wrong_method)
 }

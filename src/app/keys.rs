@@ -1,4 +1,5 @@
-//! The keys of development: made once, kept in `<data>/dev-keys.toml`, readable by their owner alone.
+//! The keys of development: made once, kept in `<data>/dev-keys.toml`, readable only by their
+//! owner.
 
 use std::fs::Permissions;
 use std::io::Write;
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, VerifyBy};
 
-/// The four keys, whether they were configured or made.
+/// The four keys, configured or made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub(super) struct Keys {
@@ -19,13 +20,14 @@ pub(super) struct Keys {
     pub(super) api_key: String,
     pub(super) admin_key: String,
     pub(super) peer_secret: String,
-    /// None of them was configured.
+    /// Whether none of them was configured.
     #[serde(skip)]
     pub(super) self_made: bool,
 }
 
 impl Keys {
-    /// Those of the configuration; in development the others from the file, which is made or completed.
+    /// The keys of the configuration. In development the missing ones come from the file, which is
+    /// created or completed.
     pub(super) fn of(config: &mut Config) -> Result<Self> {
         let mut keys = Self {
             token_key: config.auth.token_key.clone(),
@@ -51,7 +53,8 @@ impl Keys {
         Ok(keys)
     }
 
-    /// As the greeting shows them: those that were configured belong to somebody, and into no log.
+    /// The keys as the greeting shows them. Configured keys belong to somebody and must not appear
+    /// in a log.
     pub(super) fn to_show(&self) -> Self {
         let shown = |own: &str, name: &str| {
             if own.starts_with(name) { own.to_owned() } else { "(configured)".to_owned() }
@@ -86,7 +89,7 @@ impl Keys {
             fill(&mut self.api_key, &mut kept.api_key, API);
             fill(&mut self.admin_key, &mut kept.admin_key, ADMIN);
             fill(&mut self.peer_secret, &mut kept.peer_secret, PEER);
-            // Of two processes that start at once, the second one uses what the first one made.
+            // Of two processes that start at once, the second uses what the first has made.
             if kept == before || write(&path, &kept, fresh)? {
                 return Ok(());
             }
@@ -99,7 +102,7 @@ const API: &str = "dev-api-";
 const ADMIN: &str = "dev-admin-";
 const PEER: &str = "dev-peer-";
 
-/// 32 random bytes behind a name, so that a key found in a log says what it is.
+/// 32 random bytes behind a name, so that a key that is found in a log says what it is.
 fn make(prefix: &str) -> String {
     let random: [u8; 32] = rand::random();
     format!("{prefix}{}", URL_SAFE_NO_PAD.encode(random))
@@ -131,8 +134,8 @@ fn read(path: &Path) -> Result<Option<Keys>> {
     }
 }
 
-/// Written aside and put into place whole, so that no reader sees half of it. A `fresh` file is not put over one that
-/// somebody else made meanwhile: false then.
+/// Writes the file aside and renames it, so that no reader sees half of it. A `fresh` file does not
+/// replace one that another process has made meanwhile; then this returns false.
 fn write(path: &Path, keys: &Keys, fresh: bool) -> Result<bool> {
     let problem =
         || format!("{} cannot be written; choose another directory with --data DIR", path.display());

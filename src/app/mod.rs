@@ -1,4 +1,5 @@
-//! Assembly: the only place where adapters meet roles. `main` and the tests start a node the same way.
+//! Assembly: the only place where adapters meet roles. `main` and the tests start a process in the
+//! same way.
 
 pub mod audit;
 mod auth_http;
@@ -59,21 +60,21 @@ use stores::Opened;
 
 /// The kernel's send buffer of a socket, in bytes (docs/design.md, section 11).
 const SOCKET_SEND_BUFFER: u32 = 64 * 1024;
-/// How long the last answers may take when the store has failed.
+/// How long the last responses may take when the store has failed.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
-/// What a drain may take beyond its window: the last farewells, the last cursors.
+/// What a drain may take beyond its window: the last closes, the last cursors.
 const DRAIN_OVERTIME: Duration = Duration::from_secs(8);
 /// Most push nodes in one process.
 pub const PUSH_NODES_MAX: usize = 64;
 
-/// The addresses that were bound, as `listen.json` has them.
+/// The bound addresses, as in `listen.json`.
 #[derive(Debug, Clone, Default)]
 pub struct Bound {
-    /// Each push node, in node order.
+    /// The push nodes in node order.
     pub push: Vec<(NodeId, SocketAddr)>,
     /// The other roles, by name.
     pub others: Vec<(&'static str, SocketAddr)>,
-    /// Whether several push nodes were asked for: then `push` is a list.
+    /// Whether several push nodes were requested: `push` is a list then.
     many: bool,
 }
 
@@ -91,7 +92,7 @@ impl Bound {
         all.into()
     }
 
-    /// The address of a role.
+    /// The bound address of a role.
     #[must_use]
     pub fn of(&self, name: &str) -> Option<SocketAddr> {
         self.others.iter().find(|(known, _)| *known == name).map(|(_, at)| *at)
@@ -100,7 +101,7 @@ impl Bound {
 
 /// A process that serves.
 pub struct App {
-    /// What was bound.
+    /// The bound addresses.
     pub bound: Bound,
     keys: Keys,
     tasks: JoinSet<()>,
@@ -109,9 +110,9 @@ pub struct App {
     health: Health,
     pushes: Vec<Push>,
     collect: Option<Collect>,
-    /// The nodes of this process that are registered.
+    /// The registered nodes of this process.
     nodes: Vec<OwnNode>,
-    /// A router's name and incarnation, where it is no push node too.
+    /// Name and incarnation of a router that is not a push node.
     registered: Option<(NodeId, u64)>,
     membership: Arc<dyn Membership>,
     poisoned: watch::Receiver<bool>,
@@ -122,19 +123,19 @@ pub struct App {
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// It was asked to, and everything was done.
+    /// It was asked to stop, and everything was finished.
     Stopped,
-    /// The store failed: what is on disk is no longer known.
+    /// The store failed; what is on disk is unknown.
     Poisoned,
 }
 
-/// One listener, bound but not served yet.
+/// A listener that is bound and not served yet.
 struct Listening {
     listener: Listener,
     at: SocketAddr,
 }
 
-/// What all roles of one process share.
+/// What all roles of a process share.
 struct Shared {
     clock: Clock,
     metrics: Metrics,
@@ -146,21 +147,23 @@ struct Shared {
     reach: PeerProbe,
     health: Health,
     proofs: Arc<Proofs>,
-    /// What tells the store of this process from every other; empty where it has none.
+    /// Identity of this process's store; empty if it has none.
     store: Arc<str>,
-    /// Where other processes reach this one; empty where none need to.
+    /// The address at which other processes reach this one; empty if none has to.
     peer: Arc<str>,
-    /// Where this process verifies tokens at all.
+    /// Set if this process verifies tokens itself.
     own_auth: Option<Auth>,
     refusals: Refusals,
     budgets: Budgets,
 }
 
 impl App {
-    /// Builds everything, binds, and serves: `push_nodes` push nodes, and the other roles that the configuration names.
-    /// Waits for stores that cannot be reached yet, answering `/livez` and `/readyz` meanwhile.
+    /// Builds everything, binds and serves: `push_nodes` push nodes, and the other roles that the
+    /// configuration names. Waits for stores that cannot be reached yet, and answers `/livez` and
+    /// `/readyz` meanwhile.
     ///
     /// # Errors
+    ///
     /// What could not be opened, bound or started, with the remedy.
     pub async fn start(mut config: Config, push_nodes: Option<usize>) -> Result<Self> {
         std::fs::create_dir_all(&config.data_dir).with_context(|| {
@@ -171,14 +174,15 @@ impl App {
         let clock = Clock::system();
         let own_auth = own_auth(&config, &clock)?;
         let mut tasks = JoinSet::new();
-        // The embedded store's lock is what keeps a second process from this directory: it comes before the ports.
+        // The lock of the embedded store keeps a second process from this directory, so it comes
+        // before the ports.
         let opened = if config.mongo_uri.is_empty() && needs_inbox(&config) {
             Some(stores::inbox(&config, &clock, &Health::default(), &mut tasks).await?)
         } else {
             None
         };
         let listen_file = config.data_dir.join("listen.json");
-        // What stands there is of a process that was killed.
+        // It belongs to a process that was killed.
         let _ = std::fs::remove_file(&listen_file);
         let mut listeners = Listeners::bind(&config, push_nodes)?;
         let bound = listeners.bound(push_nodes.is_some());
@@ -235,7 +239,7 @@ impl App {
         Ok(app)
     }
 
-    /// The roles, in the order in which they need one another.
+    /// Starts the roles in the order in which they need one another.
     async fn assemble(
         &mut self,
         config: &Config,
@@ -267,7 +271,7 @@ impl App {
         {
             self.start_pushes(config, shared, &opened.inbox, verify).await?;
         }
-        // Alone there is no other router to find: collect then has one of its own, whether that role is offered or not.
+        // Without a registry there is no other router to find: collect then has one of its own.
         let routes =
             config.runs(RoleName::Dispatch) || (config.redis.is_none() && config.runs(RoleName::Collect));
         let dispatch = routes.then(|| self.start_dispatch(shared));
@@ -286,7 +290,7 @@ impl App {
             let verify = Arc::clone(&shared.proofs).verify();
             self.serve_peers(listening, peer::routes(dispatch, push, verify));
         }
-        // Only now, when its peer port answers.
+        // Only now that its peer port responds.
         if config.runs(RoleName::Dispatch) && !config.runs(RoleName::Push) && config.redis.is_some() {
             let info = node_info(config, shared, config.node.clone(), false);
             self.registered = Some((info.node.clone(), self.register(info, shared).await?));
@@ -383,7 +387,7 @@ impl App {
         )
     }
 
-    /// A router is no push node, but it has a name and a place among the members all the same.
+    /// A router is not a push node, but it is registered as well.
     async fn register(&mut self, info: NodeInfo, shared: &Shared) -> Result<u64> {
         let joined = self.membership.join(info.clone()).await;
         let registration = joined.map_err(|error| unregistered(&error, "redis.url"))?;
@@ -400,13 +404,13 @@ impl App {
         Ok(registration.incarnation)
     }
 
-    /// A node of this process: its calls are taken from now on.
+    /// A node of this process was registered: calls for it are accepted from now on.
     fn is_registered(&mut self, shared: &Shared, node: &NodeId, incarnation: u64, reached: Reached) {
         shared.proofs.is_here(node.clone(), incarnation, reached.clone());
         self.nodes.push((node.clone(), Arc::clone(&shared.peer), reached));
     }
 
-    /// Until the registry was seen once; from then on the view is kept, whatever happens.
+    /// Waits until the registry was seen once. From then on the view is kept, whatever happens.
     async fn wait_for_view(&mut self, config: &Config, shared: &Shared) {
         if !needs_view(config) {
             return;
@@ -452,7 +456,7 @@ impl App {
         listeners: Listeners,
     ) {
         let development = shared.own_auth.clone().zip(collect.clone());
-        // Only where nobody has configured a key: whoever did has users of its own.
+        // Only if no key is configured: otherwise there are real users.
         let development = development.filter(|_| self.keys.self_made && config.verify_by == VerifyBy::Key);
         let code = page_code(&config.peer_secret);
         let development =
@@ -461,7 +465,8 @@ impl App {
             let Some(verify) = &verify else { break };
             let connect = connect_edge(config, shared, verify, Some(push.clone()));
             let edge = PushEdge { connect, push: push.clone() };
-            // Whoever can reach the port could have anybody's token: only where that is this machine alone.
+            // Whoever reaches the port could get anybody's token, so only this machine may reach
+            // it.
             let loopback = listening.at.ip().is_loopback();
             let development = development.clone().filter(|_| config.development && loopback);
             let page = page::routes(page::Page { development, push, loopback });
@@ -515,7 +520,8 @@ impl App {
     /// Serves until `stop` resolves, then leaves in good order.
     ///
     /// # Errors
-    /// A task that ended though it never should; a panic is raised again.
+    ///
+    /// A task ended that should not have. A panic is raised again.
     pub async fn run(mut self, stop: impl Future<Output = ()>) -> Result<Ended> {
         let failed = tokio::select! {
             () = stop => None,
@@ -530,7 +536,7 @@ impl App {
             }
             Some(outcome) => {
                 self.health.set("inbox", outcome.is_err(), "the store failed");
-                // Senders that wait hear a 503 rather than a broken connection.
+                // Senders that wait get a 503 instead of a broken connection.
                 self.stop_serving(LAST_ANSWERS).await;
                 let _ = std::fs::remove_file(&self.listen_file);
                 outcome
@@ -538,7 +544,7 @@ impl App {
         }
     }
 
-    /// Out of the members first, then every session sent away, then requests finished.
+    /// Out of the members first, then every session is sent away, then requests are finished.
     async fn leave(&mut self) {
         self.health.set("draining", false, "this process is leaving");
         let _ = std::fs::remove_file(&self.listen_file);
@@ -573,13 +579,13 @@ impl App {
         let _ = tokio::time::timeout(within, all).await;
     }
 
-    /// The push nodes of this process, for tests that play with one of them.
+    /// The push nodes of this process, for tests.
     #[must_use]
     pub fn pushes(&self) -> &[Push] {
         &self.pushes
     }
 
-    /// What a newcomer is shown: how to see it work, and the keys of development.
+    /// What a newcomer is shown: how to try it, and the keys of development.
     #[must_use]
     pub fn greeting(&self, program: &str) -> String {
         let at = |name: &str| self.bound.of(name).map_or_else(String::new, |at| at.to_string());
@@ -613,7 +619,7 @@ impl App {
     }
 }
 
-/// Why a node could not be registered, under the key that is at fault.
+/// Why a node could not be registered, with the key at fault.
 fn unregistered(error: &MembershipError, key: &str) -> anyhow::Error {
     match error {
         MembershipError::OtherStore { .. } => Faults(vec![error.to_string()]).into(),
@@ -629,11 +635,11 @@ fn needs_view(config: &Config) -> bool {
     needs_inbox(config) || config.runs(RoleName::Dispatch)
 }
 
-/// The auth of this process: where it runs, and where push or dispatch verify with the key themselves.
+/// The auth of this process: if it has the role, and if push or dispatch verify tokens themselves.
 fn own_auth(config: &Config, clock: &Clock) -> Result<Option<Auth>> {
     let wanted = config.runs(RoleName::Auth) || config.verify_by == VerifyBy::Key;
     if config.auth.token_key.is_empty() {
-        // One that issues nothing: it verifies with the keys of another issuer, once they were fetched.
+        // It issues nothing: it verifies with the keys of another issuer, once they were fetched.
         let fetches = matches!(config.verify_by, VerifyBy::Jwks(_));
         return Ok(fetches.then(|| Auth::fetched(config.auth.clone(), clock.clone())));
     }
@@ -653,7 +659,8 @@ fn node_info(config: &Config, shared: &Shared, node: NodeId, push: bool) -> Node
     }
 }
 
-/// The address of the peer port as others reach it: as configured, as the pod has it, or as the machine reaches Redis.
+/// The address of the peer port as other processes reach it: as configured, from the pod, or the
+/// address that this machine uses towards Redis.
 fn advertised(config: &Config, at: SocketAddr) -> String {
     if let Some(configured) = &config.peer_advertise {
         return configured.clone();
@@ -666,7 +673,7 @@ fn advertised(config: &Config, at: SocketAddr) -> String {
     SocketAddr::new(ip, at.port()).to_string()
 }
 
-/// Nothing is sent: connecting a datagram socket only chooses the address that would send.
+/// Nothing is sent: connecting a datagram socket only selects the source address.
 fn ip_towards(redis: &RedisUrl) -> Option<std::net::IpAddr> {
     let (host, port) = match &redis.servers {
         RedisServers::One(host, _) => host.clone(),
@@ -722,7 +729,7 @@ fn own_urls(bound: &Bound) -> PublicUrls {
     PublicUrls::Own(bound.push.iter().map(|(node, at)| (node.clone(), url(node, at))).collect())
 }
 
-/// Written aside and renamed: who waits for the file reads all of it.
+/// Written aside and renamed, so that nobody reads half of it.
 fn write_listen(path: &Path, bound: &Bound) -> Result<()> {
     let aside = path.with_extension("json.new");
     std::fs::write(&aside, format!("{}\n", bound.to_json()))
@@ -730,14 +737,14 @@ fn write_listen(path: &Path, bound: &Bound) -> Result<()> {
         .with_context(|| format!("data.dir: {} cannot be written", path.display()))
 }
 
-/// Every listener of the roles that run here.
+/// Every listener of the roles of this process.
 struct Listeners {
     names: Vec<NodeId>,
     push: Vec<Listening>,
     collect: Option<Listening>,
     auth: Option<Listening>,
     dispatch: Option<Listening>,
-    /// Where other processes can come from at all.
+    /// Set if other processes can reach this one.
     peer: Option<Listening>,
     ops: Option<Listening>,
 }
@@ -783,7 +790,8 @@ impl Listeners {
     }
 }
 
-/// Consecutive ports, passing over those that other listeners of this configuration have; with port 0 each its own.
+/// Consecutive ports, passing over those of other listeners of this configuration; with port 0 each
+/// its own.
 fn bind_push(config: &Config, count: usize) -> Result<Vec<Listening>> {
     let listen = &config.listen;
     let taken = [listen.collect, listen.auth, listen.dispatch, listen.peer, listen.ops].map(|at| at.port());

@@ -1,9 +1,10 @@
-//! The page on the push port, and what only development gives it: a token for any user, and publishing.
+//! The page on the push port, and what only development gives it: a token for any user, and
+//! publishing.
 //!
-//! Any web site that a developer visits can send requests to a port of this machine, under any host name that it makes
-//! resolve here, and any proxy on this machine can hand them on from elsewhere. So the development paths answer only to a
-//! loopback host name, to pages of that same host, to what no proxy has handed on, and to whoever has the code that the server
-//! printed when it started.
+//! Any web site that a developer visits can send requests to a port of this machine, under any host
+//! name that it makes resolve here. Any proxy on this machine can pass requests on from elsewhere.
+//! So the development paths only answer requests for a loopback host name, from pages of that host,
+//! that no proxy has passed on, with the code that the server printed at start.
 
 use std::sync::Arc;
 
@@ -23,23 +24,23 @@ use super::edge::{
 use crate::role::auth::Auth;
 use crate::role::push::Push;
 
-/// The header in which the page sends the code; in a query it is `code`.
+/// The header with the code; in a query it is `code`.
 const CODE: &str = "x-ringpush-code";
 
 /// What the page may use in development.
 pub(super) struct Development {
     pub(super) auth: Auth,
     pub(super) collect: Arc<CollectEdge>,
-    /// Stands in the page's URL that the greeting prints.
+    /// The code in the URL that the greeting prints.
     pub(super) code: String,
 }
 
-/// What the page's paths need.
+/// State of the page's routes.
 #[derive(Clone)]
 pub(super) struct Page {
-    /// None outside development.
+    /// `None` outside development.
     pub(super) development: Option<Arc<Development>>,
-    /// A load balancer that looks at `/` hears whether this node takes sockets.
+    /// A load balancer that asks for `/` is told whether this node takes sockets.
     pub(super) push: Push,
     /// Whether only this machine can reach the listener.
     pub(super) loopback: bool,
@@ -67,7 +68,7 @@ pub(super) fn routes(page: Page) -> Routes {
         .with_state(page)
 }
 
-/// The page for a browser; for a load balancer, whether the node takes sockets.
+/// The page for a browser. For a load balancer, whether the node takes sockets.
 async fn index(State(page): Edge, method: Method) -> Response<Body> {
     if method != Method::GET && !page.push.takes_sockets() {
         return refuse(503, "this node is leaving; another one takes sockets").into_response();
@@ -78,7 +79,7 @@ async fn index(State(page): Edge, method: Method) -> Response<Body> {
     asset("text/html; charset=utf-8", include_str!("../../web/index.html"))
 }
 
-/// Tells the page whether it may choose a user, and whether it has the code for it.
+/// Tells the page whether it may choose a user, and whether it has the code for that.
 async fn is_development(State(page): Edge, request: Request<Body>) -> Answer {
     let here = page.development.as_ref().filter(|_| from_this_machine(request.headers()));
     let code = here.is_some_and(|development| has_code(development, &request));

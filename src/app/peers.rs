@@ -1,4 +1,5 @@
-//! Where the other roles are: push nodes for dispatch, routers for collect; in this process or at their peer ports.
+//! Finds the other roles, in this process or at their peer ports: push nodes for dispatch, routers
+//! for collect.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use crate::telemetry::{Credential, Refusals};
 use crate::transport::peer::{RemoteDispatch, RemotePush, Sign, Verify};
 use crate::wire::peer::{DispatchRequest, DispatchResponse, PeerError, PushRequest};
 
-/// How long a node that left the view is still known: longer than dispatch sends to it.
+/// How long a node that has left the view is still known: longer than dispatch sends to it.
 const KEPT: Duration = Duration::from_secs(60);
 /// Routers that are tried for one request.
 const TRIES: usize = 3;
@@ -32,14 +33,15 @@ pub(super) struct Proofs {
     secret: String,
     clock: Clock,
     calls: Mutex<Calls>,
-    /// The nodes of this process: which process of each name it is, and whether a call has reached it.
+    /// The nodes of this process: the incarnation of each name, and whether it was reached.
     here: RwLock<HashMap<NodeId, (u64, Reached)>>,
     refusals: Refusals,
-    /// What signs the calls of nodes that were not reached: one link to each, for whoever is called remembers every link.
+    /// Signs the calls of nodes that were not reached. Each has one link, because the called
+    /// process remembers every link.
     pings: Mutex<HashMap<(NodeId, u64), Sign>>,
 }
 
-/// Links of calls to nodes that were not reached, as far as they are kept: as many as a registry has nodes.
+/// Most such links that are kept: as many as a registry has nodes.
 const PINGS_MAX: usize = 1_000;
 
 impl Proofs {
@@ -55,19 +57,19 @@ impl Proofs {
         })
     }
 
-    /// From now on calls of this node are taken.
+    /// From now on calls for this node are accepted.
     pub(super) fn is_here(&self, node: NodeId, incarnation: u64, reached: Reached) {
         self.here.write().insert(node, (incarnation, reached));
     }
 
-    /// What signs the calls of one link, to a process of a node.
+    /// Signs the calls of one link, to one process of a node.
     fn sign(&self, node: &NodeId, incarnation: u64) -> Sign {
         let (signer, clock) = (Signer::new(&self.secret, rand::random()), self.clock.clone());
         let node = node.clone();
         Arc::new(move |method| signer.sign(Call { node: node.as_str(), incarnation, method }, clock.now()))
     }
 
-    /// What takes the proofs of calls that come here.
+    /// Takes the proofs of calls that arrive here.
     pub(super) fn verify(self: Arc<Self>) -> Verify {
         Arc::new(move |proof, method| {
             let here = self.here.read();
@@ -100,7 +102,7 @@ impl Proofs {
         pings.entry((node.clone(), incarnation)).or_insert_with(new).clone()
     }
 
-    /// Calls a node that has yet to be reached.
+    /// Calls a node that was not reached yet.
     pub(super) fn ping(self: Arc<Self>) -> Ping {
         Arc::new(move |member| {
             let info = &member.info;
@@ -128,7 +130,7 @@ struct Elsewhere {
     address: Arc<str>,
     incarnation: u64,
     service: PushService,
-    /// When a view had it last.
+    /// When a view last had it.
     seen: Instant,
 }
 
@@ -172,7 +174,7 @@ impl PeerDirectory for PushNodes {
     }
 }
 
-/// Dispatch in other processes: any of them, the same one as long as it answers.
+/// Dispatch in other processes: any of them, and the same one as long as it responds.
 struct Routers {
     views: watch::Receiver<Arc<View>>,
     proofs: Arc<Proofs>,
@@ -180,7 +182,7 @@ struct Routers {
     preferred: AtomicUsize,
 }
 
-/// Dispatch as collect sees it where none runs in this process.
+/// Dispatch as collect sees it if none runs in this process.
 pub(super) fn routers(views: watch::Receiver<Arc<View>>, proofs: Arc<Proofs>) -> DispatchService {
     let preferred = AtomicUsize::new(rand::random_range(0..1024));
     let routers = Arc::new(Routers { views, proofs, clients: Mutex::default(), preferred });

@@ -30,7 +30,7 @@ use crate::wire::frame::ReconnectHint;
 use crate::wire::http::{FieldError, Problem, parse_connect};
 
 const SOCKET_PATH: &str = "/v1/ws";
-/// From the 101 to a socket: it follows at once, unless the client has gone.
+/// Deadline from the 101 to the upgraded socket.
 const UPGRADE_DEADLINE: Duration = Duration::from_secs(5);
 
 pub(super) struct PushEdge {
@@ -38,14 +38,14 @@ pub(super) struct PushEdge {
     pub(super) connect: ConnectEdge,
 }
 
-/// What `POST /v1/connect` needs, on push and on dispatch.
+/// State of `POST /v1/connect`, on push and on dispatch.
 pub(super) struct ConnectEdge {
     pub(super) connect: Connect,
     pub(super) origins: Origins,
     pub(super) hint: ReconnectHint,
     pub(super) refusals: Refusals,
     pub(super) budgets: Budgets,
-    /// Told to go away while this node leaves.
+    /// Set on push: clients are told to go away while the node drains.
     pub(super) push: Option<Push>,
 }
 
@@ -67,7 +67,7 @@ pub(super) fn dispatch_routes(edge: Arc<ConnectEdge>) -> Routes {
     )
 }
 
-/// A request for a socket that is not the first of its connection, or is none that can be taken.
+/// A request for a socket that is not the first of its connection, or that cannot be served.
 async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -> Response<Body> {
     let upgrade = hyper::upgrade::on(&mut request);
     let (parts, _) = request.into_parts();
@@ -109,7 +109,7 @@ impl UpgradeHandler<Body> for PushEdge {
     }
 }
 
-/// Whether a request gets its socket: with what answer, or what else to answer.
+/// Whether a request gets its socket. Returns the response in either case.
 async fn decide(push: &Push, request: &Request<()>) -> Result<(Handshake, Admission), Box<Response<Body>>> {
     let refused = |refused: HttpError| Box::new(refused.into_response());
     let answer = match handshake(request) {
@@ -130,7 +130,7 @@ async fn decide(push: &Push, request: &Request<()>) -> Result<(Handshake, Admiss
     }
 }
 
-/// A 426 names what to upgrade to (RFC 9110, 15.5.22; RFC 6455, 4.4).
+/// A 426 names what to upgrade to (RFC 9110, section 15.5.22; RFC 6455, section 4.4).
 fn upgrade_required(why: &'static str) -> Response<Body> {
     let mut response = refuse(426, why).into_response();
     response.headers_mut().insert(UPGRADE, HeaderValue::from_static("websocket"));
@@ -181,12 +181,12 @@ async fn preflight_on_dispatch(State(edge): State<Arc<ConnectEdge>>, headers: He
     preflight(&edge, &headers)
 }
 
-/// One that cannot be read is an origin like any other that is not listed.
+/// An origin that cannot be read counts as one that is not listed.
 fn origin_of(headers: &HeaderMap) -> Option<&str> {
     headers.get(ORIGIN).map(|origin| origin.to_str().unwrap_or("(not ASCII)"))
 }
 
-/// What a browser asks before a page of another origin may post to connect.
+/// The response to a CORS preflight for connect.
 fn preflight(edge: &ConnectEdge, headers: &HeaderMap) -> Response<Body> {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::NO_CONTENT;
@@ -199,7 +199,7 @@ fn preflight(edge: &ConnectEdge, headers: &HeaderMap) -> Response<Body> {
     response
 }
 
-/// Lets the page that asked read the answer, if its origin is listed; false if it is not.
+/// Lets a page of a listed origin read the response. Returns false if the origin is not listed.
 fn allow_origin(edge: &ConnectEdge, headers: &HeaderMap, response: &mut Response<Body>) -> bool {
     response.headers_mut().append(VARY, HeaderValue::from_static("origin"));
     let Some(origin) = origin_of(headers) else { return true };

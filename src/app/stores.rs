@@ -1,4 +1,5 @@
-//! The adapters that a configuration names: waited for where waiting helps, refused with the key where it does not.
+//! Opens the adapters that a configuration names. Waits where waiting helps; otherwise refuses with
+//! the key at fault.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -32,22 +33,22 @@ use crate::telemetry::{Gauge, Health, Metrics};
 use crate::transport::http::HttpClient;
 use crate::transport::redis::RedisLink;
 
-/// Between two tries to reach a store at start.
+/// Delay between two tries to reach a store at start.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long auth may take to answer.
+/// Deadline of a call to auth.
 const VERIFY_DEADLINE: Duration = Duration::from_secs(2);
-/// Between two looks at what the last beat showed.
+/// Time between two looks at the clock skew.
 const SKEW_EVERY: Duration = Duration::from_secs(2);
-/// Between two looks whether MongoDB answers.
+/// Time between two checks of MongoDB.
 const INBOX_EVERY: Duration = Duration::from_secs(2);
-/// Between two looks at the keys of another issuer, and the least between two that a token asked for.
+/// Time between two fetches of a JWKS, and the shortest time between two that unknown keys caused.
 const JWKS_EVERY: Duration = Duration::from_secs(300);
 const JWKS_REST: Duration = Duration::from_secs(10);
 
-/// Largest answer of another issuer or of auth that is read, in bytes.
+/// Largest response of an issuer or of auth that is read, in bytes.
 const ISSUER_ANSWER: usize = 1024 * 1024;
 
-/// A client for an issuer, which is trusted with who somebody is, and with nothing else. Warns where anybody on the way could
+/// A client for an issuer, whose word about a user is trusted. Warns if anybody on the way could
 /// answer in its place.
 fn issuer_client(key: &str, url: &str) -> HttpClient {
     let host = url.strip_prefix("http://").map(|rest| rest.split(['/', '?']).next().unwrap_or_default());
@@ -63,7 +64,7 @@ fn refused(why: impl Into<String>) -> anyhow::Error {
     Faults(vec![why.into()]).into()
 }
 
-/// Membership and fallback entries: in Redis, or in this process.
+/// Membership and fallback: in Redis, or in this process.
 pub(super) async fn registry(
     config: &Config,
     clock: &Clock,
@@ -90,7 +91,7 @@ pub(super) async fn registry(
     let shown = skew.clone();
     metrics.register(|r| r.register("clock_skew_ms", "How far this clock is ahead of that of Redis", shown));
     tasks.spawn(show_skew(membership.clone(), skew));
-    // Connections of their own: a long list of displaced users must not hold up a heartbeat.
+    // Separate connections, so that a long list of displaced users does not delay a heartbeat.
     let fallback = RedisFallback::start(link()?, &config.redis_prefix, times.lease, times.poll);
     Ok((Arc::new(membership), Arc::new(fallback)))
 }
@@ -102,12 +103,12 @@ async fn show_skew(membership: RedisMembership, skew: Gauge) {
     }
 }
 
-/// The inbox: both its ports, and whether it has failed for good.
+/// The inbox, both its ports, and whether it has failed for good.
 pub(super) struct Opened {
     pub(super) inbox: Arc<dyn Inbox>,
     pub(super) upkeep: Arc<dyn Janitor>,
     pub(super) poisoned: watch::Receiver<bool>,
-    /// What tells this store from every other.
+    /// Identity of the store.
     pub(super) identity: Arc<str>,
 }
 
@@ -146,7 +147,8 @@ pub(super) async fn inbox(
     Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned, identity })
 }
 
-/// Shows whether MongoDB answers; what is lost decides nothing about readiness, for another process would lose it too.
+/// Shows whether MongoDB answers. Readiness does not depend on it, because another process would
+/// have lost it too.
 async fn watch_inbox(inbox: MongoInbox, health: Health) {
     let mut before = true;
     loop {
@@ -174,8 +176,8 @@ fn embedded(data: &Path, clock: Clock) -> Result<EmbeddedInbox> {
     EmbeddedInbox::open(&directory, clock).map_err(|error| anyhow!("data.dir: {}: {error}", data.display()))
 }
 
-/// Messages are for their users: what an earlier version let others of this machine read is tightened. What is made from now on is
-/// the owner's alone by the process's umask.
+/// Tightens what an earlier version left readable for others. The umask does so for what is created
+/// from now on.
 fn keep_to_owner(directory: &Path) -> std::io::Result<()> {
     std::fs::set_permissions(directory, Permissions::from_mode(0o700))?;
     for entry in std::fs::read_dir(directory)? {
@@ -190,7 +192,7 @@ fn keep_to_owner(directory: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// How push and connect verify tokens; `own` is this process's auth, where it has a key.
+/// How push and connect verify tokens. `own` is this process's auth, if it has a key.
 pub(super) fn verify(
     config: &Config,
     own: Option<&Auth>,
@@ -202,7 +204,7 @@ pub(super) fn verify(
         (VerifyBy::Key, Some(auth)) => Ok(BoxCloneSyncService::new(auth.clone())),
         (VerifyBy::Key, None) => Err(refused("auth.token_key: is required to verify tokens here")),
         (VerifyBy::Jwks(url), own) => {
-            // The auth of this process, where that has no key of its own either.
+            // The auth of this process, if it has no key of its own.
             let shared = own.filter(|_| config.auth.token_key.is_empty()).cloned();
             let auth = shared.unwrap_or_else(|| Auth::fetched(config.auth.clone(), clock.clone()));
             tasks.spawn(fetch_keys(auth.clone(), url.clone(), health.clone()));
@@ -224,7 +226,7 @@ pub(super) fn verify(
     }
 }
 
-/// Fetches an issuer's keys again and again, and sooner when a token names one that is not known.
+/// Fetches an issuer's keys periodically, and at once when a token names an unknown key.
 async fn fetch_keys(auth: Auth, url: String, health: Health) {
     let client = issuer_client("auth.jwks_url", &url);
     loop {

@@ -1,5 +1,5 @@
-//! What the commands print. Standard output and standard error may be a pipe whose reader has gone, or a file on a full disk; the
-//! macros of the standard library panic there.
+//! Output of the commands. Standard output and standard error may be a pipe whose reader has gone,
+//! or a file on a full disk; the macros of the standard library panic then.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -8,7 +8,7 @@ use std::time::Duration;
 /// Standard output took no more.
 #[derive(Debug, thiserror::Error)]
 pub enum OutputError {
-    /// Its reader has gone: it has all that it wanted, and the command ends quietly.
+    /// Its reader has gone and wants no more: the command ends quietly.
     #[error("nobody reads standard output any more")]
     Closed,
     /// It cannot be written, as on a full disk.
@@ -16,9 +16,10 @@ pub enum OutputError {
     Failed(io::Error),
 }
 
-/// Writes text to standard output, as it stands.
+/// Writes text to standard output.
 ///
 /// # Errors
+///
 /// [`OutputError`].
 pub fn print(text: impl Display) -> Result<(), OutputError> {
     let mut out = io::stdout().lock();
@@ -36,12 +37,13 @@ pub fn print_line(text: impl Display) -> Result<(), OutputError> {
     print(format_args!("{text}\n"))
 }
 
-/// Writes a line for a person to standard error. Where that cannot be written, there is nobody to tell.
+/// Writes a line for people to standard error. A failure is ignored, because there is nobody to
+/// tell.
 pub fn say(text: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
-/// The same for the last line of a process, which ends also where nobody reads.
+/// Like [`say`], for the last line of a process, which ends even if nobody reads it.
 pub fn say_last(text: impl Display) {
     let text = text.to_string();
     let (done, written) = std::sync::mpsc::sync_channel(1);
@@ -54,5 +56,5 @@ pub fn say_last(text: impl Display) {
     }
 }
 
-/// How long whoever reads the last line may take.
+/// How long writing the last line may take.
 const PATIENCE: Duration = Duration::from_secs(1);

@@ -1,4 +1,5 @@
-//! Auth: a token in, a user out. Tokens are JWTs; the key decides the algorithm, never the token's header.
+//! Auth verifies tokens: a token in, a user out. Tokens are JWTs. The key decides the algorithm,
+//! never the token's header.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -24,36 +25,36 @@ use crate::message::{Millis, UserId};
 use crate::telemetry::WAY;
 use crate::wire::peer::{Identity, PeerError, VerifyRequest};
 
-/// Shortest HS256 secret, in bytes: as long as the digest (RFC 7518 section 3.2).
+/// Shortest HS256 secret, in bytes: the length of the digest (RFC 7518, section 3.2).
 pub const SECRET_MIN_BYTES: usize = 32;
-/// Life of an issued token, in seconds: from one to 90 days.
+/// Life of an issued token, in seconds: 1 s to 90 days.
 pub const TOKEN_TTL_S: std::ops::RangeInclusive<u64> = 1..=90 * 24 * 3600;
-/// Life of an issued token where none is asked for, in seconds.
+/// Default life of an issued token, in seconds.
 pub const TOKEN_TTL_DEFAULT_S: u64 = 3600;
 
 /// How tokens are verified.
 #[derive(Debug, Clone, Default)]
 pub struct AuthConfig {
-    /// An HS256 secret as it stands, or a PEM public key.
+    /// An HS256 secret as it stands, or a public key in PEM.
     pub token_key: String,
-    /// The `iss` that a token must have, if one is set.
+    /// The `iss` that a token must have, if set.
     pub issuer: Option<String>,
-    /// The `aud` that a token must have, if one is set.
+    /// The `aud` that a token must have, if set.
     pub audience: Option<String>,
 }
 
 /// Why the configured key cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
-    /// Too easily guessed.
+    /// It is too short to be a secret.
     #[error(
         "is {0} bytes long; an HS256 secret needs at least {SECRET_MIN_BYTES} (try: openssl rand -base64 32)"
     )]
     Short(usize),
-    /// It looks like PEM and is no key that we verify with.
+    /// It is PEM, but not a public key of a supported algorithm.
     #[error("is PEM, but not a public key for RS256, ES256 or EdDSA; give the public half, BEGIN PUBLIC KEY")]
     NotAPublicKey,
-    /// It is a key in a form that is not read here. Taken for a secret it would be one that everybody may know.
+    /// It is a public key in another form. Used as a secret, anybody would know it.
     #[error(
         "looks like a key in {0}; give the public key as PEM, from its first line on (BEGIN PUBLIC KEY), or make a \
          secret with: openssl rand -base64 32"
@@ -61,16 +62,16 @@ pub enum KeyError {
     Disguised(&'static str),
 }
 
-/// Why a token is not good; the text is for the client, and holds no piece of it.
+/// Why a token is refused. The text is for the client and contains no part of the token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
-    /// It is not.
+    /// The token is bad, for this reason.
     #[error("{0}")]
     Bad(&'static str),
-    /// It was signed with a key that this server has not seen.
+    /// It was signed with a key that this server does not have.
     #[error("the token was signed with a key that is not known here")]
     UnknownKey,
-    /// The keys could not be fetched yet.
+    /// The keys were not fetched yet.
     #[error("the keys of the issuer could not be fetched yet")]
     NoKeys,
 }
@@ -81,12 +82,12 @@ impl From<&'static str> for TokenError {
     }
 }
 
-/// Why no token can be issued here.
+/// No token can be issued, because only a public key is configured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("this server verifies with a public key and cannot sign; issue tokens where the private key is")]
 pub struct SigningError;
 
-/// The role. Cheap to clone.
+/// The role auth. Cheap to clone.
 #[derive(Clone)]
 pub struct Auth {
     inner: Arc<Inner>,
@@ -99,11 +100,11 @@ struct Inner {
     unknown_key: Notify,
 }
 
-/// What tokens are verified with.
+/// The keys that verify tokens.
 enum Keys {
     /// The configured key.
     One(Box<Key>),
-    /// Public keys of another issuer, by their `kid`; None until they were fetched.
+    /// Public keys of another issuer by `kid`; `None` until they were fetched.
     Fetched(RwLock<Option<HashMap<String, Key>>>),
 }
 
@@ -112,14 +113,17 @@ struct Key {
     verifying: DecodingKey,
     validation: Validation,
     fast_path: Option<HmacFastPath>,
-    /// Only where the key is a secret that we share.
+    /// Set only if the key is a shared secret.
     signing: Option<EncodingKey>,
 }
 
-/// What a shared secret need not work out anew for each token: half of what a token costs (docs/benchmarks.md).
+/// A fast path for HS256: a precomputed HMAC key, used only for tokens whose header is
+/// byte-identical to one that `jsonwebtoken` has accepted. Everything else goes to the library. It
+/// halves the cost of a token (docs/benchmarks/log.md).
 struct HmacFastPath {
     keyed: Hmac<Sha256>,
-    /// The first part of a token as the library took one that this secret had signed: one issuer's tokens begin alike.
+    /// The header of a token that the library has accepted. The tokens of one issuer have the same
+    /// header.
     header: OnceLock<Box<str>>,
 }
 
@@ -128,8 +132,8 @@ impl HmacFastPath {
         Some(Self { keyed: Hmac::new_from_slice(secret).ok()?, header: OnceLock::new() })
     }
 
-    /// The claims of a token that begins as one did that was taken, if it is signed with this secret. Whatever else there is to
-    /// say of a token, the library says.
+    /// The claims of a token with that header and a good signature; `None` sends the token to the
+    /// library.
     fn claims(&self, token: &str) -> Option<Box<RawValue>> {
         let (message, signature) = token.rsplit_once('.')?;
         let (header, claims) = message.split_once('.')?;
@@ -149,7 +153,7 @@ impl HmacFastPath {
     }
 }
 
-/// The claims that decide; whatever else there is passes through unread.
+/// The claims that are checked. All others pass through unread.
 #[derive(Deserialize)]
 struct Claims {
     sub: Option<Value>,
@@ -163,15 +167,16 @@ struct Claims {
 impl Key {
     fn new(algorithm: Algorithm, verifying: DecodingKey, signing: Option<EncodingKey>) -> Self {
         let mut validation = Validation::new(algorithm);
-        // Times are checked by us, by our clock and without leeway; aud and iss too, where configured.
+        // Times are checked here, by our clock and without leeway; so are `aud` and `iss` where
+        // they are configured.
         validation.validate_exp = false;
         validation.validate_aud = false;
         validation.required_spec_claims.clear();
         Self { algorithm, verifying, validation, fast_path: None, signing }
     }
 
-    /// The key decides the algorithm. None where we do not verify with such a key, or its owner has made it for something else
-    /// (RFC 7517, sections 4.2 to 4.4).
+    /// A key of a JWKS. `None` if its algorithm is not supported, or if `use`, `key_ops` or `alg`
+    /// reserve it for something else (RFC 7517, sections 4.2 to 4.4).
     fn of_jwk(jwk: &Jwk) -> Option<Self> {
         let common = &jwk.common;
         let signs = common.public_key_use.as_ref().is_none_or(|usage| *usage == PublicKeyUse::Signature);
@@ -222,7 +227,7 @@ impl Key {
         Ok(Self::new(algorithm, verifying, None))
     }
 
-    /// A token's claims as they stand there, if it is this key's.
+    /// Verifies the signature and returns the claims as they stand.
     fn claims(&self, token: &str) -> Result<Box<RawValue>, TokenError> {
         use jsonwebtoken::errors::ErrorKind;
         if let Some(claims) = self.fast_path.as_ref().and_then(|fast_path| fast_path.claims(token)) {
@@ -245,31 +250,33 @@ impl Key {
 }
 
 impl Auth {
-    /// Reads the key.
+    /// Reads the configured key.
     ///
     /// # Errors
-    /// [`KeyError`], with the remedy.
+    ///
+    /// [`KeyError`] with the remedy.
     pub fn new(config: AuthConfig, clock: Clock) -> Result<Self, KeyError> {
         let keys = Keys::One(Box::new(Key::read(&config.token_key)?));
         Ok(Self { inner: Arc::new(Inner { keys, config, clock, unknown_key: Notify::new() }) })
     }
 
-    /// Verifies with keys that have yet to be fetched: see [`Auth::take_jwks`].
+    /// An auth whose keys are fetched later: see [`Auth::take_jwks`].
     #[must_use]
     pub fn fetched(config: AuthConfig, clock: Clock) -> Self {
         let keys = Keys::Fetched(RwLock::new(None));
         Self { inner: Arc::new(Inner { keys, config, clock, unknown_key: Notify::new() }) }
     }
 
-    /// Resolves when a token came whose key is not known: the issuer may have a new one.
+    /// Resolves when a token with an unknown key was seen: the issuer may have a new key.
     pub async fn unknown_key(&self) {
         self.inner.unknown_key.notified().await;
     }
 
-    /// Takes the keys of a JWKS (RFC 7517) for those in use; answers how many it can verify with.
+    /// Replaces the keys by those of a JWKS (RFC 7517). Returns how many can be used.
     ///
     /// # Errors
-    /// That it is no JWKS, or holds no key that we verify with: then those in use stay.
+    ///
+    /// It is not a JWKS, or has no usable key. The keys in use then stay.
     pub fn take_jwks(&self, text: &[u8]) -> Result<usize, &'static str> {
         let set: JwkSet = serde_json::from_slice(text).map_err(|_| "this is no JWKS")?;
         let read = |jwk: &Jwk| {
@@ -287,7 +294,8 @@ impl Auth {
         Ok(count)
     }
 
-    /// A token's claims, verified with the key that it names. One that names no `kid` is verified by the only key there is.
+    /// Verifies a token with the key that its `kid` names. A token without `kid` is verified with
+    /// the only key there is.
     fn claims(&self, token: &str) -> Result<Box<RawValue>, TokenError> {
         match &self.inner.keys {
             Keys::One(key) => key.claims(token),
@@ -309,14 +317,15 @@ impl Auth {
     /// Verifies a token.
     ///
     /// # Errors
-    /// What is wrong with it, for the client: never a piece of it.
+    ///
+    /// What is wrong with it, for the client; never a part of it.
     pub fn verify(&self, token: &str) -> Result<Identity, TokenError> {
         let raw = self.claims(token).inspect_err(|fault| {
             if *fault == TokenError::UnknownKey {
                 self.inner.unknown_key.notify_one();
             }
         })?;
-        // serde would take an array for a struct; claims are an object.
+        // serde would accept an array for a struct.
         let claims = Some(raw.get()).filter(|text| text.trim_start().starts_with('{'));
         let claims: Option<Claims> = claims.and_then(|text| serde_json::from_str(text).ok());
         let claims = claims.ok_or("this is not a token")?;
@@ -329,7 +338,7 @@ impl Auth {
         Ok(Identity { user, issued_at_s, expires_at_s, claims })
     }
 
-    /// Answers when the token ends.
+    /// Checks the claims. Returns when the token expires.
     fn check(&self, claims: &Claims) -> Result<u64, &'static str> {
         let now_s = self.inner.clock.now().seconds();
         let expires_at_s = seconds(claims.exp.as_ref())?.ok_or("the token has no exp")?;
@@ -350,10 +359,11 @@ impl Auth {
         Ok(expires_at_s)
     }
 
-    /// Signs a token for `user` that lives `ttl_s` seconds; answers it with its end.
+    /// Signs a token for `user` that lives `ttl_s` seconds. Returns it with its expiry.
     ///
     /// # Errors
-    /// [`SigningError`] where only a public key is configured.
+    ///
+    /// [`SigningError`] if only a public key is configured.
     pub fn issue(&self, user: &UserId, ttl_s: u64) -> Result<(String, Millis), SigningError> {
         let Keys::One(key) = &self.inner.keys else { return Err(SigningError) };
         let signing = key.signing.as_ref().ok_or(SigningError)?;
@@ -371,7 +381,7 @@ impl Auth {
         Ok((token, Millis(exp * 1000)))
     }
 
-    /// The public keys that tokens are verified with (RFC 7517): none where the key is a shared secret.
+    /// The public keys that verify tokens (RFC 7517); none if the key is a shared secret.
     #[must_use]
     pub fn jwks(&self) -> Value {
         let public = |key: &Key| match key.signing {
@@ -388,19 +398,22 @@ impl Auth {
     }
 }
 
-/// Whether a token's header has `crit`: whoever does not know what it names must refuse the token (RFC 7515, section 4.1.11).
+/// Whether a token's header has `crit`. A verifier that does not know what it names must refuse the
+/// token (RFC 7515, section 4.1.11).
 fn has_critical_extension(token: &str) -> bool {
     let header = token.split('.').next().and_then(|header| URL_SAFE_NO_PAD.decode(header).ok());
     let header = header.and_then(|header| serde_json::from_slice::<Value>(&header).ok());
     header.is_some_and(|header| header.get("crit").is_some())
 }
 
-/// Encodings around a key that are looked through.
+/// Layers of encoding around a key that are looked through.
 const WRAPPINGS: u32 = 3;
-/// The shortest public key in DER, in bytes: that of Ed25519. Secrets of 32 random bytes are shorter.
+/// Length of the shortest public key in DER, in bytes: Ed25519. Random secrets of 32 bytes are
+/// shorter.
 const DER_MIN_BYTES: usize = 44;
 
-/// The form of a key that is no plain secret: what anybody may have must not sign tokens.
+/// The form of a text that is a public key and not a secret. What anybody may have must not sign
+/// tokens.
 fn disguise(text: &[u8], depth: u32) -> Option<&'static str> {
     let trimmed = text.strip_prefix("\u{feff}".as_bytes()).unwrap_or(text).trim_ascii();
     let has = |word: &str| trimmed.windows(word.len()).any(|window| window == word.as_bytes());
@@ -427,8 +440,8 @@ fn disguise(text: &[u8], depth: u32) -> Option<&'static str> {
     decoded.iter().flatten().find_map(|inner| disguise(inner, depth + 1)).map(|_| "base64 or hexadecimal")
 }
 
-/// Whether these are a SEQUENCE of DER over all of their length, with an INTEGER or another SEQUENCE first, as in every form of key and
-/// certificate.
+/// Whether these bytes are one SEQUENCE of DER with an INTEGER or another SEQUENCE first, as every
+/// form of key and certificate is.
 fn is_der(bytes: &[u8]) -> bool {
     let (length, content) = match bytes {
         [0x30, short @ 0..=0x7f, rest @ ..] => (usize::from(*short), rest),
@@ -445,7 +458,7 @@ fn from_hex(text: &str) -> Option<Vec<u8>> {
     digits.len().is_multiple_of(2).then(|| digits.chunks(2).map(pair).collect()).flatten()
 }
 
-/// A claim in whole seconds, as RFC 7519 has it: a number, perhaps with a fraction.
+/// A claim in whole seconds, as in RFC 7519: a number, perhaps with a fraction.
 fn seconds(claim: Option<&Value>) -> Result<Option<u64>, &'static str> {
     match claim {
         None => Ok(None),
@@ -474,7 +487,7 @@ impl tower::Service<VerifyRequest> for Auth {
         Poll::Ready(Ok(()))
     }
 
-    /// Some microseconds of arithmetic: done at once.
+    /// It takes some microseconds and never waits.
     fn call(&mut self, request: VerifyRequest) -> Self::Future {
         ready(self.verify(&request.token).map_err(|fault| match fault {
             TokenError::NoKeys => PeerError::Unavailable(fault.to_string()),

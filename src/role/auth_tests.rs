@@ -64,7 +64,8 @@ fn every_kind_of_key_verifies_its_own_and_nothing_else() {
         let keys = auth(verifying).jwks()["keys"].as_array().unwrap().len();
         assert_eq!(keys, usize::from(n < 3), "a shared secret is never shown");
     }
-    // A token signed with the public key's own text as an HS256 secret must not pass for one of its owner.
+    // A token signed with the public key's own text as an HS256 secret must not pass for one of its
+    // owner.
     let (_, _, public) = &pairs[0];
     let confused = signed(&good(), Algorithm::HS256, &EncodingKey::from_secret(public.as_bytes()));
     assert!(auth(public).verify(&confused).is_err());
@@ -278,7 +279,8 @@ fn claims_that_are_no_object_or_say_a_thing_twice_are_refused() {
 }
 
 proptest! {
-    /// One that has taken a token already says of any other what one says that has not: here with a letter put, dropped or changed.
+    /// One that has taken a token already says of any other what one says that has not: here with a
+    /// letter put, dropped or changed.
     #[test]
     fn a_token_is_judged_alike_by_one_who_has_seen_its_like(
         at in any::<proptest::sample::Index>(), kind in 0..4, letter in "[A-Za-z0-9_.=-]", sub in "[a-z]{0,3}", array in any::<bool>(),

@@ -1,5 +1,5 @@
-//! A bounded queue of live messages between one task and another: what has no room is dropped, and the drop remembered.
-//! Where nothing waits and nothing is on its way, a batch may go past it.
+//! A bounded queue of live messages between two tasks. A message that has no room is dropped, and
+//! the drop is remembered. If nothing waits and nothing is in flight, a batch may bypass the queue.
 
 use std::collections::VecDeque;
 
@@ -8,14 +8,14 @@ use tokio::sync::Notify;
 
 use crate::wire::peer::LiveMessage;
 
-/// Messages waiting in one queue: ten full batches, a fifth of a second at 50,000/s.
+/// Most messages in a queue: ten full batches, a fifth of a second at 50,000/s.
 pub(super) const BACKLOG_MESSAGES: usize = 10_000;
-/// And the bytes of their payloads: 500 of the largest, or 10,000 of 3 KiB.
+/// Most bytes of payload in a queue: 500 of the largest messages, or 10,000 of 3 KiB.
 pub(super) const BACKLOG_BYTES: usize = 32 * 1024 * 1024;
-/// Messages taken at once.
+/// Most messages taken at once.
 pub(super) const BATCH: usize = 1_000;
 
-/// See the room's comment.
+/// The queue.
 #[derive(Default)]
 pub(super) struct Backlog {
     queue: Mutex<Queue>,
@@ -26,16 +26,17 @@ pub(super) struct Backlog {
 struct Queue {
     waiting: VecDeque<LiveMessage>,
     bytes: usize,
-    /// Something was dropped: whoever gets the next batch must be told.
+    /// Something was dropped; whoever gets the next batch must be told.
     missed: bool,
-    /// What was taken last is on its way.
+    /// The batch that was taken last is in flight.
     busy: bool,
-    /// Something went past the queue, and is on its way.
+    /// A batch that bypassed the queue is in flight.
     ahead: bool,
 }
 
 impl Backlog {
-    /// Puts `batch` into the queue; what has no room is dropped and marked. Answers how many were dropped.
+    /// Enqueues `batch`. What has no room is dropped and marked. Returns how many messages were
+    /// dropped.
     pub(super) fn put(&self, batch: Vec<LiveMessage>) -> usize {
         let mut queue = self.queue.lock();
         let mut dropped = 0;
@@ -54,14 +55,15 @@ impl Backlog {
         dropped
     }
 
-    /// Something did not arrive: whoever gets the next batch must be told.
+    /// Something did not arrive; whoever gets the next batch must be told.
     pub(super) fn mark_missed(&self) {
         self.queue.lock().missed = true;
         self.filled.notify_one();
     }
 
-    /// Lets a batch go past the queue, if nothing waits and nothing is on its way. What is put into the queue stays there until the
-    /// answer is dropped, which says that the batch has arrived, or was given up.
+    /// Lets a batch bypass the queue if nothing waits and nothing is in flight. Messages that are
+    /// enqueued meanwhile stay until the returned guard is dropped, which says that the batch has
+    /// arrived or was given up.
     pub(super) fn go_ahead(&self) -> Option<Ahead<'_>> {
         let mut queue = self.queue.lock();
         if !queue.is_idle() || queue.missed {
@@ -71,8 +73,8 @@ impl Backlog {
         Some(Ahead(self))
     }
 
-    /// Waits for a batch, and whether something before it was dropped. What it took before has arrived then, or was given up.
-    /// For one task only.
+    /// Waits for a batch. Also returns whether something before it was dropped. Calling this again
+    /// says that the previous batch has arrived or was given up. For one task only.
     pub(super) async fn take(&self) -> (Vec<LiveMessage>, bool) {
         self.queue.lock().busy = false;
         loop {
@@ -83,7 +85,7 @@ impl Backlog {
         }
     }
 
-    /// Whether nothing waits and nothing is on its way.
+    /// Whether nothing waits and nothing is in flight.
     pub(super) fn is_idle(&self) -> bool {
         self.queue.lock().is_idle()
     }
@@ -104,7 +106,7 @@ impl Backlog {
     }
 }
 
-/// Something is on its way past a queue.
+/// A batch that bypasses the queue, as long as it is in flight.
 pub(super) struct Ahead<'a>(&'a Backlog);
 
 impl Drop for Ahead<'_> {

@@ -1,9 +1,11 @@
-//! Collect: takes messages from business systems, appends them to the inboxes, answers, and hands them to dispatch.
+//! Collect takes messages from publishers, appends them to the inboxes, answers, and hands them to
+//! dispatch.
 //!
-//! Appends are grouped: what waits while one write is under way, or comes right after it began, is the next write. Gathering has
-//! a thread of its own. Where the inbox blocks, that writes and answers too: the answers of a write go out when it ends, and the
-//! next one begins then, however much else the runtime has to do. A message that was stored is handed on whether or not its
-//! sender still waits, so one that goes away loses nobody a live delivery.
+//! Appends are written in groups: what waits while a write is in flight, or comes right after it
+//! began, is the next write. A thread of its own gathers them. If the inbox blocks, that thread
+//! also writes and answers: the answers of a write leave when it ends, and the next write begins at
+//! once, whatever else the runtime has to do. A stored message is handed on whether or not its
+//! sender still waits.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -30,30 +32,31 @@ use crate::thread::Awaited;
 use crate::wire::http::{Publish, PublishError, Published, Stored};
 use crate::wire::peer::{DispatchRequest, DispatchResponse, LiveMessage, Presence, Revocation};
 
-/// Appends waiting in one process (docs/design.md, section 11).
+/// Most appends that wait in one process (docs/design.md, section 11).
 pub const WAITING_APPENDS: usize = 10_000;
-/// And the bytes of their payloads.
+/// Most bytes of their payloads.
 pub const WAITING_BYTES: usize = 32 * 1024 * 1024;
-/// Appends in one write.
+/// Most appends in one write.
 const BATCH: usize = 1_000;
-/// How long a publish may take before it is answered 503: it may be stored all the same, and is safe to repeat.
+/// Deadline of a publish, after which it is answered 503. The message may be stored nevertheless; a
+/// repeat is safe.
 pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(10);
-/// A write of a few messages takes less on most disks; where it takes more, its thread is looked after for nothing.
+/// A write of a few messages takes less than this on most disks.
 const SYNC: Duration = Duration::from_micros(500);
-/// Rest after no dispatch could be reached.
+/// Delay after no dispatch could be reached.
 const HAND_ON_REST: Duration = Duration::from_millis(200);
-/// Largest page of history, in messages and bytes.
+/// Largest page of history.
 pub const HISTORY_PAGE: PageLimit = PageLimit { messages: 1_000, bytes: 8 * 1024 * 1024 };
 
-/// What collect counts.
+/// Metrics of collect.
 struct CollectMetrics {
     /// A message was stored for one recipient.
     stored: Counter,
-    /// A repeat was answered from what stood there.
+    /// A repeat was answered with the first position.
     duplicates: Counter,
     /// A recipient was refused, for any reason.
     refused: Counter,
-    /// A stored message was not handed to dispatch: its user's node finds it by its sweep.
+    /// A stored message was not handed to dispatch. The user's node finds it by its sweep.
     hints_dropped: Counter,
     /// Appends per write.
     batch: Histogram,
@@ -79,7 +82,7 @@ impl CollectMetrics {
     }
 }
 
-/// The role. Cheap to clone.
+/// The role collect. Cheap to clone.
 #[derive(Clone)]
 pub struct Collect {
     inner: Arc<Inner>,
@@ -89,7 +92,7 @@ struct Inner {
     inbox: Arc<dyn Inbox>,
     dispatch: DispatchService,
     views: watch::Receiver<Arc<View>>,
-    /// Stored, and on the way to dispatch.
+    /// Messages that are stored and wait for dispatch.
     handing_on: Backlog,
     clock: Clock,
     waiting: Mutex<Waiting>,
@@ -105,35 +108,36 @@ struct Inner {
 struct Waiting {
     appends: VecDeque<Queued>,
     bytes: usize,
-    /// The writer waits for the next append, however long.
+    /// The writer waits for the next append without a deadline.
     resting: bool,
-    /// Nobody gives answers any more: the writer ends.
+    /// The role has ended, so the writer ends.
     over: bool,
 }
 
 struct Queued {
     append: Append,
     answer: Answer,
-    /// What it counts for: the recipients of a publish share its payload, and the last of them has its bytes.
+    /// The bytes that it accounts for. The recipients of a publish share its payload; the last one
+    /// accounts for it.
     bytes: usize,
 }
 
 type Outcome = Result<Stored, PublishError>;
 type Answer = oneshot::Sender<Outcome>;
 
-/// What is known of a user, from the inbox and from the nodes.
+/// What is known about a user, from the inbox and from the nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UserReport {
-    /// The node that owns the user, by the view in use.
+    /// The owner in the view in use.
     pub owner: Option<NodeId>,
     /// Cursors, revocation and head.
     pub profile: Profile,
-    /// Sessions on all nodes asked.
+    /// Sessions on all nodes that were asked.
     pub sessions: Vec<Presence>,
 }
 
 impl Collect {
-    /// Starts the role; its writer and its tasks end with `tasks`.
+    /// Starts the role. Its writer and its tasks end with `tasks`.
     pub fn start(
         inbox: Arc<dyn Inbox>,
         dispatch: DispatchService,
@@ -160,14 +164,15 @@ impl Collect {
         Self { inner }
     }
 
-    /// Stores a publish for each of its recipients; answers what became of each.
+    /// Stores a publish for each of its recipients. Returns the outcome of each.
     pub async fn publish(&self, publish: Publish) -> Published {
         let now = self.inner.clock.now();
-        // Only an id that can come again is worth a look: the sender's own, or one under which a rest is repeated.
+        // Only an id that may be repeated is deduplicated: the sender's own, or one under which the
+        // rest of a publish to several users is repeated.
         let deduplicated = publish.id.is_some() || matches!(publish.to, Recipients::Users(_));
         let id = publish.id.unwrap_or_else(new_id);
         let count = publish.to.users().len();
-        // The last recipient takes the payload itself: to share it costs one more piece of memory.
+        // The last recipient takes the payload itself; sharing it would cost an allocation.
         let mut payload = publish.payload;
         let bytes = payload.len();
         let waiting: Vec<(UserId, Result<oneshot::Receiver<Outcome>, PublishError>)> = publish
@@ -213,7 +218,7 @@ impl Collect {
         let count = waiting.appends.len();
         let resting = std::mem::take(&mut waiting.resting);
         drop(waiting);
-        // A writer that knows when to look again would only be woken for nothing.
+        // A writer that waits with a deadline looks by itself; waking it would be in vain.
         if resting || count == self.inner.gathering.enough {
             self.inner.writer.expect_in(Duration::ZERO);
             self.inner.filled.notify_one();
@@ -235,6 +240,7 @@ impl Collect {
     /// The unexpired messages of a user after a position, and where the next page begins.
     ///
     /// # Errors
+    ///
     /// The inbox's.
     pub async fn history(
         &self,
@@ -247,9 +253,10 @@ impl Collect {
         Ok((page.messages, page.more.then_some(page.upto)))
     }
 
-    /// What is known of a user; nothing, for one that nobody has heard of.
+    /// What is known about a user. An unknown user has an empty report.
     ///
     /// # Errors
+    ///
     /// The inbox's.
     pub async fn user(&self, user: UserId) -> Result<UserReport, InboxError> {
         let profile = self.inner.inbox.profile(user.clone()).await?;
@@ -261,20 +268,21 @@ impl Collect {
         Ok(UserReport { owner, profile, sessions })
     }
 
-    /// Resolves when everything stored so far was handed to dispatch, or given up.
+    /// Resolves when everything that was stored so far was handed to dispatch, or given up.
     pub async fn handed_on(&self) {
         while !self.inner.handing_on.is_idle() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 
-    /// Closes all sockets of a user, and refuses every token issued until now from now on.
+    /// Closes all sockets of a user and refuses every token issued until now.
     ///
-    /// Tokens count whole seconds, so the moment is the beginning of the next one; this answers only then, and a token
-    /// that is issued after the answer is good.
+    /// Tokens count whole seconds. So the revocation is dated at the beginning of the next second
+    /// and this returns only then: a token that is issued after the return is good.
     ///
     /// # Errors
-    /// The inbox's: then nothing is revoked. Nodes that cannot be reached find out by their sweep.
+    ///
+    /// The inbox's; nothing is revoked then. Nodes that cannot be reached find out by their sweep.
     pub async fn disconnect(&self, user: UserId) -> Result<(), InboxError> {
         let now = self.inner.clock.now();
         let not_before_s = now.seconds() + 1;
@@ -293,7 +301,7 @@ impl Collect {
 }
 
 fn new_id() -> MessageId {
-    // A ULID is 26 printable characters, which is always an id.
+    // A ULID has 26 printable characters, which is always a valid id.
     let mut characters = [0; ulid::ULID_LEN];
     let text = ulid::Ulid::generate().array_to_str(&mut characters);
     MessageId::parse(text).unwrap_or_else(|_| unreachable!("a ULID is an id"))
@@ -313,8 +321,9 @@ async fn wait_until(deadline: Instant, waiter: oneshot::Receiver<Outcome>) -> Ou
     }
 }
 
-/// Writes what waits, batch after batch, and answers. Blocks its thread, and does the work there where the inbox blocks as well:
-/// else every answer of a database would wake this thread by way of another.
+/// Writes what waits, batch after batch, and answers. Blocks its thread. If the inbox does not
+/// block, the runtime writes, because every response of a database driver would otherwise wake this
+/// thread by way of another.
 fn write(inner: &Arc<Inner>, runtime: &Handle) {
     let mut last_began = None;
     inner.writer.is_this_thread();
@@ -350,8 +359,8 @@ async fn write_batch(inner: Arc<Inner>, batch: Vec<Queued>) {
 }
 
 impl Inner {
-    /// Waits for the next batch; None when there will be none. A write right after another one waits a moment for company: it
-    /// costs the same for one as for many.
+    /// Waits for the next batch; `None` when there will be none. A write right after another one
+    /// waits a moment for more: it costs the same for one message as for many.
     fn next_batch(&self, last_began: Option<Instant>) -> Option<Vec<Queued>> {
         let GroupCommit { every, enough } = self.gathering;
         let mut waiting = self.waiting.lock();
@@ -380,7 +389,8 @@ impl Waiting {
         let count = self.appends.len().min(BATCH);
         let mut batch: Vec<Queued> = self.appends.drain(..count).collect();
         self.bytes -= batch.iter().map(|queued| queued.bytes).sum::<usize>();
-        // A sender that was told 503, or has gone, was promised nothing: storing it now would only make its repeat a second.
+        // A sender that was told 503, or has gone, was promised nothing. Storing its message now
+        // would make its repeat a second message.
         batch.retain(|queued| !queued.answer.is_closed());
         batch
     }
@@ -396,7 +406,7 @@ impl Drop for EndsWriter {
     }
 }
 
-/// Tells the senders, and hands what was stored to dispatch.
+/// Answers the senders, and hands what was stored to dispatch.
 fn answer(inner: &Inner, to: Vec<(UserId, Answer)>, outcomes: Vec<Result<Appended, InboxError>>) {
     let mut live = Vec::with_capacity(to.len());
     for ((user, to), outcome) in to.into_iter().zip(outcomes) {
@@ -414,7 +424,7 @@ fn answer(inner: &Inner, to: Vec<(UserId, Answer)>, outcomes: Vec<Result<Appende
                 Err(refusal(503, "the message could not be stored; a repeat is safe under an id of your own"))
             }
         };
-        // A sender that went away wants no answer.
+        // A sender that has gone needs no answer.
         let _ = to.send(outcome);
     }
     if !live.is_empty() {
@@ -422,8 +432,8 @@ fn answer(inner: &Inner, to: Vec<(UserId, Answer)>, outcomes: Vec<Result<Appende
     }
 }
 
-/// Hands stored messages to dispatch, batch after batch; one that no dispatch takes is found by the sweeps, which are asked
-/// for as soon as there is a dispatch again.
+/// Hands stored messages to dispatch, batch after batch. If no dispatch takes one, the sweeps find
+/// it; they are requested as soon as there is a dispatch again.
 async fn hand_on(writer: EndsWriter) {
     let inner = &writer.0;
     loop {
@@ -440,7 +450,7 @@ async fn hand_on(writer: EndsWriter) {
     }
 }
 
-/// Removes what nobody can read any more, again and again, and looks after the store meanwhile.
+/// Runs the janitor periodically, and watches the store meanwhile.
 pub async fn run_upkeep(upkeep: Arc<dyn Janitor>, every: Duration) {
     tokio::join!(upkeep.watch(), clean(&*upkeep, every));
 }

@@ -1,4 +1,5 @@
-//! Connect: which node a client should open its socket on, and a ticket for it. Push and dispatch both offer it.
+//! Connect tells a client on which node to open its socket, and hands it a ticket. Push and
+//! dispatch both offer it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,17 +17,17 @@ use crate::ticket::{TICKET_LIFE_MS, Ticket, TicketKey};
 use crate::wire::address::UrlTemplate;
 use crate::wire::peer::{Identity, PeerError, VerifyRequest};
 
-/// The public URL of each node: by the template, or, in development, by each node's own address.
+/// The public URLs of the nodes.
 #[derive(Debug, Clone)]
 pub enum PublicUrls {
-    /// As configured.
+    /// Built from the configured template.
     Template(UrlTemplate),
-    /// As bound, for the nodes of this process.
+    /// The bound addresses of the nodes of this process, in development.
     Own(HashMap<NodeId, String>),
 }
 
 impl PublicUrls {
-    /// The URL of a checked node; None where nothing is known of it.
+    /// The URL of a checked node; `None` if it is unknown.
     #[must_use]
     pub fn of(&self, node: &NodeId) -> Option<String> {
         match self {
@@ -36,30 +37,30 @@ impl PublicUrls {
     }
 }
 
-/// The answer to a client that asked where to go.
+/// The response to a client that asked where to connect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
-    /// With the ticket in it.
+    /// URL with the ticket.
     pub url: String,
-    /// Who was placed.
+    /// The user.
     pub user: UserId,
-    /// When the token was issued, in whole seconds; zero where it does not say.
+    /// `iat` of the token in whole seconds; zero if it has none.
     pub token_iat_s: u64,
-    /// Whose URL that is.
+    /// The node of that URL.
     pub node: NodeId,
-    /// Of the view that says so.
+    /// Generation of the view that names that node.
     pub generation: Arc<str>,
-    /// Of the view that says so.
+    /// Epoch of the view that names that node.
     pub epoch: u64,
 }
 
-/// Why no place was given.
+/// Why no node was named.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
-    /// The token is not good.
+    /// The token is refused.
     #[error("{0}")]
     Unauthorized(String),
-    /// No push node, or auth cannot be reached: later.
+    /// There is no push node, or auth cannot be reached.
     #[error("{0}")]
     Unavailable(String),
 }
@@ -73,7 +74,7 @@ impl From<PeerError> for ConnectError {
     }
 }
 
-/// See the room's comment. Cheap to clone.
+/// Names nodes and makes tickets. Cheap to clone.
 #[derive(Clone)]
 pub struct Connect {
     inner: Arc<Inner>,
@@ -86,7 +87,8 @@ struct Inner {
     key: TicketKey,
     reach: PeerProbe,
     clock: Clock,
-    /// The last view from which nodes had to be left out: a crowd that comes from a dead node needs the same.
+    /// The last view that had to be reduced. A crowd that comes from a dead node needs the same
+    /// one.
     reduced: Mutex<Option<Reduced>>,
 }
 
@@ -97,11 +99,12 @@ struct Reduced {
     view: Arc<View>,
 }
 
-/// Nodes that are tried for one client: whoever finds three silent ones comes back a moment later.
+/// Nodes that are tried for one client. A client that meets three silent nodes comes again a moment
+/// later.
 const TRIES: usize = 3;
 
 impl Connect {
-    /// Places by `views`, with the public names of `urls`.
+    /// Names nodes by `views` and builds their URLs from `urls`.
     #[must_use]
     pub fn new(
         verify: VerifyService,
@@ -114,9 +117,10 @@ impl Connect {
         Self { inner: Arc::new(Inner { verify, views, urls, key, reach, clock, reduced: Mutex::new(None) }) }
     }
 
-    /// Whose token this is.
+    /// Verifies a token.
     ///
     /// # Errors
+    ///
     /// [`ConnectError`].
     pub async fn verify(&self, token: &str) -> Result<Identity, ConnectError> {
         Ok(self.inner.verify.clone().oneshot(VerifyRequest { token: token.into() }).await?)
@@ -125,13 +129,15 @@ impl Connect {
     /// Names the node for a verified user, with a ticket that opens one socket there for `device`.
     ///
     /// # Errors
+    ///
     /// [`ConnectError::Unavailable`].
     pub async fn place(&self, identity: Identity, device: DeviceId) -> Result<Place, ConnectError> {
         let view = Arc::clone(&self.inner.views.borrow());
         let nobody = || ConnectError::Unavailable("no push node takes sockets now".to_owned());
         let named = self.first_that_answers(&view, &identity.user).await.ok_or_else(nobody)?;
         let base = self.inner.urls.of(&named.info.node).ok_or_else(nobody)?;
-        // One that is not the owner must keep the client, or it would send it to the owner at once.
+        // A node that is not the owner must keep the client, or it would send it to the owner at
+        // once.
         let keep = view.owner(&identity.user).is_none_or(|owner| owner.info.node != named.info.node);
         let (user, token_iat_s) = (identity.user.clone(), identity.issued_at_s);
         let ticket = self.inner.key.sign(&self.ticket(identity, device, &named, keep));
@@ -145,9 +151,9 @@ impl Connect {
         })
     }
 
-    /// The first node from the user's place on the ring that the registry shows and that answers.
+    /// The first node, clockwise from the user's key, that the registry shows and that answers.
     async fn first_that_answers(&self, view: &Arc<View>, user: &UserId) -> Option<Member> {
-        // A registry that shows nobody says nothing about anybody.
+        // A registry that shows no node says nothing about any node.
         let mut without =
             if view.absent.len() < view.members.len() { view.absent.clone() } else { Vec::new() };
         for _ in 0..TRIES {

@@ -1,9 +1,11 @@
-//! Dispatch: the stateless router. User to push node by arithmetic, one hop, no look-up per user.
+//! Dispatch, the stateless router: from user to push node by arithmetic, in one hop, without a
+//! look-up per user.
 //!
-//! A message goes to its owners in the views of the last 30 s, and to the nodes whose fallback set has the user.
-//! Disagreement costs a second copy, never a miss. Each node has one bounded lane; batches form while the last one is in
-//! flight. A full lane drops the hint and marks the lane, so that the node looks into the inboxes itself. To a node of the same
-//! process a batch goes at once, where nothing is before it in the lane.
+//! A message goes to its owners in the views of the last 30 s, and to the nodes whose fallback set
+//! has the user. Disagreement costs a second copy, never a miss. Each node has one bounded queue;
+//! batches form while the last one is in flight. A full queue drops the hint and marks the queue,
+//! so that the node looks into the inboxes itself. A batch for a node of the same process bypasses
+//! an empty queue.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
@@ -30,21 +32,23 @@ use crate::wire::peer::{
     Revocation, ViewVersion,
 };
 
-/// How long the owners of an earlier view are still sent to: three leases (docs/design.md, section 7).
+/// How long the owners of an earlier view still get messages: three leases (docs/design.md, section
+/// 7).
 pub const RECENT_VIEW_LIFE: Duration = Duration::from_secs(30);
-/// Most views remembered, the one in use included.
+/// Most views that are remembered, including the one in use.
 pub const RECENT_VIEWS: usize = 8;
-/// How long one call to a node may take.
+/// Deadline of one call to a node.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(5);
-/// Rest after a call that failed, so that a dead node costs nothing.
+/// Delay after a failed call, so that a dead node costs nothing.
 const FAILURE_REST: Duration = Duration::from_millis(100);
-/// How long a batch waits for the newer view that somebody has: a router that is cut off from the registry for a moment does
-/// not know the new owner before. It was sent to the owners that are known all the same.
+/// How long a batch waits for the newer view that a node has. A router that is cut off from the
+/// registry for a moment does not know the new owner before. The batch was sent to the known owners
+/// nevertheless.
 const NEWER_VIEW_WAIT: Duration = Duration::from_secs(15);
-/// Between two tries to tell a node that it is gone.
+/// Delay between two tries to tell a node that it has left the view.
 const GONE_RETRY: Duration = Duration::from_secs(2);
 
-/// The role. Cheap to clone; its lanes end with the last clone and its tasks.
+/// The role dispatch. Cheap to clone. Its queues end with the last clone and its tasks.
 #[derive(Clone)]
 pub struct Dispatch {
     inner: Arc<Inner>,
@@ -56,17 +60,18 @@ struct Inner {
     fallback: Arc<dyn Fallback>,
     directory: Arc<dyn PeerDirectory>,
     lanes: Mutex<HashMap<NodeId, PeerQueue>>,
-    /// Whose users may be displaced: looked up beside the way of the messages, which never waits for it.
+    /// Messages whose users may be displaced. They are looked up beside the main path, which never
+    /// waits for that.
     lookups: Backlog,
-    /// What a node took that has a newer view than this router.
+    /// Messages that a node took that has a newer view than this router.
     again: Backlog,
-    /// The newest of those views that was heard of.
+    /// The newest version of such a view.
     news: Mutex<ViewVersion>,
     metrics: Arc<DispatchMetrics>,
 }
 
 impl Inner {
-    /// Somebody has a newer view: it is looked for, and this batch is routed again when it is here.
+    /// A node has a newer view: look for it, and route this batch again when it is here.
     fn heard_of(&self, news: ViewVersion, batch: Vec<LiveMessage>) {
         *self.news.lock() = news;
         self.membership.refresh();
@@ -74,18 +79,18 @@ impl Inner {
     }
 }
 
-/// What dispatch counts.
+/// Metrics of dispatch.
 #[derive(Default)]
 struct DispatchMetrics {
-    /// A message was put into a lane.
+    /// A message was put into a queue.
     routed: Counter,
-    /// A message was dropped since its lane was full, or its node did not answer.
+    /// A message was dropped, because the queue was full or the node did not answer.
     dropped: Counter,
-    /// A message had no node to go to.
+    /// There was no node for a message.
     unowned: Counter,
-    /// The fallback entries were asked for a batch.
+    /// The fallback entries were looked up for a batch.
     fallback_lookups: Counter,
-    /// A batch was routed again since its node has a newer view.
+    /// A batch was routed again, because a node has a newer view.
     rerouted: Counter,
 }
 
@@ -111,19 +116,19 @@ impl DispatchMetrics {
 struct Recent {
     source: watch::Receiver<Arc<View>>,
     current: Arc<View>,
-    /// Superseded ones, youngest first, each with the moment it was.
+    /// Superseded views, youngest first, with the time when they were superseded.
     earlier: VecDeque<(Arc<View>, Instant)>,
 }
 
 impl Recent {
-    /// Takes up what has changed; answers whether anything has.
+    /// Takes over a new view. Returns whether there was one.
     fn refresh(&mut self) -> bool {
         let known = self.earlier.len();
         let mut changed = false;
         if self.source.has_changed().unwrap_or(false) {
             let next = Arc::clone(&self.source.borrow_and_update());
             let superseded = std::mem::replace(&mut self.current, next);
-            // A view that differs in its routers alone has the same owners.
+            // A view that differs only in its routers has the same owners.
             if !superseded.ring.is_empty() && superseded.digest != self.current.digest {
                 self.earlier.push_front((superseded, Instant::now()));
                 self.earlier.truncate(RECENT_VIEWS - 1);
@@ -136,7 +141,8 @@ impl Recent {
         changed || known != self.earlier.len()
     }
 
-    /// The nodes that own this place now or did a moment ago, the owner first.
+    /// Calls `each` with the nodes that own this key now or did in the last 30 s, the current owner
+    /// first.
     fn owners(&self, key: u64, mut each: impl FnMut(&NodeId)) {
         let owner = self.current.owner_at(key).map(|member| &member.info.node);
         if let Some(owner) = owner {
@@ -145,7 +151,7 @@ impl Recent {
         self.earlier_owners(key, owner, each);
     }
 
-    /// The nodes other than its owner that owned this place a moment ago.
+    /// Calls `each` with the other nodes that owned this key in the last 30 s.
     fn earlier_owners(&self, key: u64, owner: Option<&NodeId>, mut each: impl FnMut(&NodeId)) {
         let mut seen: Vec<&NodeId> = Vec::new();
         for (view, _) in &self.earlier {
@@ -159,7 +165,7 @@ impl Recent {
         }
     }
 
-    /// Sorts a batch by the nodes that it goes to; answers how many messages go nowhere.
+    /// Groups a batch by the nodes that it goes to. Also returns how many messages go nowhere.
     fn sort(&self, batch: Vec<LiveMessage>) -> (Vec<(NodeId, Vec<LiveMessage>)>, u64) {
         let members = &self.current.members;
         let mut of_owners: Vec<Vec<LiveMessage>> = members.iter().map(|_| Vec::new()).collect();
@@ -203,7 +209,8 @@ impl Drop for PeerQueue {
 }
 
 impl Dispatch {
-    /// Routes by the views of `membership` to what `directory` finds; its tasks run in `tasks`.
+    /// Routes by the views of `membership` to the nodes that `directory` finds. The tasks run in
+    /// `tasks`.
     #[must_use]
     pub fn start(
         membership: Arc<dyn Membership>,
@@ -234,7 +241,7 @@ impl Dispatch {
         this
     }
 
-    /// Takes up a new view, if there is one.
+    /// Takes over a new view, if there is one.
     fn refresh(&self, recent: &mut Recent) {
         if recent.refresh() {
             self.close_old_lanes(recent);
@@ -246,7 +253,8 @@ impl Dispatch {
             let mut recent = self.inner.recent.lock();
             self.refresh(&mut recent);
             let view = Arc::clone(&recent.current);
-            // Sent on once more where users may be displaced, and where the sender has a newer view.
+            // The batch is routed again if users may be displaced, or if the sender has a newer
+            // view.
             let displaced = (!self.inner.fallback.hints().empty).then(|| batch.clone());
             let news = stamp.is_news_to(&view.stamp()).then(|| batch.clone());
             let (batches, unowned) = recent.sort(batch);
@@ -279,7 +287,7 @@ impl Dispatch {
         }
     }
 
-    /// Delivers to a node of this process, on the caller's thread and past the lane.
+    /// Delivers to a node of this process, on the caller's thread, bypassing the queue.
     fn deliver_here(&self, node: &NodeId, service: PushService, lane: &Backlog, batch: Vec<LiveMessage>) {
         let stamp = self.inner.recent.lock().current.stamp();
         let (request, batch) = deliver_request(batch, false, &stamp);
@@ -289,7 +297,7 @@ impl Dispatch {
         }
     }
 
-    /// Sends the messages of displaced users to where these are, beside the nodes that own them.
+    /// Sends the messages of displaced users also to where these are.
     async fn look_up_displaced(self) {
         loop {
             let (batch, dropped) = self.inner.lookups.take().await;
@@ -297,7 +305,7 @@ impl Dispatch {
             self.inner.metrics.fallback_lookups.inc();
             let found = self.inner.fallback.nodes_of(users).await;
             if dropped || found.is_err() {
-                // Nobody knows who has missed something: all look into their inboxes.
+                // Nobody knows who has missed something: all nodes must sweep.
                 self.tell_all_of_a_miss();
             }
             let Ok(found) = found else { continue };
@@ -307,7 +315,7 @@ impl Dispatch {
                     continue;
                 }
                 let key = ring::key(live.user.as_str());
-                // Those have it already.
+                // These nodes have it already.
                 self.inner.recent.lock().owners(key, |owner| nodes.retain(|node| node != owner));
                 for node in nodes {
                     let (id, seq) = (&live.message.id, live.message.seq);
@@ -324,7 +332,7 @@ impl Dispatch {
         view.members.iter().for_each(|member| self.lane(&member.info.node).mark_missed());
     }
 
-    /// Routes once more what was routed by an older view than somebody else has.
+    /// Routes again what was routed by a view that is older than another process's.
     async fn route_again(self) {
         loop {
             let (batch, dropped) = self.inner.again.take().await;
@@ -351,8 +359,8 @@ impl Dispatch {
         }
     }
 
-    /// Takes up each view as it comes, also while there is nothing to route, and tells nodes that have left it so: one
-    /// that is cut off from the registry alone has no other way to know.
+    /// Takes over each view as it comes, also while nothing is routed. Tells nodes that have left
+    /// the view so: a node that alone is cut off from the registry has no other way to know.
     async fn watch_members(self, mut views: watch::Receiver<Arc<View>>, mut before: Arc<View>) {
         let mut telling = JoinSet::new();
         loop {
@@ -370,10 +378,11 @@ impl Dispatch {
                     }
                     before = view;
                 }
-                // Earlier views are forgotten, and lanes closed, also when nothing is routed.
+                // Earlier views are dropped and queues closed, also when nothing is routed.
                 () = tokio::time::sleep(RECENT_VIEW_LIFE / 10) => {
                     self.refresh(&mut self.inner.recent.lock());
-                    // Known also where nothing was ever sent: when it leaves the view, nobody else says where it is.
+                    // A node must be known before it leaves the view, also if nothing was ever sent
+                    // to it: nobody else tells its address then.
                     before.members.iter().for_each(|member| drop(self.inner.directory.find(&member.info.node)));
                 }
                 Some(_) = telling.join_next() => {}
@@ -395,7 +404,7 @@ impl Dispatch {
         let mut lanes = self.inner.lanes.lock();
         let lane = lanes.entry(node.clone()).or_insert_with(|| {
             let backlog = Arc::new(Backlog::default());
-            // The lane must not keep alive what keeps the lane.
+            // The queue's task must not keep alive what keeps the queue.
             let inner = Arc::downgrade(&self.inner);
             let task = tokio::spawn(run_lane(node.clone(), Arc::clone(&backlog), inner));
             PeerQueue { backlog, task }
@@ -403,7 +412,7 @@ impl Dispatch {
         Arc::clone(&lane.backlog)
     }
 
-    /// Ends the lanes of nodes that no recent view has.
+    /// Ends the queues of nodes that are in no recent view.
     fn close_old_lanes(&self, recent: &Recent) {
         self.inner.lanes.lock().retain(|node, _| {
             recent.current.member(node).is_some()
@@ -435,7 +444,7 @@ impl Dispatch {
         DispatchResponse::Found { owner, sessions }
     }
 
-    /// Tells every push node: a session may be anywhere.
+    /// Tells every push node, because a session may be anywhere.
     async fn disconnect(&self, revocation: Revocation) -> Result<(), PeerError> {
         let view = {
             let mut recent = self.inner.recent.lock();
@@ -476,7 +485,7 @@ fn deliver_request(
     (PushRequest::Deliver { batch: Arc::clone(&batch), sweep, stamp: stamp.clone() }, batch)
 }
 
-/// What follows from a node's answer to a batch; whether the node took it.
+/// Acts on a node's response to a batch. Returns whether the node took it.
 fn settle(
     dispatch: &Inner,
     node: &NodeId,

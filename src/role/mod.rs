@@ -1,6 +1,6 @@
-//! The four roles: what should happen to a user or a message. Roles never import one another; they talk through
-//! `tower::Service` with the values of [`crate::wire::peer`], so that it makes no difference to one role whether
-//! another is in the same process.
+//! The four roles: what should happen to a user or a message. Roles never import one another. They
+//! talk through `tower::Service` with the values of [`crate::wire::peer`], so that a role does not
+//! notice whether another one is in the same process.
 
 pub mod auth;
 mod backlog;
@@ -19,20 +19,23 @@ use crate::wire::peer::{
     DispatchRequest, DispatchResponse, Identity, PeerError, PushRequest, PushResponse, VerifyRequest,
 };
 
-/// How far ahead of this clock an `iat` may lie, in seconds. A token from further ahead would outlive the disconnects until then.
+/// How far in the future an `iat` may lie, in seconds. A token from further ahead would survive
+/// disconnects until then.
 pub const IAT_AHEAD_MAX_S: u64 = 60;
 
 /// Auth, as push and connect see it.
 pub type VerifyService = BoxCloneSyncService<VerifyRequest, Identity, PeerError>;
 /// Dispatch, as collect sees it.
 pub type DispatchService = BoxCloneSyncService<DispatchRequest, DispatchResponse, PeerError>;
-/// One push node, as dispatch sees it.
+/// A push node, as dispatch sees it.
 pub type PushService = BoxCloneSyncService<PushRequest, PushResponse, PeerError>;
 
-/// When a token was issued, as disconnects judge it: by a clock that is ahead, not before now. Zero where the token does not say.
+/// When a token was issued, for comparison with disconnects: at most now, and zero if the token
+/// does not say.
 ///
 /// # Errors
-/// That it lies more than [`IAT_AHEAD_MAX_S`] ahead.
+///
+/// `iat` is more than [`IAT_AHEAD_MAX_S`] in the future.
 fn issued_at_s(iat: Option<u64>, now: Millis) -> Result<u64, &'static str> {
     let iat = iat.unwrap_or(0);
     if iat > now.seconds().saturating_add(IAT_AHEAD_MAX_S) {
@@ -46,7 +49,7 @@ pub trait PeerDirectory: Send + Sync + 'static {
     /// The service of `node`, if it is known.
     fn find(&self, node: &NodeId) -> Option<PushService>;
 
-    /// The service of `node`, if the role is in this process and answers without waiting.
+    /// The service of `node`, if it runs in this process and answers without waiting.
     fn here(&self, _node: &NodeId) -> Option<PushService> {
         None
     }

@@ -1,4 +1,5 @@
-//! Whether a push node answers at its peer port: asked before a client is sent there, and not more than once a second.
+//! Probes whether a push node answers at its peer port. Asked before a client is sent there, at
+//! most once a second per node.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,12 +13,12 @@ use super::PeerDirectory;
 use crate::message::NodeId;
 use crate::wire::peer::PushRequest;
 
-/// How long an answer, or the lack of one, is believed.
+/// How long a result is reused.
 const BELIEVED: Duration = Duration::from_secs(1);
-/// How long a node may take to answer: a client waits meanwhile.
+/// Deadline of a probe. A client waits for it.
 const DIAL_DEADLINE: Duration = Duration::from_millis(800);
 
-/// See the room's comment. Cloned, it remembers the same.
+/// Probes push nodes. Cloned, it shares the results.
 #[derive(Clone)]
 pub struct PeerProbe {
     inner: Arc<Inner>,
@@ -30,9 +31,9 @@ struct Inner {
 
 #[derive(Clone, Default)]
 struct Known {
-    /// When it was asked last, and whether it answered.
+    /// The time and the result of the last probe.
     last: Option<(Instant, bool)>,
-    /// Held while it is asked: of a crowd that wants to know, one asks.
+    /// Held during a probe: of many callers, one probes.
     asking: Arc<tokio::sync::Mutex<()>>,
 }
 
@@ -43,7 +44,7 @@ impl Known {
 }
 
 impl PeerProbe {
-    /// Asks the nodes that `directory` finds.
+    /// Probes the nodes that `directory` finds.
     #[must_use]
     pub fn new(directory: Arc<dyn PeerDirectory>) -> Self {
         Self { inner: Arc::new(Inner { directory, known: Mutex::default() }) }
@@ -67,13 +68,13 @@ impl PeerProbe {
             }
         };
         let mut all = self.inner.known.lock();
-        // A name that nobody asked for lately takes no room.
+        // Results that have expired are dropped.
         all.retain(|name, known| name == node || known.fresh().is_some());
         all.entry(node.clone()).or_default().last = Some((Instant::now(), answered));
         answered
     }
 
-    /// What is known without asking.
+    /// The result of the last probe, if it is still fresh.
     #[must_use]
     pub fn known(&self, node: &NodeId) -> Option<bool> {
         self.inner.known.lock().get(node).and_then(Known::fresh)

@@ -1,5 +1,6 @@
-//! Verifying by asking another process: known tokens pass from a cache until they expire, and an auth that does not answer
-//! is left alone for a while (a circuit breaker), so that a crowd of new sockets does not wait for it one by one.
+//! Verification by another process. Known tokens pass from a cache until they expire. An auth that
+//! does not answer is left alone for a while (a circuit breaker), so that new sockets do not wait
+//! for it one by one.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -25,27 +26,28 @@ use crate::message::{Millis, UserId};
 use crate::telemetry::{Health, Metrics};
 use crate::wire::peer::{Identity, PeerError, VerifyRequest};
 
-/// Bytes of identities remembered: of 100,000 tokens with claims of 500 bytes. Those that are not asked for go first.
+/// Size of the cache, in bytes: 100,000 tokens with claims of 500 bytes. The least used are
+/// evicted.
 const CACHED_BYTES: u64 = 64 * 1024 * 1024;
-/// How many that may be, for the size of the table.
+/// Expected number of entries in the cache.
 const CACHED: usize = 100_000;
-/// What an entry costs besides its claims and the user's name, in bytes.
+/// Bytes of an entry besides its claims and the user's name.
 const ENTRY_BYTES: u64 = 160;
-/// Failures in a row after which auth is left alone.
+/// Failures in a row that open the breaker.
 const FAILURES: u32 = 5;
-/// For how long, at first and at the most.
+/// How long the breaker stays open, at first and at most.
 const REST_FIRST: Duration = Duration::from_millis(500);
 const REST_MAX: Duration = Duration::from_secs(10);
 
-/// Tokens that auth is asked about at once by one process. A crowd beyond that waits here, not in auth's memory.
+/// Concurrent calls to auth of one process. Further callers wait here, not in auth's memory.
 const QUESTIONS: usize = 256;
-/// How long one waits for its turn to ask.
+/// How long a caller waits for its turn.
 const TURN_DEADLINE: Duration = Duration::from_secs(3);
 
-/// Sends the body of `POST /v1/verify`; answers status and body.
+/// Sends the body of `POST /v1/verify`. Returns status and body.
 pub type Ask = BoxCloneSyncService<Bytes, (u16, Bytes), String>;
 
-/// See the room's comment. Cheap to clone.
+/// Verifies tokens by asking auth. Cheap to clone.
 #[derive(Clone)]
 pub struct RemoteAuth {
     inner: Arc<Inner>,
@@ -58,13 +60,13 @@ struct Inner {
     breaker: Mutex<Breaker>,
     turns: Semaphore,
     health: Health,
-    /// Whether it answered when it was asked last.
+    /// Whether auth answered the last call; `None` before the first call.
     answers: Mutex<Option<bool>>,
-    /// Calls that auth did not answer, or answered with nothing that can be read.
+    /// Calls that auth did not answer, or answered in a form that cannot be read.
     unavailable: Counter,
 }
 
-/// What a remembered identity costs.
+/// The weight of a cached identity, in bytes.
 #[derive(Clone)]
 struct Weight;
 
@@ -74,8 +76,8 @@ impl Weighter<[u8; 32], Identity> for Weight {
     }
 }
 
-/// Closed until [`FAILURES`] in a row; then open for a time that doubles with each further failure, when one call is let
-/// through to see.
+/// A circuit breaker: closed until [`FAILURES`] in a row; then open for a time that doubles with
+/// each further failure, after which one call is let through.
 #[derive(Debug, Default)]
 struct Breaker {
     failures: u32,
@@ -88,7 +90,7 @@ impl Breaker {
         match self.open_until {
             Some(until) if now < until => false,
             Some(_) => {
-                // Others wait until this one is answered.
+                // Other callers wait for the result of this one.
                 self.open_until = Some(now + REST_FIRST);
                 true
             }
@@ -110,7 +112,7 @@ impl Breaker {
 }
 
 impl RemoteAuth {
-    /// Asks by `ask`; that nobody answers shows in `health`, in a metric and in the log.
+    /// Asks by `ask`. An outage shows in `health`, in a metric and in the log.
     #[must_use]
     pub fn new(ask: Ask, clock: Clock, health: Health, metrics: &Metrics) -> Self {
         let unavailable = Counter::default();
@@ -142,7 +144,7 @@ impl RemoteAuth {
             inner.known.remove(&digest);
         }
         let Ok(Ok(_turn)) = timeout(TURN_DEADLINE, inner.turns.acquire()).await else {
-            // This says nothing of auth: no failure of it.
+            // This is not a failure of auth.
             return Err(PeerError::Unavailable("too many tokens wait to be verified".to_owned()));
         };
         if !inner.breaker.lock().allows(Instant::now()) {
@@ -160,7 +162,7 @@ impl RemoteAuth {
 }
 
 impl Inner {
-    /// Counts, and tells once when auth goes away and once when it is there, or there again.
+    /// Counts the result. Logs once when auth stops answering and once when it answers again.
     fn note(&self, answer: &Result<Identity, PeerError>) {
         let away = match answer {
             Err(PeerError::Unavailable(why)) => Some(why),
@@ -192,8 +194,8 @@ fn read(status: u16, body: &[u8], now: Millis) -> Result<Identity, PeerError> {
     let bad =
         || PeerError::Unavailable(format!("auth (auth.url) answered {status} and nothing that can be read"));
     let answer = serde_json::from_slice::<Value>(body);
-    // Whatever it says besides: a refusal needs no body, and a proxy's has one of its own.
-    // 413: a token too large to be looked at is at fault itself. Any other answer is of something that is not auth.
+    // The status decides: a refusal needs no body, and a proxy's has a body of its own. 413 means
+    // that the token itself is too large. Any other answer does not come from auth.
     if matches!(status, 401 | 413) {
         let answer = answer.unwrap_or_default();
         let why = answer["detail"].as_str().unwrap_or("the token is not good");
@@ -237,7 +239,7 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-    /// An auth that can be down, and counts what it is asked.
+    /// An auth that can be down and counts its calls.
     struct Bench {
         remote: RemoteAuth,
         down: Arc<AtomicBool>,
@@ -398,7 +400,8 @@ mod tests {
         let answers = futures_util::future::join_all(asking).await;
         assert_eq!(most.load(Ordering::Relaxed), QUESTIONS as u32);
         let waited = |one: &&Result<_, _>| matches!(one, Err(PeerError::Unavailable(_)));
-        // Those of four times 0.9 s were asked about; the others hear that they may come again, and auth is not taken for dead.
+        // Four rounds of 0.9 s were asked about. The others are told to come again, and auth does
+        // not count as down.
         assert_eq!(answers.iter().filter(waited).count(), 2_000 - 4 * QUESTIONS);
         assert!(health.report().1["auth"].ok);
         assert!(matches!(remote.verify("next".into()).await, Err(PeerError::Unauthorized(_))));

@@ -1,10 +1,13 @@
-//! Nodes that have registered and that nobody has reached yet. Whoever is registered calls each of them at the address that it gives;
-//! a call that arrives there proves that address, and the secret on both sides, to the node that is called, which then says so in
-//! the registry and becomes a member. Until then it is in nobody's ring: messages for its users could not be handed to it.
+//! Proves the addresses of nodes that have registered and that no other node has reached yet
+//! (candidates). Every registered process calls each candidate at the address that it advertises. A
+//! call that arrives proves the address, and the secret on both sides, to the candidate, which then
+//! says so in the registry and becomes a member. Until then it is in nobody's ring, because
+//! messages for its users could not be handed to it.
 //!
-//! A node that is alone calls itself. One that is not alone must be reached by another, or a node with an address that only it
-//! understands would prove itself. So what a node has proved alone counts until another node is a member: from then on it must be
-//! reached by that one. It keeps its place meanwhile, for one lease.
+//! A node that is alone calls itself. A node that is not alone must be reached by another one;
+//! otherwise a node with an address that only it understands would prove itself. So what a node has
+//! proved alone counts only until another node is a member. From then on that one must reach it;
+//! meanwhile the node keeps its place, for one lease.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -19,22 +22,23 @@ use crate::message::NodeId;
 use crate::telemetry::{Gauge, Health};
 use crate::wire::peer::PeerError;
 
-/// Between two calls of a node that was not reached.
+/// Delay between two calls of a candidate.
 const EVERY: Duration = Duration::from_secs(1);
-/// How long one may take.
+/// Deadline of a call.
 const CALL_DEADLINE: Duration = Duration::from_secs(1);
-/// How long a node may take to be reached before it is told of: a beat.
+/// How long a node may take to be reached before that is logged: one heartbeat.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Nodes called at once.
+/// Candidates called at the same time.
 const AT_ONCE: usize = 32;
 
-/// Calls a node at the address that it gives.
+/// Calls a node at the address that it advertises.
 pub type Ping = Arc<dyn Fn(&Member) -> BoxFuture<'static, Result<(), PeerError>> + Send + Sync>;
 
-/// A node of this process: its name, its address as others have it, and whether a call has reached it there.
+/// A node of this process: its name, the address that it advertises, and whether it was reached.
 pub type OwnNode = (NodeId, Arc<str>, Reached);
 
-/// Calls candidates for as long as the process runs, and tells of those who are not reached, this process's own among them.
+/// Calls candidates as long as the process runs, and reports nodes that are not reached, including
+/// this process's own.
 pub async fn witness(
     mut views: watch::Receiver<Arc<View>>,
     own: Vec<OwnNode>,
@@ -66,17 +70,17 @@ pub async fn witness(
         let others = view.outsiders.candidates.len() + view.outsiders.strangers.len();
         unreached.set(i64::try_from(others).unwrap_or(i64::MAX));
         told.own(&own, &view, &health);
-        // What has changed is looked at at once; otherwise those are called again who were not reached.
+        // A new view is acted on at once; otherwise candidates are called again.
         let _ = timeout(EVERY, views.changed()).await;
     }
 }
 
-/// Whom to call: the candidates of others, and one's own where there is nobody else.
+/// The nodes to call: the candidates of other processes, and one's own if there is nobody else.
 fn candidates(view: &View, own: &[OwnNode]) -> Vec<Member> {
     let is_own = |node: &NodeId| is_own(own, node);
     let outsiders = &view.outsiders;
     let alone = outsiders.strangers.is_empty()
-        // A view may be held that shows nodes which have long gone.
+        // A held view may show nodes that have long gone.
         && view.shown.iter().all(is_own)
         && outsiders.candidates.iter().all(|candidate| is_own(&candidate.info.node));
     outsiders.candidates.iter().filter(|one| alone || !is_own(&one.info.node)).cloned().collect()
@@ -86,13 +90,13 @@ fn is_own(own: &[OwnNode], node: &NodeId) -> bool {
     own.iter().any(|(name, ..)| name == node)
 }
 
-/// Whether a node of another process is a member: it answers, and can call.
+/// Whether a node of another process is a member, which can call.
 fn has_others(view: &View, own: &[OwnNode]) -> bool {
     let is_candidate = |node: &NodeId| view.outsiders.candidates.iter().any(|one| one.info.node == *node);
     !view.held && view.shown.iter().any(|node| !is_own(own, node) && !is_candidate(node))
 }
 
-/// What was told already, so that it is told once.
+/// What was logged already, so that it is logged once.
 struct Told {
     /// Since when this process's own nodes wait to be reached.
     began: Instant,
@@ -127,7 +131,7 @@ impl Told {
         };
         let late = self.began.elapsed() >= PATIENCE;
         if self.was_reached && !late {
-            // A moment ago all was well, and a call is on its way.
+            // All was well a moment ago, and a call is on its way.
             return;
         }
         let why = match view.outsiders.strangers.len() {
@@ -214,7 +218,7 @@ mod tests {
             "of two with different secrets, which is odd?"
         );
         assert_eq!(called(&["push-0"], &["push-1", "push-2"], &[]), ["push-1", "push-2"]);
-        // A held view shows those who have gone; the registry does not.
+        // A held view shows nodes that have gone; the registry does not.
         let mut held = View::new("g".into(), 1, vec![node("push-7")], true);
         held.outsiders = Arc::new(Outsiders { candidates: vec![node("push-0")], strangers: Vec::new() });
         assert_eq!(asked(&held), [""; 0]);

@@ -1,4 +1,4 @@
-//! Who may open a socket here: decided before the upgrade, from the request alone.
+//! Who may open a socket: decided before the upgrade, from the request alone.
 
 use std::time::Duration;
 
@@ -15,20 +15,21 @@ use crate::wire::address::{SocketQuery, escape};
 use crate::wire::frame::Since;
 use crate::wire::peer::{Identity, PeerError, VerifyRequest};
 
-/// Sockets that may come at once where `accept_per_s` of them come in the long run: twice that (docs/design.md, section 11).
+/// Burst of accepted sockets, in seconds of `accept_per_s` (docs/design.md, section 11).
 const BURST_S: f64 = 2.0;
 
-/// Which pages may open sockets and ask to connect.
+/// The origins whose pages may open sockets and call `connect`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origins {
-    /// Every page: in development.
+    /// Every origin, in development.
     Any,
-    /// These, letter by letter. A request without `Origin` comes from no page and passes.
+    /// These origins, compared as they are. A request without `Origin` comes from no page and
+    /// passes.
     Listed(Vec<String>),
 }
 
 impl Origins {
-    /// Whether a page of this origin may.
+    /// Whether pages of this origin may.
     #[must_use]
     pub fn allows(&self, origin: Option<&str>) -> bool {
         match (self, origin) {
@@ -38,7 +39,7 @@ impl Origins {
     }
 }
 
-/// What a request for a socket says.
+/// A request for a socket.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SocketRequest<'a> {
     /// The node in the path, if there is one.
@@ -51,10 +52,10 @@ pub struct SocketRequest<'a> {
     pub bearer: Option<&'a str>,
 }
 
-/// A client that may come in, perhaps without a token yet.
+/// A client that may open a socket, perhaps without a token yet.
 #[derive(Debug)]
 pub struct Admission {
-    /// Known if a token or ticket came with the request.
+    /// Set if a token or ticket came with the request.
     pub(super) identity: Option<Known>,
     pub(super) device: Option<DeviceId>,
     pub(super) since: Option<Since>,
@@ -62,7 +63,7 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// Whether it is known already who comes in.
+    /// Whether the client has shown a token or ticket.
     #[must_use]
     pub fn is_identified(&self) -> bool {
         self.identity.is_some()
@@ -83,18 +84,18 @@ impl From<Identity> for Known {
     }
 }
 
-/// What to answer instead of the upgrade.
+/// The response instead of the upgrade.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AdmissionError {
-    /// 503 with Retry-After: draining, at its rate, or auth cannot be reached.
+    /// 503 with `Retry-After`: draining, over the rate, or auth cannot be reached.
     Unavailable(&'static str),
     /// 403.
     ForbiddenOrigin,
     /// 401, with the reason.
     Unauthorized(String),
-    /// 422: parameter and rule.
+    /// 422: parameters and rules.
     BadQuery(Vec<(&'static str, String)>),
-    /// 307 to here, for a client that asked for it.
+    /// 307 to this URL, for a client that asked for it.
     Redirect(String),
 }
 
@@ -132,7 +133,8 @@ pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Adm
     Ok(Admission { identity, device, since: query.since, arrival })
 }
 
-/// A client that was sent on twice, or whose path names another node, is kept until the view has changed.
+/// A client that was sent on twice, or whose path names another node, is kept until the view
+/// changes.
 fn arrival(node: &Node, node_in_path: Option<&str>, query: &SocketQuery) -> Arrival {
     let by_anothers_path = node_in_path.is_some_and(|name| name != node.name().as_str());
     let keep = query.hops >= 2 || by_anothers_path;
@@ -147,7 +149,7 @@ fn take_ticket(node: &Node, text: &str) -> Result<Ticket, AdmissionError> {
         AdmissionError::Unauthorized(why)
     };
     let ticket = node.ticket_key.verify(text, node.name(), node.holder.incarnation, now).map_err(refused)?;
-    // A ticket that cannot be served now is not used up.
+    // Before the ticket is used up: a ticket that cannot be served now stays good.
     node.accepts.take(Who::Known)?;
     node.used_tickets.lock().take(&ticket, now).map_err(refused)?;
     Ok(ticket)
@@ -181,7 +183,7 @@ async fn verify_token(
     }
 }
 
-/// The owner's URL, if that is another node and the client may be sent there.
+/// The owner's URL, if another node owns the user and the client may be sent there.
 fn elsewhere(
     node: &Node,
     known: &Known,
@@ -213,13 +215,14 @@ fn elsewhere(
 /// Who asks for a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Who {
-    /// It brought a good token or ticket with the request.
+    /// A client that brought a good token or ticket with the request.
     Known,
-    /// It has yet to say who it is.
+    /// A client that has yet to show a token.
     Stranger,
 }
 
-/// How many new sockets a node takes: so many of each kind, for strangers must not spend what those have who are known.
+/// Budgets for new sockets, one for each kind of client: strangers must not spend the budget of
+/// those who are known.
 #[derive(Debug)]
 pub(super) struct AcceptBudgets {
     known: Mutex<AcceptBudget>,
@@ -227,7 +230,7 @@ pub(super) struct AcceptBudgets {
 }
 
 impl AcceptBudgets {
-    /// `per_s` of each kind; zero is no limit.
+    /// `per_s` sockets of each kind; zero is no limit.
     pub(super) fn new(per_s: u32) -> Self {
         let budget = || Mutex::new(AcceptBudget::new(per_s));
         Self { known: budget(), strangers: budget() }

@@ -1,27 +1,30 @@
 //! One connection: from the upgrade to the last frame, in one task.
 //!
-//! Three stages, each a function that takes the socket and hands it on: *unidentified* (a token must come), *attaching*
-//! (register, ask the inbox, say welcome), *serving*. The serving stage owns the socket, the session and the queue
-//! between them, and waits for one of five things:
+//! Three stages, each a function that takes the socket and passes it on: *unidentified* (a token must
+//! come), *attaching* (register, ask the inbox, send welcome), *serving*. The serving stage owns the
+//! socket, the session and the queue between them, and waits for one of five things:
 //!
 //! 1. the socket takes more of what is queued,
 //! 2. mail: live messages, a page, orders of the node,
 //! 3. a frame of the client,
-//! 4. the answer to a `refresh`,
+//! 4. the result of a `refresh`,
 //! 5. its timer: the next ping, the end of the token, the end after a drain.
 //!
-//! Writing goes first, so that a queue never grows while the socket would take it; mail and frames take turns.
+//! Writing comes first, so that a queue never grows while the socket would take it. Mail and frames
+//! take turns.
 //!
-//! # Who serves
+//! # Inline sends
 //!
-//! The task serves, with one exception: whoever brings a live message while the task rests and nothing waits before it, does what the
-//! task would do with it, in its name ([`InlineSend`]). To wake the task for it costs more than to send it, and most messages come
-//! to sessions that rest.
+//! The connection's task normally does all I/O. When it is idle and its mailbox is empty, the thread
+//! that delivers a live message writes it to the socket itself ([`InlineSend`]). Waking the task would
+//! cost more than the write, and most messages go to idle sessions
+//! (docs/decisions/001-inline-sends.md). That is why there is no `select!` here: the state that a send
+//! needs must be reachable without running the task.
 //!
-//! # Locks
+//! # Locking
 //!
-//! One lock around each session that serves, held while it is polled and while a message is sent at once; never across a wait. The
-//! one who brings a message does not wait for it either: where it is taken, the message goes into the mailbox.
+//! One lock per session, held while the session is polled or written to, never across an await. An
+//! inline sender uses `try_lock` and falls back to the mailbox.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -52,24 +55,25 @@ use crate::wire::frame::{ClientFrame, ServerFrame, Since};
 use crate::wire::peer::{PeerError, VerifyRequest};
 use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
-/// Queued for one socket: from here on its session reads the inbox instead. With one page (102 KiB at the most, see
-/// [`sweep::PAGE`]) that stays below the 256 KiB of docs/design.md, section 11.
+/// Bytes queued for one socket above which its session reads the inbox instead. With one page (at
+/// most 102 KiB, see [`sweep::PAGE`]) it stays below 256 KiB (docs/design.md, section 11).
 const HIGH_WATER_BYTES: usize = 128 * 1024;
-/// Below this the session may send again.
+/// Bytes queued below which the session may send again.
 const LOW_WATER_BYTES: usize = 32 * 1024;
-/// Handed to the WebSocket layer before it must be written out.
+/// Bytes given to the WebSocket layer before they must be flushed.
 const FEED_BYTES: usize = 4 * 1024;
-/// How long the farewell may take: the last frames out, the client's close in.
+/// How long the end may take: the last frames out, the client's close in.
 pub(super) const FAREWELL: Duration = Duration::from_secs(2);
-/// How long the answer to the handshake, where it is held back, waits for the welcome to come with it.
+/// How long a response to a handshake that is held back waits for the welcome.
 const WELCOME_PATIENCE: Duration = Duration::from_millis(50);
-/// Between two questions whether a new token was revoked, while the inbox cannot be asked.
+/// Delay between two queries whether a new token was revoked, while the inbox does not respond; at
+/// first and at most.
 const REVOKED_RETRY_FIRST: Duration = Duration::from_millis(200);
 const REVOKED_RETRY_MAX: Duration = Duration::from_secs(5);
 /// Pings that may go unanswered.
 const UNANSWERED_PINGS: u32 = 2;
 
-/// A socket, whatever it is made of.
+/// A socket of any kind.
 pub(super) trait Socket:
     Stream<Item = Result<Incoming, SocketError>> + Sink<Outgoing, Error = SocketError> + Unpin + Send
 {
@@ -82,9 +86,9 @@ impl<S> Socket for S where
 /// Why a connection ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum End {
-    /// We close it.
+    /// The server closes it.
     Close(CloseCode, String),
-    /// The client closed it, or it is gone.
+    /// The client closed it, or it broke.
     Gone,
 }
 
@@ -100,8 +104,8 @@ impl std::convert::From<SocketError> for End {
     }
 }
 
-/// Runs one connection to its end. What a stage needs is boxed and freed with it: an idle socket carries no room for the
-/// stages before (3.3 KB measured) or after.
+/// Runs one connection to its end. What a stage needs is boxed and freed with that stage, so that
+/// an idle socket has no room for the stages before it (measured: 3.3 KB) or after it.
 pub(super) fn run<S, F>(node: Arc<Node>, admission: Admission, socket: F) -> impl Future<Output = ()> + Send
 where
     S: Socket + 'static,
@@ -136,7 +140,7 @@ async fn begin<S: Socket + 'static>(
     }
 }
 
-/// A client that has shown who it is and has its seat.
+/// A client that has shown who it is and is registered.
 struct Attached {
     known: Known,
     handle: RegistrationGuard,
@@ -148,7 +152,7 @@ async fn attached<S: Socket>(node: &Node, admission: Admission, socket: &mut S) 
     let known = match identity {
         Some(known) => known,
         None => {
-            // The answer to the handshake: the client waits for it before it says who it is.
+            // The client waits for the response to the handshake before it shows a token.
             socket.flush().await?;
             Box::pin(identify(node, socket, &mut device, &mut since)).await?
         }
@@ -156,13 +160,13 @@ async fn attached<S: Socket>(node: &Node, admission: Admission, socket: &mut S) 
     let device = device.unwrap_or_default();
     let handle = SessionHandle::new(known.user.clone(), device, known.issued_at_s, arrival, node.clock.now());
     let mut attaching = pin!(attach(node, handle, since));
-    // Mostly it is answered in this turn, and needs no timer.
+    // Mostly it is ready in this turn and needs no timer.
     let attached = match attaching.as_mut().now_or_never() {
         Some(attached) => attached,
         None => match tokio::time::timeout(WELCOME_PATIENCE, attaching.as_mut()).await {
             Ok(attached) => attached,
             Err(_) => {
-                // A client that has gone meanwhile is noticed when it is read.
+                // A client that has gone meanwhile is noticed by the next read.
                 let _ = socket.flush().await;
                 attaching.await
             }
@@ -176,7 +180,7 @@ async fn attached<S: Socket>(node: &Node, admission: Admission, socket: &mut S) 
     Ok(Attached { known, handle, answer })
 }
 
-/// Waits for the first frame, which must bring a token.
+/// Waits for the first frame, which must have a token.
 async fn identify<S: Socket>(
     node: &Node,
     socket: &mut S,
@@ -226,7 +230,8 @@ async fn verify(node: &Node, token: String) -> Result<Known, End> {
     }
 }
 
-/// Registers, enters the fallback set if displaced, and asks the inbox where the session stands: in this order.
+/// Registers, enters the fallback set if displaced, and asks the inbox for the start position, in
+/// this order.
 async fn attach(
     node: &Node,
     handle: Arc<SessionHandle>,
@@ -252,9 +257,10 @@ async fn attach(
         && let Some(acked) =
             node.cursors.pending(&handle.user, &handle.device).filter(|acked| *acked > answer.start)
     {
-        // Acked here a moment ago: a client that comes straight back need not see it again.
-        // Never above the head as it was answered: what was stored since is in the mailbox already.
-        // Where there is more, the head is some number above the old start: the page that is read tells the rest.
+        // The device acked this here a moment ago, so a client that comes straight back need not
+        // see it again. Never above the head of the response: what was stored since is in the
+        // mailbox. If there is more, the head is some number above the old start, and the page
+        // tells the rest.
         answer.start = acked.min(answer.head);
     }
     if handle.token_iat_s() < answer.not_before_s {
@@ -263,7 +269,7 @@ async fn attach(
     if !node.takes_sockets() {
         return Err(End::close(CloseCode::Draining, "the node is leaving"));
     }
-    // Only now, when this session is known to be good: a revoked token must not drive others out.
+    // Only when this session is known to be good: a revoked token must not close other sessions.
     if registered.crowded
         && let Some(oldest) = node.registry.evict_excess(&handle)
     {
@@ -272,16 +278,16 @@ async fn attach(
     Ok((registered, answer))
 }
 
-/// A user whose last session ends may stand in the fallback set no longer.
+/// When the last session of a user ends, the user may no longer belong in the fallback set.
 fn on_last(node: &Node) -> impl FnOnce(&crate::message::UserId) + Send + Sync + 'static {
     let displaced = Arc::clone(&node.displaced);
     move |user| displaced.leave(user)
 }
 
-/// Says why, closes, and waits a little for the client to close too, so that it hears the reason.
+/// Tells the reason, closes, and waits briefly for the client to close too.
 async fn farewell<S: Socket>(node: &Node, socket: &mut S, end: End) {
     let End::Close(code, why) = end else {
-        // The client's own close is answered below; flush it out.
+        // The client closed first; the response to its close must be flushed.
         let _ = tokio::time::timeout(FAREWELL, socket.flush()).await;
         return;
     };
@@ -303,7 +309,7 @@ async fn farewell<S: Socket>(node: &Node, socket: &mut S, end: End) {
     let _: Result<Result<(), SocketError>, _> = tokio::time::timeout(FAREWELL, parting).await;
 }
 
-/// What the serving stage waits for.
+/// An event of the serving stage.
 enum Event {
     Room,
     Mail(Box<Mail>),
@@ -314,7 +320,8 @@ enum Event {
     Over,
 }
 
-/// A session that serves, for its task and for who brings a message; empty when it has ended.
+/// A session that serves, shared by its task and by threads that send inline; empty when it has
+/// ended.
 struct Shared<S>(Mutex<Option<Serving<S>>>);
 
 impl<S: Socket + 'static> Shared<S> {
@@ -330,7 +337,8 @@ impl<S: Socket + 'static> Shared<S> {
         poll_fn(|cx| self.poll_end(cx)).await.await;
     }
 
-    /// Serves; ready with the farewell, boxed when its time has come, so that idle sockets carry no room for it.
+    /// Serves. Ready with the end of the connection, which is boxed then, so that idle sockets have
+    /// no room for it.
     fn poll_end(&self, cx: &mut Context<'_>) -> Poll<BoxFuture<'static, ()>> {
         let mut place = self.0.lock();
         let Some(serving) = place.as_mut() else { return Poll::Pending };
@@ -354,27 +362,27 @@ impl<S: Socket + 'static> InlineSend for Shared<S> {
     }
 }
 
-/// The serving stage; see the room's comment. First what a message needs that is sent at once: of a session that is in no cache,
-/// fewer lines are fetched for it.
+/// The serving stage. The fields that an inline send needs come first, so that fewer cache lines of
+/// an idle session are loaded.
 #[repr(C)]
 struct Serving<S> {
     node: Arc<Node>,
     socket: S,
     session: Session,
     queue: VecDeque<Outgoing>,
-    /// In the queue, and handed to the WebSocket layer but not known to be written.
+    /// Bytes in the queue, and bytes given to the WebSocket layer that are not known to be written.
     queued_bytes: usize,
     unflushed_bytes: usize,
-    /// Wakes the task that serves, once it has looked.
+    /// Wakes the task that serves.
     task: Option<Waker>,
-    /// What happened while a message was sent at once: for the task to see.
+    /// An event that happened during an inline send, for the task.
     noticed: Option<Box<Event>>,
     handle: RegistrationGuard,
     /// The kernel takes no more bytes for now.
     blocked: bool,
     told_full: bool,
     frames_first: bool,
-    /// The timer was asked since it was set, and tells the task.
+    /// The timer was polled since it was set, and holds the task's waker.
     timer_asked: bool,
     unanswered: u32,
     frames_this_second: u32,
@@ -392,7 +400,8 @@ impl<S: Socket> Serving<S> {
         let Attached { known, handle, answer } = attached;
         let session_counted = Counted::in_gauge(&node.metrics.sessions);
         let now = Instant::now();
-        // The first ping comes at a random moment, or a restarted node would ping everybody at once for ever.
+        // The first ping comes at a random time; otherwise a restarted node would ping all clients
+        // at the same time for ever.
         let next_ping = now + between(Duration::ZERO, node.config.limits.ping_every, &mut rand::rng());
         let token_ends = now + until(known.expires_at_s, node.clock.now());
         let welcome = Outgoing::Text(welcome(&node, &handle, answer.start));
@@ -432,12 +441,12 @@ impl<S: Socket> Serving<S> {
 
     async fn part(self, end: End) {
         let Self { node, mut socket, handle, _counted, .. } = self;
-        // Out of the registry before the farewell: the place is free at once.
+        // Unregister before the farewell: the place is free at once.
         drop(handle);
         farewell(&node, &mut socket, end).await;
     }
 
-    /// From now on this wakes the task that serves.
+    /// From now on `waker` wakes the task that serves.
     fn is_task(&mut self, waker: &Waker) {
         if !self.task.as_ref().is_some_and(|known| known.will_wake(waker)) {
             self.task = Some(waker.clone());
@@ -445,7 +454,7 @@ impl<S: Socket> Serving<S> {
         }
     }
 
-    /// Sends a live message in the name of the task, or gives it back where something comes before it.
+    /// Sends a live message on behalf of the task, or returns it if something must come before it.
     fn send_at_once(&mut self, item: Item<Bytes>) -> Option<Item<Bytes>> {
         if self.noticed.is_some() || !self.handle.mailbox.is_empty() {
             return Some(item);
@@ -467,7 +476,7 @@ impl<S: Socket> Serving<S> {
         if let Poll::Ready(event) = self.poll_write(cx) {
             return Poll::Ready(event);
         }
-        // Mail first after a frame or a rest, frames first after mail.
+        // Mail first after a frame or a pause, frames first after mail.
         let frames_first = std::mem::take(&mut self.frames_first);
         if frames_first && let Poll::Ready(event) = self.poll_frame(cx) {
             return Poll::Ready(event);
@@ -488,12 +497,13 @@ impl<S: Socket> Serving<S> {
         self.poll_timer(cx)
     }
 
-    /// The timer keeps in mind whom to tell: while its time has not come it needs no second look.
+    /// `Sleep` keeps the waker it was last polled with, so it is not polled again before its
+    /// deadline.
     fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         if self.timer_asked && !self.timer.is_elapsed() {
             return Poll::Pending;
         }
-        // Not bound to the task's share of turns: without one left, the timer would not keep in mind whom to tell.
+        // `unconstrained`: with an exhausted coop budget `poll` would not store the waker.
         let rung = pin!(tokio::task::unconstrained(self.timer.as_mut())).poll(cx);
         self.timer_asked = rung.is_pending();
         rung.map(|()| Event::Timer)
@@ -507,7 +517,8 @@ impl<S: Socket> Serving<S> {
         })
     }
 
-    /// Writes as much as the socket takes; ready with [`Event::Room`] when a full queue has drained.
+    /// Writes as much as the socket takes. Ready with [`Event::Room`] when a full queue has
+    /// drained.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         loop {
             while self.unflushed_bytes < FEED_BYTES && !self.queue.is_empty() {
@@ -531,7 +542,7 @@ impl<S: Socket> Serving<S> {
                 Poll::Ready(Ok(())) => {
                     self.unflushed_bytes = 0;
                     if std::mem::take(&mut self.blocked) {
-                        // A socket that was full has room again: somebody reads, which is a sign of life.
+                        // A full socket has room again: somebody reads, which is a sign of life.
                         self.unanswered = 0;
                     }
                 }
@@ -543,7 +554,8 @@ impl<S: Socket> Serving<S> {
             }
         }
         if self.queue.is_empty() {
-            // Its memory too: another socket's, still warm, is nearer than what this one had some messages ago.
+            // Frees the memory as well: memory that another socket has just used is still in the
+            // cache.
             self.queue = VecDeque::new();
         }
         if self.told_full && self.queued_bytes + self.unflushed_bytes <= LOW_WATER_BYTES {
@@ -579,7 +591,8 @@ impl<S: Socket> Serving<S> {
                 }
             }
         }
-        // First: what came after it is of the store as it is now, and would move the position that it is about.
+        // Before live messages: these belong to the store as it is now and would move the position
+        // that the reset is about.
         if let Some((position, to)) = mail.reset {
             self.step(Input::Reset(position, to));
         }
@@ -630,7 +643,7 @@ impl<S: Socket> Serving<S> {
         Ok(())
     }
 
-    /// Verifies the new token, and that it was not revoked, beside the serving.
+    /// Verifies the new token beside the serving, and that it was not revoked.
     fn begin_refresh(&mut self, token: String) -> Result<(), End> {
         if self.refresh.is_some() {
             return Err(End::close(CloseCode::RateLimited, "one refresh at a time"));
@@ -693,7 +706,7 @@ impl<S: Socket> Serving<S> {
         self.timer.as_mut().reset(self.close_at.map_or(next, |at| at.min(next)));
     }
 
-    /// One input to the session, and everything that it wants done.
+    /// Passes one event to the session and performs its actions.
     fn step(&mut self, input: Input<Bytes>) {
         let now = self.node.clock.now();
         let Self { session, queue, queued_bytes, handle, node, .. } = self;
@@ -710,7 +723,8 @@ impl<S: Socket> Serving<S> {
         }
     }
 
-    /// Answers a frame of the client; not at all where it reads nothing, or it could make us queue without end.
+    /// Answers a frame of the client. Not if the client reads nothing, because it could make us
+    /// queue without end.
     fn reply(&mut self, frame: &ServerFrame) {
         if !self.told_full {
             self.push(Outgoing::Text(frame.encode()));
@@ -757,7 +771,7 @@ fn push(queue: &mut VecDeque<Outgoing>, queued_bytes: &mut usize, outgoing: Outg
     queue.push_back(outgoing);
 }
 
-/// What a frame counts for in the queue's limit.
+/// The bytes that a frame counts for in the queue's limit.
 fn size(outgoing: &Outgoing) -> usize {
     match outgoing {
         Outgoing::Text(text) => text.len(),
@@ -782,8 +796,9 @@ fn welcome(node: &Node, handle: &SessionHandle, start: Seq) -> Bytes {
     .encode()
 }
 
-/// From when on tokens of this user count. Asked again, ever more slowly, while the inbox cannot say: until then a new token is not
-/// known to be good, and the one before it goes on.
+/// Since when tokens of this user count. Asked again with growing delays while the inbox does not
+/// respond: until then the new token is not known to be good, and the session goes on with the old
+/// one.
 async fn not_before_s(node: &Node, user: UserId, position: Seq) -> u64 {
     let mut backoff = Backoff::new(REVOKED_RETRY_FIRST, REVOKED_RETRY_MAX);
     loop {
@@ -796,7 +811,7 @@ async fn not_before_s(node: &Node, user: UserId, position: Seq) -> u64 {
     }
 }
 
-/// From now until this second of the epoch; a year where it is further, for timers have a horizon.
+/// Time from now until this second of the epoch; at most a year, because timers have a horizon.
 fn until(seconds: u64, now: Millis) -> Duration {
     const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
     Duration::from_millis(seconds.saturating_mul(1000).saturating_sub(now.0)).min(YEAR)

@@ -1,7 +1,8 @@
-//! A session's mailbox: how the rest of the node speaks to the one task that owns the socket.
+//! A session's mailbox: how the rest of the node reaches the task that owns the socket.
 //!
-//! Made for being many and idle: an empty one owns no memory beside itself, where a channel keeps a block of slots. It is
-//! bounded by dropping: a live message that has no room only leaves a mark, and the session reads the inbox instead.
+//! There are many mailboxes and nearly all are empty. An empty one owns no memory beside itself,
+//! where a channel would keep a block of slots. It is bounded by dropping: a live message that has
+//! no room only leaves a mark, and the session reads the inbox instead.
 
 use std::task::{Context, Poll};
 
@@ -15,33 +16,34 @@ use crate::message::Seq;
 use crate::session::{Item, Page};
 use crate::wire::close::CloseCode;
 
-/// Live messages waiting for one session's task to wake: a burst, no more.
+/// Most live messages that wait for one session's task.
 pub(super) const MAILBOX_MESSAGES: usize = 256;
-/// And their bytes: the outbound limit of a session.
+/// Most bytes of their frames: the outbound limit of a session.
 pub(super) const MAILBOX_BYTES: usize = 256 * 1024;
 
-/// Everything that came since the last look.
+/// Everything that came since the task last looked.
 #[derive(Debug, Default)]
 pub(super) struct Mail {
-    /// Live messages, in the order they came; mostly there is one.
+    /// Live messages in the order of their arrival; mostly one.
     pub(super) live: SmallVec<[Item<Bytes>; 1]>,
     bytes: usize,
     /// Live messages were dropped.
     pub(super) lost: bool,
-    /// The page that was asked for.
+    /// The page that was requested.
     pub(super) page: Option<Page<Bytes>>,
     /// The sweep found something after this position.
     pub(super) more_after: Option<Seq>,
-    /// The first position is above everything that stands there; the session goes on after the second.
+    /// The first position is above everything in the store; the session goes on after the second
+    /// one.
     pub(super) reset: Option<(Seq, Seq)>,
-    /// Orders of the node, the rarest of all.
+    /// Orders of the node, which are rare.
     pub(super) orders: Option<Box<Orders>>,
 }
 
-/// What the node wants of a session.
+/// What the node wants from a session.
 #[derive(Debug, Default)]
 pub(super) struct Orders {
-    /// End it.
+    /// End the session.
     pub(super) close: Option<(CloseCode, &'static str)>,
     /// Tell the client to move.
     pub(super) move_to: Option<MoveOrder>,
@@ -50,22 +52,22 @@ pub(super) struct Orders {
 /// A `move` frame, and how long the session lives after it.
 #[derive(Debug)]
 pub(super) struct MoveOrder {
-    /// Ready to send.
+    /// The encoded frame.
     pub(super) frame: Bytes,
-    /// Close with 4302 after this; None: serve on, should the client ignore it.
+    /// Close with 4302 after this time. `None`: go on if the client ignores the move.
     pub(super) close_after: Option<Duration>,
 }
 
-/// See the room's comment. Anyone may put; one task takes.
+/// The mailbox. Any thread may put; one task takes.
 #[derive(Default)]
 pub(super) struct Mailbox {
-    /// None where there is nothing: thousands of mailboxes are empty for each that is not.
+    /// `None` if nothing is there.
     mail: Mutex<Option<Box<Mail>>>,
     waker: AtomicWaker,
 }
 
 impl Mailbox {
-    /// A live message: dropped, with a mark, where there is no room.
+    /// Adds a live message, or leaves a mark if there is no room.
     pub(super) fn try_live(&self, item: Item<Bytes>) {
         self.put(|mail| {
             let bytes = mail.bytes + item.frame.len();
@@ -83,17 +85,17 @@ impl Mailbox {
         self.put(|mail| mail.lost = true);
     }
 
-    /// The page that the session asked for; it asks for one at a time.
+    /// Adds the page that the session requested; it requests one at a time.
     pub(super) fn page(&self, page: Page<Bytes>) {
         self.put(|mail| mail.page = Some(page));
     }
 
-    /// There is something after this position.
+    /// The sweep found something after this position.
     pub(super) fn more_after(&self, position: Seq) {
         self.put(|mail| mail.more_after = mail.more_after.max(Some(position)));
     }
 
-    /// The first position is above everything that stands there: go on after the second.
+    /// The first position is above everything in the store; go on after the second one.
     pub(super) fn reset(&self, position: Seq, to: Seq) {
         self.put(|mail| mail.reset = Some((position, to)));
     }
@@ -105,7 +107,7 @@ impl Mailbox {
         });
     }
 
-    /// Tells the client to move. The last one stands.
+    /// Tells the client to move. The last order stands.
     pub(super) fn move_to(&self, order: MoveOrder) {
         self.put(|mail| mail.orders.get_or_insert_default().move_to = Some(order));
     }
@@ -115,18 +117,18 @@ impl Mailbox {
         self.waker.wake();
     }
 
-    /// Whether nothing waits to be taken.
+    /// Whether nothing waits.
     pub(super) fn is_empty(&self) -> bool {
         self.mail.lock().is_none()
     }
 
-    /// Takes all that is there, or waits for something.
+    /// Takes everything, or waits for something.
     pub(super) fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Box<Mail>> {
         if let Some(mail) = self.take() {
             return Poll::Ready(mail);
         }
         self.waker.register(cx.waker());
-        // What was put between the look and the registration woke nobody.
+        // Checks again, because a put between the check and the registration wakes nobody.
         self.take().map_or(Poll::Pending, Poll::Ready)
     }
 

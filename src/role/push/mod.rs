@@ -1,16 +1,18 @@
-//! Push: holds the sockets. It delivers, takes acks, replays, and sends a client to the node that its user hashes to.
+//! Push holds the sockets. It delivers, takes acks, replays, and sends a client to the node that owns
+//! its user.
 //!
 //! - [`registry`]: the sessions of this node, by user.
-//! - [`mailbox`]: how the node speaks to one session's task.
+//! - [`mailbox`]: how the node reaches one session's task.
 //! - [`connection`]: that task, from the upgrade to the last frame.
 //! - [`sweep`]: how sessions read the inbox, and the sweep that finds what every hint has missed.
 //! - [`rebalance`]: fallback entries, moves, and the drain.
-//! - [`standing`]: what to do when this node lost its place among the members.
+//! - [`standing`]: what happens when this node has lost its place among the members.
 //!
 //! # Attach order
 //!
-//! Register, enter the fallback set if displaced, ask the inbox from the cursor, go live: whatever is stored after the
-//! question comes as a live message or is told of; whatever was stored before it, is answered. Nothing falls in between.
+//! Register, enter the fallback set if displaced, ask the inbox from the cursor, go live. What is stored
+//! after the question comes as a live message or is reported as missing; what was stored before it is
+//! in the response. Nothing falls in between.
 
 mod admission;
 mod connection;
@@ -56,22 +58,22 @@ use crate::wire::socket::{Incoming, Outgoing, SocketError};
 use admission::AcceptBudgets;
 use registry::{Registry, SessionHandle};
 
-/// Messages of one batch that are sent to their sockets by who brings them, some hundreds of microseconds of one processor; of a larger
-/// one the sessions' tasks are woken, which all processors share.
+/// Batches up to this size are written to the sockets on the caller's thread (some hundreds of µs).
+/// Larger ones go through the mailboxes, so that all workers share the work.
 const INLINE_BATCH_MAX: usize = 64;
 
-/// Of those, so many, a tenth of a millisecond, before the processor is offered to others: to clients on this machine, to the thread
-/// that writes, to a sync that waits for its kernel thread.
+/// The thread yields after this many inline sends (about 0.1 ms), so that clients on this machine,
+/// the writer thread and a sync are not starved.
 const SENT_IN_A_ROW: usize = 8;
 
-/// How one push node is to behave.
+/// How a push node behaves.
 #[derive(Debug, Clone)]
 pub struct PushConfig {
-    /// What it says of itself to the others.
+    /// What the node says of itself to other nodes.
     pub info: NodeInfo,
-    /// Over how long it empties itself when it has lost its place.
+    /// How long it takes to empty itself when it has lost its place.
     pub drain_window: Duration,
-    /// Which pages may open sockets.
+    /// The origins whose pages may open sockets.
     pub origins: Origins,
     /// Whether a token may stand in the URL.
     pub token_in_url: bool,
@@ -79,20 +81,21 @@ pub struct PushConfig {
     pub limits: PushLimits,
 }
 
-/// The limits of a node's sessions (docs/design.md, section 11).
+/// The limits of sessions (docs/design.md, section 11).
 #[derive(Debug, Clone, Copy)]
 pub struct PushLimits {
-    /// Until the first frame must bring a token.
+    /// Deadline for the first frame to bring a token.
     pub auth_deadline: Duration,
-    /// Between two pings.
+    /// Time between two pings.
     pub ping_every: Duration,
-    /// Sessions of one user on this node.
+    /// Most sessions of one user on this node.
     pub sessions_per_user: usize,
-    /// Between two looks at the same session.
+    /// Time between two sweeps of the same session.
     pub sweep_every: Duration,
-    /// The least window that clients are given to come back in, in ms.
+    /// Shortest window in which clients are told to reconnect, in ms.
     pub reconnect_jitter_ms: u64,
-    /// Frames of one client per second; an ack for each message of a fast catch-up is well below it.
+    /// Most frames of one client per second. An ack for each message of a fast catch-up stays well
+    /// below.
     pub client_frames_per_s: u32,
 }
 
@@ -109,38 +112,38 @@ impl Default for PushLimits {
     }
 }
 
-/// What a push node needs from the other rooms.
+/// What a push node needs from other modules.
 pub struct PushParts {
-    /// The truth.
+    /// The inbox.
     pub inbox: Arc<dyn Inbox>,
-    /// Auth.
+    /// The service that verifies tokens.
     pub verify: VerifyService,
-    /// Which nodes there are.
+    /// Membership.
     pub membership: Arc<dyn Membership>,
-    /// Where displaced users are.
+    /// The fallback.
     pub fallback: Arc<dyn Fallback>,
-    /// Whether other nodes answer.
+    /// Probes other nodes.
     pub reach: PeerProbe,
-    /// Told when this node has lost its place.
+    /// Shows whether this node has lost its place.
     pub health: Health,
-    /// The public names of the nodes.
+    /// Public URLs of the nodes.
     pub urls: PublicUrls,
     /// Signs and verifies tickets.
     pub ticket_key: TicketKey,
-    /// The time of day.
+    /// Time of day.
     pub clock: Clock,
-    /// Where to register what is counted.
+    /// Metrics of push.
     pub metrics: PushMetrics,
-    /// Counts who was refused for what.
+    /// Counts refused credentials.
     pub refusals: Refusals,
 }
 
-/// What push counts; shared by the push nodes of one process.
+/// Metrics of push, shared by the push nodes of one process.
 #[derive(Clone, Default)]
 pub struct PushMetrics {
-    /// Sessions that are registered now.
+    /// Registered sessions.
     pub sessions: Gauge,
-    /// Connection tasks that run now, attached or not.
+    /// Connection tasks, attached or not.
     pub connections: Gauge,
     /// Sockets that got their `welcome`.
     pub welcomed: Counter,
@@ -148,22 +151,22 @@ pub struct PushMetrics {
     pub delivered: Counter,
     /// Pages read from the inbox for sessions that were behind.
     pub pages: Counter,
-    /// Messages that could not be read, each time that one was to be shown.
+    /// Unreadable messages, counted each time one was to be sent.
     pub unreadable: Counter,
-    /// Sessions that the sweep asked for.
+    /// Sessions asked about by a sweep.
     pub swept: Counter,
-    /// Sweeps out of turn, since hints were dropped.
+    /// Sweeps that were forced because hints were dropped.
     pub forced_sweeps: Counter,
     /// `move` frames sent.
     pub moves: Counter,
-    /// Sessions that fell behind since their socket was full.
+    /// Sessions that fell behind because their socket was full.
     pub demoted: Counter,
     /// Sockets refused before the upgrade, for any reason.
     pub refused: Counter,
 }
 
 impl PushMetrics {
-    /// Registers them.
+    /// Registers the metrics.
     #[must_use]
     pub fn register(metrics: &Metrics) -> Self {
         let own = Self::default();
@@ -188,16 +191,16 @@ impl PushMetrics {
     }
 }
 
-/// The role on one node. Cheap to clone.
+/// The role push on one node. Cheap to clone.
 #[derive(Clone)]
 pub struct Push {
     node: Arc<Node>,
 }
 
-/// What all parts of one push node share.
+/// State that all parts of a push node share.
 pub(crate) struct Node {
     config: PushConfig,
-    /// This process of this node.
+    /// This node and its incarnation.
     holder: Holder,
     registry: Arc<Registry>,
     inbox: Arc<dyn Inbox>,
@@ -220,16 +223,16 @@ pub(crate) struct Node {
     moves: rebalance::Moves,
     metrics: PushMetrics,
     refusals: Refusals,
-    /// Set once, when the node begins to leave.
+    /// Cancelled once, when the node begins to leave.
     draining: CancellationToken,
-    /// Why the node takes no sockets though it does not leave.
+    /// Why the node takes no sockets although it does not leave.
     barred: watch::Sender<Option<standing::Bar>>,
-    /// When a router said last that its view has this node no more.
+    /// When a router last said that its view no longer has this node.
     told_gone: Mutex<Option<tokio::time::Instant>>,
     gone: tokio::sync::Notify,
-    /// Whether others have reached it.
+    /// Whether another node has reached this one.
     reached: Reached,
-    /// What the registry says of this node.
+    /// The state of this node's lease.
     standing: watch::Receiver<crate::membership::LeaseState>,
     connections: TaskTracker,
 }
@@ -239,12 +242,12 @@ impl Node {
         &self.holder.node
     }
 
-    /// Neither leaving nor barred.
+    /// Neither draining nor barred.
     fn takes_sockets(&self) -> bool {
         !self.draining.is_cancelled() && self.barred.borrow().is_none()
     }
 
-    /// A node that leaves owns nobody, whether its view shows that already or not.
+    /// A draining node owns nobody, even if its own view does not show that yet.
     fn owns(&self, view: &View, user: &UserId) -> bool {
         !self.draining.is_cancelled() && view.owner(user).is_none_or(|owner| owner.info.node == *self.name())
     }
@@ -263,7 +266,7 @@ impl Node {
         Counts {
             sessions: self.registry.len() as u64,
             displaced: self.displaced.len() as u64,
-            // Shared by the push nodes of one process, of which only development has several.
+            // Shared by the push nodes of one process; only development has several.
             delivered: self.metrics.delivered.get(),
             moves: self.metrics.moves.get(),
         }
@@ -277,7 +280,7 @@ impl Node {
             }
             let handles = self.registry.of_user(&live.user);
             let Some((last, others)) = handles.split_last() else { continue };
-            // What comes together for one user leaves together.
+            // Consecutive messages of one user leave together.
             let at_once = few && batch.get(n + 1).is_none_or(|next| next.user != live.user);
             let feed = |handle: &SessionHandle, item| {
                 let (id, seq) = (&live.message.id, live.message.seq);
@@ -293,7 +296,7 @@ impl Node {
         }
     }
 
-    /// Answers with this node's view, and looks for a newer one where the sender has it.
+    /// Returns this node's version of the view, and looks for a newer view if the sender has one.
     fn compare(&self, theirs: &ViewVersion) -> PushResponse {
         let ours = self.views.borrow().stamp();
         if theirs.is_news_to(&ours) {
@@ -325,6 +328,7 @@ impl Push {
     /// Registers the node and starts its tasks in `tasks`.
     ///
     /// # Errors
+    ///
     /// Membership's, if the node cannot be registered.
     pub async fn start(
         config: PushConfig,
@@ -378,25 +382,25 @@ impl Push {
         Ok(Self { node })
     }
 
-    /// This node's name.
+    /// Name of this node.
     #[must_use]
     pub fn name(&self) -> &NodeId {
         self.node.name()
     }
 
-    /// Which process of that name this is.
+    /// Incarnation of this node.
     #[must_use]
     pub fn incarnation(&self) -> u64 {
         self.node.holder.incarnation
     }
 
-    /// To be told when another process has reached the node.
+    /// To be marked when another node has reached this one.
     #[must_use]
     pub fn reached(&self) -> &Reached {
         &self.node.reached
     }
 
-    /// Whether the node takes sockets: it neither leaves nor has lost its place.
+    /// Whether the node takes sockets: it neither drains nor has lost its place.
     #[must_use]
     pub fn takes_sockets(&self) -> bool {
         self.node.takes_sockets()
@@ -414,16 +418,17 @@ impl Push {
         self.node.hint()
     }
 
-    /// Which pages may speak to this node.
+    /// The origins whose pages may connect.
     #[must_use]
     pub fn origins(&self) -> &Origins {
         &self.node.config.origins
     }
 
-    /// Decides about a request for a socket, before the upgrade.
+    /// Decides about a request for a socket before the upgrade.
     ///
     /// # Errors
-    /// [`AdmissionError`]: what to answer instead.
+    ///
+    /// [`AdmissionError`]: the response instead.
     pub async fn admit(&self, request: SocketRequest<'_>) -> Result<Admission, AdmissionError> {
         let decided = admission::admit(&self.node, request).await;
         if decided.is_err() {
@@ -432,14 +437,15 @@ impl Push {
         decided
     }
 
-    /// Whether a token of this user that was issued then counts no more. Where the inbox cannot say so now, the attach of the
-    /// socket will.
+    /// Whether a token of this user that was issued at this time was revoked. If the inbox does not
+    /// respond, the answer is no, and the attach of the socket will find out.
     pub async fn has_revoked(&self, user: &UserId, token_iat_s: u64) -> bool {
         let answer = self.node.asks.ask(user.clone(), StartAt::Latest).await;
         answer.is_ok_and(|answer| token_iat_s < answer.not_before_s)
     }
 
-    /// Serves an admitted client, once its socket is there, to its end. What is held all the while is small.
+    /// Serves an admitted client to its end, once its socket is there. The future is small, because
+    /// it lives as long as the connection.
     pub fn serve<S, F>(&self, admission: Admission, socket: F) -> impl Future<Output = ()> + Send + use<S, F>
     where
         F: Future<Output = Option<S>> + Send,
@@ -460,7 +466,8 @@ impl Push {
         }
         rebalance::drain(node, how).await;
         node.connections.close();
-        // A client that does not answer the close is given up by its own task; this is the bound on that.
+        // A client that does not answer the close is given up by its own task; this bounds the
+        // wait.
         let _ = tokio::time::timeout(connection::FAREWELL * 2, node.connections.wait()).await;
         node.cursors.flush(&*node.inbox).await;
         node.displaced.forget();
@@ -473,7 +480,7 @@ impl Push {
     }
 }
 
-/// How often a node says what it holds.
+/// How often a node reports its counts.
 const COUNTS_EVERY: Duration = Duration::from_millis(500);
 
 async fn report_counts(node: Arc<Node>) {
@@ -492,7 +499,7 @@ impl tower::Service<PushRequest> for Push {
         Poll::Ready(Ok(()))
     }
 
-    /// Sends to sockets that have room, and puts into mailboxes, which never waits.
+    /// Writes to sockets that have room and puts into mailboxes; neither waits.
     fn call(&mut self, request: PushRequest) -> Self::Future {
         ready(Ok(match request {
             PushRequest::Deliver { batch, sweep, stamp } => {

@@ -1,5 +1,5 @@
-//! Where this node's users belong: the fallback entries of those that another node owns, the moves that send them there,
-//! and the drain that sends all of them away.
+//! Where this node's users belong: the fallback entries of users that another node owns, the moves
+//! that send them there, and the drain that sends all of them away.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Weak};
@@ -22,36 +22,39 @@ use crate::telemetry::WAY;
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{MoveReason, ServerFrame};
 
-/// How often moves are handed out: a tenth of the second within which a client on the wrong node must hear.
+/// Time between two batches of moves: a tenth of the second within which a displaced client must be
+/// told.
 const MOVE_TICK: Duration = Duration::from_millis(100);
-/// What a target that takes any number of sockets per second counts as (docs/design.md, section 6).
+/// The accept rate of a target without a limit, for pacing (docs/design.md, section 6).
 const UNLIMITED_ACCEPT_PER_S: u32 = 4_000;
-/// Jitter that a moved client waits, at the most.
+/// Longest jitter of a moved client.
 pub const MOVE_JITTER: Duration = Duration::from_secs(1);
-/// How long a client that was told to leave may take, after its jitter.
+/// How long a client that was told to leave may take after its jitter.
 pub const DRAIN_GRACE: Duration = Duration::from_secs(10);
-/// Over how long sessions are closed that have nowhere to go.
+/// Time over which sessions are closed that have nowhere to go.
 pub const CLOSE_SPREAD: Duration = Duration::from_secs(5);
-/// Sessions closed per second where they have nowhere to go: a small node need not take the whole spread.
+/// Most sessions closed per second if they have nowhere to go: a small node need not take the whole
+/// spread.
 const CLOSES_PER_S: u32 = 2_000;
 
-/// Looks into the inboxes of users that were entered, at once; where the inbox is too slow for that, each session reads its own.
+/// Concurrent checks of inboxes of users that were entered. If the inbox is slower than that, each
+/// session reads its own.
 const LOOKS_AT_ONCE: usize = 4;
-/// Between two tries to write the fallback entries, at first and at the most.
+/// Delay between two tries to write the fallback entries, at first and at most.
 const FALLBACK_RETRY_FIRST: Duration = Duration::from_millis(100);
 const FALLBACK_RETRY_MAX: Duration = Duration::from_secs(3);
-/// Between two renewals of the set's lease, give or take a fifth: the beat of membership.
+/// Time between two renewals of the fallback set, ± 20 %.
 const FALLBACK_RENEW: Duration = Duration::from_secs(2);
-/// Between two removals of users whose last session has ended: each changes the bitmap that every router then reads, and an
-/// entry too many costs no more than a copy that nobody wants.
+/// Time between two removals of users whose last session has ended. Each removal changes the bitmap
+/// that every router reads, while an entry too many costs only a copy.
 const LEAVE_EVERY: Duration = Duration::from_millis(500);
-/// How long a session that attaches waits for its fallback entry: a registry that hangs is not felt, and the entry is then
-/// written, or looked after, behind its back.
+/// How long a session that attaches waits for its fallback entry. If the registry hangs, the
+/// session goes on and the entry is written later.
 const ENTER_DEADLINE: Duration = Duration::from_millis(500);
-/// The longest window that clients are given to come back in.
+/// Longest window in which clients are told to reconnect, in ms.
 const RECONNECT_MAX_MS: u64 = 60_000;
 
-/// Which users of this node stand in the fallback set, and which must be looked at again.
+/// The users of this node that are in the fallback set, and those that must be checked.
 #[derive(Default)]
 pub(super) struct Displaced {
     state: Mutex<DisplacedState>,
@@ -62,21 +65,22 @@ pub(super) struct Displaced {
 struct DisplacedState {
     entered: HashSet<UserId>,
     doubtful: HashSet<UserId>,
-    /// Users that are entered and may have gone: doubtful soon.
+    /// Users in the set whose last session has ended; checked together later.
     leaving: HashSet<UserId>,
-    /// Users that were entered then: their inboxes are looked into again when every router has seen it.
+    /// Users that were entered, with the time. Their inboxes are checked again when every router
+    /// has seen the entry.
     look_again: VecDeque<(Instant, Vec<UserId>)>,
 }
 
 impl Displaced {
-    /// Something changed for this user: compare what is entered with what should be.
+    /// Something changed for these users: compare the set with what it should be.
     pub(super) fn doubt(&self, users: Vec<UserId>) {
         self.state.lock().doubtful.extend(users);
         self.changed.notify_one();
     }
 
-    /// The last session of this user has ended. Matters only for one that stands in the set or may be about to: the common
-    /// case costs one look.
+    /// The last session of this user has ended. This matters only if the user is in the set or
+    /// about to be; in the common case it costs one look-up.
     pub(super) fn leave(&self, user: &UserId) {
         let mut state = self.state.lock();
         if state.entered.contains(user) {
@@ -84,7 +88,7 @@ impl Displaced {
         }
     }
 
-    /// Whoever has left since the last time is doubtful now; answers whether anybody has.
+    /// Schedules the users of `leaving` for a check. Returns whether there are any.
     fn doubt_leaving(&self) -> bool {
         let mut state = self.state.lock();
         let leaving = std::mem::take(&mut state.leaving);
@@ -93,17 +97,17 @@ impl Displaced {
         any
     }
 
-    /// Nobody is here any more.
+    /// No user is here any more.
     pub(super) fn forget(&self) {
         *self.state.lock() = DisplacedState::default();
     }
 
-    /// How many users stand in the set.
+    /// Number of users in the set.
     pub(super) fn len(&self) -> usize {
         self.state.lock().entered.len()
     }
 
-    /// The set was lost: all that stood in it is entered again.
+    /// The set was lost: enter all of its users again.
     pub(super) fn write_again(&self) {
         let mut state = self.state.lock();
         let lost: Vec<UserId> = state.entered.drain().collect();
@@ -118,7 +122,7 @@ impl Displaced {
         state.look_again.push_back((Instant::now(), users));
     }
 
-    /// Those that were entered at least `since` ago and have not been looked at since.
+    /// Users that were entered at least `since` ago and have not been checked since.
     fn due(&self, since: Duration) -> Vec<UserId> {
         let mut due = Vec::new();
         let queue = &mut self.state.lock().look_again;
@@ -137,9 +141,10 @@ impl Displaced {
     }
 }
 
-/// Enters a user before its session reads the inbox: what dispatch sends from then on comes here too.
+/// Enters a user before its session reads the inbox, so that dispatch sends later messages here
+/// too.
 pub(super) async fn enter(node: &Node, user: &UserId) {
-    // Noted first: whatever ends this session from now on knows that there may be an entry.
+    // Noted first: if this session ends from now on, the entry is removed.
     node.displaced.state.lock().entered.insert(user.clone());
     let adding = node.fallback.add(&node.holder, vec![user.clone()]);
     let late = || crate::fallback::FallbackError("not in time".to_owned());
@@ -153,11 +158,11 @@ pub(super) async fn enter(node: &Node, user: &UserId) {
             node.displaced.state.lock().entered.remove(user);
         }
     }
-    // Looked at again in any case: a removal may have crossed with this.
+    // Checked in any case: a removal may have crossed with this.
     node.displaced.doubt(vec![user.clone()]);
 }
 
-/// Keeps the fallback set as the registry and the view want it.
+/// Keeps the fallback set in line with the registry and the view.
 pub(super) async fn keep_fallback(node: Arc<Node>) {
     let mut backoff = Backoff::new(FALLBACK_RETRY_FIRST, FALLBACK_RETRY_MAX);
     let mut looking = JoinSet::new();
@@ -174,8 +179,8 @@ pub(super) async fn keep_fallback(node: Arc<Node>) {
         loop {
             let doubtful = node.displaced.take_doubtful();
             if let Some(entered) = reconcile(&node, &doubtful).await {
-                // What was sent before the entry stood went by: look into those inboxes at once. The next entries do not
-                // wait for the inbox.
+                // Messages that were sent before the entry existed passed by: check those inboxes
+                // at once. The next entries do not wait for that.
                 let handles = seats_of(&node, &entered);
                 if looking.len() >= LOOKS_AT_ONCE {
                     handles.iter().for_each(|handle| handle.mailbox.lost());
@@ -186,7 +191,8 @@ pub(super) async fn keep_fallback(node: Arc<Node>) {
                 backoff.reset();
                 break;
             }
-            // Nobody knows that they are here, so what is sent to them passes by: this node looks for itself.
+            // Routers do not know that these users are here, so this node checks the inboxes
+            // itself.
             sweep_users(&node, &doubtful).await;
             node.displaced.doubt(doubtful);
             let rest = backoff.next(&mut rand::rng());
@@ -205,8 +211,9 @@ fn seats_of(node: &Node, users: &[UserId]) -> Vec<Arc<SessionHandle>> {
     handles
 }
 
-/// Renews the lease of the fallback set, and enters everybody again where its size was wrong twice running: it was lost.
-/// Looks once more into the inboxes of those that were entered a moment ago: a router may have seen it only now.
+/// Renews the lease of the fallback set, and writes the set again if its size was wrong twice
+/// running. Also checks once more the inboxes of users that were entered a moment ago, because a
+/// router may have seen the entry only now.
 pub(super) async fn renew_fallback(node: Arc<Node>) {
     let mut wrong = 0;
     loop {
@@ -240,8 +247,8 @@ pub(super) async fn renew_fallback(node: Arc<Node>) {
     }
 }
 
-/// Enters and removes what differs; answers whom it has entered. None if the set could not be written: then all of it is
-/// doubtful still.
+/// Enters and removes what differs. Returns the users that were entered; `None` if the set could
+/// not be written, in which case all users must be checked again.
 async fn reconcile(node: &Node, users: &[UserId]) -> Option<Vec<UserId>> {
     let view = Arc::clone(&node.views.borrow());
     let own = &node.holder;
@@ -251,7 +258,8 @@ async fn reconcile(node: &Node, users: &[UserId]) -> Option<Vec<UserId>> {
         match (wanted(user), node.displaced.is_entered(user)) {
             (true, false) => add.push(user.clone()),
             (true, true) => {}
-            // Also where it is not known to be entered: an entry too many is never right, and a removal too many harmless.
+            // Also if it is not known to be entered: a wrong entry must go, and a removal too many
+            // is harmless.
             (false, _) => drop(remove.insert(user.clone())),
         }
     }
@@ -271,7 +279,8 @@ async fn reconcile(node: &Node, users: &[UserId]) -> Option<Vec<UserId>> {
     }
     if !add.is_empty() {
         node.displaced.note_entered(add.clone());
-        // A session that ended, or a user that came home, while the entry was written found no entry to take out.
+        // A session that ended, or a user that became owned, while the entry was being written
+        // found no entry to remove.
         let view = Arc::clone(&node.views.borrow());
         let stays = |user: &UserId| node.registry.has(user) && !node.owns(&view, user);
         node.displaced.doubt(add.iter().filter(|user| !stays(user)).cloned().collect());
@@ -279,14 +288,14 @@ async fn reconcile(node: &Node, users: &[UserId]) -> Option<Vec<UserId>> {
     Some(add)
 }
 
-/// Sessions that may have to be told to move.
+/// Sessions that may have to move.
 #[derive(Default)]
 pub(super) struct Moves {
     fresh: Mutex<Vec<Weak<SessionHandle>>>,
 }
 
 impl Moves {
-    /// A session came to a node that does not own its user.
+    /// A session attached to a node that does not own its user.
     pub(super) fn consider(&self, handle: &Arc<SessionHandle>) {
         self.fresh.lock().push(Arc::downgrade(handle));
     }
@@ -295,16 +304,17 @@ impl Moves {
 /// What to do about one displaced session now.
 #[derive(Debug, PartialEq)]
 enum Verdict<'a> {
-    /// Tell it to move there.
+    /// Tell it to move to this node.
     Move(&'a Member),
     /// Not yet.
     Wait,
-    /// Nothing to do, until the view changes.
+    /// Nothing, until the view changes.
     Stay,
 }
 
-/// The rule of docs/design.md, section 6: one move per owner incarnation; none during a hold, by an older view than the
-/// client's, or to a client that was sent here on purpose, until the view has changed.
+/// The rule of docs/design.md, section 6: one move per owner incarnation; none while the view is
+/// held, none by a view that is older than the client's, and none for a client that was sent here
+/// on purpose until the view has changed.
 fn verdict<'a>(view: &'a View, own: &NodeId, handle: &SessionHandle) -> Verdict<'a> {
     match view.owner(&handle.user) {
         None => Verdict::Stay,
@@ -315,14 +325,16 @@ fn verdict<'a>(view: &'a View, own: &NodeId, handle: &SessionHandle) -> Verdict<
     }
 }
 
-/// Moves to one target per second: half of what it accepts, shared with the other nodes that may send to it.
+/// Moves to one target per second: half of what it accepts, divided among the nodes that may send
+/// to it.
 fn moves_per_s(view: &View, target: &Member) -> f64 {
     let accepts = accepts(target.info.accept_per_s);
     let senders = view.members.len().saturating_sub(1).max(1);
     f64::from(accepts) / 2.0 / senders as f64
 }
 
-/// Tells displaced sessions to move, at the pace that their targets can take; walks all of them on a new view.
+/// Tells displaced sessions to move, at the pace of their targets. Walks all sessions on a new
+/// view.
 pub(super) async fn pace_moves(node: Arc<Node>) {
     let mut views = node.views.clone();
     let mut waiting: Vec<Weak<SessionHandle>> = Vec::new();
@@ -333,7 +345,7 @@ pub(super) async fn pace_moves(node: Arc<Node>) {
     loop {
         tokio::select! {
             biased;
-            // From then on the drain alone tells sessions where to go: its own departure made all of them displaced.
+            // From then on only the drain tells sessions where to go.
             () = node.draining.cancelled() => return std::future::pending().await,
             changed = views.changed() => {
                 if changed.is_err() {
@@ -359,18 +371,19 @@ pub(super) async fn pace_moves(node: Arc<Node>) {
     }
 }
 
-/// All sessions whose user another node owns by this view; their users' fallback entries are looked at first.
+/// All sessions whose user another node owns in this view. Their fallback entries are checked
+/// first.
 fn walk(node: &Node, view: &View) -> Vec<Weak<SessionHandle>> {
     let handles = node.registry.all();
     let users = handles.iter().map(|handle| handle.user.clone());
-    // Collected before it is handed over: looking takes the lock that `doubt` holds while it adds.
+    // Collected first, because looking takes the lock that `doubt` needs.
     let doubtful: Vec<UserId> =
         users.filter(|user| !node.owns(view, user) || node.displaced.is_entered(user)).collect();
     node.displaced.doubt(doubtful);
     handles.iter().filter(|handle| !node.owns(view, &handle.user)).map(Arc::downgrade).collect()
 }
 
-/// Tells as many as may move now; answers the owners that must be dialled first.
+/// Tells as many sessions as may move now. Returns the owners that must be probed first.
 fn hand_out(
     node: &Node,
     view: &View,
@@ -381,7 +394,8 @@ fn hand_out(
     for member in &view.members {
         let per_tick = moves_per_s(view, member) * MOVE_TICK.as_secs_f64();
         let left = allowance.entry(member.info.node.clone()).or_insert(0.0);
-        // Unused allowance is not saved up: a pause must not end in a burst. One move is always possible.
+        // Unused allowance is not saved up, because a pause must not end in a burst. One move is
+        // always possible.
         *left = left.min(0.0) + per_tick.max(1.0);
     }
     waiting.retain(|weak| {
@@ -413,11 +427,11 @@ fn hand_out(
     dial
 }
 
-/// Puts the `move` frame into the session's mailbox; answers whether a URL of the target is known.
+/// Puts the `move` frame into the session's mailbox. Returns whether a URL of the target is known.
 fn send_move(node: &Node, view: &View, handle: &SessionHandle, target: &Member, reason: MoveReason) -> bool {
     let Some(base) = node.urls.of(&target.info.node) else { return false };
     let after = between(Duration::ZERO, MOVE_JITTER, &mut rand::rng());
-    // Two hops mean "keep it": from a node that leaves, or the second time it was sent on.
+    // Two hops mean "keep the client": from a draining node, or the second time it was sent on.
     let hops = if reason == MoveReason::Drain { 2 } else { handle.arrival.hops.saturating_add(1).min(2) };
     let frame = ServerFrame::Move {
         url: format!("{base}?hops={hops}&epoch={}", view.epoch),
@@ -435,13 +449,13 @@ fn send_move(node: &Node, view: &View, handle: &SessionHandle, target: &Member, 
 /// How a node empties itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Drain {
-    /// To the other nodes, within this time.
+    /// Move the sessions to other nodes within this time.
     Move(Duration),
-    /// There are none: close, spread over [`CLOSE_SPREAD`].
+    /// There are no other nodes: close the sessions over [`CLOSE_SPREAD`].
     Close,
 }
 
-/// Sends every session away; returns when all have gone or the time is over.
+/// Sends every session away. Returns when all have gone or the time is over.
 pub(super) async fn drain(node: &Node, how: Drain) {
     let mut handles = node.registry.all();
     handles.shuffle(&mut rand::rng());
@@ -449,26 +463,26 @@ pub(super) async fn drain(node: &Node, how: Drain) {
         Drain::Move(window) => move_all(node, &handles, window).await,
         Drain::Close => {
             close_all(&handles).await;
-            // Those that registered meanwhile.
+            // Sessions that registered meanwhile.
             close_all(&node.registry.all()).await;
         }
     }
 }
 
-/// Sends every session to whoever owns its user but for this node, which has lost its place.
+/// This node has lost its place: sends every session to the node that owns its user otherwise.
 pub(super) async fn evacuate(node: Arc<Node>) {
     let mut handles = node.registry.all();
     handles.shuffle(&mut rand::rng());
     move_all(&node, &handles, node.config.drain_window).await;
 }
 
-/// Closes every session of a node whose name another process has.
+/// Closes every session over the drain window: another process has this node's name.
 pub(super) async fn close_over_window(node: Arc<Node>) {
     close_spread(&node.registry.all(), node.config.drain_window).await;
     close_spread(&node.registry.all(), Duration::ZERO).await;
 }
 
-/// The view as the others will see it: without this node, if it stands in its own view still.
+/// The view as other nodes will see it: without this node.
 fn without(view: Arc<View>, own: &NodeId) -> Arc<View> {
     match view.member(own) {
         Some(member) if member.state == NodeState::Active => {
@@ -478,12 +492,13 @@ fn without(view: Arc<View>, own: &NodeId) -> Arc<View> {
     }
 }
 
-/// Tells every session where to go, at the pace that the window needs; whoever was told of a node that turns out to leave
-/// too, as when several are scaled away at once, is told again.
+/// Tells every session where to go, at the pace that the window needs. A session that was sent to a
+/// node that then drains too is told again.
 async fn move_all(node: &Node, handles: &[Arc<SessionHandle>], window: Duration) {
     let began = Instant::now();
     node.displaced.doubt(handles.iter().map(|handle| handle.user.clone()).collect());
-    // The last one told still has its jitter and its grace, and its close must be over by the end.
+    // The last session told still has its jitter and grace, and must be closed by the end of the
+    // window.
     let telling = window.saturating_sub(MOVE_JITTER + DRAIN_GRACE + Duration::from_secs(1)).max(window / 4);
     let mut waiting: VecDeque<Arc<SessionHandle>> = handles.iter().cloned().collect();
     let mut told = HashMap::new();
@@ -510,7 +525,7 @@ async fn move_all(node: &Node, handles: &[Arc<SessionHandle>], window: Duration)
     }
 }
 
-/// Once for each owner, whatever the session was told before the drain.
+/// Tells each session once per owner, whatever it was told before the drain.
 fn tell_to_leave(
     node: &Node,
     view: &View,
@@ -545,12 +560,13 @@ async fn close_spread(handles: &[Arc<SessionHandle>], spread: Duration) {
     }
 }
 
-/// The window in which clients should come back: long enough that this node's sessions fit into what one node accepts.
+/// The window in which clients should reconnect, in ms: long enough that this node's sessions fit
+/// into what one node accepts.
 pub(super) fn reconnect_window_ms(sessions: usize, accept_per_s: u32, jitter_ms: u64) -> u64 {
     jitter_ms.max((sessions as u64 * 1000 / u64::from(accepts(accept_per_s))).min(RECONNECT_MAX_MS))
 }
 
-/// Sockets per second that a node with this limit takes.
+/// Sockets per second that a node with this limit accepts.
 fn accepts(limit: u32) -> u32 {
     if limit == 0 { UNLIMITED_ACCEPT_PER_S } else { limit }
 }

@@ -2,9 +2,10 @@
 //!
 //! # Locks
 //!
-//! One lock per shard. Each operation looks and acts under one lock, so that no one sees a user half registered: an
-//! eviction takes out whom it names, an unregister answers whether that was the user's last. No lock is held across another
-//! or across a wait; a mailbox is put into after the shard is left, save in `for_user`, whose work is to put.
+//! One lock per shard. Each operation looks and acts under one lock, so that nobody sees a user
+//! half registered: an eviction removes the session that it names, and an unregister tells whether
+//! it was the user's last session. No lock is held across another lock or an await. Mailboxes are
+//! filled after the shard is unlocked, except in `for_user`.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -22,29 +23,30 @@ use crate::session::Item;
 /// Shards of the registry: enough that two cores seldom meet, few enough to walk.
 const SHARDS: usize = 64;
 
-/// How a session came here; decides whether it may be told to move.
+/// How a session came here. It decides whether the session may be told to move.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Arrival {
-    /// How often the client had been sent on.
+    /// How often the client was sent on.
     pub(super) hops: u32,
-    /// The epoch of the view that sent it: ours must not be older.
+    /// Epoch of the view that sent the client on; ours must not be older.
     pub(super) client_epoch: u64,
-    /// Not to be moved while the view has this digest: it was sent here on purpose, or cannot be sent rightly.
+    /// The session is not moved while the view has this digest: it was sent here on purpose, or the
+    /// target would not take it.
     pub(super) keep_at: Option<u64>,
 }
 
-/// A session that can send a live message at once, in the name of its task.
+/// A session that can write a live message itself, without its task.
 pub(super) trait InlineSend: Send + Sync {
-    /// Sends it, or gives it back: for the mailbox.
+    /// Sends the message, or returns it if it must go through the mailbox.
     fn send(&self, item: Item<Bytes>) -> Option<Item<Bytes>>;
 }
 
-/// One session as the rest of the node sees it. In this order: who brings a message finds all that it needs in the first 64 bytes,
-/// the counts of the `Arc` included, and no more of a session that is in no cache.
+/// One session as the rest of the node sees it. The order of the fields is on purpose: a delivery
+/// finds all that it needs in the first 64 bytes, including the counts of the `Arc`.
 #[repr(C)]
 pub(super) struct SessionHandle {
     serving: OnceLock<Weak<dyn InlineSend>>,
-    /// Everything up to here was sent, as the session last said.
+    /// The last number that was sent.
     position: AtomicU64,
     pub(super) mailbox: Mailbox,
     acked: AtomicU64,
@@ -54,7 +56,7 @@ pub(super) struct SessionHandle {
     pub(super) id: ulid::Ulid,
     pub(super) user: UserId,
     pub(super) device: DeviceId,
-    /// The owner that the client was told of already: once per owner incarnation.
+    /// The owner incarnation that the client was told of.
     told: Mutex<Option<Box<(NodeId, u64)>>>,
     pub(super) arrival: Arrival,
 }
@@ -75,7 +77,7 @@ impl SessionHandle {
             arrival,
             mailbox: Mailbox::default(),
             token_iat_s: AtomicU64::new(token_iat_s),
-            // Above every number until the session has begun: a sweep then finds nothing to say.
+            // Above every number until the session has begun, so that a sweep finds nothing to say.
             position: AtomicU64::new(Seq::MAX.get()),
             acked: AtomicU64::new(0),
             told: Mutex::new(None),
@@ -83,12 +85,12 @@ impl SessionHandle {
         })
     }
 
-    /// The session serves from now on.
+    /// From now on this serves the session.
     pub(super) fn served_by(&self, serving: Weak<dyn InlineSend>) {
         let _ = self.serving.set(serving);
     }
 
-    /// Sends a live message at once, or puts it into the mailbox.
+    /// Sends a live message inline, or puts it into the mailbox.
     pub(super) fn send_inline(&self, item: Item<Bytes>) {
         let rest = match self.serving.get().and_then(Weak::upgrade) {
             Some(serving) => serving.send(item),
@@ -104,7 +106,7 @@ impl SessionHandle {
         self.token_iat_s.load(Ordering::Relaxed)
     }
 
-    /// A refresh brought another token.
+    /// A refresh has brought another token.
     pub(super) fn set_token_iat_s(&self, seconds: u64) {
         self.token_iat_s.store(seconds, Ordering::Relaxed);
     }
@@ -117,7 +119,7 @@ impl SessionHandle {
         self.position.store(position.get(), Ordering::Relaxed);
     }
 
-    /// Whether the session has begun: before that its position means nothing.
+    /// Whether the session has begun; before that its position means nothing.
     pub(super) fn has_begun(&self) -> bool {
         self.position() != Seq::MAX
     }
@@ -130,7 +132,7 @@ impl SessionHandle {
         self.acked.fetch_max(acked.get(), Ordering::Relaxed);
     }
 
-    /// Notes that the client is told of this owner; false if it was before.
+    /// Notes that the client is told of this owner. Returns false if it was told before.
     pub(super) fn tell_once(&self, owner: &NodeId, incarnation: u64) -> bool {
         let mut told = self.told.lock();
         let fresh = told.as_ref().is_none_or(|known| known.0 != *owner || known.1 != incarnation);
@@ -141,7 +143,7 @@ impl SessionHandle {
     }
 }
 
-/// See the room's comment.
+/// The sessions of a node.
 pub(super) struct Registry {
     shards: Box<[Shard]>,
     hasher: RandomState,
@@ -151,8 +153,8 @@ pub(super) struct Registry {
 
 type Shard = Mutex<HashTable<Place>>;
 
-/// A user who has sessions here. Its hash is made once: a table that grows would have to look at every name again, in memory that
-/// is in no cache. Aligned, so that it lies in one line of the cache.
+/// A user with sessions here. The hash is stored, because a table that grows would otherwise read
+/// every name again, in memory that is in no cache.
 #[repr(align(64))]
 struct Place {
     hash: u64,
@@ -169,14 +171,14 @@ impl Place {
 /// The sessions of a user, mostly one.
 type SessionHandles = SmallVec<[Arc<SessionHandle>; 1]>;
 
-/// What to do when a user's last session here ends.
+/// Called when a user's last session here ends.
 type OnLast = Box<dyn FnOnce(&UserId) + Send + Sync>;
 
-/// A seat that is taken until this is dropped.
+/// Keeps a session registered until it is dropped.
 pub(super) struct RegistrationGuard {
     registry: Arc<Registry>,
     handle: Arc<SessionHandle>,
-    /// The user had too many sessions with this one.
+    /// With this session the user has too many.
     pub(super) crowded: bool,
     on_last: Option<OnLast>,
 }
@@ -189,7 +191,7 @@ impl std::ops::Deref for RegistrationGuard {
 }
 
 impl RegistrationGuard {
-    /// Run when the user's last session here ends with this one.
+    /// Sets what is called if the user's last session ends with this one.
     pub(super) fn when_last(&mut self, act: impl FnOnce(&UserId) + Send + Sync + 'static) {
         self.on_last = Some(Box::new(act));
     }
@@ -206,7 +208,7 @@ impl Drop for RegistrationGuard {
 }
 
 impl Registry {
-    /// An empty one with room for `per_user` sessions of each user.
+    /// An empty registry with room for `per_user` sessions of each user.
     pub(super) fn new(per_user: usize) -> Self {
         Self {
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
@@ -216,13 +218,14 @@ impl Registry {
         }
     }
 
-    /// A user's hash and shard. A table looks at the lowest and the highest bits of a hash, a shard is chosen by others.
+    /// A user's hash and shard. The shard is selected by other bits than those that a hash table
+    /// uses.
     fn shard(&self, user: &UserId) -> (u64, &Shard) {
         let hash = self.hasher.hash_one(user);
         (hash, &self.shards[(hash >> 40) as usize % SHARDS])
     }
 
-    /// Takes a seat.
+    /// Registers a session.
     pub(super) fn register(self: &Arc<Self>, handle: Arc<SessionHandle>) -> RegistrationGuard {
         let (hash, shard) = self.shard(&handle.user);
         let mut shard = shard.lock();
@@ -238,7 +241,8 @@ impl Registry {
         RegistrationGuard { registry: Arc::clone(self), handle, crowded, on_last: None }
     }
 
-    /// Where the user of `newcomer` has too many sessions, takes out the oldest that has begun, and returns it.
+    /// If the user of `newcomer` has too many sessions, removes the oldest one that has begun, and
+    /// returns it.
     pub(super) fn evict_excess(&self, newcomer: &Arc<SessionHandle>) -> Option<Arc<SessionHandle>> {
         let (hash, shard) = self.shard(&newcomer.user);
         let mut shard = shard.lock();
@@ -250,7 +254,8 @@ impl Registry {
         Some(handles.remove(oldest))
     }
 
-    /// Gives a seat back; answers whether the user has none left here. An evicted one is gone already.
+    /// Unregisters a session. Returns whether it was the user's last here. An evicted session is
+    /// gone already.
     fn unregister(&self, handle: &Arc<SessionHandle>) -> bool {
         let (hash, shard) = self.shard(&handle.user);
         let mut shard = shard.lock();
@@ -269,7 +274,7 @@ impl Registry {
         last
     }
 
-    /// Acts on each session of a user, under the lock: only to put into mailboxes or to read.
+    /// Calls `act` for each session of a user under the lock; it may only fill mailboxes or read.
     pub(super) fn for_user(&self, user: &UserId, act: impl FnMut(&Arc<SessionHandle>)) {
         let (hash, shard) = self.shard(user);
         if let Some(place) = shard.lock().find(hash, Place::is_of(hash, user)) {
@@ -290,7 +295,8 @@ impl Registry {
         shard.lock().find(hash, Place::is_of(hash, user)).is_some()
     }
 
-    /// The sessions of one shard, to be walked without its lock. There are [`Registry::shard_count`].
+    /// The sessions of one shard, to be walked without its lock. There are
+    /// [`Registry::shard_count`] shards.
     pub(super) fn of_shard(&self, n: usize) -> Vec<Arc<SessionHandle>> {
         self.shards[n].lock().iter().flat_map(|place| &place.handles).cloned().collect()
     }
@@ -299,12 +305,12 @@ impl Registry {
         self.shards.len()
     }
 
-    /// Every session.
+    /// All sessions.
     pub(super) fn all(&self) -> Vec<Arc<SessionHandle>> {
         (0..self.shard_count()).flat_map(|n| self.of_shard(n)).collect()
     }
 
-    /// How many sessions there are.
+    /// Number of sessions.
     pub(super) fn len(&self) -> usize {
         self.sessions.load(Ordering::Relaxed)
     }

@@ -1,11 +1,12 @@
-//! What this node does when it lost its place among the members, and when it has it again.
+//! What this node does when it has lost its place among the members, and when it has it again.
 //!
-//! - Another process took its name (*fenced*): its sessions are closed over the drain window, and it stays, not ready; were
-//!   it to exit, its supervisor would start it again to fence the other.
-//! - It cannot reach the registry and a router says that it is gone (*cut off*): others own its users now. It sends its
-//!   sessions there, looks into their inboxes every 3 s meanwhile, and takes no new ones until it is registered again.
-//! - It is registered again, or the registry forgot everything: what it had written there is written again, and every
-//!   session looks into its inbox.
+//! - Another process took its name (*fenced*): it closes its sessions over the drain window and stays,
+//!   not ready. If it exited, its supervisor would start it again and it would fence the other one.
+//! - It cannot reach the registry and a router says that it has left the view (*cut off*): other nodes
+//!   own its users now. It sends its sessions there, sweeps every 3 s meanwhile, and takes no new
+//!   sockets until it is registered again.
+//! - It is registered again, or the registry has forgotten everything: it writes its entries there
+//!   again, and every session checks its inbox.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,25 +18,26 @@ use tokio::time::Instant;
 use super::{Node, rebalance};
 use crate::membership::LeaseState;
 
-/// How long the word of a router is remembered by a node that does not know yet that its lease has run out.
+/// How long a router's word is remembered by a node that does not know yet that its lease has run
+/// out.
 const GONE_REMEMBERED: Duration = Duration::from_secs(20);
 
-/// Why a node takes no sockets though it does not leave.
+/// Why a node takes no sockets although it does not drain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Bar {
-    /// From the registry, alone.
+    /// This node alone is cut off from the registry.
     CutOff,
-    /// By another process of its name.
+    /// Another process has this node's name.
     Fenced,
 }
 
-/// A router's view has this node no more.
+/// A router says that its view no longer has this node.
 pub(super) fn gone(node: &Node) {
     *node.told_gone.lock() = Some(Instant::now());
     node.gone.notify_one();
 }
 
-/// Watches the node's standing for as long as it runs.
+/// Watches the node's lease as long as the node runs.
 pub(super) async fn watch(node: Arc<Node>) {
     let (mut standing, mut views) = (node.standing.clone(), node.views.clone());
     let mut times = 1;
@@ -57,7 +59,7 @@ pub(super) async fn watch(node: Arc<Node>) {
                 }
                 generation = now;
             }
-            // Nobody says any more how it stands: what was said last holds, and what it began is brought to its end.
+            // Membership has ended: the last state holds, and what it began is finished.
             changed = standing.changed(), if told => told = changed.is_ok(),
         }
         let bar = *node.barred.borrow();
@@ -93,7 +95,7 @@ fn is_told_gone(node: &Node) -> bool {
     node.told_gone.lock().is_some_and(|told| told.elapsed() < GONE_REMEMBERED)
 }
 
-/// What was written in the registry may be lost, and what was sent meanwhile may have gone elsewhere.
+/// Entries in the registry may be lost, and messages sent meanwhile may have gone elsewhere.
 fn regained(node: &Node) {
     node.displaced.write_again();
     node.sweep_now.notify_one();

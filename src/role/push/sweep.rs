@@ -1,5 +1,5 @@
-//! How sessions read the inbox: in lots when they attach, in pages when they are behind, and all of them once per
-//! period to find what every hint has missed. The sweep is what makes P4 true.
+//! How sessions read the inbox: in batches when they attach, in pages when they are behind, and all
+//! of them once per period to find what every hint has missed. The sweep is what makes P4 true.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
@@ -21,42 +21,46 @@ use crate::telemetry::WAY;
 use crate::wire::close::CloseCode;
 use crate::wire::frame::message_frame;
 
-/// Questions in one lot (docs/design.md, section 5: 16 ms for 1000 on MongoDB).
+/// Positions in one batch (docs/design.md, section 5: 16 ms for 1000 on MongoDB).
 pub const BATCH: usize = 1_000;
-/// Lots under way at once, and how long one is waited for alone: one that takes long, as when a position must be confirmed by
-/// the whole replica set, does not hold up the others.
+/// Batches in flight at the same time. One that takes long, as when a position must be confirmed by
+/// the whole replica set, does not delay the others.
 const LOTS_AT_ONCE: usize = 4;
 const LOT_PATIENCE: Duration = Duration::from_millis(50);
-/// Between the beginnings of two lots, at the least: a lot costs a sync of the store or a command, for one question as for many.
+/// Shortest time between the beginnings of two batches. A batch costs a command or a sync, for one
+/// position as for many.
 const LOT_EVERY: Duration = Duration::from_millis(2);
-/// Attaching sessions that wait for their lot: two seconds of the default accept rate; more are shed.
+/// Attaching sessions that wait for their batch: two seconds of the default accept rate. Further
+/// sessions are refused.
 pub const ASKS_WAITING: usize = 8_000;
-/// Inbox reads in flight per node.
+/// Concurrent page reads of one node.
 pub const READS_IN_FLIGHT: usize = 64;
-/// A page: at most 256 frames of 150 bytes over their payload, 38 KiB, and 64 KiB of payload or one message. With the
-/// high-water mark of a session's queue that stays within its outbound limit.
+/// Size of a page: at most 256 frames with 150 bytes beside their payload, 38 KiB, and 64 KiB of
+/// payload or one message. Together with the high-water mark of a session's queue it stays within
+/// the outbound limit.
 pub const PAGE: PageLimit = PageLimit { messages: 256, bytes: 64 * 1024 };
-/// Between two tries of a read that the inbox did not answer, at first and at the most.
+/// Delay between two tries of a read that the inbox did not answer, at first and at most.
 const READ_RETRY_FIRST: Duration = Duration::from_millis(100);
 const READ_RETRY_MAX: Duration = Duration::from_secs(5);
-/// Every session is swept once in this time, give or take [`SWEEP_JITTER`].
+/// Every session is swept once in this time, ± [`SWEEP_JITTER`].
 pub const SWEEP_EVERY: Duration = Duration::from_secs(30);
 /// The same on a node that was cut off.
 pub const SWEEP_CUT_OFF: Duration = Duration::from_secs(3);
-/// Part of the period that a sweep may be early or late.
+/// Part of the period by which a sweep may be early or late.
 pub const SWEEP_JITTER: f64 = 0.2;
-/// A forced sweep runs at most this often.
+/// Shortest time between two forced sweeps.
 pub const FORCED_SWEEP_REST: Duration = Duration::from_secs(10);
-/// Cursors are written together this often.
+/// Time between two writes of cursors.
 pub const CURSOR_EVERY: Duration = Duration::from_millis(200);
 
-/// One attaching session's question.
+/// The question of one attaching session.
 pub(super) struct AskRequest {
     ask: PositionQuery,
     answer: oneshot::Sender<Result<UserPosition, InboxError>>,
 }
 
-/// Where attaching sessions ask: the inbox itself, or where lots form while the last one is under way.
+/// Where attaching sessions ask: the inbox itself, or a queue whose batches form while the last one
+/// is in flight.
 #[derive(Clone)]
 pub(super) struct Asks {
     inbox: Arc<dyn Inbox>,
@@ -69,7 +73,7 @@ impl Asks {
         (Self { inbox, queue }, requests)
     }
 
-    /// Where this position stands; an error where the inbox cannot answer or too many ask.
+    /// Looks up a position. An error if the inbox does not respond or too many sessions wait.
     pub(super) async fn ask(&self, user: UserId, from: StartAt) -> Result<UserPosition, InboxError> {
         if self.inbox.answers_alone() {
             let answers = self.inbox.positions(vec![PositionQuery { user, from }]).await?;
@@ -83,7 +87,8 @@ impl Asks {
     }
 }
 
-/// Answers attaching sessions, lot by lot: the next one forms while the last one is under way, or has just begun.
+/// Answers attaching sessions batch by batch: the next batch forms while the last one is in flight
+/// or has just begun.
 pub(super) async fn answer_asks(inbox: Arc<dyn Inbox>, mut requests: mpsc::Receiver<AskRequest>) {
     let mut under_way = JoinSet::new();
     let mut next_begins = Instant::now();
@@ -105,7 +110,7 @@ pub(super) async fn answer_asks(inbox: Arc<dyn Inbox>, mut requests: mpsc::Recei
     }
 }
 
-/// Waits until fewer than `count` are under way; a panic of one is raised here.
+/// Waits until fewer than `count` are in flight. Raises the panic of one that panicked.
 async fn ended(under_way: &mut JoinSet<()>, count: usize) {
     while under_way.len() >= count {
         if let Some(Err(fault)) = under_way.join_next().await
@@ -120,7 +125,7 @@ async fn answer_batch(inbox: Arc<dyn Inbox>, batch: Vec<AskRequest>) {
     let (asks, answers): (Vec<_>, Vec<_>) = batch.into_iter().map(|r| (r.ask, r.answer)).unzip();
     match inbox.positions(asks).await {
         Ok(standings) => answers.into_iter().zip(standings).for_each(|(to, standing)| {
-            // A client that left meanwhile wants no answer.
+            // A client that has left meanwhile needs no answer.
             let _ = to.send(Ok(standing));
         }),
         Err(error) => answers.into_iter().for_each(|to| {
@@ -129,8 +134,8 @@ async fn answer_batch(inbox: Arc<dyn Inbox>, batch: Vec<AskRequest>) {
     }
 }
 
-/// Where sessions that are behind ask for pages. Each session has one question open at the most, so the queue is
-/// bounded by the sessions.
+/// Where sessions that are behind request pages. Each session has at most one request, so the queue
+/// is bounded by the number of sessions.
 #[derive(Default)]
 pub(super) struct Reads {
     waiting: Mutex<VecDeque<(Weak<SessionHandle>, Seq)>>,
@@ -138,7 +143,7 @@ pub(super) struct Reads {
 }
 
 impl Reads {
-    /// Reads the page after `after` and puts it into the seat's mailbox.
+    /// Requests the page after `after`; it arrives in the session's mailbox.
     pub(super) fn request(&self, handle: &Arc<SessionHandle>, after: Seq) {
         self.waiting.lock().push_back((Arc::downgrade(handle), after));
         self.asked.notify_one();
@@ -168,7 +173,8 @@ pub(super) async fn perform_reads(node: Arc<Node>) {
     }
 }
 
-/// Reads one page for a session that is still there; while the inbox cannot answer, again, ever more slowly.
+/// Reads one page for a session that still exists. While the inbox does not respond, it tries again
+/// with growing delays.
 async fn read(node: Arc<Node>, handle: Weak<SessionHandle>, after: Seq) {
     let mut backoff = Backoff::new(READ_RETRY_FIRST, READ_RETRY_MAX);
     while let Some(user) = handle.upgrade().map(|handle| handle.user.clone()) {
@@ -192,7 +198,7 @@ async fn read(node: Arc<Node>, handle: Weak<SessionHandle>, after: Seq) {
     }
 }
 
-/// Messages that cannot be read are told to their user as a gap, and to whoever runs the store here.
+/// Reports messages that cannot be read to the operator; their user gets a gap.
 fn tell_unreadable(node: &Node, user: &UserId, unreadable: &[Seq]) {
     for seq in unreadable {
         node.metrics.unreadable.inc();
@@ -200,12 +206,12 @@ fn tell_unreadable(node: &Node, user: &UserId, unreadable: &[Seq]) {
     }
 }
 
-/// A message as a session handles it, its frame built once.
+/// A message in the form of the session, with its frame encoded once.
 pub(super) fn item(message: &Message) -> Item<Bytes> {
     Item { seq: message.seq, expires_at: message.expires_at, frame: message_frame(message) }
 }
 
-/// Looks after every session once per period, a shard at a time, and at once when told to.
+/// Sweeps every session once per period, a shard at a time, and at once when told to.
 pub(super) async fn sweep(node: Arc<Node>) {
     let shards = node.registry.shard_count();
     let mut shard = 0;
@@ -213,7 +219,7 @@ pub(super) async fn sweep(node: Arc<Node>) {
     loop {
         let every = match *node.barred.borrow() {
             None => node.config.limits.sweep_every,
-            // Others own these users now, and what they are sent may pass this node by.
+            // Other nodes own these users now, and messages may pass this node by.
             Some(_) => SWEEP_CUT_OFF.min(node.config.limits.sweep_every),
         };
         let pause = around(every, SWEEP_JITTER, &mut rand::rng()) / shards as u32;
@@ -239,7 +245,8 @@ async fn forced(asked: &Notify, not_before: Instant) {
     asked.notified().await;
 }
 
-/// Asks for each of these sessions whether there is more, in lots, and tells those for which there is.
+/// Asks for each of these sessions whether there is more, in batches, and tells those for which
+/// there is.
 pub(super) async fn sweep_seats(node: &Node, handles: &[Arc<SessionHandle>]) {
     let begun: Vec<&Arc<SessionHandle>> = handles.iter().filter(|handle| handle.has_begun()).collect();
     for batch in begun.chunks(BATCH) {
@@ -251,14 +258,16 @@ pub(super) async fn sweep_seats(node: &Node, handles: &[Arc<SessionHandle>]) {
     }
 }
 
-/// The same for sessions that have surely missed something: where the inbox cannot answer now, each reads it as soon as it can.
+/// The same for sessions that have surely missed something: if the inbox does not respond now, each
+/// reads as soon as it does.
 pub(super) async fn catch_up(node: &Node, handles: &[Arc<SessionHandle>]) {
     let (begun, attaching): (Vec<&Arc<SessionHandle>>, Vec<_>) =
         handles.iter().partition(|handle| handle.has_begun());
-    // Where these stand is not known yet.
+    // The position of these is not known yet.
     attaching.iter().for_each(|handle| handle.mailbox.lost());
     for batch in begun.chunks(BATCH) {
-        // Whatever went by was stored before the question. A page that is under way may show what is there and not that.
+        // Messages that passed by were stored before this query. A page in flight may show what is
+        // there, and not them.
         if let Err(error) = look_after(node, batch, |handle, _| handle.mailbox.lost()).await {
             tracing::debug!(%error, "what was missed could not be asked for in one lot");
             batch.iter().for_each(|handle| handle.mailbox.lost());
@@ -293,8 +302,8 @@ async fn look_after(
     Ok(())
 }
 
-/// The store was restored to a state below what a session was shown. It goes on from there: what is accepted from now on stands above
-/// all that was shown.
+/// The store was restored to a state below what a session was sent. The session goes on from there;
+/// what is accepted from now on is above everything that was sent.
 async fn reset(node: &Node, handle: &SessionHandle, position: Seq, head: Seq) -> Result<(), InboxError> {
     node.inbox.update(vec![Change::Shown { user: handle.user.clone(), upto: position }]).await?;
     tracing::warn!(user = %handle.user, %position, %head, "a client was shown more than stands in the store: it is told");
@@ -302,21 +311,21 @@ async fn reset(node: &Node, handle: &SessionHandle, position: Seq, head: Seq) ->
     Ok(())
 }
 
-/// Ends a session whose token was issued before the moment from which tokens count.
+/// Ends a session whose token was issued before `not_before_s`.
 pub(super) fn close_if_revoked(handle: &SessionHandle, not_before_s: u64) {
     if handle.token_iat_s() < not_before_s {
         handle.mailbox.close(CloseCode::Unauthorized, "the token was revoked");
     }
 }
 
-/// The cursors that moved since they were last written; one entry per device, however many acks.
+/// The cursors that moved since they were last written: one entry per device, however many acks.
 #[derive(Default)]
 pub(super) struct Cursors {
     moved: Mutex<HashMap<(UserId, DeviceId), Seq>>,
 }
 
 impl Cursors {
-    /// A device has taken everything up to `acked`.
+    /// A device has acked everything up to `acked`.
     pub(super) fn note(&self, handle: &SessionHandle, acked: Seq) {
         tracing::debug!(target: WAY, step = 8, user = %handle.user, device = %handle.device, seq = %acked, "acked");
         let mut moved = self.moved.lock();
@@ -325,12 +334,13 @@ impl Cursors {
         *cursor = acked.max(*cursor);
     }
 
-    /// Where a device's cursor is about to be, if that is not written yet.
+    /// The cursor of a device that is not written yet.
     pub(super) fn pending(&self, user: &UserId, device: &DeviceId) -> Option<Seq> {
         self.moved.lock().get(&(user.clone(), device.clone())).copied()
     }
 
-    /// Writes what has moved. What cannot be written is kept for the next time, unless it moved again meanwhile.
+    /// Writes the cursors that moved. What cannot be written is kept for the next time, unless it
+    /// moved again meanwhile.
     pub(super) async fn flush(&self, inbox: &dyn Inbox) {
         let moved = std::mem::take(&mut *self.moved.lock());
         if moved.is_empty() {
@@ -354,7 +364,7 @@ impl Cursors {
     }
 }
 
-/// Writes the cursors that moved, again and again.
+/// Writes cursors periodically.
 pub(super) async fn write_cursors(node: Arc<Node>) {
     loop {
         tokio::time::sleep(CURSOR_EVERY).await;
