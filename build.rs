@@ -1,4 +1,5 @@
-//! Compiles the `.proto` files without a system `protoc`: messages for the room `wire`, calls for `transport`.
+//! Compiles the `.proto` files without a system `protoc`: messages for the room `wire`, calls for
+//! `transport`.
 
 #![allow(clippy::print_stdout)]
 

@@ -27,7 +27,8 @@ fn ring(c: &mut Criterion) {
     for count in [10, 100, 1000] {
         let names = names(count);
         let ring = build(&names);
-        // Other users every time, so that no place of the ring stays in a near cache by being asked again.
+        // Other users every time, so that no place of the ring stays in a near cache by being asked
+        // again.
         let mut n = 0u64;
         group.bench_function(format!("owner of {count} nodes x 512"), |b| {
             b.iter(|| {
@@ -35,7 +36,8 @@ fn ring(c: &mut Criterion) {
                 black_box(ring.owner(n))
             });
         });
-        // Names as a batch has them: one behind the other in memory, each for another place of the ring.
+        // Names as a batch has them: one behind the other in memory, each for another place of the
+        // ring.
         let users: Vec<[u8; 13]> =
             (0..65_536).map(|n| format!("user-{n:08}").into_bytes().try_into().unwrap()).collect();
         let mut at = 0;

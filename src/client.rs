@@ -71,7 +71,7 @@ pub enum Event {
         after: u64,
         /// The next that can come.
         before: u64,
-        /// Why.
+        /// Why they are missing.
         reason: GapReason,
     },
     /// A socket is open and welcome.
@@ -85,7 +85,7 @@ pub enum Event {
     Moving {
         /// Which node.
         node: String,
-        /// Why.
+        /// The reason for the move.
         reason: MoveReason,
     },
     /// The connection was lost, or could not be made; the next try comes after this.

@@ -1,10 +1,14 @@
 //! ringpush: a WebSocket push cluster.
 //!
-//! A business system posts a message for a user. ringpush stores it, and every device of that user has
+//! A business system posts a message for a user. ringpush stores it, and every device of that user
+//! has
 //! it a moment later, on whichever node its socket lives. Three ideas carry this. *The inbox is the
-//! truth; routing is a hint*: a live delivery may be lost, repeated or late without harm. *A session is
-//! a cursor over the inbox with a live tail*: reconnect, move, slow client and restart are the same two
-//! states. *The owner is computed*: every node computes where a user belongs, and nobody looks it up.
+//! truth; routing is a hint*: a live delivery may be lost, repeated or late without harm. *A
+//! session is
+//! a cursor over the inbox with a live tail*: reconnect, move, slow client and restart are the same
+//! two
+//! states. *The owner is computed*: every node computes where a user belongs, and nobody looks it
+//! up.
 //!
 //! `docs/architecture.md` has the map with the life cycles of a connection, a message and a node;
 //! `docs/glossary.md` defines the terms.
@@ -23,7 +27,8 @@
 //! Tier 1 has one adapter for each foreign system.
 //!
 //! - [`inbox`]: the contract of the inbox; on MongoDB, on fjall, and in memory as a model.
-//! - [`membership`], [`fallback`]: which nodes there are, and who is displaced; in Redis and in memory.
+//! - [`membership`], [`fallback`]: which nodes there are, and who is displaced; in Redis and in
+//!   memory.
 //! - [`transport`]: hyper, tungstenite, tonic, Redis, and a TCP stream of our own.
 //! - [`client`]: the client library.
 //! - [`clock`], [`telemetry`]: the time of day; logs, metrics, health.

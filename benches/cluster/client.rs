@@ -1,7 +1,9 @@
-//! The load client: a process of its own, one thread, raw frames, ready-made requests. It is told what to do by lines of JSON
-//! on its standard input and answers each with one line, so that what is measured shares nothing with it but the machine.
+//! The load client: a process of its own, one thread, raw frames, ready-made requests. It is told
+//! what to do by lines of JSON on its standard input and answers each with one line, so that what
+//! is measured shares nothing with it but the machine.
 //!
-//! At a steady rate a message's delay counts from the moment when it was due, whoever was busy then.
+//! At a steady rate a message's delay counts from the moment when it was due, whoever was busy
+//! then.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, Read, Write};
@@ -110,9 +112,10 @@ pub struct Report {
     pub max: f64,
 }
 
-/// Makes the n-th socket, with an address of its own for every few thousand: an address has 28,000 ports to one server, and when
-/// half of them are taken the kernel looks through them all for each socket, a millisecond of this client's time. Another
-/// process has other addresses, for ports that were used stay taken for a minute.
+/// Makes the n-th socket, with an address of its own for every few thousand: an address has 28,000
+/// ports to one server, and when half of them are taken the kernel looks through them all for each
+/// socket, a millisecond of this client's time. Another process has other addresses, for ports that
+/// were used stay taken for a minute.
 fn make(n: usize) -> std::io::Result<OwnedFd> {
     let process = 1 + (std::process::id() % 254) as u8;
     let source = u8::try_from(2 + n / SOCKETS_PER_SOURCE).unwrap();
@@ -238,8 +241,8 @@ impl Client {
         u64::try_from(self.began.elapsed().as_micros()).unwrap()
     }
 
-    /// Sockets to connect, made before the clock runs: they are no work of the server's, and this one thread needs longer for a new
-    /// connection than a server does.
+    /// Sockets to connect, made before the clock runs: they are no work of the server's, and this
+    /// one thread needs longer for a new connection than a server does.
     fn make(&self, count: usize) -> Result<Vec<OwnedFd>, String> {
         let first = self.subscribers.len();
         (first..first + count).map(make).collect::<Result<_, _>>().map_err(|error| error.to_string())
@@ -257,7 +260,8 @@ impl Client {
                 let n = self.subscribers.len();
                 let mut stream = connect(made, socket.at).map_err(|error| error.to_string())?;
                 let Socket { mut upgrade, say, ready, .. } = socket;
-                // On one machine a connection is there when `connect` returns: the request may go at once.
+                // On one machine a connection is there when `connect` returns: the request may go
+                // at once.
                 let asked =
                     !upgrade.is_empty() && stream.write(upgrade.as_bytes()).is_ok_and(|n| n == upgrade.len());
                 if asked {
@@ -568,8 +572,9 @@ impl Client {
         Ok(())
     }
 
-    /// Gives requests to whichever connection has room for one, another one first each time, and writes what there is to write: a
-    /// server closes a connection that shows no request for some seconds.
+    /// Gives requests to whichever connection has room for one, another one first each time, and
+    /// writes what there is to write: a server closes a connection that shows no request for some
+    /// seconds.
     fn fill(&mut self, plan: &Publish, request: &Request, due: &mut VecDeque<u64>, over: bool) {
         let count = self.publishers.len();
         self.first_publisher = (self.first_publisher + 1) % count;
@@ -601,7 +606,8 @@ impl Client {
         }
     }
 
-    /// A step coprime to the number of users visits all of them in no order that a cache could like.
+    /// A step coprime to the number of users visits all of them in no order that a cache could
+    /// like.
     fn user(&mut self, plan: &Publish) -> usize {
         let count = plan.users.len() as u64;
         if let Some((every, favoured)) = plan.favour
@@ -717,7 +723,8 @@ impl Request {
         out.extend_from_slice(self.before.as_bytes());
     }
 
-    /// Every place is as wide as its mark, with spaces in front: it must stay JSON, and as long as it was said to be.
+    /// Every place is as wide as its mark, with spaces in front: it must stay JSON, and as long as
+    /// it was said to be.
     fn item(&self, out: &mut Vec<u8>, k: usize, user: usize, at: u64, number: u64) {
         if k > 0 {
             out.extend_from_slice(self.between.as_bytes());
@@ -750,7 +757,8 @@ fn http_answer(bytes: &[u8]) -> Result<Option<(bool, usize)>, String> {
     Ok((bytes.len() >= whole).then(|| (head.as_bytes()[9] == b'2', whole)))
 }
 
-/// The opcode of the first frame, where its payload begins, and where it ends; None while it is not whole.
+/// The opcode of the first frame, where its payload begins, and where it ends; None while it is not
+/// whole.
 fn frame(bytes: &[u8]) -> Option<(u8, usize, usize)> {
     let (head, length) = match *bytes.get(1)? & 0x7f {
         126 => (4, u16::from_be_bytes([*bytes.get(2)?, *bytes.get(3)?]) as usize),

@@ -1,4 +1,5 @@
-//! Whole clusters by `scripts/cluster`: nodes that come, go and die under load (B9, B10), and growth (B11).
+//! Whole clusters by `scripts/cluster`: nodes that come, go and die under load (B9, B10), and
+//! growth (B11).
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -21,8 +22,9 @@ use crate::servers::{Load, Process, ringpush_publishes, ringpush_sockets};
 /// The load of B9 and B10.
 const USERS: usize = 12_000;
 const RATE: usize = 2_000;
-/// What one of the nodes of B9 and B10 takes per second: four of them share two cores with everything else here, and a client
-/// that comes by the library costs all of these together some three milliseconds.
+/// What one of the nodes of B9 and B10 takes per second: four of them share two cores with
+/// everything else here, and a client that comes by the library costs all of these together some
+/// three milliseconds.
 const ACCEPTS: u32 = 300;
 /// Sockets that one load client holds: the files of a process are bounded.
 const SOCKETS_EACH: usize = 15_000;
@@ -133,7 +135,8 @@ impl Audit {
 /// B9 and B10.
 pub fn moves(options: &Options, results: &mut Results) {
     let (users, rate, seconds) = if options.quick { (300, 100, 12) } else { (USERS, RATE, 40) };
-    // A drain window as it is by default; the scenarios have a shorter one, for which moves would go faster than that.
+    // A drain window as it is by default; the scenarios have a shorter one, for which moves would
+    // go faster than that.
     let accepts = format!("push.accept_per_s={ACCEPTS}");
     let mut cluster = Cluster::up(3, &["--set", &accepts, "--set", "push.drain_window_s=60"]);
     let before = Duration::from_secs(if options.quick { 2 } else { 6 });
@@ -221,7 +224,8 @@ fn note_kill(results: &mut Results, report: &Value, fastest: f64) {
         of("/away_ms/count")
     );
     results.lost += lost as u64;
-    // What two seconds allow may come at once, and one second more within the second that was looked at.
+    // What two seconds allow may come at once, and one second more within the second that was
+    // looked at.
     let budget = f64::from(ACCEPTS) * 3.0;
     let met = lost == 0.0 && back <= 15_000.0 && fastest <= budget;
     results.row(

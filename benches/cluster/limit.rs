@@ -1,12 +1,13 @@
-//! The limit beside which everything is read: sockets that were upgraded and nothing else, one thread, ready-made frames, one
-//! write each. No routing, no store, no publisher.
+//! The limit beside which everything is read: sockets that were upgraded and nothing else, one
+//! thread, ready-made frames, one write each. No routing, no store, no publisher.
 
 use std::io::{BufRead, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Runs as a process of its own: says its address, and at each line of input, a number of seconds, writes for so long.
+/// Runs as a process of its own: says its address, and at each line of input, a number of seconds,
+/// writes for so long.
 pub fn run() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     // The standard library's holds 128, fewer than come at once.

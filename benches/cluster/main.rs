@@ -1,9 +1,13 @@
-//! The benchmark of the whole: ringpush beside its peers and beside the limit, all in one run on one machine.
+//! The benchmark of the whole: ringpush beside its peers and beside the limit, all in one run on
+//! one machine.
 //!
-//!     cargo bench --bench cluster -- [SCENARIO…] [--json FILE] [--svg DIR] [--runs 3] [--seconds 6] [--sockets 15000] [--quick]
+//!     cargo bench --bench cluster -- [SCENARIO…] [--json FILE] [--svg DIR] [--runs 3] [--seconds
+//!     6] [--sockets 15000] [--quick]
 //!
-//! Scenarios: `peers` (B1 to B4), `mongo` (B5), `ring` (B6), `router` (B7, B8), `moves` (B9, B10), `growth` (B11), `slow` (B12);
-//! without any, all. Targets are those of the table in docs/benchmarks.md. Exits 1 if anything was lost.
+//! Scenarios: `peers` (B1 to B4), `mongo` (B5), `ring` (B6), `router` (B7, B8), `moves` (B9, B10),
+//! `growth` (B11), `slow` (B12);
+//! without any, all. Targets are those of the table in docs/benchmarks.md. Exits 1 if anything was
+//! lost.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

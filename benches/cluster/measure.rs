@@ -9,7 +9,8 @@ pub fn resident_kib(pid: u32) -> u64 {
     line.map_or(0, |line| line.trim().trim_end_matches(" kB").trim().parse().unwrap())
 }
 
-/// Processor time of a process, user and system, in microseconds; the kernel counts in ticks of 10 ms.
+/// Processor time of a process, user and system, in microseconds; the kernel counts in ticks of 10
+/// ms.
 pub fn cpu_us(pid: u32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let Some((_, rest)) = stat.rsplit_once(')') else { return 0 };

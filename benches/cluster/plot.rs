@@ -1,4 +1,5 @@
-//! SVG, readable on light and on dark: colours by `currentColor` and one accent that stands out on both.
+//! SVG, readable on light and on dark: colours by `currentColor` and one accent that stands out on
+//! both.
 
 use std::fmt::Write;
 

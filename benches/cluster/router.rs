@@ -1,4 +1,5 @@
-//! The router: look-ups on the ring, dispatch alone, dispatch to another process, and the design that it replaces. B6 to B8.
+//! The router: look-ups on the ring, dispatch alone, dispatch to another process, and the design
+//! that it replaces. B6 to B8.
 
 use std::hint::black_box;
 use std::io::{BufRead, BufReader, Write};
@@ -176,7 +177,8 @@ async fn dispatch_alone(seconds: f64) -> f64 {
     encoded.load(Ordering::Relaxed) as f64 / began.elapsed().as_secs_f64()
 }
 
-/// A process that takes what dispatch sends to a push node, and drops it. Says its address, and ends with its input.
+/// A process that takes what dispatch sends to a push node, and drops it. Says its address, and
+/// ends with its input.
 pub fn sink() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -224,8 +226,8 @@ fn to_another_process(seconds: f64, runtime: &tokio::runtime::Runtime) -> f64 {
     rate
 }
 
-/// The design that the ring replaces: where a user is stands in Redis, and is asked for each message. Many questions are under
-/// way on one connection at once.
+/// The design that the ring replaces: where a user is stands in Redis, and is asked for each
+/// message. Many questions are under way on one connection at once.
 async fn look_up_each(port: u16, seconds: f64) -> f64 {
     let client = redis::Client::open(format!("redis://127.0.0.1:{port}")).unwrap();
     let connection = client.get_multiplexed_async_connection().await.unwrap();

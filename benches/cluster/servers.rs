@@ -1,5 +1,6 @@
-//! The servers that are measured: ringpush in the form that a scenario needs, and its peers, each with a configuration that is
-//! fair to it. What each one is given, and why, is in `docs/benchmarks.md`.
+//! The servers that are measured: ringpush in the form that a scenario needs, and its peers, each
+//! with a configuration that is fair to it. What each one is given, and why, is in
+//! `docs/benchmarks.md`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
@@ -314,7 +315,8 @@ pub fn nats() -> Result<Server, String> {
     })
 }
 
-/// Centrifuge, the engine of Centrifugo, behind the small server of `benches/peers/centrifuge`; a token is verified.
+/// Centrifuge, the engine of Centrifugo, behind the small server of `benches/peers/centrifuge`; a
+/// token is verified.
 pub fn centrifuge(history: usize, small: bool) -> Result<Server, String> {
     let go =
         installed("go").or_else(|| installed("../go/bin/go")).ok_or("not installed: it is built with go")?;

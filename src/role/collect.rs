@@ -406,7 +406,7 @@ impl Drop for EndsWriter {
     }
 }
 
-/// Answers the senders, and hands what was stored to dispatch.
+/// Tells the senders the outcomes, and hands what was stored to dispatch.
 fn answer(inner: &Inner, to: Vec<(UserId, Answer)>, outcomes: Vec<Result<Appended, InboxError>>) {
     let mut live = Vec::with_capacity(to.len());
     for ((user, to), outcome) in to.into_iter().zip(outcomes) {

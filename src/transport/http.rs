@@ -1,12 +1,12 @@
 //! HTTP: an accept loop over hyper, and a small client.
 //!
 //! The accept loop is our own because hyper has no timer unless it is given one: without it, a
-//! handshake that is never finished would be held for ever. A connection must send its first complete
-//! request head within [`HttpLimits::first_request`].
+//! handshake that is never finished would be held for ever. A connection must send its first
+//! complete request head within [`HttpLimits::first_request`].
 //!
-//! A connection whose first request asks for a WebSocket never reaches hyper: it says nothing more in
-//! HTTP, and hyper's machinery was a quarter of what a new socket cost. Any other connection is passed
-//! to hyper with the bytes that were read.
+//! A connection whose first request asks for a WebSocket never reaches hyper: it says nothing more
+//! in HTTP, and hyper's machinery was a quarter of what a new socket cost. Any other connection is
+//! passed to hyper with the bytes that were read.
 
 use std::convert::Infallible;
 use std::io;

@@ -1,4 +1,5 @@
-//! MongoDB restored, frozen, damaged or with too few rights, as clients, senders and whoever runs it notice.
+//! MongoDB restored, frozen, damaged or with too few rights, as clients, senders and whoever runs
+//! it notice.
 
 use std::time::Duration;
 
@@ -164,8 +165,8 @@ async fn a_frozen_mongod_is_shown_and_named() {
     eventually("publishes are taken", async || publish(&server, "alice", 1).await.status == 202).await;
 }
 
-/// Whether a new token was revoked is not known while MongoDB does not answer: it is taken when it does, and the old one serves
-/// until then.
+/// Whether a new token was revoked is not known while MongoDB does not answer: it is taken when it
+/// does, and the old one serves until then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_the_inbox_cannot_be_asked_no_refresh_is_taken_for_good() {
     let set = ReplicaSet::start(1).await;

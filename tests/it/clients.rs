@@ -1,4 +1,5 @@
-//! Clients in other languages, as a user would write them from the README, and the page in a real browser.
+//! Clients in other languages, as a user would write them from the README, and the page in a real
+//! browser.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};

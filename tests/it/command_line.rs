@@ -241,7 +241,8 @@ async fn logs_are_json_where_asked_for_and_hold_no_token_and_no_payload() {
     child.wait().unwrap();
 }
 
-/// All the open files that the system grants, though the shell says fewer, and room for them in the kernel's table at once.
+/// All the open files that the system grants, though the shell says fewer, and room for them in the
+/// kernel's table at once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_takes_all_the_files_that_it_is_granted() {
     let server = Server::start().await;

@@ -107,7 +107,8 @@ async fn check_inbox(server: &Server, user: usize, accepted: &BTreeMap<u64, u64>
     assert_eq!(payloads.len(), stored.len(), "user {user} has a message twice");
 }
 
-/// A kill leaves the page cache: only the order of the system calls shows that the disk was asked first.
+/// A kill leaves the page cache: only the order of the system calls shows that the disk was asked
+/// first.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_202_leaves_before_a_sync_that_began_after_its_append() {
     let directory = Arc::new(tempfile::tempdir().unwrap());
@@ -141,7 +142,8 @@ async fn no_202_leaves_before_a_sync_that_began_after_its_append() {
     }
 }
 
-/// strace stands between us and the program: the signal goes to the program, the exit code comes through strace.
+/// strace stands between us and the program: the signal goes to the program, the exit code comes
+/// through strace.
 async fn terminate_traced(server: &mut Server) -> i32 {
     let children =
         std::process::Command::new("pgrep").args(["-P", &server.pid().to_string()]).output().unwrap();
@@ -157,7 +159,8 @@ enum Traced {
     UserPosition(String),
 }
 
-/// The calls in the order of their beginning; strace splits one that is interrupted by another thread's.
+/// The calls in the order of their beginning; strace splits one that is interrupted by another
+/// thread's.
 fn traced(trace: &str) -> Vec<Traced> {
     let mut events = Vec::new();
     for line in trace.lines() {
@@ -179,7 +182,8 @@ fn traced(trace: &str) -> Vec<Traced> {
     events
 }
 
-/// Three clients that resume, a publisher that repeats under the same id, and a server that is killed three times.
+/// Three clients that resume, a publisher that repeats under the same id, and a server that is
+/// killed three times.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_resume_miss_nothing_through_kills() {
     const MESSAGES: u64 = 600;

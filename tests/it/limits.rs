@@ -104,7 +104,8 @@ async fn a_full_disk_loses_nothing_that_was_accepted() {
     assert!(seen.len() >= accepted.len() - 1, "{} of {} were seen", seen.len(), accepted.len());
 }
 
-/// Guards what docs/benchmarks.md measures; with room for another build and another allocator's mood.
+/// Guards what docs/benchmarks.md measures; with room for another build and another allocator's
+/// mood.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_idle_socket_costs_little_memory() {
     const SOCKETS: usize = 5_000;
@@ -144,8 +145,8 @@ async fn an_idle_socket_costs_little_memory() {
     assert!(each <= MOST_KIB as f64, "{each:.2} KiB per idle socket");
 }
 
-/// Messages and keys are for their owner alone, whatever the umask of whoever starts the server; what an earlier version left open is
-/// tightened.
+/// Messages and keys are for their owner alone, whatever the umask of whoever starts the server;
+/// what an earlier version left open is tightened.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_kept_is_readable_by_its_owner_alone() {
     use std::os::unix::fs::PermissionsExt;

@@ -1,4 +1,5 @@
-//! Story tests: each file is named by a behaviour, and each test starts the real program on free loopback ports.
+//! Story tests: each file is named by a behaviour, and each test starts the real program on free
+//! loopback ports.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs, unreachable_pub)]
 
 mod support;

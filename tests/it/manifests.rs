@@ -1,4 +1,5 @@
-//! The Kubernetes manifests: they build, they are valid, and the numbers that belong together are the same.
+//! The Kubernetes manifests: they build, they are valid, and the numbers that belong together are
+//! the same.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -28,7 +29,8 @@ fn of_kind<'a>(all: &'a str, kind: &str) -> Vec<&'a str> {
 fn every_overlay_builds_and_every_object_is_valid() {
     for overlay in ["dev", "test", "prod"] {
         let text = rendered(overlay);
-        // The schemas of Kubernetes 1.31 are in the PyPI package; a ServiceMonitor is of the Prometheus operator.
+        // The schemas of Kubernetes 1.31 are in the PyPI package; a ServiceMonitor is of the
+        // Prometheus operator.
         let built_in: Vec<&str> =
             text.split("\n---\n").filter(|one| !one.contains("apiVersion: monitoring.coreos.com")).collect();
         assert!(built_in.len() > 20, "{overlay} has {} objects", built_in.len());

@@ -1,4 +1,5 @@
-//! The process outlives its surroundings: closed pipes, full disks, and signals that mean nothing to it.
+//! The process outlives its surroundings: closed pipes, full disks, and signals that mean nothing
+//! to it.
 
 use std::fs::File;
 use std::io::Read;

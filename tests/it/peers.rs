@@ -1,5 +1,5 @@
-//! Processes that share a registry and should not, or not yet: another secret, an address that leads elsewhere, another store; and what
-//! any program may have written there.
+//! Processes that share a registry and should not, or not yet: another secret, an address that
+//! leads elsewhere, another store; and what any program may have written there.
 
 use std::time::Duration;
 
@@ -159,7 +159,8 @@ impl Drop for Passage {
     }
 }
 
-/// Alone it proves its address to itself. Whether others understand that address shows when there are some.
+/// Alone it proves its address to itself. Whether others understand that address shows when there
+/// are some.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_node_proved_alone_counts_until_there_is_another() {
     let (redis, set) = (redis(&[]).await, ReplicaSet::start(1).await);
@@ -229,8 +230,8 @@ async fn two_clusters_under_one_prefix_do_not_mix() {
     assert_eq!(nodes_of(&server).await, ["push-0"]);
 }
 
-/// A process dies with its cluster, and one of another name comes while the lease of the dead one runs: it is alone, though it has seen
-/// another, and takes users.
+/// A process dies with its cluster, and one of another name comes while the lease of the dead one
+/// runs: it is alone, though it has seen another, and takes users.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_comes_after_all_others_have_died_takes_users() {
     let redis = redis(&[]).await;

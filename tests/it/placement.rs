@@ -1,4 +1,5 @@
-//! Several push nodes: connect names the right one, a socket elsewhere is told to move, and nothing is missed on the way.
+//! Several push nodes: connect names the right one, a socket elsewhere is told to move, and nothing
+//! is missed on the way.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,8 @@ use serde_json::json;
 
 use crate::support::{Options, Server, Socket, eventually, http};
 
-/// The number of the node that owns a user among `push-0` to `push-2`, by the arithmetic that everybody shares.
+/// The number of the node that owns a user among `push-0` to `push-2`, by the arithmetic that
+/// everybody shares.
 fn owner_of(user: &str) -> usize {
     let ring = Ring::build(["push-0", "push-1", "push-2"].map(|name| (name, 1.0)));
     ring.owner_of(user).unwrap().strip_prefix("push-").unwrap().parse().unwrap()
@@ -94,7 +96,8 @@ async fn a_socket_on_another_node_is_told_to_move_and_between_the_two_nothing_is
     server.publish_all("alice", (4..7).map(|n| json!(n))).await;
     new.until("caught_up").await;
     let last = server.publish("alice", json!(7)).await;
-    // Both deliver until the old one is closed; the new one has every number after the old one's last at the move.
+    // Both deliver until the old one is closed; the new one has every number after the old one's
+    // last at the move.
     old.messages(4).await;
     assert_eq!((old.last, first + 7), (last, last));
     while new.last < last {

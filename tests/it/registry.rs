@@ -1,4 +1,5 @@
-//! Membership and fallback entries in a real Redis: the contracts, and what a lost, frozen or emptied Redis does to them.
+//! Membership and fallback entries in a real Redis: the contracts, and what a lost, frozen or
+//! emptied Redis does to them.
 
 use std::sync::Arc;
 
@@ -115,7 +116,8 @@ async fn the_master_is_found_through_a_sentinel() {
     conformance::suite(&conformance::Bench { own: membership(), others: membership() }).await;
 }
 
-/// A certificate authority and a server's certificate for 127.0.0.1, as `ca.pem`, `cert.pem` and `key.pem`.
+/// A certificate authority and a server's certificate for 127.0.0.1, as `ca.pem`, `cert.pem` and
+/// `key.pem`.
 fn certificates(directory: &std::path::Path) {
     let make = |words: &str| {
         let output = std::process::Command::new("openssl")

@@ -1,4 +1,5 @@
-//! The inbox in a real MongoDB: the contract, two writers at once, and primaries that step down or die.
+//! The inbox in a real MongoDB: the contract, two writers at once, and primaries that step down or
+//! die.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -78,9 +79,10 @@ async fn write(inbox: MongoInbox, users: Vec<UserId>, writer: usize, rounds: usi
     promised
 }
 
-/// Everything stored is what was promised under its number; nobody's number was given twice, no id stored twice.
-/// When it is `complete`, nothing can have expired: all that was promised is there, and there is no hole. (Of
-/// messages that expire, the one that another writer accepted earlier may be gone before the number below it.)
+/// Everything stored is what was promised under its number; nobody's number was given twice, no id
+/// stored twice. When it is `complete`, nothing can have expired: all that was promised is there,
+/// and there is no hole. (Of messages that expire, the one that another writer accepted earlier may
+/// be gone before the number below it.)
 async fn audit(inbox: &MongoInbox, users: &[UserId], promised: &[Promised], complete: bool) {
     const WIDE: PageLimit = PageLimit { messages: 100_000, bytes: 1 << 30 };
     for user in users {
@@ -224,7 +226,8 @@ async fn what_is_stored_is_not_stored_again_when_a_read_of_its_batch_fails() {
     let one = open(&set.uri(), "failing", times, clock.clone()).await;
     let two = open(&format!("{}&appName=second", set.uri()), "failing", times, clock).await;
     let mut promised = vec![append_once(&one, &users, "a").await, append_once(&two, &users, "b").await];
-    // Half of the numbers that the second would give next are taken, and it cannot look at what stands there.
+    // Half of the numbers that the second would give next are taken, and it cannot look at what
+    // stands there.
     promised.push(append_once(&one, &users[..10], "c").await);
     let fail = |mode: mongodb::bson::Bson| {
         mongodb::bson::doc! {
@@ -280,7 +283,8 @@ async fn what_cannot_work_is_refused_with_a_remedy() {
     }
 }
 
-/// Times of which all that follow are short: a look at the store every 20 ms, one at its indexes every 0.6 s.
+/// Times of which all that follow are short: a look at the store every 20 ms, one at its indexes
+/// every 0.6 s.
 const BRISK: MongoTimes = MongoTimes { head_trust: Duration::from_secs(6) };
 
 fn collection(set: &mongodb::Client, database: &str) -> mongodb::Collection<Document> {
@@ -370,7 +374,8 @@ async fn after_a_restore_no_number_is_given_twice_and_what_comes_is_found() {
     watching.iter().for_each(|task| task.abort());
 }
 
-/// Its numbers are ahead of the moment, and so is the pulse: whoever sees that fall goes on above the pulse, not above his own moment.
+/// Its numbers are ahead of the moment, and so is the pulse: whoever sees that fall goes on above
+/// the pulse, not above his own moment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_a_restore_numbers_of_a_clock_that_was_ahead_are_not_given_again() {
     let set = ReplicaSet::start(1).await;

@@ -1,4 +1,5 @@
-//! HTTP as the RFCs have it, on every listener alike: what a proxy, a load balancer or a scanner may send.
+//! HTTP as the RFCs have it, on every listener alike: what a proxy, a load balancer or a scanner
+//! may send.
 
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -9,7 +10,8 @@ use crate::support::{DEADLINE, Options, Server, http};
 /// Every listener that speaks HTTP to strangers.
 const LISTENERS: [&str; 5] = ["push", "collect", "auth", "dispatch", "ops"];
 
-/// Sends these bytes, and reads until there are `answers` whole answers; the connection stays open meanwhile.
+/// Sends these bytes, and reads until there are `answers` whole answers; the connection stays open
+/// meanwhile.
 async fn answered(at: &str, bytes: &[u8], answers: usize) -> Vec<http::Answer> {
     let mut stream = TcpStream::connect(at).await.unwrap();
     // A server that refuses early closes while we still write: its answer is what counts.

@@ -188,3 +188,111 @@ fn every_dependency_has_its_reason() {
         }
     }
 }
+
+/// Every Rust file of the repository, by its path from the root.
+fn all_sources() -> BTreeMap<PathBuf, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = BTreeMap::new();
+    let mut folders: Vec<PathBuf> =
+        ["src", "tests", "benches", "crates", "fuzz"].iter().map(|name| root.join(name)).collect();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.ends_with("target") {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                found.insert(path.strip_prefix(root).unwrap().to_owned(), text);
+            }
+        }
+    }
+    found
+}
+
+/// The comment lines of a file, with their numbers.
+fn comments(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let numbered = text.lines().enumerate().map(|(n, line)| (n + 1, line));
+    numbered.filter(|(_, line)| line.trim_start().starts_with("//"))
+}
+
+#[test]
+fn comments_have_at_most_a_hundred_columns() {
+    let mut wrong = Vec::new();
+    for (path, text) in all_sources() {
+        for (n, line) in comments(&text).filter(|(_, line)| line.chars().count() > 100) {
+            wrong.push(format!("{}:{n}: {} columns", path.display(), line.chars().count()));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// A sentence that only points elsewhere, or only repeats the question that a type answers.
+#[test]
+fn no_comment_stands_for_a_sentence() {
+    const POINTERS: [&str; 10] = [
+        "See the module",
+        "See above",
+        "See the room",
+        "/// Whose.",
+        "/// Which.",
+        "/// Why.",
+        "/// Where.",
+        "/// Who.",
+        "/// Of them.",
+        "/// The same.",
+    ];
+    let mut wrong = Vec::new();
+    for (path, text) in all_sources().into_iter().filter(|(path, _)| !path.ends_with("it/rooms.rs")) {
+        for (n, line) in comments(&text) {
+            let line = line.trim_start();
+            let points = POINTERS.iter().any(|pointer| {
+                if pointer.starts_with('/') { line == *pointer } else { line.contains(pointer) }
+            });
+            if points || line.starts_with("/// Answers ") {
+                wrong.push(format!("{}:{n}: {line}", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Documents and source files that a comment or a document names.
+#[test]
+fn what_is_referred_to_is_in_the_repository() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut texts: Vec<(PathBuf, String)> = all_sources().into_iter().collect();
+    let mut folders = vec![root.join("docs"), root.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && folder != root {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "md") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                texts.push((path.strip_prefix(root).unwrap().to_owned(), text));
+            }
+        }
+    }
+    let mut wrong = Vec::new();
+    for (path, text) in texts {
+        for (n, line) in text.lines().enumerate() {
+            let is_comment =
+                line.trim_start().starts_with("//") || path.extension().is_some_and(|e| e == "md");
+            let words = line.split(|c: char| !(c.is_alphanumeric() || "./_-".contains(c)));
+            for word in words.filter(|_| is_comment).map(|word| word.trim_end_matches('.')) {
+                let is_ours = ["docs/", "src/", "tests/", "benches/", "crates/", "config/", "scripts/"]
+                    .iter()
+                    .any(|folder| word.starts_with(folder));
+                let is_file = [".md", ".rs", ".toml", ".svg"].iter().any(|end| word.ends_with(end));
+                if is_ours && is_file && !root.join(word).exists() {
+                    wrong.push(format!("{}:{}: {word}", path.display(), n + 1));
+                }
+                if is_file && word.len() > 3 && word.chars().all(|c| c.is_uppercase() || c == '.') {
+                    // Names in capitals are documents at the root.
+                    wrong.extend((!root.join(word).exists()).then(|| format!("{}: {word}", path.display())));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

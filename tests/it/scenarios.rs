@@ -1,5 +1,5 @@
-//! Whole clusters under load, behind nginx, with a real Redis and MongoDB; each ends in the audit. `scripts/test` runs those
-//! of this file, `scripts/test --all` also those of `more`.
+//! Whole clusters under load, behind nginx, with a real Redis and MongoDB; each ends in the audit.
+//! `scripts/test` runs those of this file, `scripts/test --all` also those of `more`.
 
 use std::time::Duration;
 
@@ -13,9 +13,11 @@ use crate::support::{DEADLINE, Socket, eventually};
 #[path = "scenarios_more.rs"]
 mod more;
 
-/// 2,000 users, 500 messages per second; a message that takes longer than 15 s was found by a sweep, which here is a fault.
+/// 2,000 users, 500 messages per second; a message that takes longer than 15 s was found by a
+/// sweep, which here is a fault.
 const SWEPT: &str = "15s";
-/// Where something in flight may be lost with the process that had it, and a sweep is what finds it.
+/// Where something in flight may be lost with the process that had it, and a sweep is what finds
+/// it.
 const FOUND_BY_SWEEP: &str = "40s";
 
 fn load<'a>(seconds: &'a str, max_delay: &'a str) -> [&'a str; 8] {
@@ -48,7 +50,8 @@ async fn a_node_joins_and_only_those_move_whom_it_owns() {
     let before = commands(count());
     rest(4).await;
     let per_message = (commands(count()) - before) as f64 / 2000.0;
-    // Beats, polls and the commands of their scripts: some 40 per process and second, whatever the load.
+    // Beats, polls and the commands of their scripts: some 40 per process and second, whatever the
+    // load.
     assert!(per_message < 0.9, "{per_message} Redis commands per message in the steady state");
     for router in ["dispatch-0", "dispatch-1"] {
         assert_eq!(cluster.metric(router, "ringpush_dispatch_fallback_lookups_total").await, 0.0);
@@ -128,7 +131,8 @@ async fn a_frozen_redis_is_not_felt() {
     rest(2).await;
     cluster.run(&["signal", "redis", "STOP"]).await;
     eventually("a held view", async || cluster.view().await["held"] == true).await;
-    // Whoever comes now is displaced on two of three nodes and cannot be entered there: it is served all the same.
+    // Whoever comes now is displaced on two of three nodes and cannot be entered there: it is
+    // served all the same.
     let tokens: Vec<String> =
         join_all((0..120).map(async |n| cluster.token(&format!("late-{n}")).await)).await;
     let opening = tokens.iter().enumerate().map(async |(n, token)| {

@@ -28,7 +28,8 @@ async fn a_killed_dispatch_is_replaced_by_the_other() {
     rest(5).await;
     cluster.run(&["start", "dispatch-0"]).await;
     rest(2).await;
-    // For a moment there is none: what collect stores then reaches nobody but by the sweep that is asked for afterwards.
+    // For a moment there is none: what collect stores then reaches nobody but by the sweep that is
+    // asked for afterwards.
     cluster.run(&["kill", "dispatch-1"]).await;
     cluster.run(&["kill", "dispatch-0"]).await;
     rest(2).await;
@@ -156,7 +157,8 @@ async fn a_client_that_never_follows_a_move_is_served_where_it_is() {
         socket.caught_up().await;
         sockets.push((user, socket));
     }
-    // One message for each, some before, some while and some after the view changes; none that follows it would show a gap.
+    // One message for each, some before, some while and some after the view changes; none that
+    // follows it would show a gap.
     let publishing = async {
         for (user, _) in &sockets {
             cluster.publish(user, json!("one")).await;

@@ -15,7 +15,8 @@ use crate::support::{DEADLINE, Server, http};
 
 /// Streams of one connection, as many as the server allows.
 const STREAMS: usize = 1_000;
-/// What each sends of a message of nearly that size, which then never ends: as much as one may have.
+/// What each sends of a message of nearly that size, which then never ends: as much as one may
+/// have.
 const PIECE: usize = 300_000;
 
 fn resident_mb(server: &Server) -> usize {
@@ -24,7 +25,8 @@ fn resident_mb(server: &Server) -> usize {
     line.trim().trim_end_matches(" kB").trim().parse::<usize>().unwrap() / 1024
 }
 
-/// A connection's worth of calls that begin a message and never end it; how each was answered, as `grpc-status`.
+/// A connection's worth of calls that begin a message and never end it; how each was answered, as
+/// `grpc-status`.
 async fn calls_that_never_end(at: &str, path: &str, key: Option<&str>) -> Vec<u16> {
     let stream = TcpStream::connect(at).await.unwrap();
     let (client, connection) =

@@ -302,7 +302,8 @@ async fn a_handshake_may_come_in_pieces_after_a_refusal_and_with_a_frame_behind_
     let server = Server::start().await;
     let (at, token) = (server.at("push"), server.token("alice").await);
     let ping = Raw::frame(0x81, br#"{"type":"ping"}"#);
-    // The first request of a connection, the second after one that was refused, and one that may have a body.
+    // The first request of a connection, the second after one that was refused, and one that may
+    // have a body.
     for (refused, more) in [(0, ""), (1, ""), (2, ""), (0, "content-length: 0\r\n")] {
         let mut raw = Raw::connect(&at).await;
         for _ in 0..refused {
@@ -372,7 +373,8 @@ async fn a_slow_reader_is_neither_dropped_nor_buffered_and_gets_all_of_it() {
     let messages = slow.messages(1500).await;
     assert_eq!(messages[1499][0], 59);
     assert_eq!(messages[1499][1], 24);
-    // The store keeps 30 MB of messages in memory until they are flushed; a copy for the slow one would come on top.
+    // The store keeps 30 MB of messages in memory until they are flushed; a copy for the slow one
+    // would come on top.
     assert!(grown < 120_000, "{grown} KiB more");
 }
 
@@ -497,7 +499,8 @@ async fn a_server_with_keys_of_somebody_hands_out_no_tokens() {
     }
 }
 
-/// Strangers knock far beyond the budget, and whoever brings a good token is served all the same; what was refused is counted.
+/// Strangers knock far beyond the budget, and whoever brings a good token is served all the same;
+/// what was refused is counted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn strangers_do_not_spend_the_budget_of_those_who_are_known() {
     let server = Server::with(Options::default().with("push.accept_per_s", "5")).await;

@@ -102,7 +102,8 @@ async fn a_disconnect_closes_every_socket_and_refuses_every_token_until_then() {
     assert_eq!(Socket::open(&url, Some(&new)).await.expect("welcome").await["user"], "alice");
 }
 
-/// An issuer with a private key of its own: its public half stands in one server's configuration, and another fetches it.
+/// An issuer with a private key of its own: its public half stands in one server's configuration,
+/// and another fetches it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_may_be_fetched_from_the_issuer() {
     let public = include_str!("../keys/ec-public.pem");
@@ -120,8 +121,9 @@ async fn keys_may_be_fetched_from_the_issuer() {
     assert_eq!(Socket::try_open(&url, Some(&forged), &[]).await.err(), Some(401));
 }
 
-/// The keys stand in a file that a web server of somebody else shows. One that is too large is refused and named; keys that were
-/// turned are fetched because a token names one of them, also where it is only asked about.
+/// The keys stand in a file that a web server of somebody else shows. One that is too large is
+/// refused and named; keys that were turned are fetched because a token names one of them, also
+/// where it is only asked about.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_are_bounded_and_turned_keys_are_fetched_when_a_token_is_asked_about() {
     let keys_of = async |pem: &str, kid: &str| {

@@ -1,7 +1,9 @@
 //! One connection: from the upgrade to the last frame, in one task.
 //!
-//! Three stages, each a function that takes the socket and passes it on: *unidentified* (a token must
-//! come), *attaching* (register, ask the inbox, send welcome), *serving*. The serving stage owns the
+//! Three stages, each a function that takes the socket and passes it on: *unidentified* (a token
+//! must
+//! come), *attaching* (register, ask the inbox, send welcome), *serving*. The serving stage owns
+//! the
 //! socket, the session and the queue between them, and waits for one of five things:
 //!
 //! 1. the socket takes more of what is queued,
@@ -15,10 +17,13 @@
 //!
 //! # Inline sends
 //!
-//! The connection's task normally does all I/O. When it is idle and its mailbox is empty, the thread
-//! that delivers a live message writes it to the socket itself ([`InlineSend`]). Waking the task would
+//! The connection's task normally does all I/O. When it is idle and its mailbox is empty, the
+//! thread
+//! that delivers a live message writes it to the socket itself ([`InlineSend`]). Waking the task
+//! would
 //! cost more than the write, and most messages go to idle sessions
-//! (docs/decisions/001-inline-sends.md). That is why there is no `select!` here: the state that a send
+//! (docs/decisions/001-inline-sends.md). That is why there is no `select!` here: the state that a
+//! send
 //! needs must be reachable without running the task.
 //!
 //! # Locking
@@ -723,7 +728,7 @@ impl<S: Socket> Serving<S> {
         }
     }
 
-    /// Answers a frame of the client. Not if the client reads nothing, because it could make us
+    /// Queues the answer to a frame of the client. Not if the client reads nothing, because it could make us
     /// queue without end.
     fn reply(&mut self, frame: &ServerFrame) {
         if !self.told_full {

@@ -1,4 +1,5 @@
-//! Push holds the sockets. It delivers, takes acks, replays, and sends a client to the node that owns
+//! Push holds the sockets. It delivers, takes acks, replays, and sends a client to the node that
+//! owns
 //! its user.
 //!
 //! - [`registry`]: the sessions of this node, by user.
@@ -10,8 +11,10 @@
 //!
 //! # Attach order
 //!
-//! Register, enter the fallback set if displaced, ask the inbox from the cursor, go live. What is stored
-//! after the question comes as a live message or is reported as missing; what was stored before it is
+//! Register, enter the fallback set if displaced, ask the inbox from the cursor, go live. What is
+//! stored
+//! after the question comes as a live message or is reported as missing; what was stored before it
+//! is
 //! in the response. Nothing falls in between.
 
 mod admission;

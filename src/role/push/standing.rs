@@ -1,8 +1,10 @@
 //! What this node does when it has lost its place among the members, and when it has it again.
 //!
-//! - Another process took its name (*fenced*): it closes its sessions over the drain window and stays,
+//! - Another process took its name (*fenced*): it closes its sessions over the drain window and
+//!   stays,
 //!   not ready. If it exited, its supervisor would start it again and it would fence the other one.
-//! - It cannot reach the registry and a router says that it has left the view (*cut off*): other nodes
+//! - It cannot reach the registry and a router says that it has left the view (*cut off*): other
+//!   nodes
 //!   own its users now. It sends its sessions there, sweeps every 3 s meanwhile, and takes no new
 //!   sockets until it is registered again.
 //! - It is registered again, or the registry has forgotten everything: it writes its entries there

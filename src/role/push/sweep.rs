@@ -87,7 +87,7 @@ impl Asks {
     }
 }
 
-/// Answers attaching sessions batch by batch: the next batch forms while the last one is in flight
+/// Looks up positions for attaching sessions, batch by batch: the next batch forms while the last one is in flight
 /// or has just begun.
 pub(super) async fn answer_asks(inbox: Arc<dyn Inbox>, mut requests: mpsc::Receiver<AskRequest>) {
     let mut under_way = JoinSet::new();

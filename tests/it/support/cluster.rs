@@ -200,7 +200,8 @@ pub struct Audit {
 }
 
 impl Audit {
-    /// Waits for the end; the report, which must say that nothing was lost, repeated, late or out of order.
+    /// Waits for the end; the report, which must say that nothing was lost, repeated, late or out
+    /// of order.
     pub async fn passes(mut self) -> Value {
         let mut text = String::new();
         self.child.stdout.take().unwrap().read_to_string(&mut text).await.unwrap();

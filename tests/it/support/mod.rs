@@ -101,7 +101,8 @@ impl Server {
         mut command: Command,
     ) -> Self {
         let data = directory.path().to_owned();
-        // What a killed process left would be taken for this one's, until this one has the store's lock.
+        // What a killed process left would be taken for this one's, until this one has the store's
+        // lock.
         let _ = std::fs::remove_file(data.join("listen.json"));
         let mut child = command.spawn().expect("the program starts");
         let began = Instant::now();

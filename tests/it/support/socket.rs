@@ -1,4 +1,5 @@
-//! A WebSocket as a stranger's client has it: tungstenite for what is well formed, bytes for what is not.
+//! A WebSocket as a stranger's client has it: tungstenite for what is well formed, bytes for what
+//! is not.
 
 use std::time::Duration;
 
@@ -267,7 +268,8 @@ impl Raw {
         (first, payload)
     }
 
-    /// The next frame but for the server's pings, which come whenever they are due: it must be text.
+    /// The next frame but for the server's pings, which come whenever they are due: it must be
+    /// text.
     pub async fn text(&mut self) -> Value {
         self.text_after(&[0x89]).await
     }
