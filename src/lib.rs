@@ -1,14 +1,11 @@
 //! ringpush: a WebSocket push cluster.
 //!
 //! A business system posts a message for a user. ringpush stores it, and every device of that user
-//! has
-//! it a moment later, on whichever node its socket lives. Three ideas carry this. *The inbox is the
-//! truth; routing is a hint*: a live delivery may be lost, repeated or late without harm. *A
-//! session is
-//! a cursor over the inbox with a live tail*: reconnect, move, slow client and restart are the same
-//! two
-//! states. *The owner is computed*: every node computes where a user belongs, and nobody looks it
-//! up.
+//! has it a moment later, on whichever node its socket lives. Three ideas carry this. *The inbox is
+//! the truth; routing is a hint*: a live delivery may be lost, repeated or late without harm. *A
+//! session is a cursor over the inbox with a live tail*: reconnect, move, slow client and restart
+//! are the same two states. *The owner is computed*: every node computes where a user belongs, and
+//! nobody looks it up.
 //!
 //! `docs/architecture.md` has the map with the life cycles of a connection, a message and a node;
 //! `docs/glossary.md` defines the terms.

@@ -6,12 +6,10 @@
 //!   [`Fallback::remove`], or until nobody has called [`Fallback::keep`] for a lease. Adding twice
 //!   and removing what is not there do nothing.
 //! - [`Fallback::nodes_of`] returns every node whose set has the user. For a moment it may return
-//!   one
-//!   too many. It may return one too few only until [`Hints::seen_after`] has passed since `add`
-//!   returned, so whoever adds a user reads the inbox again then.
+//!   one too many. It may return one too few only until [`Hints::seen_after`] has passed since
+//!   `add` returned, so whoever adds a user reads the inbox again then.
 //! - [`Fallback::keep`] returns the size of the set as it is stored. A wrong size twice running
-//!   means
-//!   that the set was lost.
+//!   means that the set was lost.
 //!
 //! Every adapter passes [`conformance::suite`].
 

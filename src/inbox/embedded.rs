@@ -1,8 +1,7 @@
 //! The inbox on the embedded store `fjall`, for one process alone.
 //!
 //! Four keyspaces hold messages, and one describes the store itself. A key begins with four bytes
-//! of
-//! the user's hash, the user id and a zero byte. No user id contains a zero byte, so users never
+//! of the user's hash, the user id and a zero byte. No user id contains a zero byte, so users never
 //! mix:
 //!
 //! | keyspace | key | value |
@@ -26,11 +25,9 @@
 //! # New users
 //!
 //! A user without a head record starts numbering at the time at which this process opened the
-//! store.
-//! `positions` can therefore answer for such a user without a write: the record that is created
-//! with
-//! the first message will hold the same number. A crash in between is harmless, because a client of
-//! an empty inbox is only ever told 0.
+//! store. `positions` can therefore answer for such a user without a write: the record that is
+//! created with the first message will hold the same number. A crash in between is harmless,
+//! because a client of an empty inbox is only ever told 0.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;

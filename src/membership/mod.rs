@@ -13,8 +13,7 @@
 //! - A node that no other node has reached yet at the address that it advertises ([`Reached`]) is
 //!   neither a member nor a router.
 //! - A [`LeaseState`] tells a node when it has lost its place, when it has it again, and when
-//!   another
-//!   process took it for good.
+//!   another process took it for good.
 //!
 //! Every adapter passes [`conformance::suite`].
 

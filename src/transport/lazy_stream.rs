@@ -3,14 +3,11 @@
 //! 1. replays bytes that were read ahead,
 //! 2. holds written bytes back, so that they leave in one packet with the next write, and
 //! 3. registers with tokio's reactor late: for reading on the first read that would block, for
-//! writing
-//!    on the first write that would.
+//!    writing on the first write that would.
 //!
 //! The response to a handshake is held back and leaves together with the first frame. A packet
-//! costs
-//! both sides some ten microseconds, a fifth of what a new socket costs. Registering for reading
-//! and
-//! writing at once costs one wake-up per new socket.
+//! costs both sides some ten microseconds, a fifth of what a new socket costs. Registering for
+//! reading and writing at once costs one wake-up per new socket.
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice, Read, Write};

@@ -1,19 +1,25 @@
 //! Who may open a socket: decided before the upgrade, from the request alone.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
-use tower::ServiceExt;
 
-use super::Node;
+use super::PushMetrics;
+use super::availability::Availability;
+use super::ownership::Ownership;
 use super::registry::Arrival;
-use crate::message::{DeviceId, UserId};
+use super::tokens::{Known, TokenCheck};
+use crate::clock::Clock;
+use crate::fallback::Holder;
+use crate::message::DeviceId;
+use crate::role::connect::PublicUrls;
 use crate::telemetry::{Credential, WAY};
-use crate::ticket::{Ticket, TicketError};
+use crate::ticket::{Ticket, TicketError, TicketKey, UsedNonces};
 use crate::wire::address::{SocketQuery, escape};
 use crate::wire::frame::Since;
-use crate::wire::peer::{Identity, PeerError, VerifyRequest};
+use crate::wire::peer::PeerError;
 
 /// Burst of accepted sockets, in seconds of `accept_per_s` (docs/design.md, section 11).
 const BURST_S: f64 = 2.0;
@@ -62,28 +68,6 @@ pub struct Admission {
     pub(super) arrival: Arrival,
 }
 
-impl Admission {
-    /// Whether the client has shown a token or ticket.
-    #[must_use]
-    pub fn is_identified(&self) -> bool {
-        self.identity.is_some()
-    }
-}
-
-/// A client that has shown who it is.
-#[derive(Debug, Clone)]
-pub(super) struct Known {
-    pub(super) user: UserId,
-    pub(super) issued_at_s: u64,
-    pub(super) expires_at_s: u64,
-}
-
-impl From<Identity> for Known {
-    fn from(identity: Identity) -> Self {
-        Self { user: identity.user, issued_at_s: identity.issued_at_s, expires_at_s: identity.expires_at_s }
-    }
-}
-
 /// The response instead of the upgrade.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AdmissionError {
@@ -99,117 +83,173 @@ pub enum AdmissionError {
     Redirect(String),
 }
 
-pub(super) async fn admit(node: &Node, request: SocketRequest<'_>) -> Result<Admission, AdmissionError> {
-    if !node.takes_sockets() {
-        return Err(AdmissionError::Unavailable("this node is leaving; another one takes sockets"));
+/// What is configured about requests for sockets.
+pub(super) struct AdmissionRules {
+    /// The origins whose pages may open sockets.
+    pub(super) origins: Origins,
+    /// Whether a token may stand in the URL.
+    pub(super) token_in_url: bool,
+}
+
+/// Takes tickets for this process, each once.
+pub(super) struct Tickets {
+    key: TicketKey,
+    holder: Holder,
+    clock: Clock,
+    used: Mutex<UsedNonces>,
+}
+
+impl Tickets {
+    /// Tickets for `holder`, verified with `key`.
+    pub(super) fn new(key: TicketKey, holder: Holder, clock: Clock) -> Self {
+        Self { key, holder, clock, used: Mutex::default() }
     }
-    if !node.config.origins.allows(request.origin) {
-        node.refusals.note(Credential::Origin, "pages of this origin may not open sockets (push.origins)");
-        return Err(AdmissionError::ForbiddenOrigin);
+
+    fn verify(&self, text: &str) -> Result<Ticket, TicketError> {
+        self.key.verify(text, &self.holder.node, self.holder.incarnation, self.clock.now())
     }
-    let query = SocketQuery::parse(request.query).map_err(AdmissionError::BadQuery)?;
-    let mut arrival = arrival(node, request.node_in_path, &query);
-    let mut device = query.device.clone();
-    let identity = match &query.ticket {
-        Some(ticket) => {
-            let ticket = take_ticket(node, ticket)?;
-            if ticket.keep {
-                arrival.keep_at = Some(node.views.borrow().digest);
+
+    fn redeem(&self, ticket: &Ticket) -> Result<(), TicketError> {
+        self.used.lock().take(ticket, self.clock.now())
+    }
+}
+
+/// Decides about requests for sockets.
+pub(super) struct Admitter {
+    pub(super) rules: AdmissionRules,
+    pub(super) availability: Arc<Availability>,
+    pub(super) budgets: AcceptBudgets,
+    pub(super) tickets: Tickets,
+    pub(super) tokens: Arc<TokenCheck>,
+    pub(super) ownership: Arc<Ownership>,
+    pub(super) urls: Arc<PublicUrls>,
+    pub(super) metrics: PushMetrics,
+}
+
+impl Admitter {
+    /// Decides about one request.
+    ///
+    /// # Errors
+    ///
+    /// The response instead of the upgrade.
+    pub(super) async fn admit(&self, request: SocketRequest<'_>) -> Result<Admission, AdmissionError> {
+        let decided = self.decide(request).await;
+        if decided.is_err() {
+            self.metrics.refused.inc();
+        }
+        decided
+    }
+
+    async fn decide(&self, request: SocketRequest<'_>) -> Result<Admission, AdmissionError> {
+        if !self.availability.takes_sockets() {
+            return Err(AdmissionError::Unavailable("this node is leaving; another one takes sockets"));
+        }
+        if !self.rules.origins.allows(request.origin) {
+            let why = "pages of this origin may not open sockets (push.origins)";
+            self.tokens.refuse(Credential::Origin, why);
+            return Err(AdmissionError::ForbiddenOrigin);
+        }
+        let query = SocketQuery::parse(request.query).map_err(AdmissionError::BadQuery)?;
+        let mut arrival = self.arrival(request.node_in_path, &query);
+        let mut device = query.device.clone();
+        let identity = match &query.ticket {
+            Some(ticket) => {
+                let ticket = self.take_ticket(ticket)?;
+                if ticket.keep {
+                    arrival.keep_at = Some(self.ownership.view().digest);
+                }
+                device = Some(ticket.device);
+                let (issued_at_s, expires_at_s) = (ticket.token_iat_s, ticket.token_exp_s);
+                Some(Known { user: ticket.user, issued_at_s, expires_at_s })
             }
-            device = Some(ticket.device);
-            let (issued_at_s, expires_at_s) = (ticket.token_iat_s, ticket.token_exp_s);
-            Some(Known { user: ticket.user, issued_at_s, expires_at_s })
+            None => self.verify_token(&request, &query).await?,
+        };
+        let user = identity.as_ref().map_or("not known yet", |known| known.user.as_str());
+        tracing::debug!(target: WAY, step = 1, user, node = %self.ownership.node(), "asked for a socket");
+        if query.redirect_http
+            && let Some(known) = &identity
+            && let Some(url) = self.elsewhere(known, &device, query.since, arrival)
+        {
+            return Err(AdmissionError::Redirect(url));
         }
-        None => verify_token(node, &request, &query).await?,
-    };
-    let user = identity.as_ref().map_or("not known yet", |known| known.user.as_str());
-    tracing::debug!(target: WAY, step = 1, user, node = %node.name(), "asked for a socket");
-    if query.redirect_http
-        && let Some(known) = &identity
-        && let Some(url) = elsewhere(node, known, &device, query.since, arrival)
-    {
-        return Err(AdmissionError::Redirect(url));
+        Ok(Admission { identity, device, since: query.since, arrival })
     }
-    Ok(Admission { identity, device, since: query.since, arrival })
-}
 
-/// A client that was sent on twice, or whose path names another node, is kept until the view
-/// changes.
-fn arrival(node: &Node, node_in_path: Option<&str>, query: &SocketQuery) -> Arrival {
-    let by_anothers_path = node_in_path.is_some_and(|name| name != node.name().as_str());
-    let keep = query.hops >= 2 || by_anothers_path;
-    Arrival { hops: query.hops, client_epoch: query.epoch, keep_at: keep.then(|| node.views.borrow().digest) }
-}
-
-fn take_ticket(node: &Node, text: &str) -> Result<Ticket, AdmissionError> {
-    let now = node.clock.now();
-    let refused = |fault: TicketError| {
-        let why = fault.to_string();
-        node.refusals.note(Credential::Ticket, &why);
-        AdmissionError::Unauthorized(why)
-    };
-    let ticket = node.ticket_key.verify(text, node.name(), node.holder.incarnation, now).map_err(refused)?;
-    // Before the ticket is used up: a ticket that cannot be served now stays good.
-    node.accepts.take(Who::Known)?;
-    node.used_tickets.lock().take(&ticket, now).map_err(refused)?;
-    Ok(ticket)
-}
-
-async fn verify_token(
-    node: &Node,
-    request: &SocketRequest<'_>,
-    query: &SocketQuery,
-) -> Result<Option<Known>, AdmissionError> {
-    let in_url = query.access_token.as_deref().filter(|_| node.config.token_in_url);
-    let Some(token) = request.bearer.or(in_url) else {
-        node.accepts.take(Who::Stranger)?;
-        return Ok(None);
-    };
-    if token.is_empty() {
-        let why = "a token is needed: Authorization: Bearer <token>";
-        node.refusals.note(Credential::Token, why);
-        return Err(AdmissionError::Unauthorized(why.to_owned()));
+    /// A client that was sent on twice, or whose path names another node, is kept until the view
+    /// changes.
+    fn arrival(&self, node_in_path: Option<&str>, query: &SocketQuery) -> Arrival {
+        let own = self.ownership.node().as_str();
+        let keep = query.hops >= 2 || node_in_path.is_some_and(|name| name != own);
+        let keep_at = keep.then(|| self.ownership.view().digest);
+        Arrival { hops: query.hops, client_epoch: query.epoch, keep_at }
     }
-    match node.verify.clone().oneshot(VerifyRequest { token: token.into() }).await {
-        Ok(identity) => {
-            node.accepts.take(Who::Known)?;
-            Ok(Some(identity.into()))
+
+    fn take_ticket(&self, text: &str) -> Result<Ticket, AdmissionError> {
+        let refused = |error: TicketError| {
+            let why = error.to_string();
+            self.tokens.refuse(Credential::Ticket, &why);
+            AdmissionError::Unauthorized(why)
+        };
+        let ticket = self.tickets.verify(text).map_err(refused)?;
+        // Before the ticket is used up: a ticket that cannot be served now stays good.
+        self.budgets.try_acquire(Who::Known)?;
+        self.tickets.redeem(&ticket).map_err(refused)?;
+        Ok(ticket)
+    }
+
+    async fn verify_token(
+        &self,
+        request: &SocketRequest<'_>,
+        query: &SocketQuery,
+    ) -> Result<Option<Known>, AdmissionError> {
+        let in_url = query.access_token.as_deref().filter(|_| self.rules.token_in_url);
+        let Some(token) = request.bearer.or(in_url) else {
+            self.budgets.try_acquire(Who::Stranger)?;
+            return Ok(None);
+        };
+        if token.is_empty() {
+            let why = "a token is needed: Authorization: Bearer <token>";
+            self.tokens.refuse(Credential::Token, why);
+            return Err(AdmissionError::Unauthorized(why.to_owned()));
         }
-        Err(PeerError::Unauthorized(reason)) => {
-            node.refusals.note(Credential::Token, &reason);
-            Err(AdmissionError::Unauthorized(reason))
+        match self.tokens.verify(token).await {
+            Ok(known) => {
+                self.budgets.try_acquire(Who::Known)?;
+                Ok(Some(known))
+            }
+            Err(PeerError::Unauthorized(reason)) => Err(AdmissionError::Unauthorized(reason)),
+            Err(PeerError::Unavailable(_)) => {
+                Err(AdmissionError::Unavailable("tokens cannot be verified now"))
+            }
         }
-        Err(PeerError::Unavailable(_)) => Err(AdmissionError::Unavailable("tokens cannot be verified now")),
     }
-}
 
-/// The owner's URL, if another node owns the user and the client may be sent there.
-fn elsewhere(
-    node: &Node,
-    known: &Known,
-    device: &Option<DeviceId>,
-    since: Option<Since>,
-    arrival: Arrival,
-) -> Option<String> {
-    let view = node.views.borrow();
-    let owner = view.owner(&known.user).filter(|owner| owner.info.node != *node.name())?;
-    if view.held || arrival.keep_at.is_some() {
-        return None;
-    }
-    let mut url = {
+    /// The owner's URL, if another node owns the user and the client may be sent there.
+    fn elsewhere(
+        &self,
+        known: &Known,
+        device: &Option<DeviceId>,
+        since: Option<Since>,
+        arrival: Arrival,
+    ) -> Option<String> {
+        let view = self.ownership.view();
+        let owner = view.owner(&known.user).filter(|owner| owner.info.node != *self.ownership.node())?;
+        if view.held || arrival.keep_at.is_some() {
+            return None;
+        }
         let hops = arrival.hops.saturating_add(1);
-        format!("{}?hops={hops}&epoch={}", node.urls.of(&owner.info.node)?, view.epoch)
-    };
-    if let Some(device) = device {
-        url.push_str(&format!("&device={}", escape(device.as_str())));
+        let mut url = format!("{}?hops={hops}&epoch={}", self.urls.of(&owner.info.node)?, view.epoch);
+        if let Some(device) = device {
+            url.push_str(&format!("&device={}", escape(device.as_str())));
+        }
+        match since {
+            Some(Since::After(seq)) => url.push_str(&format!("&since={seq}")),
+            Some(Since::Latest) => url.push_str("&since=latest"),
+            None => {}
+        }
+        self.metrics.moves.inc();
+        Some(url)
     }
-    match since {
-        Some(Since::After(seq)) => url.push_str(&format!("&since={seq}")),
-        Some(Since::Latest) => url.push_str("&since=latest"),
-        None => {}
-    }
-    node.metrics.moves.inc();
-    Some(url)
 }
 
 /// Who asks for a socket.
@@ -236,12 +276,12 @@ impl AcceptBudgets {
         Self { known: budget(), strangers: budget() }
     }
 
-    fn take(&self, who: Who) -> Result<(), AdmissionError> {
+    fn try_acquire(&self, who: Who) -> Result<(), AdmissionError> {
         let budget = match who {
             Who::Known => &self.known,
             Who::Stranger => &self.strangers,
         };
-        let taken = budget.lock().take(Instant::now());
+        let taken = budget.lock().try_acquire(Instant::now());
         taken.then_some(()).ok_or(AdmissionError::Unavailable("this node takes no more sockets this second"))
     }
 }
@@ -260,7 +300,7 @@ impl AcceptBudget {
         Self { per_s: f64::from(per_s), left: f64::from(per_s) * BURST_S, at: None }
     }
 
-    fn take(&mut self, now: Instant) -> bool {
+    fn try_acquire(&mut self, now: Instant) -> bool {
         if self.per_s == 0.0 {
             return true;
         }
@@ -293,8 +333,8 @@ mod tests {
     #[test]
     fn strangers_do_not_spend_what_those_have_who_are_known() {
         let budgets = AcceptBudgets::new(10);
-        let strangers = (0..1_000).filter(|_| budgets.take(Who::Stranger).is_ok()).count();
-        let known = (0..20).filter(|_| budgets.take(Who::Known).is_ok()).count();
+        let strangers = (0..1_000).filter(|_| budgets.try_acquire(Who::Stranger).is_ok()).count();
+        let known = (0..20).filter(|_| budgets.try_acquire(Who::Known).is_ok()).count();
         assert!((20..=21).contains(&strangers) && known == 20, "{strangers} {known}");
     }
 
@@ -302,10 +342,10 @@ mod tests {
     fn the_accept_budget_allows_a_burst_and_then_its_rate() {
         let start = Instant::now();
         let mut budget = AcceptBudget::new(10);
-        assert_eq!((0..100).filter(|_| budget.take(start)).count(), 20);
-        assert_eq!((0..100).filter(|_| budget.take(start + Duration::from_millis(500))).count(), 5);
-        assert_eq!((0..100).filter(|_| budget.take(start + Duration::from_secs(60))).count(), 20);
+        assert_eq!((0..100).filter(|_| budget.try_acquire(start)).count(), 20);
+        assert_eq!((0..100).filter(|_| budget.try_acquire(start + Duration::from_millis(500))).count(), 5);
+        assert_eq!((0..100).filter(|_| budget.try_acquire(start + Duration::from_secs(60))).count(), 20);
         let mut none = AcceptBudget::new(0);
-        assert_eq!((0..100_000).filter(|_| none.take(start)).count(), 100_000);
+        assert_eq!((0..100_000).filter(|_| none.try_acquire(start)).count(), 100_000);
     }
 }

@@ -12,14 +12,20 @@ use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::time::Duration;
 
-use crate::message::Seq;
+use crate::message::{Message, Seq};
 use crate::session::{Item, Page};
 use crate::wire::close::CloseCode;
+use crate::wire::frame::message_frame;
 
 /// Most live messages that wait for one session's task.
 pub(super) const MAILBOX_MESSAGES: usize = 256;
 /// Most bytes of their frames: the outbound limit of a session.
 pub(super) const MAILBOX_BYTES: usize = 256 * 1024;
+
+/// A message in the form of the session, with its frame encoded once.
+pub(super) fn encoded(message: &Message) -> Item<Bytes> {
+    Item { seq: message.seq, expires_at: message.expires_at, frame: message_frame(message) }
+}
 
 /// Everything that came since the task last looked.
 #[derive(Debug, Default)]

@@ -9,16 +9,24 @@ use tokio::sync::mpsc;
 use tower::ServiceExt;
 use tower::util::BoxCloneSyncService;
 
+use parking_lot::Mutex;
+
 use super::*;
+use crate::clock::Clock;
+use crate::fallback::Fallback;
 use crate::fallback::local::LocalFallback;
 use crate::inbox::memory::MemoryInbox;
 use crate::inbox::{
-    Append, Appended, Change, InboxError, InboxPage, PageLimit, PositionQuery, Profile, UserPosition,
+    Append, Appended, Change, Inbox, InboxError, InboxPage, PageLimit, PositionQuery, Profile, UserPosition,
 };
-use crate::membership::LeaseState;
 use crate::membership::local::LocalMembership;
+use crate::membership::{LeaseState, NodeInfo};
 use crate::message::{Message, MessageId, Millis, Seq, UserId};
 use crate::ring::Ring;
+use crate::role::connect::PublicUrls;
+use crate::role::reach::PeerProbe;
+use crate::telemetry::{Health, Refusals};
+use crate::ticket::TicketKey;
 use crate::wire::address::UrlTemplate;
 use crate::wire::close::CloseCode;
 use crate::wire::peer::{Identity, VerifyRequest};
@@ -82,15 +90,28 @@ impl Sink<Outgoing> for Wire {
     }
 }
 
-/// An inbox that says nothing about positions, as a database that hangs.
-struct Hanging(Arc<MemoryInbox>);
+/// What is wrong with an inbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    None,
+    /// It never responds about positions, like a database that hangs.
+    Hangs,
+    /// Reading a page of bob panics.
+    Panics,
+}
 
-impl Inbox for Hanging {
+/// An inbox with a trouble.
+struct Faulty(Arc<MemoryInbox>, Trouble);
+
+impl Inbox for Faulty {
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>> {
         self.0.append(batch)
     }
-    fn positions(&self, _: Vec<PositionQuery>) -> BoxFuture<'_, Result<Vec<UserPosition>, InboxError>> {
-        Box::pin(std::future::pending())
+    fn positions(&self, batch: Vec<PositionQuery>) -> BoxFuture<'_, Result<Vec<UserPosition>, InboxError>> {
+        match self.1 {
+            Trouble::Hangs => Box::pin(std::future::pending()),
+            _ => self.0.positions(batch),
+        }
     }
     fn page(
         &self,
@@ -98,6 +119,7 @@ impl Inbox for Hanging {
         after: Seq,
         limit: PageLimit,
     ) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
+        assert!(self.1 != Trouble::Panics || user.as_str() != "bob", "the page of bob");
         self.0.page(user, after, limit)
     }
     fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>> {
@@ -161,9 +183,11 @@ struct Cluster {
     membership: LocalMembership,
     fallback: LocalFallback,
     inbox: Arc<MemoryInbox>,
-    inbox_hangs: bool,
+    trouble: Trouble,
     clock: Clock,
     nodes: Vec<Push>,
+    /// Of each node.
+    healths: Vec<Health>,
     tasks: JoinSet<()>,
 }
 
@@ -175,9 +199,10 @@ impl Cluster {
             membership: LocalMembership::new(clock.clone()),
             fallback: LocalFallback::default(),
             inbox: Arc::new(MemoryInbox::new(clock.clone())),
-            inbox_hangs: false,
+            trouble: Trouble::None,
             clock,
             nodes: Vec::new(),
+            healths: Vec::new(),
             tasks: JoinSet::new(),
         };
         for name in names {
@@ -211,16 +236,15 @@ impl Cluster {
                 claims: Bytes::new(),
             })
         }));
+        let health = Health::default();
+        self.healths.push(health.clone());
         let parts = PushParts {
-            inbox: match self.inbox_hangs {
-                true => Arc::new(Hanging(Arc::clone(&self.inbox))),
-                false => Arc::clone(&self.inbox) as _,
-            },
+            inbox: Arc::new(Faulty(Arc::clone(&self.inbox), self.trouble)),
             verify,
             membership: Arc::new(self.membership.clone()),
             fallback: Arc::new(self.fallback.clone()),
             reach: PeerProbe::new(Arc::clone(&self.known) as _),
-            health: Health::default(),
+            health,
             urls: PublicUrls::Template(UrlTemplate::parse("wss://push.example/n/{node}/v1/ws").unwrap()),
             ticket_key: TicketKey::derive("secret"),
             clock: self.clock.clone(),
@@ -471,12 +495,12 @@ async fn a_node_is_barred_only_when_it_is_gone_and_cannot_register() {
     told_gone(&node).await;
     let moved = client.expect("move").await;
     assert_eq!((&moved["node"], &moved["reason"]), (&"push-1".into(), &"drain".into()));
-    assert!(!node.takes_sockets() && !node.node.health.report().0);
+    assert!(!node.takes_sockets() && !cluster.healths[0].report().0);
     let request = SocketRequest { bearer: Some("late"), ..SocketRequest::default() };
     assert!(matches!(node.admit(request).await, Err(AdmissionError::Unavailable(_))));
     cluster.membership.set_standing(node.name(), LeaseState::Member(2));
     tokio::time::sleep(Duration::from_secs(1)).await;
-    assert!(node.takes_sockets() && node.node.health.report().0);
+    assert!(node.takes_sockets() && cluster.healths[0].report().0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -514,7 +538,7 @@ async fn what_went_by_before_the_fallback_entry_stood_is_read_at_once() {
 #[tokio::test(start_paused = true)]
 async fn a_socket_opens_though_the_inbox_hangs() {
     let mut cluster = Cluster::of(&[]).await;
-    cluster.inbox_hangs = true;
+    cluster.trouble = Trouble::Hangs;
     cluster.join("push-0").await;
     let mut client = cluster.open(0, "alice").await;
     assert!(client.heard().is_empty(), "where it stands is not known yet");
@@ -550,13 +574,13 @@ async fn a_live_message_to_a_session_that_rests_is_sent_at_once() {
     // What waits in the mailbox comes first, and is not read again for having been overtaken.
     let third = cluster.store("alice", "3").await;
     let fourth = cluster.store("alice", "4").await;
-    let handles = cluster.nodes[0].node.registry.all();
-    handles[0].mailbox.try_live(sweep::item(&third));
+    let handles = cluster.nodes[0].node.base.registry.all();
+    handles[0].mailbox.try_live(mailbox::encoded(&third));
     cluster.deliver(0, "alice", Arc::clone(&fourth), false).await;
     assert!(client.heard().is_empty(), "the task has had no turn");
     assert_eq!(client.expect("message").await["seq"], third.seq.get());
     assert_eq!(client.expect("message").await["seq"], fourth.seq.get());
-    assert_eq!(cluster.nodes[0].node.metrics.pages.get(), 0);
+    assert_eq!(cluster.nodes[0].node.base.metrics.pages.get(), 0);
     // So does an order to close: who was sent away is sent nothing more.
     handles[0].mailbox.close(CloseCode::Unauthorized, "the token was revoked");
     let fifth = cluster.store("alice", "5").await;
@@ -564,6 +588,28 @@ async fn a_live_message_to_a_session_that_rests_is_sent_at_once() {
     assert!(client.heard().is_empty());
     assert_eq!(client.expect("error").await["code"], CloseCode::Unauthorized.name());
     assert_eq!(client.next().await, Outgoing::Close(CloseCode::Unauthorized));
+}
+
+/// Nothing else would bring such a session on: it waits for its page.
+#[tokio::test(start_paused = true)]
+async fn a_page_that_panics_ends_its_session_and_no_other() {
+    let mut cluster = Cluster::of(&[]).await;
+    cluster.trouble = Trouble::Panics;
+    cluster.join("push-0").await;
+    let (mut bob, mut alice) = (cluster.connect(0, "bob").await, cluster.connect(0, "alice").await);
+    for (user, client) in [("bob", &mut bob), ("alice", &mut alice)] {
+        cluster.store(user, "1").await;
+        let second = cluster.store(user, "2").await;
+        // The first is missing, so the session reads a page.
+        cluster.deliver(0, user, second, false).await;
+        if user == "bob" {
+            assert_eq!(client.expect("error").await["code"], CloseCode::Overloaded.name());
+            assert_eq!(client.next().await, Outgoing::Close(CloseCode::Overloaded));
+        } else {
+            client.expect("message").await;
+            client.expect("message").await;
+        }
+    }
 }
 
 /// The timer tells the task still, whoever sent what meanwhile.

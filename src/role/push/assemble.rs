@@ -1,0 +1,194 @@
+//! Puts the components of a node together, in four groups.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::attach::Attacher;
+use super::attach_queue::{self, AttachQueue};
+use super::availability::Availability;
+use super::config::{PushConfig, PushLimits, PushMetrics, PushParts};
+use super::connection::Connector;
+use super::cursors::CursorWriter;
+use super::displaced::DisplacedSet;
+use super::drain::Drainer;
+use super::lease::{GoneNotice, LeaseWatch};
+use super::moves::{MoveOrders, Mover};
+use super::ownership::Ownership;
+use super::page_reads::PageReads;
+use super::reconnect::ReconnectWindow;
+use super::refresh::Refresher;
+use super::registry::Registry;
+use super::serving::ServingContext;
+use super::sweep::Sweeper;
+use super::tokens::TokenCheck;
+use super::welcome::Welcomer;
+use crate::clock::Clock;
+use crate::fallback::{Fallback, Holder};
+use crate::inbox::Inbox;
+use crate::membership::LeaseState;
+use crate::role::connect::PublicUrls;
+use crate::role::reach::PeerProbe;
+
+/// What nearly all components use.
+pub(super) struct Base {
+    holder: Holder,
+    limits: PushLimits,
+    drain_window: Duration,
+    pub(super) metrics: PushMetrics,
+    pub(super) registry: Arc<Registry>,
+    pub(super) availability: Arc<Availability>,
+    pub(super) ownership: Arc<Ownership>,
+    pub(super) window: Arc<ReconnectWindow>,
+}
+
+impl Base {
+    /// The base of the node `holder`.
+    pub(super) fn new(config: &PushConfig, parts: &PushParts, holder: Holder) -> Self {
+        let limits = config.limits;
+        let registry = Arc::new(Registry::new(limits.sessions_per_user));
+        let availability = Arc::new(Availability::new(parts.health.clone()));
+        let (name, views) = (holder.node.clone(), parts.membership.views());
+        let ownership = Arc::new(Ownership::new(name, views, Arc::clone(&availability)));
+        let (accept_per_s, jitter_ms) = (config.info.accept_per_s, limits.reconnect_jitter_ms);
+        let window = Arc::new(ReconnectWindow::new(Arc::clone(&registry), accept_per_s, jitter_ms));
+        let (drain_window, metrics) = (config.drain_window, parts.metrics.clone());
+        Self { holder, limits, drain_window, metrics, registry, availability, ownership, window }
+    }
+
+    /// What runs connections.
+    pub(super) fn connector(
+        &self,
+        reading: &Reading,
+        placement: &Placement,
+        tokens: &Arc<TokenCheck>,
+        clock: Clock,
+    ) -> Arc<Connector> {
+        let attacher = Attacher {
+            registry: Arc::clone(&self.registry),
+            ownership: Arc::clone(&self.ownership),
+            availability: Arc::clone(&self.availability),
+            displaced: Arc::clone(&placement.displaced),
+            mover: Arc::clone(&placement.mover),
+            queue: reading.queue.clone(),
+            cursors: Arc::clone(&reading.cursors),
+        };
+        let context = ServingContext {
+            limits: self.limits,
+            metrics: self.metrics.clone(),
+            clock,
+            cursors: Arc::clone(&reading.cursors),
+            reads: Arc::clone(&reading.pages),
+            refresher: Arc::new(Refresher { tokens: Arc::clone(tokens), queue: reading.queue.clone() }),
+            welcomer: Welcomer {
+                ownership: Arc::clone(&self.ownership),
+                window: Arc::clone(&self.window),
+                ping_every: self.limits.ping_every,
+            },
+            window: Arc::clone(&self.window),
+        };
+        Arc::new(Connector {
+            attacher,
+            context: Arc::new(context),
+            availability: Arc::clone(&self.availability),
+            ownership: Arc::clone(&self.ownership),
+        })
+    }
+}
+
+/// All that reads or writes the inbox.
+pub(super) struct Reading {
+    pub(super) queue: AttachQueue,
+    pub(super) pages: Arc<PageReads>,
+    pub(super) cursors: Arc<CursorWriter>,
+    pub(super) sweeper: Arc<Sweeper>,
+}
+
+impl Reading {
+    /// Starts its tasks in `tasks`.
+    pub(super) fn start(base: &Base, inbox: Arc<dyn Inbox>, tasks: &mut JoinSet<()>) -> Self {
+        let (queue, questions) = AttachQueue::new(Arc::clone(&inbox));
+        tasks.spawn(attach_queue::run(Arc::clone(&inbox), questions));
+        let pages = Arc::new(PageReads::new(Arc::clone(&inbox), base.metrics.clone()));
+        tasks.spawn(Arc::clone(&pages).run());
+        let cursors = Arc::new(CursorWriter::new(Arc::clone(&inbox)));
+        tasks.spawn(Arc::clone(&cursors).run());
+        let sweeper = Arc::new(Sweeper::new(
+            inbox,
+            Arc::clone(&base.registry),
+            Arc::clone(&base.availability),
+            base.metrics.clone(),
+            base.limits.sweep_every,
+        ));
+        tasks.spawn(Arc::clone(&sweeper).run());
+        Self { queue, pages, cursors, sweeper }
+    }
+}
+
+/// All that decides where sessions belong.
+pub(super) struct Placement {
+    pub(super) displaced: Arc<DisplacedSet>,
+    pub(super) mover: Arc<Mover>,
+    pub(super) drainer: Arc<Drainer>,
+    pub(super) notice: Arc<GoneNotice>,
+}
+
+impl Placement {
+    /// Starts its tasks in `tasks`.
+    pub(super) fn start(
+        base: &Base,
+        reading: &Reading,
+        fallback: Arc<dyn Fallback>,
+        probe: PeerProbe,
+        urls: &Arc<PublicUrls>,
+        tasks: &mut JoinSet<()>,
+    ) -> Self {
+        let displaced = Arc::new(DisplacedSet::new(
+            fallback,
+            base.holder.clone(),
+            Arc::clone(&base.registry),
+            Arc::clone(&base.ownership),
+            Arc::clone(&reading.sweeper),
+        ));
+        tasks.spawn(Arc::clone(&displaced).run());
+        tasks.spawn(Arc::clone(&displaced).renew());
+        let orders = Arc::new(MoveOrders::new(Arc::clone(urls), base.metrics.clone()));
+        let mover = Arc::new(Mover::new(
+            Arc::clone(&base.registry),
+            Arc::clone(&base.ownership),
+            Arc::clone(&base.availability),
+            Arc::clone(&displaced),
+            probe,
+            Arc::clone(&orders),
+        ));
+        tasks.spawn(Arc::clone(&mover).run());
+        let drainer = Arc::new(Drainer::new(
+            Arc::clone(&base.registry),
+            Arc::clone(&base.ownership),
+            Arc::clone(&displaced),
+            orders,
+            base.drain_window,
+        ));
+        Self { displaced, mover, drainer, notice: Arc::default() }
+    }
+
+    /// What watches the node's lease.
+    pub(super) fn watch(
+        &self,
+        base: &Base,
+        reading: &Reading,
+        lease: watch::Receiver<LeaseState>,
+    ) -> LeaseWatch {
+        LeaseWatch {
+            lease,
+            notice: Arc::clone(&self.notice),
+            ownership: Arc::clone(&base.ownership),
+            availability: Arc::clone(&base.availability),
+            displaced: Arc::clone(&self.displaced),
+            sweeper: Arc::clone(&reading.sweeper),
+            drainer: Arc::clone(&self.drainer),
+        }
+    }
+}

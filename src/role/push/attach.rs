@@ -1,0 +1,89 @@
+//! Attaching: registers a session and finds out where it starts.
+//!
+//! The order matters: register, enter the fallback set if displaced, ask the inbox from the cursor,
+//! go live. What is stored after the question comes as a live message or is reported as missing;
+//! what was stored before it is in the response. Nothing falls in between.
+
+use std::sync::Arc;
+
+use super::attach_queue::AttachQueue;
+use super::availability::Availability;
+use super::cursors::CursorWriter;
+use super::displaced::DisplacedSet;
+use super::end::End;
+use super::moves::Mover;
+use super::ownership::Ownership;
+use super::registry::{RegistrationGuard, Registry, SessionHandle};
+use crate::inbox::{StartAt, UserPosition};
+use crate::wire::close::CloseCode;
+use crate::wire::frame::Since;
+
+/// Attaches sessions to this node.
+pub(super) struct Attacher {
+    pub(super) registry: Arc<Registry>,
+    pub(super) ownership: Arc<Ownership>,
+    pub(super) availability: Arc<Availability>,
+    pub(super) displaced: Arc<DisplacedSet>,
+    pub(super) mover: Arc<Mover>,
+    pub(super) queue: AttachQueue,
+    pub(super) cursors: Arc<CursorWriter>,
+}
+
+impl Attacher {
+    /// Attaches one session. It stays registered until the returned guard is dropped.
+    pub(super) async fn attach(
+        &self,
+        handle: Arc<SessionHandle>,
+        since: Option<Since>,
+    ) -> Result<(RegistrationGuard, UserPosition), End> {
+        let mut registered = self.registry.register(Arc::clone(&handle));
+        if !self.ownership.owns(&self.ownership.view(), &handle.user) {
+            Box::pin(self.displaced.enter(&handle.user)).await;
+            self.mover.consider(&handle);
+        }
+        let displaced = Arc::clone(&self.displaced);
+        registered.when_last(move |user| displaced.leave(user));
+        let position = self.start_position(&handle, since).await?;
+        if handle.token_iat_s() < position.not_before_s {
+            return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));
+        }
+        if !self.availability.takes_sockets() {
+            return Err(End::close(CloseCode::Draining, "the node is leaving"));
+        }
+        // Only when this session is known to be good: a revoked token must not close other
+        // sessions.
+        if registered.crowded
+            && let Some(oldest) = self.registry.evict_excess(&handle)
+        {
+            oldest.mailbox.close(CloseCode::Replaced, "this user opened more sessions than are kept");
+        }
+        Ok((registered, position))
+    }
+
+    async fn start_position(
+        &self,
+        handle: &SessionHandle,
+        since: Option<Since>,
+    ) -> Result<UserPosition, End> {
+        let from = match since {
+            None => StartAt::Cursor(handle.device.clone()),
+            Some(Since::After(position)) => StartAt::After(position),
+            Some(Since::Latest) => StartAt::Latest,
+        };
+        let mut position = self.queue.ask(handle.user.clone(), from).await.map_err(|error| {
+            tracing::debug!(%error, "a session could not attach");
+            End::close(CloseCode::Overloaded, "the inbox cannot be read now")
+        })?;
+        let pending = self.cursors.pending(&handle.user, &handle.device);
+        if since.is_none()
+            && let Some(acked) = pending.filter(|acked| *acked > position.start)
+        {
+            // The device acked this here a moment ago, so a client that comes straight back need
+            // not see it again. Never above the head of the response: what was stored since is in
+            // the mailbox. If there is more, the head is some number above the old start, and the
+            // page tells the rest.
+            position.start = acked.min(position.head);
+        }
+        Ok(position)
+    }
+}

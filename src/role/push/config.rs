@@ -1,0 +1,144 @@
+//! What a push node is made with: configuration, the services of other modules, metrics.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+
+use super::admission::Origins;
+use super::sweep::SWEEP_EVERY;
+use crate::clock::Clock;
+use crate::fallback::Fallback;
+use crate::inbox::Inbox;
+use crate::membership::{Membership, NodeInfo};
+use crate::role::VerifyService;
+use crate::role::connect::PublicUrls;
+use crate::role::reach::PeerProbe;
+use crate::telemetry::{Health, Metrics, Refusals};
+use crate::ticket::TicketKey;
+
+/// How a push node behaves.
+#[derive(Debug, Clone)]
+pub struct PushConfig {
+    /// What the node says of itself to other nodes.
+    pub info: NodeInfo,
+    /// How long it takes to empty itself when it has lost its place.
+    pub drain_window: Duration,
+    /// The origins whose pages may open sockets.
+    pub origins: Origins,
+    /// Whether a token may stand in the URL.
+    pub token_in_url: bool,
+    /// Times and sizes.
+    pub limits: PushLimits,
+}
+
+/// The limits of sessions (docs/design.md, section 11).
+#[derive(Debug, Clone, Copy)]
+pub struct PushLimits {
+    /// Deadline for the first frame to bring a token.
+    pub auth_deadline: Duration,
+    /// Time between two pings.
+    pub ping_every: Duration,
+    /// Most sessions of one user on this node.
+    pub sessions_per_user: usize,
+    /// Time between two sweeps of the same session.
+    pub sweep_every: Duration,
+    /// Shortest window in which clients are told to reconnect, in ms.
+    pub reconnect_jitter_ms: u64,
+    /// Most frames of one client per second. An ack for each message of a fast catch-up stays well
+    /// below.
+    pub client_frames_per_s: u32,
+}
+
+impl Default for PushLimits {
+    fn default() -> Self {
+        Self {
+            auth_deadline: Duration::from_secs(5),
+            ping_every: Duration::from_secs(25),
+            sessions_per_user: 16,
+            sweep_every: SWEEP_EVERY,
+            reconnect_jitter_ms: 5_000,
+            client_frames_per_s: 20_000,
+        }
+    }
+}
+
+/// What a push node needs from other modules.
+pub struct PushParts {
+    /// The inbox.
+    pub inbox: Arc<dyn Inbox>,
+    /// The service that verifies tokens.
+    pub verify: VerifyService,
+    /// Membership.
+    pub membership: Arc<dyn Membership>,
+    /// The fallback.
+    pub fallback: Arc<dyn Fallback>,
+    /// Probes other nodes.
+    pub reach: PeerProbe,
+    /// Shows whether this node has lost its place.
+    pub health: Health,
+    /// Public URLs of the nodes.
+    pub urls: PublicUrls,
+    /// Signs and verifies tickets.
+    pub ticket_key: TicketKey,
+    /// Time of day.
+    pub clock: Clock,
+    /// Metrics of push.
+    pub metrics: PushMetrics,
+    /// Counts refused credentials.
+    pub refusals: Refusals,
+}
+
+/// Metrics of push, shared by the push nodes of one process.
+#[derive(Clone, Default)]
+pub struct PushMetrics {
+    /// Registered sessions.
+    pub sessions: Gauge,
+    /// Connection tasks, attached or not.
+    pub connections: Gauge,
+    /// Sockets that got their `welcome`.
+    pub welcomed: Counter,
+    /// `message` frames put into a session's queue.
+    pub delivered: Counter,
+    /// Pages read from the inbox for sessions that were behind.
+    pub pages: Counter,
+    /// Unreadable messages, counted each time one was to be sent.
+    pub unreadable: Counter,
+    /// Sessions asked about by a sweep.
+    pub swept: Counter,
+    /// Sweeps that were forced because hints were dropped.
+    pub forced_sweeps: Counter,
+    /// `move` frames sent.
+    pub moves: Counter,
+    /// Sessions that fell behind because their socket was full.
+    pub demoted: Counter,
+    /// Sockets refused before the upgrade, for any reason.
+    pub refused: Counter,
+}
+
+impl PushMetrics {
+    /// Registers the metrics.
+    #[must_use]
+    pub fn register(metrics: &Metrics) -> Self {
+        let own = Self::default();
+        metrics.register(|r| {
+            r.register("sessions", "Sessions registered now", own.sessions.clone());
+            r.register("connections", "Connection tasks running now", own.connections.clone());
+            r.register("welcomed", "Sockets that got their welcome", own.welcomed.clone());
+            r.register("delivered", "Message frames handed to sockets", own.delivered.clone());
+            r.register("inbox_pages", "Pages read for sessions that were behind", own.pages.clone());
+            r.register(
+                "unreadable",
+                "Messages passed over since they cannot be read",
+                own.unreadable.clone(),
+            );
+            r.register("swept", "Sessions looked at by the sweep", own.swept.clone());
+            r.register("forced_sweeps", "Sweeps out of turn", own.forced_sweeps.clone());
+            r.register("moves", "Move frames sent", own.moves.clone());
+            r.register("demoted", "Sessions that fell behind on a full socket", own.demoted.clone());
+            r.register("refused", "Sockets refused before the upgrade", own.refused.clone());
+        });
+        own
+    }
+}
