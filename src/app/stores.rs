@@ -91,8 +91,12 @@ pub(super) async fn registry(
     let shown = skew.clone();
     metrics.register(|r| r.register("clock_skew_ms", "How far this clock is ahead of that of Redis", shown));
     tasks.spawn(show_skew(membership.clone(), skew));
+    let watched = membership.clone();
+    tasks.spawn(async move { watched.watch_tasks().await });
     // Separate connections, so that a long list of displaced users does not delay a heartbeat.
     let fallback = RedisFallback::start(link()?, &config.redis_prefix, times.lease, times.poll);
+    let watched = fallback.clone();
+    tasks.spawn(async move { watched.watch_tasks().await });
     Ok((Arc::new(membership), Arc::new(fallback)))
 }
 

@@ -3,6 +3,7 @@
 //! some bitmap; in the steady state about none.
 
 use std::collections::{HashMap, HashSet};
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,7 +39,7 @@ const AFTER_HINT: Duration = Duration::from_millis(20);
 #[derive(Clone)]
 pub struct RedisFallback {
     inner: Arc<Inner>,
-    _tasks: Arc<Mutex<JoinSet<()>>>,
+    tasks: Arc<Mutex<JoinSet<()>>>,
 }
 
 struct Inner {
@@ -134,7 +135,7 @@ impl RedisFallback {
         let mut tasks = JoinSet::new();
         tasks.spawn(link.listen(inner.channel(), Arc::clone(&hint)));
         tasks.spawn(look(Arc::clone(&inner), hint));
-        Self { inner, _tasks: Arc::new(Mutex::new(tasks)) }
+        Self { inner, tasks: Arc::new(Mutex::new(tasks)) }
     }
 
     fn own(&self, holder: &Holder) -> Arc<Own> {
@@ -239,6 +240,21 @@ async fn look(inner: Arc<Inner>, hint: Arc<Notify>) {
         tokio::time::sleep(AFTER_HINT).await;
         let next = around(inner.poll, JITTER, &mut rand::rng());
         let _ = tokio::time::timeout(next, hint.notified()).await;
+    }
+}
+
+impl RedisFallback {
+    /// Watches its tasks for as long as it is polled. A panic of one is raised here: without its
+    /// tasks this would show the same for ever.
+    pub async fn watch_tasks(&self) {
+        loop {
+            match poll_fn(|cx| self.tasks.lock().poll_join_next(cx)).await {
+                Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                // A node that has left, or was fenced, sends no more heartbeats.
+                Some(_) => {}
+                None => std::future::pending().await,
+            }
+        }
     }
 }
 

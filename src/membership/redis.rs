@@ -6,6 +6,7 @@
 //! change is published as a hint; polling is the truth.
 
 use std::collections::{HashMap, HashSet};
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -556,6 +557,21 @@ impl Own {
         if over {
             self.standing
                 .send_if_modified(|known| std::mem::replace(known, LeaseState::Lapsed) != LeaseState::Lapsed);
+        }
+    }
+}
+
+impl RedisMembership {
+    /// Watches its tasks for as long as it is polled. A panic of one is raised here: without its
+    /// tasks this would show the same for ever.
+    pub async fn watch_tasks(&self) {
+        loop {
+            match poll_fn(|cx| self.tasks.lock().poll_join_next(cx)).await {
+                Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                // A node that has left, or was fenced, sends no more heartbeats.
+                Some(_) => {}
+                None => std::future::pending().await,
+            }
         }
     }
 }

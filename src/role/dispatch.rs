@@ -16,12 +16,13 @@ use futures_util::future::{BoxFuture, FutureExt, join_all};
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 use tower::{Service, ServiceExt};
 
 use super::backlog::Backlog;
-use super::{PeerDirectory, PushService};
+use super::{PeerDirectory, PushService, raised};
 use crate::fallback::Fallback;
 use crate::membership::{Membership, View};
 use crate::message::{NodeId, UserId};
@@ -59,7 +60,7 @@ struct Inner {
     membership: Arc<dyn Membership>,
     fallback: Arc<dyn Fallback>,
     directory: Arc<dyn PeerDirectory>,
-    lanes: Mutex<HashMap<NodeId, PeerQueue>>,
+    queues: Mutex<HashMap<NodeId, PeerQueue>>,
     /// Messages whose users may be displaced. They are looked up beside the main path, which never
     /// waits for that.
     lookups: Backlog,
@@ -98,8 +99,8 @@ impl DispatchMetrics {
     fn register(metrics: &Metrics) -> Arc<Self> {
         let own = Self::default();
         metrics.register(|r| {
-            r.register("dispatch_routed", "Messages put into a node's lane", own.routed.clone());
-            r.register("dispatch_dropped", "Hints dropped: lane full or node silent", own.dropped.clone());
+            r.register("dispatch_routed", "Messages put into a queue of a node", own.routed.clone());
+            r.register("dispatch_dropped", "Hints dropped: queue full or node silent", own.dropped.clone());
             r.register("dispatch_unowned", "Messages without a node to go to", own.unowned.clone());
             r.register(
                 "dispatch_fallback_lookups",
@@ -199,13 +200,7 @@ fn note_routed(live: &LiveMessage, node: &NodeId) {
 /// One node's queue and the task that empties it.
 struct PeerQueue {
     backlog: Arc<Backlog>,
-    task: JoinHandle<()>,
-}
-
-impl Drop for PeerQueue {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
+    task: AbortOnDropHandle<()>,
 }
 
 impl Dispatch {
@@ -228,7 +223,7 @@ impl Dispatch {
             membership,
             fallback,
             directory,
-            lanes: Mutex::default(),
+            queues: Mutex::default(),
             lookups: Backlog::default(),
             again: Backlog::default(),
             news: Mutex::default(),
@@ -244,7 +239,7 @@ impl Dispatch {
     /// Takes over a new view, if there is one.
     fn refresh(&self, recent: &mut Recent) {
         if recent.refresh() {
-            self.close_old_lanes(recent);
+            self.close_old_queues(recent);
         }
     }
 
@@ -263,7 +258,7 @@ impl Dispatch {
         };
         self.put_all(batches);
         if missed {
-            view.members.iter().for_each(|member| self.lane(&member.info.node).mark_missed());
+            view.members.iter().for_each(|member| self.queue(&member.info.node).mark_missed());
         }
         if let Some(batch) = displaced {
             self.inner.lookups.put(batch);
@@ -276,24 +271,24 @@ impl Dispatch {
     fn put_all(&self, batches: impl IntoIterator<Item = (NodeId, Vec<LiveMessage>)>) {
         for (node, batch) in batches {
             self.inner.metrics.routed.inc_by(batch.len() as u64);
-            let lane = self.lane(&node);
+            let queue = self.queue(&node);
             if let Some(service) = self.inner.directory.here(&node)
-                && let Some(_ahead) = lane.go_ahead()
+                && let Some(_ahead) = queue.go_ahead()
             {
-                self.deliver_here(&node, service, &lane, batch);
+                self.deliver_here(&node, service, &queue, batch);
             } else {
-                self.inner.metrics.dropped.inc_by(lane.put(batch) as u64);
+                self.inner.metrics.dropped.inc_by(queue.put(batch) as u64);
             }
         }
     }
 
     /// Delivers to a node of this process, on the caller's thread, bypassing the queue.
-    fn deliver_here(&self, node: &NodeId, service: PushService, lane: &Backlog, batch: Vec<LiveMessage>) {
+    fn deliver_here(&self, node: &NodeId, service: PushService, queue: &Backlog, batch: Vec<LiveMessage>) {
         let stamp = self.inner.recent.lock().current.stamp();
         let (request, batch) = deliver_request(batch, false, &stamp);
         let answer = service.oneshot(request).now_or_never().unwrap_or_else(|| Err(silent(node)));
         if !settle(&self.inner, node, &stamp, &batch, answer) {
-            lane.mark_missed();
+            queue.mark_missed();
         }
     }
 
@@ -329,7 +324,7 @@ impl Dispatch {
 
     fn tell_all_of_a_miss(&self) {
         let view = Arc::clone(&self.inner.recent.lock().current);
-        view.members.iter().for_each(|member| self.lane(&member.info.node).mark_missed());
+        view.members.iter().for_each(|member| self.queue(&member.info.node).mark_missed());
     }
 
     /// Routes again what was routed by a view that is older than another process's.
@@ -384,8 +379,11 @@ impl Dispatch {
                     // A node must be known before it leaves the view, also if nothing was ever sent
                     // to it: nobody else tells its address then.
                     before.members.iter().for_each(|member| drop(self.inner.directory.find(&member.info.node)));
+                    for ended in self.take_ended_queues() {
+                        raised(ended.await);
+                    }
                 }
-                Some(_) = telling.join_next() => {}
+                Some(ended) = telling.join_next() => raised(ended),
             }
         }
     }
@@ -400,21 +398,29 @@ impl Dispatch {
         }
     }
 
-    fn lane(&self, node: &NodeId) -> Arc<Backlog> {
-        let mut lanes = self.inner.lanes.lock();
-        let lane = lanes.entry(node.clone()).or_insert_with(|| {
+    fn queue(&self, node: &NodeId) -> Arc<Backlog> {
+        let mut queues = self.inner.queues.lock();
+        let queue = queues.entry(node.clone()).or_insert_with(|| {
             let backlog = Arc::new(Backlog::default());
             // The queue's task must not keep alive what keeps the queue.
             let inner = Arc::downgrade(&self.inner);
-            let task = tokio::spawn(run_lane(node.clone(), Arc::clone(&backlog), inner));
-            PeerQueue { backlog, task }
+            let task = tokio::spawn(run_queue(node.clone(), Arc::clone(&backlog), inner));
+            PeerQueue { backlog, task: AbortOnDropHandle::new(task) }
         });
-        Arc::clone(&lane.backlog)
+        Arc::clone(&queue.backlog)
+    }
+
+    /// Removes queues whose task has ended, and returns the tasks. A task ends with its queue, so
+    /// one that ends earlier has panicked.
+    fn take_ended_queues(&self) -> Vec<AbortOnDropHandle<()>> {
+        let mut queues = self.inner.queues.lock();
+        let ended = queues.extract_if(|_, queue| queue.task.is_finished());
+        ended.map(|(_, queue)| queue.task).collect()
     }
 
     /// Ends the queues of nodes that are in no recent view.
-    fn close_old_lanes(&self, recent: &Recent) {
-        self.inner.lanes.lock().retain(|node, _| {
+    fn close_old_queues(&self, recent: &Recent) {
+        self.inner.queues.lock().retain(|node, _| {
             recent.current.member(node).is_some()
                 || recent.earlier.iter().any(|(view, _)| view.member(node).is_some())
         });
@@ -507,7 +513,7 @@ fn settle(
     }
 }
 
-async fn run_lane(node: NodeId, backlog: Arc<Backlog>, dispatch: Weak<Inner>) {
+async fn run_queue(node: NodeId, backlog: Arc<Backlog>, dispatch: Weak<Inner>) {
     loop {
         let (batch, sweep) = backlog.take().await;
         let Some(inner) = dispatch.upgrade() else { return };

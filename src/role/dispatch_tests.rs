@@ -223,7 +223,7 @@ async fn a_node_of_this_process_has_a_batch_at_once_and_in_order() {
     *bench.nodes.here.lock() = true;
     bench.deliver(vec![live("alice", 7), live("bob", 1)]).await;
     assert_eq!(bench.calls.try_recv().unwrap().1, [7, 1], "no other task had a turn yet");
-    let lane = bench.dispatch.lane(&NodeId::parse("push-0").unwrap());
+    let lane = bench.dispatch.queue(&NodeId::parse("push-0").unwrap());
     let ahead = lane.go_ahead().unwrap();
     bench.deliver(vec![live("alice", 8)]).await;
     bench.deliver(vec![live("alice", 9)]).await;
