@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::message::NodeId;
+use crate::redis_url::RedisUrl;
 use crate::role::auth::{Auth, AuthConfig};
 use crate::role::push::{Origins, PushLimits};
-use crate::wire::address::{RedisUrl, UrlTemplate};
+use crate::wire::address::UrlTemplate;
 use crate::wire::http::{PublishLimits, TTL_S};
 
 /// The type of a key's value.

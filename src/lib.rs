@@ -37,15 +37,13 @@
 //! Imports point downwards only; `tests/it/rooms.rs` checks that.
 
 pub mod app;
-pub mod backoff;
-pub mod client;
 pub mod clock;
 pub mod config;
 pub mod fallback;
 pub mod inbox;
 pub mod membership;
-pub mod message;
 pub mod peer_proof;
+pub mod redis_url;
 pub mod ring;
 pub mod role;
 pub mod secret;
@@ -55,3 +53,6 @@ pub mod thread;
 pub mod ticket;
 pub mod transport;
 pub mod wire;
+
+pub use ringpush_client as client;
+pub use ringpush_protocol::{backoff, message};

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -21,13 +22,14 @@ use super::commands::signer;
 use super::keys::Keys;
 use super::terminal::{OutputError, print, print_line, say};
 use crate::backoff::between;
+use crate::client::http::HttpClient;
 use crate::client::{Client, ClientConfig, Event};
 use crate::config::{Config, Faults};
 use crate::message::{DeviceId, UserId};
 use crate::ring::Ring;
-use crate::transport::http::HttpClient;
 use crate::wire::address::escape;
 use crate::wire::frame::{MoveReason, Since};
+use crate::wire::rest::ClusterResponse;
 
 /// Publishes in flight at once.
 const IN_FLIGHT: usize = 512;
@@ -397,7 +399,7 @@ impl Bench {
         loop {
             let path =
                 format!("/v1/users/{}/messages?after={after}&limit=1000", escape(self.users[user].as_str()));
-            let page = self.get(&path).await?;
+            let page: Value = self.get(&path).await?;
             for message in page["messages"].as_array().into_iter().flatten() {
                 ids.extend(message["id"].as_str().map(str::to_owned));
             }
@@ -408,7 +410,7 @@ impl Bench {
         }
     }
 
-    async fn get(&self, path: &str) -> Result<Value> {
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         let mut why = String::new();
         for base in self.plan.publish.iter().cycle().take(6) {
             let url = format!("{base}{path}");
@@ -422,14 +424,14 @@ impl Bench {
         Err(anyhow!(why))
     }
 
-    async fn cluster(&self) -> Result<Value> {
+    async fn cluster(&self) -> Result<ClusterResponse> {
         self.get("/v1/cluster").await
     }
 
     /// Who moved, and who should have. Some of the moves that no change of owner explains are
     /// printed.
-    fn placement(&self, began: Instant, before: &Value, after: &Value) -> Placement {
-        let (before, after) = (ring_of(before), ring_of(after));
+    fn placement(&self, began: Instant, before: &ClusterResponse, after: &ClusterResponse) -> Placement {
+        let (before, after) = (Ring::build(before.on_ring()), Ring::build(after.on_ring()));
         let users = self.book.users.lock();
         let mut placement = Placement::default();
         for (name, user) in self.users.iter().zip(users.iter()) {
@@ -493,12 +495,6 @@ impl Bench {
         let lines = shown.map(|(name, value)| format!("{name:<28} {value}\n"));
         print(lines.collect::<String>())
     }
-}
-
-fn ring_of(cluster: &Value) -> Ring {
-    let nodes = cluster["nodes"].as_array().cloned().unwrap_or_default();
-    let active = nodes.iter().filter(|node| node["state"] == "active");
-    Ring::build(active.filter_map(|node| Some((node["node"].as_str()?, node["weight"].as_f64()?))))
 }
 
 /// In ms, to a tenth; `None` if there are no values.

@@ -6,16 +6,16 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Request, Response, StatusCode};
 use axum::routing::{get, post};
-use serde_json::json as value;
 
 use super::edge::{
-    Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, refuse, same_secret,
+    Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, json_of, refuse, same_secret,
 };
 use crate::message::Millis;
 use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S, TokenError};
 use crate::telemetry::{Credential, Refusals};
 use crate::transport::held::Held;
 use crate::wire::http::{parse_token_request, parse_verify_request};
+use crate::wire::rest::{TokenResponse, VerifyResponse};
 
 pub(super) struct AuthEdge {
     pub(super) auth: Auth,
@@ -49,10 +49,12 @@ async fn verify(State(edge): Edge, request: Request<Body>) -> Answer {
             refuse(401, why)
         }
     })?;
-    let claims: serde_json::Value = serde_json::from_slice(&identity.claims).unwrap_or_default();
-    let expires_at = Millis(identity.expires_at_s.saturating_mul(1000)).rfc3339();
-    let answer = value!({"user": identity.user.as_str(), "expires_at": expires_at, "claims": claims});
-    Ok(json(StatusCode::OK, answer.to_string()))
+    let answer = VerifyResponse {
+        user: identity.user.to_string(),
+        expires_at: Some(Millis(identity.expires_at_s.saturating_mul(1000)).rfc3339()),
+        claims: serde_json::from_slice(&identity.claims).ok(),
+    };
+    Ok(json_of(StatusCode::OK, &answer))
 }
 
 async fn issue(State(edge): Edge, request: Request<Body>) -> Answer {
@@ -71,7 +73,7 @@ pub(super) async fn issue_body(auth: &Auth, request: Request<Body>, mut held: He
     let (user, ttl_s) = parse_token_request(&body, TOKEN_TTL_S)?;
     let issued = auth.issue(&user, ttl_s.unwrap_or(TOKEN_TTL_DEFAULT_S));
     let (token, expires_at) = issued.map_err(|fault| refuse(403, fault.to_string()))?;
-    Ok(json(StatusCode::OK, value!({"token": token, "expires_at": expires_at.rfc3339()}).to_string()))
+    Ok(json_of(StatusCode::OK, &TokenResponse { token, expires_at: expires_at.rfc3339() }))
 }
 
 async fn jwks(State(edge): Edge) -> Response<Body> {

@@ -12,15 +12,14 @@ use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use bytes::BytesMut;
 use hyper::body::Incoming;
-use serde_json::{Value, json as value};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tower::ServiceExt;
 
-use super::edge::{HttpError, Routes, bearer, closed, json, json_body, refuse, root, same_secret};
+use super::edge::{HttpError, Routes, bearer, closed, json, json_body, json_of, refuse, root, same_secret};
 use crate::inbox::InboxError;
 use crate::membership::{Counts, Membership};
-use crate::message::{NodeId, Seq, UserId};
+use crate::message::{DeviceId, NodeId, Seq, UserId};
 use crate::role::collect::{Collect, HISTORY_PAGE, UserReport};
 use crate::role::connect::PublicUrls;
 use crate::telemetry::{Credential, Refusals};
@@ -29,6 +28,7 @@ use crate::transport::http::{Answers, RequestBody};
 use crate::wire::http::{
     Problem, Publish, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish,
 };
+use crate::wire::rest::{ClusterNode, ClusterResponse, DeviceEntry, UserResponse};
 
 /// Path of a publish.
 const MESSAGES: &str = "/v1/messages";
@@ -233,35 +233,37 @@ async fn user(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
     edge.authorize(&headers)?;
     let user = user_of(&path)?;
     let report = edge.collect.user(user.clone()).await.map_err(unavailable)?;
-    Ok(json(StatusCode::OK, user_report(&user, &report).to_string()))
+    Ok(json_of(StatusCode::OK, &user_report(&user, &report)))
 }
 
 /// Every device with a cursor or a session. A device with several sessions shows the youngest.
-fn user_report(user: &UserId, report: &UserReport) -> Value {
-    let mut devices: BTreeMap<&str, Value> = BTreeMap::new();
+fn user_report(user: &UserId, report: &UserReport) -> UserResponse {
+    let mut devices: BTreeMap<&str, DeviceEntry> = BTreeMap::new();
+    let entry = |device: &DeviceId, acked: Seq| DeviceEntry {
+        device: device.as_str().to_owned(),
+        acked: acked.get(),
+        connected_at: None,
+        node: None,
+    };
     for (device, acked) in &report.profile.cursors {
-        let shown =
-            value!({"device": device.as_str(), "acked": acked.get(), "connected_at": null, "node": null});
-        devices.insert(device.as_str(), shown);
+        devices.insert(device.as_str(), entry(device, *acked));
     }
     let mut sessions: Vec<_> = report.sessions.iter().collect();
     sessions.sort_by_key(|session| session.connected_at);
     for session in sessions {
-        let shown = devices
-            .entry(session.device.as_str())
-            .or_insert_with(|| value!({"device": session.device.as_str(), "acked": 0}));
-        let acked = shown["acked"].as_u64().unwrap_or(0).max(session.acked.get());
-        shown["acked"] = acked.into();
-        shown["connected_at"] = session.connected_at.rfc3339().into();
-        shown["node"] = session.node.as_str().into();
+        let device = &session.device;
+        let shown = devices.entry(device.as_str()).or_insert_with(|| entry(device, Seq::BEGINNING));
+        shown.acked = shown.acked.max(session.acked.get());
+        shown.connected_at = Some(session.connected_at.rfc3339());
+        shown.node = Some(session.node.to_string());
     }
-    value!({
-        "user": user.as_str(),
-        "owner": report.owner.as_ref().map(NodeId::as_str),
-        "online": !report.sessions.is_empty(),
-        "devices": devices.into_values().collect::<Vec<_>>(),
-        "head": report.profile.head.map(Seq::get),
-    })
+    UserResponse {
+        user: user.to_string(),
+        owner: report.owner.as_ref().map(NodeId::to_string),
+        online: !report.sessions.is_empty(),
+        devices: devices.into_values().collect(),
+        head: report.profile.head.map(Seq::get),
+    }
 }
 
 async fn disconnect(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
@@ -272,41 +274,37 @@ async fn disconnect(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer
 
 async fn cluster(State(edge): Edge, headers: HeaderMap) -> Answer {
     edge.authorize(&headers)?;
-    Ok(json(StatusCode::OK, cluster_report(&*edge.membership, &edge.urls).to_string()))
+    Ok(json_of(StatusCode::OK, &cluster_report(&*edge.membership, &edge.urls)))
 }
 
 /// The push nodes of the view in use.
-pub(super) fn cluster_report(membership: &dyn Membership, urls: &PublicUrls) -> Value {
+pub(super) fn cluster_report(membership: &dyn Membership, urls: &PublicUrls) -> ClusterResponse {
     let view = Arc::clone(&membership.views().borrow());
     let counts: BTreeMap<NodeId, Counts> = membership.counts(None).into_iter().collect();
     let shares: BTreeMap<&str, f64> = view.ring.shares().into_iter().collect();
-    let nodes: Vec<Value> = view
-        .members
-        .iter()
-        .map(|member| {
-            let node = &member.info.node;
-            let held = counts.get(node).copied().unwrap_or_default();
-            value!({
-                "node": node.as_str(),
-                "incarnation": member.incarnation,
-                "state": member.state.as_str(),
-                "weight": member.info.weight,
-                "share": shares.get(node.as_str()).copied().unwrap_or(0.0),
-                "sessions": held.sessions,
-                "displaced": held.displaced,
-                "delivered": held.delivered,
-                "moves": held.moves,
-                "url": urls.of(node),
-            })
-        })
-        .collect();
-    value!({
-        "generation": &*view.generation,
-        "epoch": view.epoch,
-        "digest": format!("{:016x}", view.digest),
-        "held": view.held,
-        "nodes": nodes,
-    })
+    let nodes = view.members.iter().map(|member| {
+        let node = &member.info.node;
+        let held = counts.get(node).copied().unwrap_or_default();
+        ClusterNode {
+            node: node.to_string(),
+            incarnation: member.incarnation,
+            state: member.state.as_str().to_owned(),
+            weight: member.info.weight,
+            share: shares.get(node.as_str()).copied().unwrap_or(0.0),
+            sessions: held.sessions,
+            displaced: held.displaced,
+            delivered: held.delivered,
+            moves: held.moves,
+            url: urls.of(node),
+        }
+    });
+    ClusterResponse {
+        generation: view.generation.to_string(),
+        epoch: view.epoch,
+        digest: format!("{:016x}", view.digest),
+        held: view.held,
+        nodes: nodes.collect(),
+    }
 }
 
 fn user_of(path: &Path) -> Result<UserId, HttpError> {

@@ -14,15 +14,16 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 
 use super::keys::Keys;
 use super::terminal::{print, print_line, say};
+use crate::client::http::HttpClient;
 use crate::client::{Client, ClientConfig, Event, TokenSource};
 use crate::clock::Clock;
 use crate::config::{Config, Faults};
 use crate::message::{DeviceId, UserId};
 use crate::ring::Ring;
 use crate::role::auth::{Auth, TOKEN_TTL_S};
-use crate::transport::http::HttpClient;
 use crate::wire::frame::Since;
 use crate::wire::http::Problem;
+use crate::wire::rest::ClusterResponse;
 
 /// Deadline of one request: longer than the server's own deadline for a publish.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(15);
@@ -394,21 +395,17 @@ pub async fn ring(mut config: Config, at: Addressed, user: Option<&str>) -> Resu
     if status != 200 {
         bail!("{}", problem_of(status, &body));
     }
-    let cluster: Value = serde_json::from_slice(&body).context("the answer of collect")?;
-    let nodes = cluster["nodes"].as_array().cloned().unwrap_or_default();
+    let cluster: ClusterResponse = serde_json::from_slice(&body).context("the answer of collect")?;
     if let Some(user) = user {
-        let active = nodes.iter().filter(|node| node["state"] == "active");
-        let named: Vec<(&str, f64)> =
-            active.filter_map(|node| Some((node["node"].as_str()?, node["weight"].as_f64()?))).collect();
-        let ring = Ring::build(named);
+        let ring = Ring::build(cluster.on_ring());
         print_line(ring.owner_of(user.as_str()).ok_or_else(|| anyhow!("there is no push node"))?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut table = format!(
         "generation {}  epoch {}  held {}\n{:<20} {:<9} {:>6} {:>7} {:>9} {:>9}\n",
-        text(&cluster["generation"]),
-        cluster["epoch"],
-        cluster["held"],
+        cluster.generation,
+        cluster.epoch,
+        cluster.held,
         "node",
         "state",
         "weight",
@@ -416,21 +413,17 @@ pub async fn ring(mut config: Config, at: Addressed, user: Option<&str>) -> Resu
         "sessions",
         "displaced"
     );
-    for node in &nodes {
+    for node in &cluster.nodes {
         table.push_str(&format!(
             "{:<20} {:<9} {:>6} {:>6.1}% {:>9} {:>9}\n",
-            text(&node["node"]),
-            text(&node["state"]),
-            node["weight"],
-            node["share"].as_f64().unwrap_or(0.0) * 100.0,
-            node["sessions"],
-            node["displaced"],
+            node.node,
+            node.state,
+            node.weight,
+            node.share * 100.0,
+            node.sessions,
+            node.displaced,
         ));
     }
     print(table)?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn text(value: &Value) -> &str {
-    value.as_str().unwrap_or_default()
 }

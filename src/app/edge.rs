@@ -15,6 +15,7 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use bytes::Bytes;
 use hyper::body::Incoming;
+use serde::Serialize;
 use tower::ServiceExt;
 
 use crate::transport::held::{Budget, Held, Spent};
@@ -76,6 +77,12 @@ impl IntoResponse for HttpError {
 
 pub(super) fn refuse(status: u16, detail: impl Into<String>) -> HttpError {
     HttpError(Problem::new(status, detail))
+}
+
+/// A response with a value as JSON, which no cache may keep.
+pub(super) fn json_of(status: StatusCode, value: &impl Serialize) -> Response<Body> {
+    // The values are ours: text, numbers, lists.
+    json(status, serde_json::to_vec(value).unwrap_or_default())
 }
 
 /// A JSON response that no cache may keep.

@@ -35,6 +35,7 @@ use crate::membership::{
     Departure, LeaseState, Member, Membership, MembershipError, NodeInfo, NodeState, Reached, View,
 };
 use crate::message::NodeId;
+use crate::redis_url::{RedisServers, RedisUrl};
 use crate::role::auth::Auth;
 use crate::role::collect::{Collect, run_upkeep};
 use crate::role::connect::{Connect, PublicUrls};
@@ -48,7 +49,6 @@ use crate::telemetry::{Gauge, Health, Metrics, Refusals};
 use crate::ticket::TicketKey;
 use crate::transport::http::{AnswerBody, Answers, HttpLimits, Listener, UpgradeHandler, bind, serve};
 use crate::transport::peer::{self, FindPush};
-use crate::wire::address::{RedisServers, RedisUrl};
 use crate::wire::frame::ReconnectHint;
 
 use collect_http::CollectEdge;

@@ -8,13 +8,13 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderValue, Response, StatusCode};
 use axum::middleware::from_fn_with_state;
 use axum::routing::get;
-use serde_json::{Map, Value, json as value};
 
 use super::collect_http::cluster_report;
-use super::edge::{Routes, asset, closed, json, options, own_host};
+use super::edge::{Routes, asset, closed, json_of, options, own_host};
 use crate::membership::Membership;
 use crate::role::connect::PublicUrls;
 use crate::telemetry::{Health, Metrics};
+use crate::wire::rest::{ReadyCondition, ReadyResponse};
 
 pub(super) struct OpsEdge {
     pub(super) health: Health,
@@ -52,12 +52,10 @@ pub(super) fn routes(edge: Arc<OpsEdge>, loopback: bool) -> Routes {
 
 async fn ready(State(edge): Edge) -> Response<Body> {
     let (ready, conditions) = edge.health.report();
-    let shown: Map<String, Value> = conditions
-        .into_iter()
-        .map(|(name, it)| (name.to_owned(), value!({"ok": it.ok, "detail": it.detail})))
-        .collect();
+    let shown = conditions.into_iter();
+    let shown = shown.map(|(name, it)| (name.to_owned(), ReadyCondition { ok: it.ok, detail: it.detail }));
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    json(status, value!({"ready": ready, "conditions": shown}).to_string())
+    json_of(status, &ReadyResponse { ready, conditions: shown.collect() })
 }
 
 async fn metrics(State(edge): Edge) -> Response<Body> {
@@ -69,5 +67,5 @@ async fn metrics(State(edge): Edge) -> Response<Body> {
 
 /// What the dashboard shows.
 async fn cluster(State(edge): Edge) -> Response<Body> {
-    json(StatusCode::OK, cluster_report(&*edge.membership, &edge.urls).to_string())
+    json_of(StatusCode::OK, &cluster_report(&*edge.membership, &edge.urls))
 }

@@ -13,10 +13,9 @@ use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use futures_util::future::{BoxFuture, FutureExt, ready};
-use serde_json::json as value;
 
 use super::edge::{
-    Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, not_found, refuse,
+    Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json_body, json_of, not_found, refuse,
 };
 use crate::role::connect::{Connect, ConnectError};
 use crate::role::push::{Admission, AdmissionError, Origins, Push, SocketRequest};
@@ -28,6 +27,7 @@ use crate::transport::websocket::{Handshake, HandshakeError, ServerSocket, hands
 use crate::wire::address::node_in_path;
 use crate::wire::frame::ReconnectHint;
 use crate::wire::http::{FieldError, Problem, parse_connect};
+use crate::wire::rest::ConnectResponse;
 
 const SOCKET_PATH: &str = "/v1/ws";
 /// Deadline from the 101 to the upgraded socket.
@@ -249,13 +249,13 @@ async fn place(edge: &ConnectEdge, request: Request<Body>) -> Answer {
         return Err(unauthorized("the token was revoked"));
     }
     let hint = edge.push.as_ref().map_or(edge.hint, Push::reconnect_hint);
-    let answer = value!({
-        "url": place.url,
-        "node": place.node.as_str(),
-        "generation": &*place.generation,
-        "epoch": place.epoch,
-        "expires_in_ms": TICKET_LIFE_MS,
-        "reconnect": hint,
-    });
-    Ok(json(StatusCode::OK, answer.to_string()))
+    let answer = ConnectResponse {
+        url: place.url,
+        node: place.node.to_string(),
+        generation: place.generation.to_string(),
+        epoch: place.epoch,
+        expires_in_ms: TICKET_LIFE_MS,
+        reconnect: Some(hint),
+    };
+    Ok(json_of(StatusCode::OK, &answer))
 }

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tower::util::BoxCloneSyncService;
 
+use crate::client::http::HttpClient;
 use crate::clock::Clock;
 use crate::config::{Config, Faults, VerifyBy};
 use crate::fallback::Fallback;
@@ -30,7 +31,6 @@ use crate::role::VerifyService;
 use crate::role::auth::Auth;
 use crate::role::verify::RemoteAuth;
 use crate::telemetry::{Gauge, Health, Metrics};
-use crate::transport::http::HttpClient;
 use crate::transport::redis::RedisLink;
 
 /// Delay between two tries to reach a store at start.

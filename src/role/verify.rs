@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
-use serde_json::{Value, json};
+use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
@@ -25,6 +25,7 @@ use crate::clock::Clock;
 use crate::message::{Millis, UserId};
 use crate::telemetry::{Health, Metrics};
 use crate::wire::peer::{Identity, PeerError, VerifyRequest};
+use crate::wire::rest::{self, VerifyResponse};
 
 /// Size of the cache, in bytes: 100,000 tokens with claims of 500 bytes. The least used are
 /// evicted.
@@ -150,7 +151,8 @@ impl RemoteAuth {
         if !inner.breaker.lock().allows(Instant::now()) {
             return Err(PeerError::Unavailable("auth did not answer a moment ago (auth.url)".to_owned()));
         }
-        let body = Bytes::from(json!({ "token": &*token }).to_string());
+        let request = rest::VerifyRequest { token: &token };
+        let body = Bytes::from(serde_json::to_vec(&request).unwrap_or_default());
         let answer = inner.ask.clone().oneshot(body).map_err(PeerError::Unavailable).await;
         let answer = answer.and_then(|(status, body)| read(status, &body, inner.clock.now()));
         inner.note(&answer);
@@ -193,31 +195,46 @@ impl Inner {
 fn read(status: u16, body: &[u8], now: Millis) -> Result<Identity, PeerError> {
     let bad =
         || PeerError::Unavailable(format!("auth (auth.url) answered {status} and nothing that can be read"));
-    let answer = serde_json::from_slice::<Value>(body);
     // The status decides: a refusal needs no body, and a proxy's has a body of its own. 413 means
     // that the token itself is too large. Any other answer does not come from auth.
-    if matches!(status, 401 | 413) {
-        let answer = answer.unwrap_or_default();
-        let why = answer["detail"].as_str().unwrap_or("the token is not good");
-        return Err(PeerError::Unauthorized(why.to_owned()));
-    }
-    let answer = answer.map_err(|_| bad())?;
     match status {
         200 => {
-            let claims = &answer["claims"];
-            let user = answer["user"].as_str().and_then(|user| UserId::parse(user).ok()).ok_or_else(bad)?;
-            let seconds = |name: &str| claims[name].as_f64().map(|seconds| seconds.max(0.0) as u64);
-            let expires_at = answer["expires_at"].as_str().and_then(Millis::parse_rfc3339);
+            let answer: VerifyResponse = serde_json::from_slice(body).map_err(|_| bad())?;
+            let claims = answer.claims.map_or_else(|| "{}".to_owned(), |claims| claims.get().to_owned());
+            let times: Times = serde_json::from_str(&claims).map_err(|_| bad())?;
+            let seconds = |time: Option<f64>| time.map(|seconds| seconds.max(0.0) as u64);
+            let expires_at = answer.expires_at.as_deref().and_then(Millis::parse_rfc3339);
             let refused = |why: &str| PeerError::Unauthorized(why.to_owned());
             Ok(Identity {
-                user,
-                issued_at_s: issued_at_s(seconds("iat"), now).map_err(refused)?,
-                expires_at_s: expires_at.map(Millis::seconds).or_else(|| seconds("exp")).ok_or_else(bad)?,
-                claims: Bytes::from(claims.to_string()),
+                user: UserId::parse(&answer.user).map_err(|_| bad())?,
+                issued_at_s: issued_at_s(seconds(times.iat), now).map_err(refused)?,
+                expires_at_s: expires_at
+                    .map(Millis::seconds)
+                    .or_else(|| seconds(times.exp))
+                    .ok_or_else(bad)?,
+                claims: Bytes::from(claims),
             })
+        }
+        401 | 413 => {
+            let problem = serde_json::from_slice::<Refused>(body).unwrap_or_default();
+            let why = problem.detail.unwrap_or_else(|| "the token is not good".to_owned());
+            Err(PeerError::Unauthorized(why))
         }
         _ => Err(bad()),
     }
+}
+
+/// The claims that count here, in seconds since the epoch.
+#[derive(Deserialize)]
+struct Times {
+    iat: Option<f64>,
+    exp: Option<f64>,
+}
+
+/// The part of a problem that a client may be told.
+#[derive(Default, Deserialize)]
+struct Refused {
+    detail: Option<String>,
 }
 
 impl tower::Service<VerifyRequest> for RemoteAuth {
@@ -237,6 +254,7 @@ impl tower::Service<VerifyRequest> for RemoteAuth {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::{Value, json};
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
     /// An auth that can be down and counts its calls.

@@ -1,4 +1,4 @@
-//! HTTP: an accept loop over hyper, and a small client.
+//! The HTTP server: an accept loop over hyper.
 //!
 //! The accept loop is our own because hyper has no timer unless it is given one: without it, a
 //! handshake that is never finished would be held for ever. A connection must send its first
@@ -18,12 +18,10 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{BoxFuture, Either, FutureExt, ready};
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use hyper::{Request, Response};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use parking_lot::Mutex;
@@ -52,10 +50,6 @@ const SOCKET_HEAD: usize = 16 * 1024;
 const SOCKET_HEAD_READ: usize = 1024;
 /// How long an HTTP/2 peer may take to answer a ping.
 const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long the client may take to connect.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the client keeps an idle connection.
-const CLIENT_IDLE: Duration = Duration::from_secs(50);
 /// Concurrent streams of one HTTP/2 connection.
 const H2_STREAMS: u32 = 1_000;
 
@@ -428,98 +422,10 @@ pub async fn read_body<B: RequestBody>(
     tokio::time::timeout(deadline, reading).await.unwrap_or(Err(BodyError::Incomplete))
 }
 
-/// An HTTP client with pooled connections, and TLS if the URL says so.
-#[derive(Clone)]
-pub struct HttpClient {
-    client: Client<hyper_rustls::HttpsConnector<HttpConnector>, Full<Bytes>>,
-    /// Largest response that it reads, in bytes.
-    answer_max: usize,
-}
-
-/// Default of the largest response, in bytes: a page of history with the largest messages.
-const ANSWER_MAX: usize = 64 * 1024 * 1024;
-
-impl Default for HttpClient {
-    fn default() -> Self {
-        let mut plain = HttpConnector::new();
-        plain.enforce_http(false);
-        plain.set_nodelay(true);
-        plain.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        let builder = hyper_rustls::HttpsConnectorBuilder::new();
-        let connector = match builder.with_native_roots() {
-            Ok(builder) => builder.https_or_http().enable_http1().wrap_connector(plain),
-            // A machine without root certificates speaks plain HTTP and trusts no server.
-            Err(_) => hyper_rustls::HttpsConnectorBuilder::new()
-                .with_tls_config(
-                    rustls::ClientConfig::builder()
-                        .with_root_certificates(rustls::RootCertStore::empty())
-                        .with_no_client_auth(),
-                )
-                .https_or_http()
-                .enable_http1()
-                .wrap_connector(plain),
-        };
-        // Shorter than servers keep idle connections, this one included, so that a request does not
-        // meet a connection that is being closed.
-        let client = Client::builder(TokioExecutor::new()).pool_idle_timeout(CLIENT_IDLE).build(connector);
-        Self { client, answer_max: ANSWER_MAX }
-    }
-}
-
-impl HttpClient {
-    /// Limits the responses that this client reads, in bytes.
-    #[must_use]
-    pub fn reading_at_most(self, bytes: usize) -> Self {
-        Self { answer_max: bytes, ..self }
-    }
-
-    /// Sends one request and reads the response. `body` is JSON.
-    ///
-    /// # Errors
-    ///
-    /// What went wrong, in words.
-    pub async fn send(
-        &self,
-        method: &str,
-        url: &str,
-        bearer: Option<&str>,
-        body: Bytes,
-        deadline: Duration,
-    ) -> Result<(u16, Bytes), String> {
-        let mut request =
-            Request::builder().method(method).uri(url).header("content-type", "application/json");
-        if let Some(bearer) = bearer {
-            request = request.header("authorization", format!("Bearer {bearer}"));
-        }
-        let request = request.body(Full::new(body)).map_err(|error| error.to_string())?;
-        let exchange = async {
-            let response = self.client.request(request).await.map_err(|error| words(&error))?;
-            let status = response.status().as_u16();
-            let body = Limited::new(response.into_body(), self.answer_max).collect().await;
-            let body = body.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
-                Some(_) => format!("the answer is larger than {} bytes", self.answer_max),
-                None => words(&*error),
-            })?;
-            Ok((status, body.to_bytes()))
-        };
-        tokio::time::timeout(deadline, exchange).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))
-    }
-}
-
-/// An error with its causes; the last one says what happened.
-fn words(error: &dyn std::error::Error) -> String {
-    let mut words = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        words = format!("{words}: {inner}");
-        cause = inner.source();
-    }
-    words
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use http_body_util::Full;
     use tokio::io::AsyncWriteExt;
     use tokio::net::TcpStream;
 

@@ -14,7 +14,7 @@ use redis::{
 };
 use tokio::sync::{Mutex, Notify};
 
-use crate::wire::address::{RedisServers, RedisUrl};
+use crate::redis_url::{RedisServers, RedisUrl};
 
 /// How long one call may take, connecting included: well below a lease, so that several tries fit
 /// into one.

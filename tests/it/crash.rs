@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use ringpush::client::http::HttpClient;
 use ringpush::client::{Client, ClientConfig, Event};
 use ringpush::message::DeviceId;
-use ringpush::transport::http::HttpClient;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;

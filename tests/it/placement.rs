@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use ringpush::client::http::HttpClient;
 use ringpush::client::{Client, ClientConfig, Event};
 use ringpush::message::DeviceId;
 use ringpush::ring::Ring;
-use ringpush::transport::http::HttpClient;
 use serde_json::json;
 
 use crate::support::{Options, Server, Socket, eventually, http};

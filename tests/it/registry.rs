@@ -12,8 +12,8 @@ use ringpush::membership::redis::RedisMembership;
 use ringpush::membership::{LeaseState, Membership, NodeInfo, Registration, View, conformance};
 use ringpush::message::{NodeId, UserId};
 use ringpush::peer_proof::EntryKey;
+use ringpush::redis_url::RedisUrl;
 use ringpush::transport::redis::RedisLink;
-use ringpush::wire::address::RedisUrl;
 
 use crate::support::foreign::{Foreign, free_port, redis, redis_cli};
 use crate::support::{DEADLINE, Options, Server, eventually, http};

@@ -6,8 +6,8 @@
 //!
 //! - [`config`], [`assemble`]: what a node is made with, and how its components are put together.
 //! - [`registry`], [`mailbox`]: the sessions by user, and how the node reaches one session's task.
-//! - [`availability`], [`ownership`], [`reconnect`], [`tokens`]: whether the node takes sockets, which
-//!   users it owns, the reconnect hint, and the check of tokens.
+//! - [`availability`], [`ownership`], [`reconnect`], [`tokens`]: whether the node takes sockets,
+//!   which users it owns, the reconnect hint, and the check of tokens.
 //! - [`attach_queue`], [`page_reads`], [`cursors`], [`sweep`]: all that is asked of the inbox.
 //! - [`displaced`], [`moves`], [`drain`], [`lease`]: where users belong, and what happens when that
 //!   changes.

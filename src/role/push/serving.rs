@@ -60,7 +60,8 @@ use crate::wire::frame::{ClientFrame, ServerFrame};
 use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
 /// Bytes queued for one socket above which its session reads the inbox instead. With one page (at
-/// most 102 KiB, see [`PAGE`](super::page_reads::PAGE)) it stays below 256 KiB (docs/design.md, section 11).
+/// most 102 KiB, see [`PAGE`](super::page_reads::PAGE)) it stays below 256 KiB (docs/design.md,
+/// section 11).
 const HIGH_WATER_BYTES: usize = 128 * 1024;
 /// Bytes queued below which the session may send again.
 const LOW_WATER_BYTES: usize = 32 * 1024;

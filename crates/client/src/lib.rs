@@ -4,6 +4,9 @@
 //! new one is opened first, and the old one closed when the new one has caught up. What both
 //! deliver is told apart by `seq`.
 
+pub mod http;
+mod socket;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,15 +16,16 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use crate::backoff::between;
-use crate::message::{DeviceId, Seq};
-use crate::transport::http::HttpClient;
-use crate::transport::websocket::{ClientSocket, ConnectionError, Heard, open};
-use crate::wire::address::escape;
-use crate::wire::close::CloseCode;
-use crate::wire::frame::{
+use crate::http::HttpClient;
+use crate::socket::{ClientSocket, ConnectionError, Heard, open};
+use ringpush_protocol::address::escape;
+use ringpush_protocol::backoff::between;
+use ringpush_protocol::close::CloseCode;
+use ringpush_protocol::frame::{
     ClientFrame, GapReason, MessageFrame, MoveReason, ReceivedFrame, ReconnectHint, ServerFrame, Since,
 };
+use ringpush_protocol::message::{DeviceId, Seq};
+use ringpush_protocol::rest::{ConnectRequest, ConnectResponse};
 
 /// Events waiting for the application; then the socket is read no further.
 const EVENTS: usize = 256;
@@ -245,12 +249,12 @@ impl Actor {
 
     async fn ask_where(&self, token: &str) -> Result<String, Ending> {
         let url = format!("{}/v1/connect", self.config.target.trim_end_matches('/'));
-        let body = Bytes::from(serde_json::json!({"device": self.config.device.as_str()}).to_string());
+        let request = ConnectRequest { device: self.config.device.as_str().to_owned() };
+        let body = Bytes::from(serde_json::to_vec(&request).unwrap_or_default());
         match self.config.http.send("POST", &url, Some(token), body, OPEN_DEADLINE).await {
-            Ok((200, body)) => serde_json::from_slice::<serde_json::Value>(&body)
-                .ok()
-                .and_then(|answer| answer["url"].as_str().map(str::to_owned))
-                .ok_or_else(|| Ending::Lost("the answer to connect has no url".to_owned())),
+            Ok((200, body)) => serde_json::from_slice::<ConnectResponse>(&body)
+                .map(|answer| answer.url)
+                .map_err(|error| Ending::Lost(format!("the answer to connect cannot be read: {error}"))),
             Ok((401, _)) => Err(Ending::Refused(4501)),
             Ok((status, _)) => Err(Ending::Lost(format!("connect was answered {status}"))),
             Err(why) => Err(Ending::Lost(why)),

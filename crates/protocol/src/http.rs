@@ -6,7 +6,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
-use super::frame::{put_history_item, put_id, put_number};
+use crate::frame::{put_history_item, put_id, put_number};
 use crate::message::{DeviceId, Message, MessageId, Recipients, Seq, UserId};
 
 /// Life of a message, in seconds (docs/design.md, section 11).
@@ -658,5 +658,4 @@ pub fn parse_verify_request(body: &[u8]) -> Result<String, Problem> {
 }
 
 #[cfg(test)]
-#[path = "http_tests.rs"]
 mod tests;

@@ -1,0 +1,160 @@
+//! The bodies of responses that both sides read and write. docs/protocol.md has their meaning.
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::frame::ReconnectHint;
+
+/// The body of `POST /v1/connect`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectRequest {
+    /// Name of the device.
+    pub device: String,
+}
+
+/// The response to `POST /v1/connect`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectResponse {
+    /// The URL to open, with a ticket in its query.
+    pub url: String,
+    /// The node at that URL.
+    #[serde(default)]
+    pub node: String,
+    /// Generation of the view that names that node.
+    #[serde(default)]
+    pub generation: String,
+    /// Epoch of the view that names that node.
+    #[serde(default)]
+    pub epoch: u64,
+    /// How long the ticket is good for, in ms.
+    #[serde(default)]
+    pub expires_in_ms: u64,
+    /// The hint for the next reconnect.
+    #[serde(default)]
+    pub reconnect: Option<ReconnectHint>,
+}
+
+/// The body of `POST /v1/verify`.
+#[derive(Serialize, Deserialize)]
+pub struct VerifyRequest<'a> {
+    /// The token.
+    pub token: &'a str,
+}
+
+/// The response to `POST /v1/verify`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VerifyResponse {
+    /// `sub` of the token.
+    pub user: String,
+    /// `exp` of the token, RFC 3339.
+    #[serde(default)]
+    pub expires_at: Option<String>,
+    /// All claims.
+    #[serde(default)]
+    pub claims: Option<Box<RawValue>>,
+}
+
+/// The response to `POST /v1/tokens`.
+#[derive(Serialize, Deserialize)]
+pub struct TokenResponse {
+    /// The token.
+    pub token: String,
+    /// When it expires, RFC 3339.
+    pub expires_at: String,
+}
+
+/// The response to `GET /v1/users/{user}`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UserResponse {
+    /// The user.
+    pub user: String,
+    /// The owner in the view in use; `None` if there is no push node.
+    pub owner: Option<String>,
+    /// Whether the user has a session.
+    pub online: bool,
+    /// Every device with a cursor or a session, by name.
+    pub devices: Vec<DeviceEntry>,
+    /// The highest position; `None` if the user never had a message.
+    pub head: Option<u64>,
+}
+
+/// A device in [`UserResponse`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DeviceEntry {
+    /// Name of the device.
+    pub device: String,
+    /// Its cursor; 0 if it has none.
+    pub acked: u64,
+    /// When its youngest session began, RFC 3339; `None` if it has no session.
+    pub connected_at: Option<String>,
+    /// The node of that session.
+    pub node: Option<String>,
+}
+
+/// The response to `GET /v1/cluster`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ClusterResponse {
+    /// Generation of the view in use.
+    pub generation: String,
+    /// Epoch of the view in use.
+    pub epoch: u64,
+    /// Digest of the view in use, hexadecimal.
+    pub digest: String,
+    /// Whether the view is held.
+    pub held: bool,
+    /// The push nodes.
+    pub nodes: Vec<ClusterNode>,
+}
+
+impl ClusterResponse {
+    /// Name and weight of each node that takes users: what the ring is built from.
+    pub fn on_ring(&self) -> impl Iterator<Item = (&str, f64)> {
+        let active = self.nodes.iter().filter(|node| node.state == "active");
+        active.map(|node| (node.node.as_str(), node.weight))
+    }
+}
+
+/// A push node in [`ClusterResponse`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ClusterNode {
+    /// Name of the node.
+    pub node: String,
+    /// Incarnation of its process.
+    pub incarnation: u64,
+    /// `active` or `draining`.
+    pub state: String,
+    /// Its weight.
+    pub weight: f64,
+    /// Its share of all users, 0.0 to 1.0.
+    pub share: f64,
+    /// Its sessions.
+    pub sessions: u64,
+    /// Users with a session there that another node owns.
+    pub displaced: u64,
+    /// Messages sent to sockets since its process started.
+    #[serde(default)]
+    pub delivered: u64,
+    /// `move` frames sent since its process started.
+    #[serde(default)]
+    pub moves: u64,
+    /// Its public URL.
+    pub url: Option<String>,
+}
+
+/// The response to `GET /readyz`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ReadyResponse {
+    /// Whether the process is ready.
+    pub ready: bool,
+    /// The conditions by name.
+    pub conditions: std::collections::BTreeMap<String, ReadyCondition>,
+}
+
+/// A condition in [`ReadyResponse`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ReadyCondition {
+    /// Whether it holds.
+    pub ok: bool,
+    /// An explanation for people.
+    pub detail: String,
+}
