@@ -32,11 +32,12 @@
 //!
 //! Tier 2 says what should happen: [`role`], four of them, which never import one another.
 //!
-//! Tier 3 assembles: [`config`] and [`app`].
+//! Tier 3 assembles: [`config`], [`app`], and the commands in [`cli`].
 //!
 //! Imports point downwards only; `tests/it/rooms.rs` checks that.
 
 pub mod app;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod fallback;

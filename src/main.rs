@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use ringpush::app::audit::{AuditPlan, audit};
-use ringpush::app::commands::{self, Addressed};
-use ringpush::app::terminal::{OutputError, print, print_line, say, say_last};
 use ringpush::app::{App, Ended, PUSH_NODES_MAX};
+use ringpush::cli::audit::{AuditPlan, audit};
+use ringpush::cli::commands::{self, Addressed};
+use ringpush::cli::terminal::{OutputError, print, print_line, say, say_last};
 use ringpush::config::{Config, Faults, Sources};
 use ringpush::telemetry::{LogFormat, start_logging};
 use ringpush::wire::frame::Since;

@@ -15,20 +15,20 @@ use crate::config::{Config, VerifyBy};
 /// The four keys, configured or made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(default)]
-pub(super) struct Keys {
-    pub(super) token_key: String,
-    pub(super) api_key: String,
-    pub(super) admin_key: String,
-    pub(super) peer_secret: String,
+pub(crate) struct Keys {
+    pub(crate) token_key: String,
+    pub(crate) api_key: String,
+    pub(crate) admin_key: String,
+    pub(crate) peer_secret: String,
     /// Whether none of them was configured.
     #[serde(skip)]
-    pub(super) self_made: bool,
+    pub(crate) self_made: bool,
 }
 
 impl Keys {
     /// The keys of the configuration. In development the missing ones come from the file, which is
     /// created or completed.
-    pub(super) fn of(config: &mut Config) -> Result<Self> {
+    pub(crate) fn of(config: &mut Config) -> Result<Self> {
         let mut keys = Self {
             token_key: config.auth.token_key.clone(),
             api_key: config.api_keys.first().cloned().unwrap_or_default(),
@@ -55,7 +55,7 @@ impl Keys {
 
     /// The keys as the greeting shows them. Configured keys belong to somebody and must not appear
     /// in a log.
-    pub(super) fn to_show(&self) -> Self {
+    pub(crate) fn to_show(&self) -> Self {
         let shown = |own: &str, name: &str| {
             if own.starts_with(name) { own.to_owned() } else { "(configured)".to_owned() }
         };

@@ -1,19 +1,16 @@
 //! Assembly: the only place where adapters meet roles. `main` and the tests start a process in the
 //! same way.
 
-pub mod audit;
 mod auth_http;
 mod collect_grpc;
 mod collect_http;
-pub mod commands;
 mod edge;
-mod keys;
+pub(crate) mod keys;
 mod ops_http;
 mod page;
 mod peers;
 mod push_http;
 mod stores;
-pub mod terminal;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -581,6 +578,7 @@ impl App {
 
     /// The push nodes of this process, for tests.
     #[must_use]
+    #[cfg(any(test, feature = "test-support"))]
     pub fn pushes(&self) -> &[Push] {
         &self.pushes
     }

@@ -11,8 +11,9 @@
 //! - [`Fallback::keep`] returns the size of the set as it is stored. A wrong size twice running
 //!   means that the set was lost.
 //!
-//! Every adapter passes [`conformance::suite`].
+//! Every adapter passes the suite in `conformance` (feature `test-support`).
 
+#[cfg(any(test, feature = "test-support"))]
 pub mod conformance;
 pub mod local;
 pub mod redis;

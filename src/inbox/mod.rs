@@ -20,10 +20,12 @@
 //! - A message that cannot be read is reported by its number and blocks nothing.
 //! - Cursors only rise. Losing one costs repeats, never a message.
 //!
-//! Every adapter passes [`conformance::suite`].
+//! Every adapter passes the suite in `conformance` (feature `test-support`).
 
+#[cfg(any(test, feature = "test-support"))]
 pub mod conformance;
 pub mod embedded;
+#[cfg(any(test, feature = "test-support"))]
 pub mod memory;
 pub mod mongo;
 

@@ -66,6 +66,7 @@ impl LocalMembership {
     }
 
     /// Sets the lease state of the process that has this name, for tests.
+    #[cfg(any(test, feature = "test-support"))]
     pub fn set_standing(&self, node: &NodeId, standing: LeaseState) {
         if let Some(told) = self.inner.standings.lock().get(node) {
             told.send_replace(standing);

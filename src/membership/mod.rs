@@ -15,8 +15,9 @@
 //! - A [`LeaseState`] tells a node when it has lost its place, when it has it again, and when
 //!   another process took it for good.
 //!
-//! Every adapter passes [`conformance::suite`].
+//! Every adapter passes the suite in `conformance` (feature `test-support`).
 
+#[cfg(any(test, feature = "test-support"))]
 pub mod conformance;
 pub mod keeper;
 pub mod local;

@@ -12,8 +12,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
-use super::keys::Keys;
 use super::terminal::{print, print_line, say};
+use crate::app::keys::Keys;
 use crate::client::http::HttpClient;
 use crate::client::{Client, ClientConfig, Event, TokenSource};
 use crate::clock::Clock;

@@ -19,8 +19,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::commands::signer;
-use super::keys::Keys;
 use super::terminal::{OutputError, print, print_line, say};
+use crate::app::keys::Keys;
 use crate::backoff::between;
 use crate::client::http::HttpClient;
 use crate::client::{Client, ClientConfig, Event};
