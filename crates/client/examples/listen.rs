@@ -1,5 +1,7 @@
 //! Prints the messages of a user: `cargo run -p ringpush-client --example listen -- URL TOKEN`.
 
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
 use std::sync::Arc;
 
 use ringpush_client::{Client, ClientConfig, Event, http::HttpClient};

@@ -1,6 +1,8 @@
 //! Bodies as senders write them, well and badly.
 
 use super::*;
+use crate::message::Seq;
+use bytes::BytesMut;
 use proptest::prelude::*;
 
 const LIMITS: PublishLimits =

@@ -1,6 +1,9 @@
 //! Tokens, good and bad, by each kind of key.
 
 use super::*;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use jsonwebtoken::EncodingKey;
 use proptest::prelude::*;
 
 const NOW: Millis = Millis(1_795_380_000_000);
@@ -46,14 +49,14 @@ fn an_issued_token_is_good_until_its_very_end() {
 
 #[test]
 fn every_kind_of_key_verifies_its_own_and_nothing_else() {
-    let rsa = EncodingKey::from_rsa_pem(include_bytes!("../../tests/keys/rsa-private.pem")).unwrap();
-    let ec = EncodingKey::from_ec_pem(include_bytes!("../../tests/keys/ec-private.pem")).unwrap();
-    let ed = EncodingKey::from_ed_pem(include_bytes!("../../tests/keys/ed-private.pem")).unwrap();
+    let rsa = EncodingKey::from_rsa_pem(include_bytes!("../../../tests/keys/rsa-private.pem")).unwrap();
+    let ec = EncodingKey::from_ec_pem(include_bytes!("../../../tests/keys/ec-private.pem")).unwrap();
+    let ed = EncodingKey::from_ed_pem(include_bytes!("../../../tests/keys/ed-private.pem")).unwrap();
     let secret = EncodingKey::from_secret(SECRET.as_bytes());
     let pairs = [
-        (Algorithm::RS256, rsa, include_str!("../../tests/keys/rsa-public.pem")),
-        (Algorithm::ES256, ec, include_str!("../../tests/keys/ec-public.pem")),
-        (Algorithm::EdDSA, ed, include_str!("../../tests/keys/ed-public.pem")),
+        (Algorithm::RS256, rsa, include_str!("../../../tests/keys/rsa-public.pem")),
+        (Algorithm::ES256, ec, include_str!("../../../tests/keys/ec-public.pem")),
+        (Algorithm::EdDSA, ed, include_str!("../../../tests/keys/ed-public.pem")),
         (Algorithm::HS256, secret, SECRET),
     ];
     for (n, (_, _, verifying)) in pairs.iter().enumerate() {
@@ -128,12 +131,12 @@ fn keys_that_cannot_serve_are_named() {
             .err()
     };
     assert_eq!(make("too short"), Some(KeyError::Short(9)));
-    assert_eq!(make(include_str!("../../tests/keys/rsa-private.pem")), Some(KeyError::NotAPublicKey));
+    assert_eq!(make(include_str!("../../../tests/keys/rsa-private.pem")), Some(KeyError::NotAPublicKey));
     assert_eq!(
         make("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----"),
         Some(KeyError::NotAPublicKey)
     );
-    let public = auth(include_str!("../../tests/keys/ed-public.pem"));
+    let public = auth(include_str!("../../../tests/keys/ed-public.pem"));
     assert_eq!(public.issue(&UserId::parse("alice").unwrap(), 60), Err(SigningError));
 }
 
@@ -142,9 +145,9 @@ fn keys_that_cannot_serve_are_named() {
 fn a_public_key_in_any_dress_is_no_secret() {
     use base64::engine::general_purpose::{STANDARD, URL_SAFE};
     for pem in [
-        include_str!("../../tests/keys/rsa-public.pem"),
-        include_str!("../../tests/keys/ec-public.pem"),
-        include_str!("../../tests/keys/ed-public.pem"),
+        include_str!("../../../tests/keys/rsa-public.pem"),
+        include_str!("../../../tests/keys/ec-public.pem"),
+        include_str!("../../../tests/keys/ed-public.pem"),
     ] {
         let body: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
         let der = STANDARD.decode(&body).unwrap();
@@ -224,7 +227,7 @@ fn a_header_that_must_be_understood_and_is_not_refuses_the_token() {
 
 #[test]
 fn keys_of_a_jwks_that_are_for_something_else_do_not_verify() {
-    let issuer = auth(include_str!("../../tests/keys/ec-public.pem"));
+    let issuer = auth(include_str!("../../../tests/keys/ec-public.pem"));
     let fetched = |name: &str, value: Value| {
         let fetched = Auth::fetched(AuthConfig::default(), Clock::standing(NOW));
         let mut set = issuer.jwks();
@@ -241,12 +244,12 @@ fn keys_of_a_jwks_that_are_for_something_else_do_not_verify() {
 #[test]
 fn fetched_keys_verify_by_kid_and_the_key_decides_the_algorithm() {
     let fetched = Auth::fetched(AuthConfig::default(), Clock::standing(NOW));
-    let private = EncodingKey::from_ec_pem(include_bytes!("../../tests/keys/ec-private.pem")).unwrap();
+    let private = EncodingKey::from_ec_pem(include_bytes!("../../../tests/keys/ec-private.pem")).unwrap();
     let token = signed(&good(), Algorithm::ES256, &private);
     assert_eq!(fetched.verify(&token), Err(TokenError::NoKeys));
     assert!(fetched.take_jwks(b"{}").is_err());
     assert!(fetched.take_jwks(br#"{"keys":[]}"#).is_err());
-    let issuer = auth(include_str!("../../tests/keys/ec-public.pem"));
+    let issuer = auth(include_str!("../../../tests/keys/ec-public.pem"));
     assert_eq!(fetched.take_jwks(issuer.jwks().to_string().as_bytes()), Ok(1));
     assert!(fetched.verify(&token).is_ok(), "one key, and a token that names none");
     let header = Header { kid: Some("other".to_owned()), ..Header::new(Algorithm::ES256) };

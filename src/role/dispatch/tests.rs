@@ -1,6 +1,7 @@
 //! Dispatch against nodes that write down what they are told.
 
 use super::super::backlog::{BACKLOG_MESSAGES, BATCH};
+use super::peer_queue::FAILURE_REST;
 use super::*;
 use crate::clock::Clock;
 use crate::fallback::local::LocalFallback;

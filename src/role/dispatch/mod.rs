@@ -7,8 +7,11 @@
 //! so that the node looks into the inboxes itself. A batch for a node of the same process bypasses
 //! an empty queue.
 
+mod peer_queue;
+mod recent;
+
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -20,6 +23,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tower::{Service, ServiceExt};
+
+pub use recent::{RECENT_VIEW_LIFE, RECENT_VIEWS};
 
 use super::backlog::Backlog;
 use super::{PeerDirectory, PushService, raised};
@@ -33,15 +38,11 @@ use crate::wire::peer::{
     Revocation, ViewVersion,
 };
 
-/// How long the owners of an earlier view still get messages: three leases (docs/design.md, section
-/// 7).
-pub const RECENT_VIEW_LIFE: Duration = Duration::from_secs(30);
-/// Most views that are remembered, including the one in use.
-pub const RECENT_VIEWS: usize = 8;
+use peer_queue::{PeerQueue, call, deliver_request, run_queue, settle, silent};
+use recent::Recent;
+
 /// Deadline of one call to a node.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(5);
-/// Delay after a failed call, so that a dead node costs nothing.
-const FAILURE_REST: Duration = Duration::from_millis(100);
 /// How long a batch waits for the newer view that a node has. A router that is cut off from the
 /// registry for a moment does not know the new owner before. The batch was sent to the known owners
 /// nevertheless.
@@ -111,96 +112,6 @@ impl DispatchMetrics {
         });
         Arc::new(own)
     }
-}
-
-/// The views of the last 30 s, the one in use first.
-struct Recent {
-    source: watch::Receiver<Arc<View>>,
-    current: Arc<View>,
-    /// Superseded views, youngest first, with the time when they were superseded.
-    earlier: VecDeque<(Arc<View>, Instant)>,
-}
-
-impl Recent {
-    /// Takes over a new view. Returns whether there was one.
-    fn refresh(&mut self) -> bool {
-        let known = self.earlier.len();
-        let mut changed = false;
-        if self.source.has_changed().unwrap_or(false) {
-            let next = Arc::clone(&self.source.borrow_and_update());
-            let superseded = std::mem::replace(&mut self.current, next);
-            // A view that differs only in its routers has the same owners.
-            if !superseded.ring.is_empty() && superseded.digest != self.current.digest {
-                self.earlier.push_front((superseded, Instant::now()));
-                self.earlier.truncate(RECENT_VIEWS - 1);
-            }
-            changed = true;
-        }
-        while self.earlier.back().is_some_and(|(_, since)| since.elapsed() > RECENT_VIEW_LIFE) {
-            self.earlier.pop_back();
-        }
-        changed || known != self.earlier.len()
-    }
-
-    /// Calls `each` with the nodes that own this key now or did in the last 30 s, the current owner
-    /// first.
-    fn owners(&self, key: u64, mut each: impl FnMut(&NodeId)) {
-        let owner = self.current.owner_at(key).map(|member| &member.info.node);
-        if let Some(owner) = owner {
-            each(owner);
-        }
-        self.earlier_owners(key, owner, each);
-    }
-
-    /// Calls `each` with the other nodes that owned this key in the last 30 s.
-    fn earlier_owners(&self, key: u64, owner: Option<&NodeId>, mut each: impl FnMut(&NodeId)) {
-        let mut seen: Vec<&NodeId> = Vec::new();
-        for (view, _) in &self.earlier {
-            if let Some(earlier) = view.owner_at(key).map(|member| &member.info.node)
-                && Some(earlier) != owner
-                && !seen.contains(&earlier)
-            {
-                seen.push(earlier);
-                each(earlier);
-            }
-        }
-    }
-
-    /// Groups a batch by the nodes that it goes to. Also returns how many messages go nowhere.
-    fn sort(&self, batch: Vec<LiveMessage>) -> (Vec<(NodeId, Vec<LiveMessage>)>, u64) {
-        let members = &self.current.members;
-        let mut of_owners: Vec<Vec<LiveMessage>> = members.iter().map(|_| Vec::new()).collect();
-        let mut of_others: HashMap<NodeId, Vec<LiveMessage>> = HashMap::new();
-        let mut unowned = 0;
-        for live in batch {
-            let key = ring::key(live.user.as_str());
-            let position = self.current.owner_position(key);
-            let owner = position.map(|at| &members[at].info.node);
-            let mut is_sent = owner.is_some();
-            self.earlier_owners(key, owner, |node| {
-                is_sent = true;
-                note_routed(&live, node);
-                of_others.entry(node.clone()).or_default().push(live.clone());
-            });
-            unowned += u64::from(!is_sent);
-            if let (Some(at), Some(node)) = (position, owner) {
-                note_routed(&live, node);
-                of_owners[at].push(live);
-            }
-        }
-        let named = members.iter().map(|member| member.info.node.clone()).zip(of_owners);
-        (named.filter(|(_, batch)| !batch.is_empty()).chain(of_others).collect(), unowned)
-    }
-}
-
-fn note_routed(live: &LiveMessage, node: &NodeId) {
-    tracing::debug!(target: WAY, step = 6, user = %live.user, id = %live.message.id, seq = %live.message.seq, %node, "routed");
-}
-
-/// One node's queue and the task that empties it.
-struct PeerQueue {
-    backlog: Arc<Backlog>,
-    task: AbortOnDropHandle<()>,
 }
 
 impl Dispatch {
@@ -469,68 +380,6 @@ impl Dispatch {
     }
 }
 
-async fn call(
-    service: Option<PushService>,
-    node: &NodeId,
-    request: PushRequest,
-) -> Result<PushResponse, PeerError> {
-    let service = service.ok_or_else(|| PeerError::Unavailable(format!("{node} is not known here")))?;
-    tokio::time::timeout(CALL_DEADLINE, service.oneshot(request)).await.unwrap_or_else(|_| Err(silent(node)))
-}
-
-fn silent(node: &NodeId) -> PeerError {
-    PeerError::Unavailable(format!("{node} did not answer in time"))
-}
-
-fn deliver_request(
-    batch: Vec<LiveMessage>,
-    sweep: bool,
-    stamp: &ViewVersion,
-) -> (PushRequest, Arc<[LiveMessage]>) {
-    let batch: Arc<[LiveMessage]> = batch.into();
-    (PushRequest::Deliver { batch: Arc::clone(&batch), sweep, stamp: stamp.clone() }, batch)
-}
-
-/// Acts on a node's response to a batch. Returns whether the node took it.
-fn settle(
-    dispatch: &Inner,
-    node: &NodeId,
-    stamp: &ViewVersion,
-    batch: &[LiveMessage],
-    answer: Result<PushResponse, PeerError>,
-) -> bool {
-    match answer {
-        Ok(PushResponse::Done(theirs)) if theirs.is_news_to(stamp) => {
-            dispatch.heard_of(theirs, batch.to_vec());
-            true
-        }
-        Ok(_) => true,
-        Err(fault) => {
-            tracing::debug!(%node, %fault, "a batch was not taken; the node will look into the inboxes");
-            dispatch.metrics.dropped.inc_by(batch.len() as u64);
-            false
-        }
-    }
-}
-
-async fn run_queue(node: NodeId, backlog: Arc<Backlog>, dispatch: Weak<Inner>) {
-    loop {
-        let (batch, sweep) = backlog.take().await;
-        let Some(inner) = dispatch.upgrade() else { return };
-        let stamp = inner.recent.lock().current.stamp();
-        let service = inner.directory.find(&node);
-        drop(inner);
-        let (request, batch) = deliver_request(batch, sweep, &stamp);
-        let answer = call(service, &node, request).await;
-        let Some(inner) = dispatch.upgrade() else { return };
-        if !settle(&inner, &node, &stamp, &batch, answer) {
-            drop(inner);
-            tokio::time::sleep(FAILURE_REST).await;
-            backlog.mark_missed();
-        }
-    }
-}
-
 impl Service<DispatchRequest> for Dispatch {
     type Response = DispatchResponse;
     type Error = PeerError;
@@ -560,5 +409,4 @@ impl Service<DispatchRequest> for Dispatch {
 }
 
 #[cfg(test)]
-#[path = "dispatch_tests.rs"]
 mod tests;

@@ -5,6 +5,9 @@
 //! Every script first removes the nodes whose lease has ended, so nobody has to watch for that. A
 //! change is published as a hint; polling is the truth.
 
+mod entries;
+mod heartbeat;
+
 use std::collections::{HashMap, HashSet};
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -13,21 +16,23 @@ use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt};
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::keeper::{Keeper, Snapshot, Times};
 use super::{
-    Counts, Departure, LeaseState, Member, Membership, MembershipError, NodeInfo, NodeState, Outsiders,
-    Reached, Registration, View,
+    Counts, Departure, LeaseState, Membership, MembershipError, NodeInfo, NodeState, Reached, Registration,
+    View,
 };
 use crate::backoff::around;
 use crate::clock::Clock;
 use crate::message::NodeId;
-use crate::peer_proof::{Entry, EntryKey};
+use crate::peer_proof::EntryKey;
 use crate::transport::redis::{RedisError, RedisLink, Reply, Script};
+
+use entries::{NODES_MAX, StoredInfo, TEXT_MAX, read_snapshot};
+use heartbeat::{Own, Turn, keep_beating};
 
 /// Jitter of heartbeats and polls, so that the nodes of a cluster do not act at the same time.
 const JITTER: f64 = 0.2;
@@ -36,19 +41,6 @@ const JOIN_RETRY: Duration = Duration::from_millis(500);
 /// Number of checks at start for faults that waiting does not mend.
 const CHECKS: u32 = 3;
 const CHECK_REST: Duration = Duration::from_millis(50);
-/// Nodes that are looked at. The ring was measured up to that number.
-const NODES_MAX: usize = 1_000;
-/// Longest text of one node that is looked at, in bytes. An entry has about 300.
-const TEXT_MAX: usize = 2_048;
-/// Longest address of a peer port: a host name of 253 characters, a colon and a port.
-const PEER_MAX: usize = 260;
-/// Longest identity of a store or generation, in bytes. Each is a ULID of 26 characters.
-const ID_MAX: usize = 64;
-/// Bounds for what is registered about a node; the same as those of configuration.
-const WEIGHTS: std::ops::RangeInclusive<f64> = 0.01..=100.0;
-const ACCEPTS_MAX: u32 = 1_000_000;
-/// Larger numbers cannot be represented exactly in a browser's JSON.
-const COUNT_MAX: u64 = 1 << 53;
 /// Complaints about entries that are remembered, so that each is logged once.
 const COMPLAINTS_MAX: usize = 1_000;
 
@@ -83,25 +75,6 @@ struct Inner {
     complaints: Mutex<HashSet<String>>,
 }
 
-/// A node of this process.
-struct Own {
-    info: NodeInfo,
-    incarnation: u64,
-    state: Mutex<(NodeState, Counts)>,
-    standing: watch::Sender<LeaseState>,
-    proof: Reached,
-    /// Held during every call about this node: a heartbeat that overtook a `leave` would register
-    /// the node again.
-    turn: tokio::sync::Mutex<Turn>,
-}
-
-/// Whether a node still sends heartbeats.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Turn {
-    Beating,
-    Left,
-}
-
 /// The names of the keys, and the scripts that use them.
 struct Keys {
     names: [String; 5],
@@ -113,60 +86,16 @@ struct Keys {
 
 impl Keys {
     fn of(prefix: &str) -> Self {
-        let shared = include_str!("lua/shared.lua");
+        let shared = include_str!("../lua/shared.lua");
         let script = |own: &str| Script::new(&format!("{shared}\n{own}"));
         Self {
             names: ["nodes", "info", "meta", "incarnations", "counts"]
                 .map(|name| format!("{{{prefix}}}:{name}")),
             channel: format!("{{{prefix}}}:changed"),
-            beat: script(include_str!("lua/beat.lua")),
-            snapshot: script(include_str!("lua/snapshot.lua")),
-            leave: script(include_str!("lua/leave.lua")),
+            beat: script(include_str!("../lua/beat.lua")),
+            snapshot: script(include_str!("../lua/snapshot.lua")),
+            leave: script(include_str!("../lua/leave.lua")),
         }
-    }
-}
-
-/// Node info as it is stored. Unknown fields are ignored, so that versions may mix.
-#[derive(Serialize, Deserialize)]
-struct StoredInfo {
-    weight: f64,
-    accept_per_s: u32,
-    peer: String,
-    push: bool,
-    dispatch: bool,
-    draining: bool,
-    /// Another node has reached it at `peer`.
-    #[serde(default)]
-    reached: bool,
-    /// Identity of its store.
-    #[serde(default)]
-    store: String,
-    /// Made with `peer.secret` over what others rely on before they have spoken to the node.
-    #[serde(default)]
-    proof: String,
-}
-
-impl StoredInfo {
-    fn entry<'a>(&'a self, node: &'a NodeId) -> Entry<'a> {
-        let Self { peer, push, dispatch, store, .. } = self;
-        Entry { node: node.as_str(), peer, push: *push, dispatch: *dispatch, store }
-    }
-
-    fn text(info: &NodeInfo, state: NodeState, reached: bool, key: &EntryKey) -> String {
-        let mut stored = Self {
-            weight: info.weight,
-            accept_per_s: info.accept_per_s,
-            peer: info.peer.to_string(),
-            push: info.push,
-            dispatch: info.dispatch,
-            draining: state == NodeState::Draining,
-            reached,
-            store: info.store.to_string(),
-            proof: String::new(),
-        };
-        stored.proof = key.sign(stored.entry(&info.node));
-        // Plain fields: serialisation cannot fail.
-        serde_json::to_string(&stored).unwrap_or_default()
     }
 }
 
@@ -337,114 +266,6 @@ impl Inner {
     }
 }
 
-/// What one look at the registry shows.
-#[derive(Debug)]
-struct Look {
-    snapshot: Snapshot,
-    counts: HashMap<NodeId, Counts>,
-    /// Why Redis renews no lease for now.
-    refused: Option<String>,
-    /// Entries that are not as they should be, with their key.
-    complaints: Vec<String>,
-}
-
-/// Reads the response to a snapshot. Nothing in it is trusted: another program, or another version
-/// of this one, may have written it.
-fn read_snapshot(reply: &Reply, key: &EntryKey, prefix: &str) -> Result<Look, RedisError> {
-    let [generation, epoch, all, refused, count] = reply.items() else {
-        return Err(RedisError::Refused(
-            "a look at the registry was answered with something else".to_owned(),
-        ));
-    };
-    let generation = generation.text();
-    let is_plain = generation.bytes().all(|byte| byte.is_ascii_graphic());
-    let refused = Some(refused.text()).filter(|why| !why.is_empty());
-    if refused.is_none() && (generation.is_empty() || generation.len() > ID_MAX || !is_plain) {
-        let why = format!("{{{prefix}}}:meta has no generation of ringpush: delete that key");
-        return Err(RedisError::Refused(why));
-    }
-    let mut look = Look {
-        snapshot: Snapshot {
-            generation: generation.into(),
-            epoch: epoch.int(),
-            nodes: Vec::new(),
-            outsiders: Outsiders::default(),
-        },
-        counts: HashMap::new(),
-        refused: refused.map(str::to_owned),
-        complaints: Vec::new(),
-    };
-    if count.int() > NODES_MAX as u64 {
-        let count = count.int();
-        look.complaints.push(format!("{{{prefix}}}:nodes has {count} entries; {NODES_MAX} are looked at"));
-    }
-    for entry in all.items().iter().take(NODES_MAX) {
-        if let Err(complaint) = read_entry(entry, key, &mut look) {
-            let name = entry.items().first().map_or("", Reply::text).escape_debug().to_string();
-            look.complaints.push(format!("the entry {name:?} of {{{prefix}}}:info {complaint}"));
-        }
-    }
-    look.snapshot.outsiders.candidates.sort_by(|a, b| a.info.node.cmp(&b.info.node));
-    look.snapshot.outsiders.strangers.sort();
-    Ok(look)
-}
-
-fn read_entry(entry: &Reply, key: &EntryKey, look: &mut Look) -> Result<(), String> {
-    let [name, info, incarnation, held] = entry.items() else { return Err("is no entry".to_owned()) };
-    let node = NodeId::parse(name.text()).map_err(|rule| format!("has a name that is none: {rule}"))?;
-    let stored = serde_json::from_str::<StoredInfo>(info.text());
-    // An entry of another version that this one cannot read is ignored.
-    let mut stored = stored.map_err(|_| "cannot be read".to_owned())?;
-    if stored.peer.len() > PEER_MAX || stored.store.len() > ID_MAX {
-        return Err("has a text that is too long".to_owned());
-    }
-    if !key.verify(stored.entry(&node), &stored.proof) {
-        look.snapshot.outsiders.strangers.push(node);
-        return Err(
-            "has no proof by our peer.secret: that node has another one, or another program wrote this; \
-                    it is not called, and takes no users"
-                .to_owned(),
-        );
-    }
-    let mut numbers = held.text().split(' ').map(|number| number.parse().unwrap_or(0).min(COUNT_MAX));
-    let mut next = || numbers.next().unwrap_or(0);
-    let held = Counts { sessions: next(), displaced: next(), delivered: next(), moves: next() };
-    let bad_weight = !WEIGHTS.contains(&stored.weight);
-    if bad_weight || stored.accept_per_s > ACCEPTS_MAX {
-        let (from, to) = (WEIGHTS.start(), WEIGHTS.end());
-        let told =
-            format!("has a weight or accept_per_s out of bounds ({from} to {to}, up to {ACCEPTS_MAX})");
-        look.complaints.push(format!("the entry {node} {told}: it is held to them"));
-        stored.weight = if stored.weight.is_nan() { 1.0 } else { stored.weight.clamp(*from, *to) };
-        stored.accept_per_s = stored.accept_per_s.min(ACCEPTS_MAX);
-    }
-    look.counts.insert(node.clone(), held);
-    let reached = stored.reached;
-    let member = member(node, incarnation.int(), stored);
-    if reached {
-        look.snapshot.nodes.push(member);
-    } else {
-        look.snapshot.outsiders.candidates.push(member);
-    }
-    Ok(())
-}
-
-fn member(node: NodeId, incarnation: u64, stored: StoredInfo) -> Member {
-    Member {
-        info: NodeInfo {
-            node,
-            weight: stored.weight,
-            accept_per_s: stored.accept_per_s,
-            peer: stored.peer.into(),
-            push: stored.push,
-            dispatch: stored.dispatch,
-            store: stored.store.into(),
-        },
-        incarnation,
-        state: if stored.draining { NodeState::Draining } else { NodeState::Active },
-    }
-}
-
 /// Polls the registry, and publishes the views that the rules make of it.
 async fn poll(inner: Arc<Inner>, mut keeper: Keeper) {
     let began = Instant::now();
@@ -488,76 +309,6 @@ async fn poll(inner: Arc<Inner>, mut keeper: Keeper) {
         tokio::time::sleep(rest).await;
         let next = around(inner.times.poll, JITTER, &mut rand::rng());
         let _ = tokio::time::timeout(next, inner.hint.notified()).await;
-    }
-}
-
-/// Renews a node's lease as long as it has one, in a task of its own.
-async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
-    let mut renewed = Instant::now();
-    let mut times = 1;
-    let mut said_reached = false;
-    let mut answered = true;
-    loop {
-        let pause = around(inner.times.beat, JITTER, &mut rand::rng());
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            // Others wait to hear that the node was reached.
-            () = own.proof.noted(), if answered && !said_reached => {}
-        }
-        let turn = own.turn.lock().await;
-        if *turn == Turn::Left {
-            return;
-        }
-        let (state, counts) = *own.state.lock();
-        let sent = Instant::now();
-        let reached = own.proof.is_noted();
-        let said = StoredInfo::text(&own.info, state, reached, &inner.entries);
-        let beaten = inner.beat(&own.info, own.incarnation, &said, counts).await;
-        answered = beaten.is_ok();
-        match beaten {
-            Ok(Beaten::Fenced) => {
-                tracing::warn!(
-                    node = %own.info.node,
-                    "another process has registered under this node's name (node.name): this one takes no more sockets"
-                );
-                own.standing.send_replace(LeaseState::Fenced);
-                return;
-            }
-            Ok(Beaten::Renewed { was_member, .. }) => {
-                said_reached = reached;
-                // The heartbeat that registered it again may have been one whose response was lost.
-                let was_lost = !was_member || renewed.elapsed() > inner.times.lease;
-                renewed = sent;
-                times += u64::from(was_lost);
-                let now = LeaseState::Member(times);
-                own.standing.send_if_modified(|known| std::mem::replace(known, now) != now);
-                if was_lost {
-                    tracing::info!(node = %own.info.node, "registered again");
-                }
-            }
-            Ok(Beaten::OtherStore { node, theirs }) => {
-                inner.complain(format!(
-                    "{node} is registered with another store ({theirs}; here {}): this node is not registered again until it \
-                     has gone (mongo.uri, mongo.database, redis.prefix)",
-                    own.info.store
-                ));
-                own.lapse(renewed.elapsed() > inner.times.lease);
-            }
-            Err(fault) => {
-                tracing::debug!(%fault, "a beat was not answered");
-                own.lapse(renewed.elapsed() > inner.times.lease);
-            }
-        }
-    }
-}
-
-impl Own {
-    /// The lease could not be renewed; `over` says whether it has run out.
-    fn lapse(&self, over: bool) {
-        if over {
-            self.standing
-                .send_if_modified(|known| std::mem::replace(known, LeaseState::Lapsed) != LeaseState::Lapsed);
-        }
     }
 }
 
@@ -656,113 +407,5 @@ impl Membership for RedisMembership {
 
     fn refresh(&self) {
         self.inner.hint.notify_one();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn key() -> EntryKey {
-        EntryKey::derive("peer-secret-of-the-tests-0123456789abcdef")
-    }
-
-    fn bytes(text: &str) -> Reply {
-        Reply::Bytes(text.as_bytes().to_vec())
-    }
-
-    fn look(entries: Vec<Reply>) -> Reply {
-        let count = Reply::Int(entries.len() as i64);
-        Reply::List(vec![bytes("01J"), bytes("7"), Reply::List(entries), bytes(""), count])
-    }
-
-    fn entry(name: &str, change: impl FnOnce(&mut StoredInfo), key: &EntryKey) -> Reply {
-        let mut stored = StoredInfo {
-            weight: 1.0,
-            accept_per_s: 4000,
-            peer: "10.0.0.1:7070".to_owned(),
-            push: true,
-            dispatch: false,
-            draining: false,
-            reached: true,
-            store: "01J".to_owned(),
-            proof: String::new(),
-        };
-        change(&mut stored);
-        stored.proof = key.sign(stored.entry(&NodeId::parse(name).unwrap()));
-        let info = serde_json::to_string(&stored).unwrap();
-        Reply::List(vec![bytes(name), bytes(&info), bytes("9"), bytes("1 2 3 4")])
-    }
-
-    fn read(entries: Vec<Reply>) -> Look {
-        read_snapshot(&look(entries), &key(), "test").unwrap()
-    }
-
-    #[test]
-    fn what_the_registry_says_is_held_to_the_bounds_of_configuration_and_told_of() {
-        for (weight, held) in [(1e308, 100.0), (1e5, 100.0), (0.0, 0.01), (-3.0, 0.01), (2.5, 2.5)] {
-            let found = read(vec![entry("push-0", |info| info.weight = weight, &key())]);
-            assert_eq!(found.snapshot.nodes[0].info.weight, held);
-            let told = found.complaints.iter().any(|one| one.contains("push-0") && one.contains("weight"));
-            assert_eq!(told, weight != held, "{weight}: {:?}", found.complaints);
-        }
-        let many = read(vec![entry("push-0", |info| info.accept_per_s = u32::MAX, &key())]);
-        assert_eq!(many.snapshot.nodes[0].info.accept_per_s, ACCEPTS_MAX);
-        for long in ["a".repeat(PEER_MAX + 1), "a".repeat(100_000)] {
-            let found = read(vec![entry("push-0", |info| info.peer = long, &key())]);
-            assert!(found.snapshot.nodes.is_empty() && found.complaints.len() == 1);
-        }
-    }
-
-    #[test]
-    fn who_was_not_reached_or_does_not_know_the_secret_is_no_member() {
-        let other = EntryKey::derive("another-secret-of-the-tests-0123456789ab");
-        let found = read(vec![
-            entry("push-0", |_| {}, &key()),
-            entry("push-1", |info| info.reached = false, &key()),
-            entry("push-2", |_| {}, &other),
-            Reply::List(vec![bytes("push-3"), bytes("{}"), bytes("1"), bytes("")]),
-            Reply::List(vec![bytes("Push 4"), bytes("{}"), bytes("1"), bytes("")]),
-            Reply::Nil,
-        ]);
-        let names = |members: &[Member]| members.iter().map(|m| m.info.node.to_string()).collect::<Vec<_>>();
-        assert_eq!(names(&found.snapshot.nodes), ["push-0"]);
-        assert_eq!(names(&found.snapshot.outsiders.candidates), ["push-1"]);
-        assert_eq!(found.snapshot.outsiders.strangers.len(), 1);
-        assert_eq!(found.complaints.len(), 4, "{:?}", found.complaints);
-        assert!(found.complaints[0].contains("push-2") && found.complaints[0].contains("peer.secret"));
-    }
-
-    fn anything() -> impl Strategy<Value = Reply> {
-        let text = prop_oneof![
-            "[ -~]{0,40}",
-            "[0-9.e+-]{1,25}",
-            Just(r#"{"weight":1e308,"accept_per_s":-1,"peer":7}"#.to_owned()),
-        ];
-        let leaf = prop_oneof![
-            Just(Reply::Nil),
-            any::<i64>().prop_map(Reply::Int),
-            text.prop_map(|text| Reply::Bytes(text.into_bytes())),
-            prop::collection::vec(any::<u8>(), 0..60).prop_map(Reply::Bytes),
-        ];
-        leaf.prop_recursive(4, 64, 6, |inner| prop::collection::vec(inner, 0..7).prop_map(Reply::List))
-    }
-
-    proptest! {
-        /// Whatever the registry shows, nothing panics, and every member is within the bounds.
-        #[test]
-        fn rubbish_in_the_registry_is_no_member(
-            rubbish in prop::collection::vec(anything(), 0..6), weight in any::<f64>(), accepts in any::<u32>(),
-        ) {
-            let _ = read_snapshot(&Reply::List(rubbish.clone()), &key(), "test");
-            let odd = entry("push-0", |info| (info.weight, info.accept_per_s) = (weight, accepts), &key());
-            if let Ok(found) = read_snapshot(&look([rubbish, vec![odd]].concat()), &key(), "test") {
-                for member in &found.snapshot.nodes {
-                    prop_assert!(WEIGHTS.contains(&member.info.weight));
-                    prop_assert!(member.info.accept_per_s <= ACCEPTS_MAX);
-                }
-            }
-        }
     }
 }

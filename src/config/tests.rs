@@ -1,6 +1,8 @@
 //! Configurations, good and bad; and the samples that ship.
 
+use super::reader::*;
 use super::*;
+use std::ffi::OsString;
 
 fn load(file: &str, environment: &[(&str, &str)]) -> Result<Config, Faults> {
     let environment =
@@ -151,10 +153,10 @@ fn what_is_printed_reads_back_and_holds_no_secret() {
 #[test]
 fn the_samples_are_read_and_say_every_default_rightly() {
     for (name, text, environment) in [
-        ("local.toml", include_str!("../config/local.toml"), &[][..]),
+        ("local.toml", include_str!("../../config/local.toml"), &[][..]),
         (
             "cluster.toml",
-            include_str!("../config/cluster.toml"),
+            include_str!("../../config/cluster.toml"),
             &[
                 ("RINGPUSH_AUTH__TOKEN_KEY", "0123456789abcdef0123456789abcdef"),
                 ("RINGPUSH_AUTH__ADMIN_KEY", "admin-key-of-at-least-thirty-two-bytes"),

@@ -1,0 +1,79 @@
+//! Every key, with its type and its default.
+
+/// The type of a key's value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Text,
+    Secret,
+    List,
+    SecretList,
+    Number,
+    Fraction,
+    Switch,
+}
+
+/// A key: its name, its type, and its default as it stands in the file.
+pub(super) struct Key {
+    pub(super) name: &'static str,
+    pub(super) kind: Kind,
+    pub(super) default: &'static str,
+}
+
+pub(super) const fn key(name: &'static str, kind: Kind, default: &'static str) -> Key {
+    Key { name, kind, default }
+}
+
+/// All keys. Addresses are those of development; elsewhere the host is 0.0.0.0.
+pub(super) const KEYS: &[Key] = &[
+    key("node.name", Kind::Text, "\"\""),
+    key("node.roles", Kind::List, "[\"auth\", \"collect\", \"dispatch\", \"push\"]"),
+    key("push.listen", Kind::Text, "\"127.0.0.1:8080\""),
+    key("push.public_url", Kind::Text, "\"\""),
+    key("push.origins", Kind::List, "[\"*\"]"),
+    key("push.drain_window_s", Kind::Number, "60"),
+    key("push.accept_per_s", Kind::Number, "4000"),
+    key("push.weight", Kind::Fraction, "1.0"),
+    key("collect.listen", Kind::Text, "\"127.0.0.1:8081\""),
+    key("collect.api_keys", Kind::SecretList, "[]"),
+    key("auth.listen", Kind::Text, "\"127.0.0.1:8082\""),
+    key("auth.mode", Kind::Text, "\"local\""),
+    key("auth.url", Kind::Text, "\"\""),
+    key("auth.token_key", Kind::Secret, "\"\""),
+    key("auth.jwks_url", Kind::Text, "\"\""),
+    key("auth.admin_key", Kind::Secret, "\"\""),
+    key("auth.issuer", Kind::Text, "\"\""),
+    key("auth.audience", Kind::Text, "\"\""),
+    key("auth.token_in_url", Kind::Switch, "false"),
+    key("dispatch.listen", Kind::Text, "\"127.0.0.1:8083\""),
+    key("peer.listen", Kind::Text, "\"127.0.0.1:7070\""),
+    key("peer.secret", Kind::Secret, "\"\""),
+    key("peer.advertise", Kind::Text, "\"\""),
+    key("ops.listen", Kind::Text, "\"127.0.0.1:9090\""),
+    key("redis.url", Kind::Secret, "\"\""),
+    key("redis.prefix", Kind::Text, "\"ringpush\""),
+    key("mongo.uri", Kind::Secret, "\"\""),
+    key("mongo.database", Kind::Text, "\"ringpush\""),
+    key("data.dir", Kind::Text, "\"./data\""),
+    key("limits.message_bytes", Kind::Number, "65536"),
+    key("limits.recipients", Kind::Number, "1000"),
+    key("limits.batch", Kind::Number, "1000"),
+    key("limits.message_ttl_s", Kind::Number, "604800"),
+    key("limits.sessions_per_user", Kind::Number, "16"),
+    key("limits.auth_deadline_ms", Kind::Number, "5000"),
+    key("limits.ping_ms", Kind::Number, "25000"),
+    key("limits.sweep_ms", Kind::Number, "30000"),
+    key("limits.reconnect_jitter_ms", Kind::Number, "5000"),
+    key("limits.client_frames_per_s", Kind::Number, "20000"),
+    key("limits.janitor_ms", Kind::Number, "600000"),
+    key("limits.head_trust_ms", Kind::Number, "600000"),
+];
+
+pub(super) fn rule_of(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Text | Kind::Secret => "must be a string",
+        Kind::List | Kind::SecretList => "must be a list of strings",
+        Kind::Number => "must be an integer",
+        Kind::Fraction => "must be a number",
+        Kind::Switch => "must be true or false",
+    }
+}

@@ -1,0 +1,213 @@
+//! Reading values from the sources, and collecting faults.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::keys::{KEYS, Kind, rule_of};
+use super::{Faults, Sources};
+
+/// Variables without the prefix `RINGPUSH_` that are read too.
+pub(super) const READ_TOO: [&str; 3] = ["POD_NAME", "POD_IP", "RUST_LOG"];
+
+/// The environment as text. A variable that is not UTF-8 is a fault if its name is ours, and is
+/// ignored otherwise.
+pub(super) fn read_environment(
+    all: impl Iterator<Item = (OsString, OsString)>,
+) -> Result<Vec<(String, String)>, Faults> {
+    let (mut environment, mut faults) = (Vec::new(), Vec::new());
+    for (name, value) in all {
+        let shown = name.to_string_lossy().into_owned();
+        let is_ours = shown.starts_with("RINGPUSH_") || READ_TOO.contains(&shown.as_str());
+        match (name.into_string(), value.into_string()) {
+            (Ok(name), Ok(value)) => environment.push((name, value)),
+            (Err(_), _) if is_ours => faults.push(format!("{shown}: the name of this variable is not UTF-8")),
+            (_, Err(_)) if is_ours => {
+                faults.push(format!("{shown}: the value of this variable is not UTF-8"))
+            }
+            _ => {}
+        }
+    }
+    if faults.is_empty() { Ok(environment) } else { Err(Faults(faults)) }
+}
+
+/// The values that were found, and the faults.
+pub(super) struct Reader {
+    pub(super) values: BTreeMap<&'static str, toml::Value>,
+    pub(super) faults: Vec<String>,
+    /// For the host name and the pod's name.
+    pub(super) environment: Vec<(String, String)>,
+    pub(super) for_command: bool,
+}
+
+impl Reader {
+    pub(super) fn collect(sources: &Sources) -> Self {
+        let mut reader = Self {
+            values: BTreeMap::new(),
+            faults: Vec::new(),
+            environment: sources.environment.clone(),
+            for_command: sources.for_command,
+        };
+        if let Some((name, text)) = &sources.file {
+            reader.take_file(name, text);
+        }
+        for (name, value) in &sources.environment {
+            reader.take_variable(name, value);
+        }
+        for (name, value) in &sources.flags {
+            reader.take_text(name, value, "the command line");
+        }
+        reader
+    }
+
+    pub(super) fn take_file(&mut self, file: &str, text: &str) {
+        let table: toml::Table = match text.parse() {
+            Ok(table) => table,
+            Err(error) => {
+                // The parser's own text quotes the line, which may contain a key.
+                let before =
+                    error.span().map_or(0, |span| text[..span.start.min(text.len())].matches('\n').count());
+                return self.faults.push(format!(
+                    "{file}: is not TOML: line {}: {}",
+                    before + 1,
+                    error.message()
+                ));
+            }
+        };
+        for (section, value) in table {
+            match value {
+                toml::Value::Table(entries) => {
+                    if entries.is_empty()
+                        && !KEYS.iter().any(|key| key.name.split('.').next() == Some(&section))
+                    {
+                        self.unknown(&section, file);
+                    }
+                    for (name, value) in entries {
+                        self.take(&format!("{section}.{name}"), value, file);
+                    }
+                }
+                value => self.take(&section, value, file),
+            }
+        }
+    }
+
+    pub(super) fn take(&mut self, name: &str, value: toml::Value, from: &str) {
+        match KEYS.iter().find(|key| key.name == name) {
+            Some(key) => drop(self.values.insert(key.name, value)),
+            None => self.unknown(name, from),
+        }
+    }
+
+    pub(super) fn unknown(&mut self, name: &str, from: &str) {
+        let nearest = KEYS
+            .iter()
+            .map(|key| key.name)
+            .max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
+        let nearest = nearest.map_or(String::new(), |key| format!("; did you mean {key}?"));
+        self.faults.push(format!("{name}: no such key (in {from}){nearest}"));
+    }
+
+    /// Reads `RINGPUSH_SECTION__KEY`. Names without the double underscore are not ours; Kubernetes
+    /// injects such.
+    pub(super) fn take_variable(&mut self, name: &str, value: &str) {
+        if let Some(rest) = name.strip_prefix("RINGPUSH_")
+            && let Some((section, key)) = rest.split_once("__")
+        {
+            let key = format!("{}.{}", section.to_lowercase(), key.to_lowercase());
+            match KEYS.iter().find(|known| known.name == key) {
+                Some(known) => self.take_text(known.name, value, name),
+                None => self.unknown(&key, name),
+            }
+        }
+    }
+
+    pub(super) fn take_text(&mut self, name: &'static str, text: &str, from: &str) {
+        let Some(key) = KEYS.iter().find(|key| key.name == name) else { return };
+        let value = match key.kind {
+            Kind::Text | Kind::Secret => Some(toml::Value::String(text.to_owned())),
+            Kind::List | Kind::SecretList => list_of(text),
+            Kind::Number => text.trim().parse().ok().map(toml::Value::Integer),
+            Kind::Fraction => text.trim().parse().ok().map(toml::Value::Float),
+            Kind::Switch => text.trim().parse().ok().map(toml::Value::Boolean),
+        };
+        match value {
+            Some(value) => drop(self.values.insert(name, value)),
+            None if matches!(key.kind, Kind::Secret | Kind::SecretList) => {
+                self.faults.push(format!("{name}: (from {from}) {}", rule_of(key.kind)));
+            }
+            None => self.faults.push(format!("{name}: {text:?} (from {from}) {}", rule_of(key.kind))),
+        }
+    }
+
+    pub(super) fn value(&mut self, name: &'static str) -> Option<toml::Value> {
+        if let Some(value) = self.values.get(name) {
+            return Some(value.clone());
+        }
+        let default = KEYS.iter().find(|key| key.name == name)?.default;
+        format!("v = {default}").parse::<toml::Table>().ok()?.remove("v")
+    }
+
+    pub(super) fn wrong<T>(&mut self, name: &'static str, kind: Kind) -> Option<T> {
+        self.faults.push(format!("{name}: {}", rule_of(kind)));
+        None
+    }
+
+    pub(super) fn text(&mut self, name: &'static str) -> String {
+        match self.value(name) {
+            Some(toml::Value::String(text)) => text,
+            _ => self.wrong(name, Kind::Text).unwrap_or_default(),
+        }
+    }
+
+    pub(super) fn list(&mut self, name: &'static str) -> Vec<String> {
+        let items = match self.value(name) {
+            Some(toml::Value::Array(items)) => items,
+            _ => return self.wrong(name, Kind::List).unwrap_or_default(),
+        };
+        let texts: Option<Vec<String>> = items.iter().map(|item| item.as_str().map(str::to_owned)).collect();
+        texts.or_else(|| self.wrong(name, Kind::List)).unwrap_or_default()
+    }
+
+    pub(super) fn number(&mut self, name: &'static str, range: std::ops::RangeInclusive<u64>) -> u64 {
+        match self.value(name) {
+            Some(toml::Value::Integer(n)) if u64::try_from(n).is_ok_and(|n| range.contains(&n)) => {
+                n.unsigned_abs()
+            }
+            _ => {
+                self.faults.push(format!(
+                    "{name}: must be an integer from {} to {}",
+                    range.start(),
+                    range.end()
+                ));
+                *range.start()
+            }
+        }
+    }
+
+    pub(super) fn millis(&mut self, name: &'static str, range: std::ops::RangeInclusive<u64>) -> Duration {
+        Duration::from_millis(self.number(name, range))
+    }
+
+    pub(super) fn address(&mut self, name: &'static str, development: bool) -> SocketAddr {
+        let mut text = self.text(name);
+        if !development && !self.values.contains_key(name) {
+            text = text.replace("127.0.0.1", "0.0.0.0");
+        }
+        text.parse().unwrap_or_else(|_| {
+            self.faults
+                .push(format!("{name}: {text:?} must be address:port, such as 127.0.0.1:8080 or [::]:8080"));
+            SocketAddr::from(([127, 0, 0, 1], 0))
+        })
+    }
+}
+
+/// A JSON array, or values separated by commas.
+pub(super) fn list_of(text: &str) -> Option<toml::Value> {
+    let items: Vec<String> = if text.trim_start().starts_with('[') {
+        serde_json::from_str(text).ok()?
+    } else {
+        text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect()
+    };
+    Some(toml::Value::Array(items.into_iter().map(toml::Value::String).collect()))
+}

@@ -1,0 +1,132 @@
+//! Removal of expired messages and of unused cursors.
+
+use bytes::Bytes;
+use fjall::{Readable, Snapshot};
+
+use super::super::{InboxError, PASSED_OVER};
+use super::records::{Cursor, decode, fence_key, head_key, message_key, prefix, seq_of, unreadable, user_of};
+use super::{JANITOR_BATCH, Store};
+use crate::message::{MessageId, UserId};
+
+impl Store {
+    pub(super) fn run_once(&self) -> Result<u64, InboxError> {
+        let mut removed = 0;
+        let mut after: Option<Vec<u8>> = None;
+        loop {
+            let keys = self.heads_after(after.as_deref())?;
+            let Some(last) = keys.last() else { break };
+            after = Some(last.clone());
+            for user in keys.iter().filter_map(|key| user_of(key)) {
+                loop {
+                    let count = match self.clean_user(&user) {
+                        Err(error @ InboxError::Corrupt(_)) => {
+                            tracing::warn!(%error, %user, "expired messages stay");
+                            0
+                        }
+                        count => count?,
+                    };
+                    removed += count as u64;
+                    if count < JANITOR_BATCH {
+                        break;
+                    }
+                }
+            }
+        }
+        self.clean_cursors()?;
+        Ok(removed)
+    }
+
+    /// The keys of the next head records after `after`.
+    pub(super) fn heads_after(&self, after: Option<&[u8]>) -> Result<Vec<Vec<u8>>, InboxError> {
+        let snapshot = self.db.snapshot();
+        let mut from = after.unwrap_or_default().to_vec();
+        if after.is_some() {
+            // The smallest key above it.
+            from.push(0);
+        }
+        let keys = snapshot.range(&self.heads, from..).take(JANITOR_BATCH);
+        keys.map(|entry| Ok(entry.key().map_err(unreadable)?.to_vec())).collect()
+    }
+
+    /// Removes the expired run at the bottom of one inbox, up to one batch, and raises the head
+    /// record over it.
+    pub(super) fn clean_user(&self, user: &UserId) -> Result<usize, InboxError> {
+        // First without the lock: nearly no user has anything to remove.
+        if self.expired_run(&self.db.snapshot(), user)?.is_empty() {
+            return Ok(0);
+        }
+        let _writer = self.writer.lock();
+        let snapshot = self.db.snapshot();
+        let run = self.expired_run(&snapshot, user)?;
+        let (Some(mut head), Some(top)) = (self.head(&snapshot, user)?, run.last()) else { return Ok(0) };
+        head.head = head.head.max(top.seq);
+        let mut pending = self.db.batch();
+        pending.insert(&self.heads, head_key(user), head.encode());
+        for expired in &run {
+            pending.remove(&self.messages, message_key(user, expired.seq));
+            if let Some(id) = &expired.deduplicated {
+                let key = fence_key(user, id);
+                if self.fence(&snapshot, &key)?.is_some_and(|fence| fence.seq.get() == expired.seq) {
+                    pending.remove(&self.fences, key);
+                }
+            }
+        }
+        self.commit(pending)?;
+        Ok(run.len())
+    }
+
+    /// When an unreadable message expires is unknown. It goes with the next readable one above it.
+    pub(super) fn expired_run(&self, snapshot: &Snapshot, user: &UserId) -> Result<Vec<Expired>, InboxError> {
+        let now = self.clock.now();
+        let (mut run, mut upto) = (Vec::new(), 0);
+        for entry in snapshot.prefix(&self.messages, prefix(user)).take(JANITOR_BATCH + PASSED_OVER) {
+            let (key, value) = entry.into_inner().map_err(unreadable)?;
+            let seq = seq_of(&key)?;
+            let Ok((message, deduplicated)) = decode(seq, Bytes::copy_from_slice(&value)) else {
+                run.push(Expired { seq, deduplicated: None });
+                continue;
+            };
+            if !message.is_expired(now) || upto >= JANITOR_BATCH {
+                break;
+            }
+            run.push(Expired { seq, deduplicated: deduplicated.then_some(message.id) });
+            upto = run.len();
+        }
+        run.truncate(upto);
+        Ok(run)
+    }
+
+    pub(super) fn clean_cursors(&self) -> Result<(), InboxError> {
+        let now = self.clock.now();
+        let snapshot = self.db.snapshot();
+        let mut stale = Vec::new();
+        for entry in snapshot.iter(&self.cursors) {
+            let (key, value) = entry.into_inner().map_err(unreadable)?;
+            // A cursor that cannot be read is useless.
+            if Cursor::decode(&value).map_or(true, |cursor| cursor.is_stale(now)) {
+                stale.push(key);
+            }
+        }
+        for batch in stale.chunks(JANITOR_BATCH) {
+            let _writer = self.writer.lock();
+            let mut pending = self.db.batch();
+            for key in batch {
+                // It may have been moved since the snapshot.
+                let raw = self.cursors.get(key).map_err(unreadable)?;
+                let stale = |raw: &[u8]| Cursor::decode(raw).map_or(true, |cursor| cursor.is_stale(now));
+                if raw.is_some_and(|raw| stale(&raw)) {
+                    pending.remove(&self.cursors, key.clone());
+                }
+            }
+            self.commit(pending)?;
+        }
+        Ok(())
+    }
+}
+
+/// A message that is to be removed.
+pub(super) struct Expired {
+    pub(super) seq: u64,
+    /// Its idempotency key, if it has one.
+    pub(super) deduplicated: Option<MessageId>,
+}

@@ -1,0 +1,322 @@
+//! The inbox on the embedded store `fjall`, for one process alone.
+//!
+//! Four keyspaces hold messages, and one describes the store itself. A key begins with four bytes
+//! of the user's hash, the user id and a zero byte. No user id contains a zero byte, so users never
+//! mix:
+//!
+//! | keyspace | key | value |
+//! | --- | --- | --- |
+//! | messages | hash user 0 seq | accepted, expires, deduplicated, id, payload |
+//! | heads | hash user | head, first, not before |
+//! | fences | hash user 0 idempotency key | seq, expires, payload digest |
+//! | cursors | hash user 0 device | acked, moved at |
+//!
+//! The hash is only for speed. fjall keeps the first four bytes of a key beside its pointer, and
+//! names of users begin alike; without the hash every comparison in the memtable went to memory
+//! (docs/benchmarks/log.md).
+//!
+//! # Locks
+//!
+//! `writer` is held through the whole of a commit, including its sync, by appends, updates and the
+//! janitor; it owns the heads in memory. Reads take no lock: each works on a snapshot, and a commit
+//! becomes visible only after its sync. The writer's lock and fjall's lock on the directory are all
+//! that numbers need for their order.
+//!
+//! # New users
+//!
+//! A user without a head record starts numbering at the time at which this process opened the
+//! store. `positions` can therefore answer for such a user without a write: the record that is
+//! created with the first message will hold the same number. A crash in between is harmless,
+//! because a client of an empty inbox is only ever told 0.
+
+mod append;
+mod janitor;
+mod read;
+mod records;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fjall::{AbstractTree, Database, Keyspace, KeyspaceCreateOptions, PersistMode};
+use futures_util::future::{BoxFuture, FutureExt};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use super::{
+    Append, Appended, Change, GroupCommit, Inbox, InboxError, InboxPage, Janitor, PageLimit, PositionQuery,
+    Profile, UserPosition,
+};
+use crate::clock::Clock;
+use crate::message::{Seq, UserId};
+
+use records::Head;
+
+/// Heads kept in memory, at most twice this number: 2 x 100,000 x about 100 bytes = 20 MB.
+const HEADS_IN_MEMORY: usize = 100_000;
+/// The keyspace with the identity of the store.
+const ABOUT: &str = "about.1";
+const IDENTITY: &[u8] = b"identity";
+/// The layout of the keys is part of the keyspaces' names: a store of another layout is refused,
+/// not misread.
+const KEYSPACES: [&str; 4] = ["messages.2", "heads.2", "fences.2", "cursors.2"];
+/// A keyspace of the first layout.
+const EARLIER: &str = "messages";
+/// A sync takes a fifth of a millisecond and ten wake-ups, for one message as for many
+/// (docs/decisions/004-group-commit.md).
+const GATHERING: GroupCommit = GroupCommit { every: Duration::from_millis(1), enough: 24 };
+/// Up to this many positions are looked up on the caller's thread: each is a look into memory, or
+/// into a block of a file that the kernel has cached. Handing them to another thread would cost
+/// several times as much.
+const ASKED_AT_ONCE: usize = 1;
+/// Positions that are looked up (about 0.1 ms) before the thread yields. A sweep asks for a
+/// thousand, and live messages wait behind it.
+const ASKED_IN_A_ROW: usize = 32;
+/// How often memory that the store no longer needs is freed. At the fastest the store fills 64 MiB
+/// in two seconds.
+const FREE_EVERY: Duration = Duration::from_millis(500);
+/// Users that the janitor visits, and messages that it removes, in one commit: some milliseconds of
+/// the writer's lock.
+const JANITOR_BATCH: usize = 1_000;
+
+/// The inbox on fjall. Cloned, it is the same store.
+#[derive(Clone)]
+pub struct EmbeddedInbox {
+    store: Arc<Store>,
+}
+
+struct Store {
+    db: Database,
+    messages: Keyspace,
+    heads: Keyspace,
+    fences: Keyspace,
+    cursors: Keyspace,
+    clock: Clock,
+    /// Made once and kept in the store: tells this store from every other.
+    identity: String,
+    /// The head record of users that are new to this process.
+    newborn: Head,
+    writer: Mutex<Writer>,
+    poisoned: watch::Sender<bool>,
+}
+
+/// State that belongs to the holder of the writer's lock.
+#[derive(Default)]
+struct Writer {
+    heads: Heads,
+}
+
+/// The heads of recently written users, in two generations: when the young generation is full it
+/// becomes the old one, and the old one is dropped. A head that is in neither is read from the
+/// store.
+#[derive(Default)]
+struct Heads {
+    young: HashMap<UserId, u64>,
+    old: HashMap<UserId, u64>,
+}
+
+impl Heads {
+    /// Raises the head of `user` by one and returns it; `None` if the head is not in memory.
+    fn next(&mut self, user: &UserId) -> Option<u64> {
+        if let Some(head) = self.young.get_mut(user) {
+            *head += 1;
+            return Some(*head);
+        }
+        let next = self.old.get(user)? + 1;
+        self.put(user.clone(), next);
+        Some(next)
+    }
+
+    fn put(&mut self, user: UserId, head: u64) {
+        if self.young.len() >= HEADS_IN_MEMORY {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(user, head);
+    }
+}
+
+/// Why the store could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has opened it.
+    #[error("another process uses this data directory; stop it, or choose another with --data DIR")]
+    Locked,
+    /// It was written by a version with another layout.
+    #[error(
+        "this data directory was written by an earlier version, whose layout this one cannot read; move it away"
+    )]
+    Earlier,
+    /// Any other error, in the words of fjall.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl EmbeddedInbox {
+    /// Opens the store under `directory`, and creates it if it does not exist.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`], with the remedy if there is one.
+    pub fn open(directory: &Path, clock: Clock) -> Result<Self, OpenError> {
+        let open = || -> fjall::Result<Option<Store>> {
+            let db = Database::builder(directory).open()?;
+            if db.keyspace_exists(EARLIER) {
+                return Ok(None);
+            }
+            let keyspace = |name: &str| db.keyspace(name, KeyspaceCreateOptions::default);
+            let [messages, heads, fences, cursors] = KEYSPACES;
+            let about = keyspace(ABOUT)?;
+            let identity = match about.get(IDENTITY)? {
+                Some(known) => String::from_utf8_lossy(&known).into_owned(),
+                None => {
+                    let made = ulid::Ulid::generate().to_string();
+                    let mut pending = db.batch().durability(Some(PersistMode::SyncData));
+                    pending.insert(&about, IDENTITY, made.as_bytes());
+                    pending.commit()?;
+                    made
+                }
+            };
+            Ok(Some(Store {
+                identity,
+                messages: keyspace(messages)?,
+                heads: keyspace(heads)?,
+                fences: keyspace(fences)?,
+                cursors: keyspace(cursors)?,
+                db: db.clone(),
+                newborn: Head::beginning_at(clock.now()),
+                clock,
+                writer: Mutex::default(),
+                poisoned: watch::Sender::new(false),
+            }))
+        };
+        match open() {
+            Ok(Some(store)) => Ok(Self { store: Arc::new(store) }),
+            Ok(None) => Err(OpenError::Earlier),
+            Err(fjall::Error::Locked) => Err(OpenError::Locked),
+            Err(error) => Err(OpenError::Failed(error.to_string())),
+        }
+    }
+
+    /// The identity of this store. A copy of the store has the same.
+    #[must_use]
+    pub fn identity(&self) -> &str {
+        &self.store.identity
+    }
+
+    /// Becomes true when a write has failed: what is on disk is unknown, and the process must end.
+    #[must_use]
+    pub fn poisoned(&self) -> watch::Receiver<bool> {
+        self.store.poisoned.subscribe()
+    }
+
+    /// Frees the memory of what the store has written out, again and again. fjall would do it under
+    /// the lock that every writer needs, for 90 to 160 ms per 64 MiB (docs/benchmarks/log.md). So
+    /// this task keeps the memory alive until fjall has dropped it, and frees it outside that lock.
+    pub async fn free_memory(self) {
+        let mut held = Vec::new();
+        loop {
+            tokio::time::sleep(FREE_EVERY).await;
+            let Store { messages, heads, fences, cursors, .. } = &*self.store;
+            for keyspace in [messages, heads, fences, cursors] {
+                let active = keyspace.tree.active_memtable();
+                if !held.iter().any(|one| Arc::ptr_eq(one, &active)) {
+                    held.push(active);
+                }
+            }
+            let (in_use, over): (Vec<_>, Vec<_>) =
+                held.into_iter().partition(|one| Arc::strong_count(one) > 1);
+            held = in_use;
+            if !over.is_empty() {
+                let _ = tokio::task::spawn_blocking(move || drop(over)).await;
+            }
+        }
+    }
+
+    fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T, InboxError> + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, InboxError>> {
+        let store = Arc::clone(&self.store);
+        tokio::task::spawn_blocking(move || work(&store))
+            .map(|joined| joined.unwrap_or_else(|fault| Err(InboxError::Unavailable(fault.to_string()))))
+            .boxed()
+    }
+}
+
+impl Inbox for EmbeddedInbox {
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>> {
+        let count = batch.len();
+        let append = || tokio::task::block_in_place(|| self.store.append(batch));
+        async move {
+            match append() {
+                Ok(outcomes) => outcomes,
+                Err(error) => vec![Err(error); count],
+            }
+        }
+        .boxed()
+    }
+
+    fn positions(&self, batch: Vec<PositionQuery>) -> BoxFuture<'_, Result<Vec<UserPosition>, InboxError>> {
+        if batch.len() > ASKED_AT_ONCE {
+            return self.run(move |store| {
+                let (mut answers, strangers) = store.positions(&batch)?;
+                store.make_heads(&strangers)?;
+                if store.is_ahead(&answers) {
+                    store.correct(&batch, &mut answers)?;
+                }
+                Ok(answers)
+            });
+        }
+        async move {
+            let (mut answers, strangers) = self.store.positions(&batch)?;
+            if !strangers.is_empty() {
+                self.run(move |store| store.make_heads(&strangers)).await?;
+            }
+            if self.store.is_ahead(&answers) {
+                let correct = move |store: &Store| store.correct(&batch, &mut answers).map(|()| answers);
+                return self.run(correct).await;
+            }
+            Ok(answers)
+        }
+        .boxed()
+    }
+
+    fn answers_alone(&self) -> bool {
+        true
+    }
+
+    fn page(
+        &self,
+        user: UserId,
+        after: Seq,
+        limit: PageLimit,
+    ) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
+        self.run(move |store| store.page(&user, after, limit))
+    }
+
+    fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>> {
+        self.run(move |store| store.profile(&user))
+    }
+
+    fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {
+        self.run(move |store| store.update(&changes))
+    }
+
+    fn blocks(&self) -> bool {
+        true
+    }
+
+    fn gathering(&self) -> GroupCommit {
+        GATHERING
+    }
+}
+
+impl Janitor for EmbeddedInbox {
+    fn run_once(&self) -> BoxFuture<'_, Result<u64, InboxError>> {
+        self.run(Store::run_once)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,176 @@
+//! The layout of what is stored, and what damage does.
+
+use super::super::conformance::{Bench, suite};
+use super::super::memory::MemoryInbox;
+use super::records::*;
+use super::*;
+use crate::inbox::StartAt;
+use crate::message::{DeviceId, MessageId, Millis};
+use bytes::Bytes;
+
+const START: Millis = Millis(1_795_380_000_000);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_model_keeps_the_contract() {
+    let clock = Clock::standing(START);
+    suite(&Bench { inbox: Arc::new(MemoryInbox::new(clock.clone())), clock }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_embedded_store_keeps_the_contract() {
+    let directory = tempfile::tempdir().unwrap();
+    let clock = Clock::standing(START);
+    let inbox = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
+    suite(&Bench { inbox: Arc::new(inbox), clock }).await;
+}
+
+#[test]
+fn the_layout_is_what_was_stored() {
+    let user = |name: &str| UserId::parse(name).unwrap();
+    // From the draft's own table: "a" and "foobar".
+    assert_eq!(hash(&user("a")), 0xe40c_292cu32.to_be_bytes());
+    assert_eq!(hash(&user("foobar")), 0xbf9c_f968u32.to_be_bytes());
+    assert_eq!(message_key(&user("a"), 1), b"\xe4\x0c\x29\x2ca\0\0\0\0\0\0\0\0\x01");
+}
+
+#[test]
+fn a_store_of_an_earlier_layout_is_refused_and_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let earlier = Database::builder(directory.path()).open().unwrap();
+    earlier.keyspace(EARLIER, KeyspaceCreateOptions::default).unwrap();
+    drop(earlier);
+    let opened = EmbeddedInbox::open(directory.path(), Clock::standing(START));
+    assert!(matches!(opened.err(), Some(OpenError::Earlier)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_answered_about_a_new_user_stands_after_a_crash() {
+    let directory = tempfile::tempdir().unwrap();
+    let users = ["begins", "goes on", "strange"].map(|name| UserId::parse(name).unwrap());
+    let ask = async |inbox: &EmbeddedInbox, positions: [Seq; 3]| {
+        let asks = users.iter().zip(positions);
+        let asks = asks.map(|(user, at)| PositionQuery { user: user.clone(), from: StartAt::After(at) });
+        <[UserPosition; 3]>::try_from(inbox.positions(asks.collect()).await.unwrap()).unwrap()
+    };
+    let first = EmbeddedInbox::open(directory.path(), Clock::standing(START)).unwrap();
+    let strange = Seq::at(4_711);
+    let answers = ask(&first, [Seq::BEGINNING, Seq::at(START.0), strange]).await;
+    assert!(answers.iter().all(|answer| answer.head == Seq::at(START.0) && !answer.more));
+    drop(first);
+    // Meanwhile the clock was set back. Only the third user was told a number, and that number
+    // stands.
+    let earlier = Millis(START.0 - 60_000);
+    let again = EmbeddedInbox::open(directory.path(), Clock::standing(earlier)).unwrap();
+    let answers = ask(&again, [Seq::BEGINNING, Seq::BEGINNING, Seq::at(START.0)]).await;
+    let (start, earlier) = (Seq::at(START.0), Seq::at(earlier.0));
+    assert_eq!(answers.map(|answer| answer.head), [earlier, earlier, start]);
+    assert!(answers.iter().all(|answer| !answer.more));
+}
+
+fn item(user: &str, id: &str, deduplicated: bool) -> Append {
+    Append {
+        user: UserId::parse(user).unwrap(),
+        id: MessageId::parse(id).unwrap(),
+        deduplicated,
+        accepted_at: START,
+        expires_at: START.plus_seconds(60),
+        payload: Bytes::from_static(b"1"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_read_is_the_fault_of_its_own_user_and_number_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let clock = Clock::standing(START);
+    let inbox = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
+    let store = &inbox.store;
+    let (good, deduplicated, bad) =
+        (item("alice", "good", false), item("bob", "again", true), item("eve", "x", false));
+    // Damage the fence of a repeat, and a head record.
+    store.fences.insert(fence_key(&deduplicated.user, &deduplicated.id), b"no fence").unwrap();
+    store.heads.insert(head_key(&bad.user), b"no head").unwrap();
+    store.cursors.insert(cursor_key(&good.user, "web"), b"no cursor").unwrap();
+    for n in 0..3 {
+        let batch = vec![good.clone(), bad.clone(), deduplicated.clone(), good.clone()];
+        let outcomes = inbox.append(batch).await;
+        let seq = |at: usize| match &outcomes[at] {
+            Ok(Appended::Stored(message)) => message.seq.get() - START.0,
+            other => panic!("{at}: {other:?}"),
+        };
+        assert_eq!((seq(0), seq(3)), (1 + 2 * n, 2 + 2 * n));
+        assert!(matches!(outcomes[1], Err(InboxError::Corrupt(_))));
+        assert!(n > 0 || seq(2) == 1, "{:?}", outcomes[2]);
+    }
+    // A sweep asks for many users: one damaged record must not hide the others.
+    let after = |user: &UserId| PositionQuery { user: user.clone(), from: StartAt::After(Seq::at(START.0)) };
+    let answers = inbox.positions(vec![after(&bad.user), after(&good.user)]).await.unwrap();
+    assert!(answers[1].more);
+    assert!(inbox.positions(vec![after(&bad.user)]).await.is_err());
+    // Damage four messages: rubbish, cut off, payload that is not JSON, payload that is not
+    // text.
+    let value = |user: &UserId, n: u64| store.messages.get(message_key(user, START.0 + n)).unwrap().unwrap();
+    let cut = value(&good.user, 3)[..5].to_vec();
+    store.messages.insert(message_key(&good.user, START.0 + 2), b"").unwrap();
+    store.messages.insert(message_key(&good.user, START.0 + 3), cut).unwrap();
+    let mut not_json = value(&good.user, 4).to_vec();
+    *not_json.last_mut().unwrap() = b'{';
+    let mut not_text = not_json.clone();
+    *not_text.last_mut().unwrap() = 0xff;
+    store.messages.insert(message_key(&good.user, START.0 + 4), not_json).unwrap();
+    store.messages.insert(message_key(&good.user, START.0 + 5), not_text).unwrap();
+    let page = inbox.page(good.user.clone(), Seq::BEGINNING, PageLimit { messages: 10, bytes: 1_000 }).await;
+    let page = page.unwrap();
+    let numbers: Vec<u64> = page.messages.iter().map(|message| message.seq.get() - START.0).collect();
+    let unreadable: Vec<u64> = page.unreadable.iter().map(|seq| seq.get() - START.0).collect();
+    assert_eq!((numbers, unreadable), (vec![1, 6], vec![2, 3, 4, 5]));
+    inbox.run_once().await.unwrap();
+    // When the sixth has expired, those below it are removed too.
+    clock.advance(60_000);
+    inbox.run_once().await.unwrap();
+    let kept = inbox.page(good.user.clone(), Seq::BEGINNING, PageLimit { messages: 10, bytes: 1_000 }).await;
+    let kept = kept.unwrap();
+    assert_eq!((kept.messages.len(), kept.unreadable.len(), kept.upto.get()), (0, 0, START.0 + 6));
+    inbox.profile(good.user.clone()).await.unwrap();
+    let ask = PositionQuery { user: good.user, from: StartAt::Cursor(DeviceId::parse("web").unwrap()) };
+    assert!(inbox.positions(vec![ask]).await.unwrap()[0].start.is_beginning(), "a lost cursor costs repeats");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_that_was_written_out_is_held_until_the_store_lets_go_and_then_freed() {
+    let directory = tempfile::tempdir().unwrap();
+    let inbox = EmbeddedInbox::open(directory.path(), Clock::standing(START)).unwrap();
+    let first = Arc::downgrade(&inbox.store.messages.tree.active_memtable());
+    let of_the_store = first.strong_count();
+    let until = async |expected: &dyn Fn(usize) -> bool| {
+        let counting = async {
+            while !expected(first.strong_count()) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), counting).await.expect("held, or freed, in time");
+    };
+    let freeing = tokio::spawn(inbox.clone().free_memory());
+    until(&|count| count > of_the_store).await;
+    for _ in 0..3 {
+        inbox.append(vec![item("alice", "m", false)]).await.remove(0).unwrap();
+        tokio::task::block_in_place(|| inbox.store.messages.rotate_memtable_and_wait()).unwrap();
+    }
+    until(&|count| count == 0).await;
+    freeing.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_is_opened_again_goes_on_where_it_was() {
+    let directory = tempfile::tempdir().unwrap();
+    let clock = Clock::standing(START);
+    let item = item("alice", "m", true);
+    let first = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
+    let Ok(Appended::Stored(stored)) = first.append(vec![item.clone()]).await.remove(0) else { panic!() };
+    assert!(matches!(EmbeddedInbox::open(directory.path(), clock.clone()), Err(OpenError::Locked)));
+    drop(first);
+    let again = EmbeddedInbox::open(directory.path(), clock).unwrap();
+    assert_eq!(again.append(vec![item.clone()]).await.remove(0), Ok(Appended::Duplicate(stored.seq)));
+    let fresh = Append { deduplicated: false, ..item };
+    let Ok(Appended::Stored(next)) = again.append(vec![fresh]).await.remove(0) else { panic!() };
+    assert_eq!(next.seq, stored.seq.next());
+}
