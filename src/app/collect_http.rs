@@ -210,8 +210,8 @@ async fn history(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) ->
 
 fn page_query(query: &str) -> Result<(Seq, usize), HttpError> {
     let (mut after, mut limit) = (Seq::BEGINNING, HISTORY_LIMIT);
-    for (name, text) in query.split('&').filter_map(|pair| pair.split_once('=')) {
-        match name {
+    for (name, text) in form_urlencoded::parse(query.as_bytes()) {
+        match &*name {
             "after" => {
                 let seq = text.parse().ok().and_then(Seq::new);
                 after = seq.ok_or_else(|| refuse(422, "after: must be an integer from 0 to 2^53 - 1"))?;

@@ -112,19 +112,10 @@ pub(super) fn signer(config: &mut Config) -> Result<Auth> {
         .map_err(|fault| Faults(vec![format!("auth.token_key: {fault}")]).into())
 }
 
-/// Parses a duration: a number and one of s, m, h, d.
+/// Parses a duration such as `90s`, `15m`, `1h 30m` or `7d`, in whole seconds.
 #[must_use]
 pub fn seconds(text: &str) -> Option<u64> {
-    let unit = text.chars().last()?;
-    let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
-    let factor = match unit {
-        's' => 1,
-        'm' => 60,
-        'h' => 3600,
-        'd' => 24 * 3600,
-        _ => return None,
-    };
-    number.checked_mul(factor)
+    humantime::parse_duration(text).ok().map(|duration| duration.as_secs())
 }
 
 /// A client of a server's collect.

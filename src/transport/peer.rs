@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures_util::{Stream, StreamExt};
 use hyper::body::Incoming;
 use tokio::sync::{Mutex, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::InterceptedService;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::{Interceptor, Routes};
@@ -195,18 +196,8 @@ impl RemotePush {
 
     async fn open(&mut self) -> Result<Feed, PeerError> {
         let (batches, sent) = mpsc::channel(IN_FLIGHT);
-        let answers = self.client.feed(Received(sent)).await.map_err(unavailable)?.into_inner();
+        let answers = self.client.feed(ReceiverStream::new(sent)).await.map_err(unavailable)?.into_inner();
         Ok(Feed { batches, answers })
-    }
-}
-
-/// A channel's receiving end as a stream.
-struct Received<T>(mpsc::Receiver<T>);
-
-impl<T> Stream for Received<T> {
-    type Item = T;
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<Option<T>> {
-        self.0.poll_recv(cx)
     }
 }
 

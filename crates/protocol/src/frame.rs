@@ -274,18 +274,8 @@ fn put_message_fields(out: &mut BytesMut, message: &Message) {
 }
 
 /// Appends a decimal number.
-pub fn put_number(out: &mut BytesMut, mut n: u64) {
-    let mut digits = [0u8; 20];
-    let mut at = digits.len();
-    loop {
-        at -= 1;
-        digits[at] = b'0' + (n % 10) as u8;
-        n /= 10;
-        if n == 0 {
-            break;
-        }
-    }
-    out.put_slice(&digits[at..]);
+pub fn put_number(out: &mut BytesMut, n: u64) {
+    out.put_slice(itoa::Buffer::new().format(n).as_bytes());
 }
 
 /// Appends a message id as a JSON string. It is printable ASCII, so only two characters need
