@@ -1,4 +1,4 @@
-//! `redis.url` and the template of public URLs: an error never shows the password.
+//! `redis.url` and the template of public URLs: nothing that is shown depends on the password.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -7,8 +7,8 @@ use ringpush_protocol::address::{UrlTemplate, escape, unescape};
 
 fuzz_target!(|text: &str| {
     if let Ok(url) = RedisUrl::parse(text) {
-        let shown = format!("{url:?}");
-        assert!(url.password.len() < 8 || !shown.contains(&url.password), "{shown}");
+        let other = RedisUrl { password: "another".to_owned(), ..url.clone() };
+        assert!(url.password.is_empty() || format!("{url:?}") == format!("{other:?}"));
     }
     let _ = UrlTemplate::parse(text);
     assert_eq!(unescape(&escape(text)).as_deref(), Some(text));
