@@ -3,7 +3,7 @@
 //! One document per message, `_id: {u, n}`, and the head record of each user at n = 0. Every writer
 //! computes the same next number, so the unique `_id` orders the writers; no clock decides. Every
 //! read that decides something goes to the primary with read concern majority, whatever the URI
-//! says. The rules of appending are in [`append`], those of removal in [`janitor`]. They belong
+//! says. The rules of appending are in `append`, those of removal in `janitor`. They belong
 //! together, and `model` explores them.
 //!
 //! A head record's `head` rises only when everything up to it has expired for good, and it is

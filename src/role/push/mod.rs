@@ -4,14 +4,14 @@
 //! A node is a list of components. Each has the two to eight things that it needs, and none knows
 //! the node. In the order in which they use one another:
 //!
-//! - [`config`], [`assemble`]: what a node is made with, and how its components are put together.
-//! - [`registry`], [`mailbox`]: the sessions by user, and how the node reaches one session's task.
-//! - [`availability`], [`ownership`], [`reconnect`], [`tokens`]: whether the node takes sockets,
+//! - `config`, `assemble`: what a node is made with, and how its components are put together.
+//! - `registry`, `mailbox`: the sessions by user, and how the node reaches one session's task.
+//! - `availability`, `ownership`, `reconnect`, `tokens`: whether the node takes sockets,
 //!   which users it owns, the reconnect hint, and the check of tokens.
-//! - [`attach_queue`], [`page_reads`], [`cursors`], [`sweep`]: all that is asked of the inbox.
-//! - [`displaced`], [`moves`], [`drain`], [`lease`]: where users belong, and what happens when that
+//! - `attach_queue`, `page_reads`, `cursors`, `sweep`: all that is asked of the inbox.
+//! - `displaced`, `moves`, `drain`, `lease`: where users belong, and what happens when that
 //!   changes.
-//! - [`admission`], [`connection`], [`attach`], [`serving`], [`refresh`], [`welcome`], [`end`]: a
+//! - `admission`, `connection`, `attach`, `serving`, `refresh`, `welcome`, `end`: a
 //!   connection, from the request to the last frame.
 
 mod admission;
