@@ -18,7 +18,7 @@
 //! - [`ring`]: who owns a key.
 //! - [`session`]: one session's life; the most important file.
 //! - [`secret`], [`ticket`], [`peer_proof`]: what is signed with the secret that all roles share.
-//! - [`backoff`]: delays with jitter.
+//! - [`redis_url`]: the forms of `redis.url`. [`backoff`]: delays with jitter.
 //! - [`wire`]: every byte that is agreed with other programs.
 //!
 //! Tier 1 has one adapter for each foreign system.
@@ -30,7 +30,8 @@
 //! - [`client`]: the client library.
 //! - [`clock`], [`telemetry`]: the time of day; logs, metrics, health.
 //!
-//! Tier 2 says what should happen: [`role`], four of them, which never import one another.
+//! Tier 2 says what should happen: [`role`], four roles that never import one another, and what
+//! they share.
 //!
 //! Tier 3 assembles: [`config`], [`app`], and the commands in [`cli`].
 //!

@@ -2,15 +2,16 @@
 //!
 //! A pure state machine. It knows the number that it sent last and is in one of two states:
 //! *behind* (it reads the inbox page by page) or *live* (it passes on live messages). A live
-//! message that follows on is sent. An older one is ignored. One that leaves a gap, or that comes
-//! while the socket is full, makes the session read the inbox. Reconnect, move, slow client, lost
-//! hint and restart are all these two states.
+//! message that follows on is sent. An older one is ignored. One that jumps over a number, has
+//! expired, or comes while the socket is full, makes the session read the inbox. Reconnect, move,
+//! slow client, lost hint and restart are all these two states.
 //!
 //! `F` is the encoded frame of a message; the session never looks into it.
 //!
 //! The promise, tested against a model: on one connection every number above the start is sent
 //! exactly once, in rising order, or is part of a gap that was told. When the inbox is idle, the
-//! session ends up complete.
+//! session ends up complete. Two exceptions: a session from the beginning is not told of numbers
+//! missing below its first message, and after a reset the promise begins anew at the new position.
 
 use crate::message::{Millis, Seq};
 use crate::wire::frame::GapReason;
@@ -74,12 +75,15 @@ pub enum Input<F> {
     Ack(u64),
 }
 
-/// An action that a session wants, in this order.
+/// An action that a session wants. Actions must be performed in the order in which they are
+/// emitted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Output<F> {
     /// Send this frame.
     Send(F),
-    /// Tell the client about numbers that will never come.
+    /// Tell the client about numbers that will never come. With reason `Reset`, `before` may be at
+    /// or below `after`: numbering goes on from `before`, and the client forgets what it had from
+    /// there on.
     Gap {
         /// The last number before the gap.
         after: Seq,
@@ -112,7 +116,8 @@ pub struct Session {
     sent: Seq,
     acked: Seq,
     phase: Phase,
-    /// The highest number announced since the current read began. That read may have missed it.
+    /// Something up to here may be missing from the read in flight: if it stays above `sent`, the
+    /// session reads again. [`Seq::MAX`]: how far is unknown.
     unread: Seq,
     full: bool,
     told_caught_up: bool,
@@ -124,25 +129,25 @@ pub struct Session {
 impl Session {
     /// Begins a session. A start above the head means that the client knew another inbox: it is
     /// told so, and the session goes on from the head.
-    pub fn start<F>(standing: StartPoint, mut out: impl FnMut(Output<F>)) -> Self {
+    pub fn start<F>(start_point: StartPoint, mut out: impl FnMut(Output<F>)) -> Self {
         let mut session = Self {
-            sent: standing.start,
+            sent: start_point.start,
             acked: Seq::BEGINNING,
             phase: Phase::Live,
             unread: Seq::BEGINNING,
             full: false,
             told_caught_up: false,
-            untouched: standing.start.is_beginning(),
+            untouched: start_point.start.is_beginning(),
         };
-        if standing.start > standing.head {
-            let before = standing.head.next();
-            out(Output::Gap { after: standing.start, before, reason: GapReason::Reset });
-            session.sent = standing.head;
+        if start_point.start > start_point.head {
+            let before = start_point.head.next();
+            out(Output::Gap { after: start_point.start, before, reason: GapReason::Reset });
+            session.sent = start_point.head;
         }
-        if standing.more {
+        if start_point.more {
             session.fall_behind(Seq::BEGINNING, &mut out);
         } else {
-            session.skip_to(standing.head, &mut out);
+            session.skip_to(start_point.head, &mut out);
             session.go_live(&mut out);
         }
         session
@@ -175,7 +180,7 @@ impl Session {
         }
     }
 
-    /// The last position that was sent or told to be gone.
+    /// Everything up to here was sent or passed over.
     #[must_use]
     pub const fn position(&self) -> Seq {
         self.sent
@@ -263,15 +268,16 @@ impl Session {
     }
 
     /// The inbox has something, up to `told`, that will not arrive as a live message.
-    fn fall_behind<F>(&mut self, told: Seq, out: &mut impl FnMut(Output<F>)) {
-        self.unread = self.unread.max(told);
+    fn fall_behind<F>(&mut self, announced: Seq, out: &mut impl FnMut(Output<F>)) {
+        self.unread = self.unread.max(announced);
         if self.phase == Phase::Live {
             self.phase = Phase::Behind { reading: false };
         }
         self.read_if_room(out);
     }
 
-    /// A read that begins now includes everything that was announced before.
+    /// Begins a read, unless the socket is full or a read is in flight. It will include all that
+    /// was announced before, so `unread` starts over.
     fn read_if_room<F>(&mut self, out: &mut impl FnMut(Output<F>)) {
         if !self.full && self.phase == (Phase::Behind { reading: false }) {
             self.phase = Phase::Behind { reading: true };

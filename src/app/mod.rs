@@ -223,13 +223,13 @@ impl App {
         if let Some((node, incarnation)) = &self.registered
             && let Err(error) = self.membership.depart(node, *incarnation, Departure::Left).await
         {
-            tracing::warn!(%error, "the others will find out when the lease ends");
+            tracing::warn!(%error, "leaving the registry failed; other processes see it when the lease ends");
         }
         let how = if self.has_others() { Drain::Move(self.drain_window) } else { Drain::Close };
         let leaving = self.pushes.iter().map(|push| push.drain(how));
         let all = futures_util::future::join_all(leaving);
         if tokio::time::timeout(self.drain_window + DRAIN_OVERTIME, all).await.is_err() {
-            tracing::warn!("the drain window is over; some clients were not told");
+            tracing::warn!("the drain window is over before all clients were told to move");
         }
         self.stop_serving(HttpLimits::default().shutdown).await;
         if let Some(collect) = &self.collect {

@@ -164,7 +164,7 @@ impl PeerDirectory for PushNodes {
                 elsewhere.retain(|_, known| known.seen.elapsed() < KEPT);
                 let remote = RemotePush::new(&address, node.as_str(), self.proofs.sign(node, incarnation));
                 let service =
-                    remote.inspect_err(|fault| tracing::warn!(%node, %fault, "no peer")).ok()?.service();
+                    remote.inspect_err(|fault| tracing::warn!(%node, %fault, "the connections to other processes cannot be set up")).ok()?.service();
                 let seen = Instant::now();
                 let made = Elsewhere { address, incarnation, service: service.clone(), seen };
                 elsewhere.insert(node.clone(), made);

@@ -178,7 +178,7 @@ impl Inner {
                 if before != Some(false) {
                     tracing::warn!(
                         why,
-                        "tokens cannot be verified: auth (auth.url) is away; known ones still pass"
+                        "tokens cannot be verified: auth (auth.url) does not answer; cached tokens still pass"
                     );
                 }
                 self.health.note("auth", false, format!("auth (auth.url) is away: {why}"));

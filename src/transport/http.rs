@@ -185,7 +185,7 @@ pub async fn serve<S, B>(
     if server.sockets.is_none() {
         accept::in_task(listener, &stop, begin).await;
     } else if let Err(error) = accept::on_thread(listener, &stop, move |stream| begin(stream).boxed()).await {
-        tracing::error!(%error, "no thread for new connections");
+        tracing::error!(%error, "the thread that accepts connections could not be started");
     }
     connections.close();
     let _ = tokio::time::timeout(limits.shutdown, connections.wait()).await;
@@ -250,7 +250,7 @@ where
             let first = tokio::time::timeout_at(until, first_head(&mut line, &**sockets));
             let Some(Ok(Ok(First { mut read, request }))) = server.stop.run_until_cancelled(first).await
             else {
-                tracing::debug!("a connection showed no request in time, or ended before it");
+                tracing::debug!("a connection sent no complete request in time, or ended before");
                 return None;
             };
             match request {
@@ -350,7 +350,7 @@ async fn serve_http<S, B>(
         ended = connection.as_mut() => return note(ended),
         () = tokio::time::sleep_until(until) => {
             if !asked.load(Ordering::Relaxed) {
-                tracing::debug!("a connection showed no request in time");
+                tracing::debug!("a connection sent no complete request in time");
                 return;
             }
         }
@@ -367,7 +367,7 @@ async fn serve_http<S, B>(
 
 fn note(ended: Result<(), Box<dyn std::error::Error + Send + Sync>>) {
     if let Err(error) = ended {
-        tracing::debug!(%error, "a connection ended badly");
+        tracing::debug!(%error, "a connection ended with an error");
     }
 }
 

@@ -41,7 +41,7 @@ impl Store {
                 let known = match fences.get(key) {
                     Some(fence) => Some(*fence),
                     None => self.fence(&snapshot, key).unwrap_or_else(|error| {
-                        tracing::warn!(%error, user = %item.user, "what a repeat would be known by; the message is stored");
+                        tracing::warn!(%error, user = %item.user, "the record of an idempotency key cannot be read; the message is stored");
                         None
                     }),
                 };

@@ -20,7 +20,7 @@ impl Store {
                 loop {
                     let count = match self.clean_user(&user) {
                         Err(error @ InboxError::Corrupt(_)) => {
-                            tracing::warn!(%error, %user, "expired messages stay");
+                            tracing::warn!(%error, %user, "expired messages of a user could not be removed");
                             0
                         }
                         count => count?,

@@ -29,7 +29,7 @@ impl Store {
             let head = match self.head(&snapshot, &ask.user) {
                 // One damaged record must not fail a whole batch.
                 Err(error @ InboxError::Corrupt(_)) if batch.len() > 1 => {
-                    tracing::warn!(%error, user = %ask.user, "a head record");
+                    tracing::warn!(%error, user = %ask.user, "the head record of a user cannot be read");
                     answers.push(Self::unknown(ask));
                     continue;
                 }

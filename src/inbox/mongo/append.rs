@@ -1,7 +1,7 @@
 //! Appending: numbers, order among writers, and responses that were lost. The rules are in
 //! docs/design.md, section 5; `model` explores them:
 //!
-//! 1. n goes in only when n-1 is known to be durable, or after it in the same ordered insert. One
+//! 1. Number n is inserted only when n-1 is durable, or behind n-1 in one ordered insert. One
 //!    insert of a user is in flight per process.
 //! 2. After a duplicate key, look at (u, n). If this append wrote it, it is stored, once a majority
 //!    read shows it. If another one did, look up the sender's id if there is one, and go on above n
@@ -9,7 +9,9 @@
 //! 3. After an ambiguous error, or where nothing stands, try the same n again until the deadline.
 //! 4. A head in memory is trusted for a while after its read was sent. An append that was answered
 //!    long after that is acknowledged only if a linearizable read of the head record is below its
-//!    number. Otherwise the number is void.
+//!    number. Otherwise the number is *void*: meanwhile the janitor may have raised the head record
+//!    over n, and readers were told that nothing is there. The append is then stored again under a
+//!    new number.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -37,14 +39,14 @@ const RETRY_MAX: Duration = Duration::from_millis(100);
 /// Heads kept in memory, 150 bytes each: 30 MB. Above that, heads that are no longer trusted are
 /// dropped first, then all.
 const HEADS: usize = 200_000;
-/// After a duplicate key has shown that another process writes too, users get their items inserted
-/// one by one, up to this many; what is left of a user follows in order.
+/// From the second round on, whatever ended the first, users get their items inserted one by one,
+/// up to this many; what is left of a user follows in one ordered insert.
 const WAVES: usize = 8;
 
 /// How long another writer is expected after it was seen.
 const OTHERS_FOR: Duration = Duration::from_secs(60);
-/// Positions above a head in memory that are looked at while another writer is expected. A user
-/// with more than that is read in full.
+/// Positions above a head in memory that are looked at while another writer is expected. The head
+/// of a user with as many as that is read again.
 const AHEAD: u64 = 3;
 
 /// What this process knows about the heads of users.
@@ -67,7 +69,7 @@ struct Known {
     /// When this process sent its last insert above the head that it had read; `None` if it sent
     /// none.
     wrote: Option<Duration>,
-    /// When the read of `n`, or the acknowledged insert, was sent.
+    /// When the read of `n`, or the acknowledged insert, was sent: since then `n` is trusted.
     sent: Duration,
 }
 
@@ -152,6 +154,7 @@ type Outcomes = Vec<Option<Result<Appended, InboxError>>>;
 
 /// Appends a batch; see the rules above.
 pub(super) async fn append(inner: &Inner, batch: Vec<Append>) -> Vec<Result<Appended, InboxError>> {
+    // Held to the end: one insert of a user in flight (rule 1).
     let mut heads = inner.appends.lock().await;
     if let Err(error) = give_up_heads(inner, &mut heads).await {
         return vec![Err(error); batch.len()];
@@ -249,26 +252,26 @@ async fn settle(
     outcomes: &mut Outcomes,
 ) -> Result<(), InboxError> {
     let mut taken = Vec::new();
-    for (n, tried) in tried.into_iter().enumerate() {
-        let item = &pending[n];
+    for (i, tried) in tried.into_iter().enumerate() {
+        let item = &pending[i];
         match tried {
             Tried::Inserted => {
-                if acknowledge(inner, heads, item, numbers[n], Some(sent), outcomes).await? {
+                if acknowledge(inner, heads, item, numbers[i], Some(sent), outcomes).await? {
                     done.insert(item.at);
                 }
             }
-            Tried::Taken => taken.push(n),
+            Tried::Taken => taken.push(i),
             Tried::Unknown => {}
         }
     }
     // In order: what precedes an item of the same user must be settled first.
     let found = look_at(inner, pending, numbers, &taken).await?;
     let (mut repeats, mut raised, mut bridged) = (Vec::new(), Vec::new(), Vec::new());
-    for n in taken {
-        let item = &pending[n];
-        let stored = found.get(&(item.append.user.as_str(), numbers[n]));
+    for i in taken {
+        let item = &pending[i];
+        let stored = found.get(&(item.append.user.as_str(), numbers[i]));
         if stored.is_some_and(|append_id| *append_id == item.append_id) {
-            if acknowledge(inner, heads, item, numbers[n], None, outcomes).await? {
+            if acknowledge(inner, heads, item, numbers[i], None, outcomes).await? {
                 done.insert(item.at);
             }
             continue;
@@ -276,7 +279,7 @@ async fn settle(
         match stored {
             // A bridge: numbers go on further above.
             Some(append_id) if append_id.is_empty() => bridged.push(&item.append.user),
-            Some(_) => raised.push((&item.append.user, numbers[n])),
+            Some(_) => raised.push((&item.append.user, numbers[i])),
             None => {}
         }
         if item.append.deduplicated {
@@ -348,8 +351,8 @@ async fn read_heads(
 }
 
 /// Learns what other processes have written above the trusted heads of these users. Returns the
-/// users that have more than [`AHEAD`] messages there, or a bridge. Numbers are dense: above the
-/// first that is missing, none was assigned yet.
+/// users that have as many as [`AHEAD`] messages there, or a bridge: there may be more, so their
+/// head is read again. Numbers are dense: above the first that is missing, none was assigned yet.
 async fn look_above<'a>(
     inner: &Inner,
     heads: &mut Heads,
@@ -395,14 +398,14 @@ async fn insert(inner: &Inner, pending: &[Item], numbers: &[u64]) -> (Vec<Tried>
     let mut count: HashMap<&UserId, usize> = HashMap::new();
     pending.iter().for_each(|item| *count.entry(&item.append.user).or_default() += 1);
     let (single, several): (Vec<usize>, Vec<usize>) =
-        (0..pending.len()).partition(|n| count.get(&pending[*n].append.user) == Some(&1));
+        (0..pending.len()).partition(|i| count.get(&pending[*i].append.user) == Some(&1));
     let (one, other) = tokio::join!(
         insert_these(inner, pending, numbers, &single, false),
         insert_these(inner, pending, numbers, &several, true)
     );
     let mut tried = vec![Tried::Unknown; pending.len()];
     for (batch, result) in [(&single, &one.0), (&several, &other.0)] {
-        batch.iter().zip(result).for_each(|(n, result)| tried[*n] = *result);
+        batch.iter().zip(result).for_each(|(i, result)| tried[*i] = *result);
     }
     (tried, one.1.or(other.1))
 }
@@ -416,8 +419,8 @@ async fn insert_in_waves(
 ) -> (Vec<Tried>, Option<InboxError>) {
     let mut tried = vec![Tried::Unknown; pending.len()];
     let mut left: HashMap<&UserId, VecDeque<usize>> = HashMap::new();
-    for (n, item) in pending.iter().enumerate() {
-        left.entry(&item.append.user).or_default().push_back(n);
+    for (i, item) in pending.iter().enumerate() {
+        left.entry(&item.append.user).or_default().push_back(i);
     }
     let mut fault = None;
     for wave in 0..=WAVES {
@@ -432,10 +435,10 @@ async fn insert_in_waves(
         }
         let (results, failed) = insert_these(inner, pending, numbers, &batch, last).await;
         fault = fault.or(failed);
-        for (n, result) in batch.into_iter().zip(results) {
-            tried[n] = result;
+        for (i, result) in batch.into_iter().zip(results) {
+            tried[i] = result;
             if result != Tried::Inserted {
-                left.remove(&pending[n].append.user);
+                left.remove(&pending[i].append.user);
             }
         }
     }
@@ -454,7 +457,7 @@ async fn insert_these(
     }
     let documents: Vec<StoredMessage> = batch
         .iter()
-        .map(|n| StoredMessage::new(&pending[*n].append, &pending[*n].append_id, numbers[*n]))
+        .map(|i| StoredMessage::new(&pending[*i].append, &pending[*i].append_id, numbers[*i]))
         .collect();
     let inserting = inner.messages.insert_many(&documents).ordered(ordered).into_future();
     let error = match inner.in_time(inserting).await {
@@ -525,12 +528,12 @@ async fn look_at<'a>(
     numbers: &[u64],
     taken: &[usize],
 ) -> Result<HashMap<(&'a str, u64), String>, InboxError> {
-    let ids: Vec<Document> = taken.iter().map(|n| id(&pending[*n].append.user, numbers[*n])).collect();
+    let ids: Vec<Document> = taken.iter().map(|i| id(&pending[*i].append.user, numbers[*i])).collect();
     let found = inner.by_ids(ids, doc! { "_id": 1, "a": 1 }).await?;
     let mut found: HashMap<(&str, u64), &Document> =
         found.iter().filter_map(|document| Some((place_of(document)?, document))).collect();
-    let shown = taken.iter().filter_map(|n| {
-        let place = (pending[*n].append.user.as_str(), numbers[*n]);
+    let shown = taken.iter().filter_map(|i| {
+        let place = (pending[*i].append.user.as_str(), numbers[*i]);
         let document = found.remove(&place)?;
         Some((place, document.get_str("a").unwrap_or_default().to_owned()))
     });

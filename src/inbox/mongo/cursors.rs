@@ -86,7 +86,7 @@ impl Inner {
         if !new_here.is_empty()
             && let Err(error) = self.trim_devices(&distinct(new_here)).await
         {
-            tracing::debug!(%error, "a user has a device too many for now");
+            tracing::debug!(%error, "the longest unused cursor of a user could not be removed");
         }
         if let Ok(errors) = answer.get_array("writeErrors") {
             return Err(InboxError::Unavailable(format!("{} cursors were not written", errors.len())));

@@ -81,7 +81,7 @@ pub(super) async fn watch(inner: &Inner, every: Duration) {
         if inner.restored.load(Ordering::Acquire)
             && let Err(error) = super::append::give_up_heads(inner, &mut *inner.appends.lock().await).await
         {
-            tracing::warn!(%error, "what was written while the store was restored cannot be mended yet");
+            tracing::warn!(%error, "messages that were written during a restore cannot be repaired yet");
         }
         looks = (looks + 1) % LOOKS_PER_INDEX_LOOK;
         if looks == 0
@@ -273,7 +273,7 @@ impl Inner {
             (before, Some(why)) if is_open && before.as_ref() != Some(&why) => {
                 tracing::warn!("mongo.database: publishes with an id are refused: {why}");
             }
-            (Some(_), None) if is_open => tracing::info!("publishes with an id are taken again"),
+            (Some(_), None) if is_open => tracing::info!("publishes with an id are accepted again"),
             _ => {}
         }
     }

@@ -83,7 +83,7 @@ pub(super) async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
                 own.lapse(renewed.elapsed() > inner.times.lease);
             }
             Err(fault) => {
-                tracing::debug!(%fault, "a beat was not answered");
+                tracing::debug!(%fault, "a heartbeat was not answered");
                 own.lapse(renewed.elapsed() > inner.times.lease);
             }
         }

@@ -237,8 +237,7 @@ impl Inner {
         if ahead.unsigned_abs() > SKEW_MAX_MS && before.unsigned_abs() <= SKEW_MAX_MS {
             tracing::warn!(
                 ahead_ms = ahead,
-                "the clock of this machine is not that of Redis (redis.url): expiry, tokens and peer calls are judged \
-                 by it; set both by NTP"
+                "the clocks of this machine and of Redis (redis.url) differ: expiry, tokens and peer calls depend on them; synchronise both by NTP"
             );
         }
     }

@@ -156,7 +156,7 @@ impl Admitter {
             Some(ticket) => {
                 let ticket = self.take_ticket(ticket)?;
                 if ticket.keep {
-                    arrival.keep_at = Some(self.ownership.view().digest);
+                    arrival.keep_at = Some(self.ownership.digest());
                 }
                 device = Some(ticket.device);
                 let (issued_at_s, expires_at_s) = (ticket.token_iat_s, ticket.token_exp_s);
@@ -180,7 +180,7 @@ impl Admitter {
     fn arrival(&self, node_in_path: Option<&str>, query: &SocketQuery) -> Arrival {
         let own = self.ownership.node().as_str();
         let keep = query.hops >= 2 || node_in_path.is_some_and(|name| name != own);
-        let keep_at = keep.then(|| self.ownership.view().digest);
+        let keep_at = keep.then(|| self.ownership.digest());
         Arrival { hops: query.hops, client_epoch: query.epoch, keep_at }
     }
 

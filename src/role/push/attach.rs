@@ -37,7 +37,7 @@ impl Attacher {
         since: Option<Since>,
     ) -> Result<(RegistrationGuard, UserPosition), End> {
         let mut registered = self.registry.register(Arc::clone(&handle));
-        if !self.ownership.owns(&self.ownership.view(), &handle.user) {
+        if !self.ownership.owns_now(&handle.user) {
             Box::pin(self.displaced.enter(&handle.user)).await;
             self.mover.consider(&handle);
         }

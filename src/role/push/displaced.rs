@@ -255,7 +255,7 @@ impl DisplacedSet {
 
     /// Whether the user has a session here and another owner.
     fn belongs(&self, user: &UserId) -> bool {
-        self.registry.has(user) && !self.ownership.owns(&self.ownership.view(), user)
+        self.registry.has(user) && !self.ownership.owns_now(user)
     }
 
     async fn sweep_users(&self, users: &[UserId]) {

@@ -6,13 +6,13 @@
 //!
 //! - `config`, `assemble`: what a node is made with, and how its components are put together.
 //! - `registry`, `mailbox`: the sessions by user, and how the node reaches one session's task.
-//! - `availability`, `ownership`, `reconnect`, `tokens`: whether the node takes sockets,
-//!   which users it owns, the reconnect hint, and the check of tokens.
+//! - `availability`, `ownership`, `reconnect`, `tokens`: whether the node takes sockets, which
+//!   users it owns, the reconnect hint, and the check of tokens.
 //! - `attach_queue`, `page_reads`, `cursors`, `sweep`: all that is asked of the inbox.
 //! - `displaced`, `moves`, `drain`, `lease`: where users belong, and what happens when that
 //!   changes.
-//! - `admission`, `connection`, `attach`, `serving`, `refresh`, `welcome`, `end`: a
-//!   connection, from the request to the last frame.
+//! - `admission`, `connection`, `attach`, `serving`, `refresh`, `welcome`, `end`: a connection,
+//!   from the request to the last frame.
 
 mod admission;
 mod assemble;
@@ -118,7 +118,8 @@ impl Node {
             }
             let handles = self.base.registry.of_user(&live.user);
             let Some((last, others)) = handles.split_last() else { continue };
-            // Consecutive messages of one user leave together.
+            // Of consecutive messages of one user, the earlier ones wait in the mailbox and the last
+            // one wakes the task.
             let inline = few && batch.get(n + 1).is_none_or(|next| next.user != live.user);
             let feed = |handle: &SessionHandle, item| {
                 let (id, seq) = (&live.message.id, live.message.seq);
@@ -283,7 +284,7 @@ impl Push {
         node.base.availability.begin_drain();
         let own = &node.holder;
         if let Err(error) = node.membership.depart(&own.node, own.incarnation, Departure::Draining).await {
-            tracing::warn!(%error, "the others were not told that this node leaves");
+            tracing::warn!(%error, "announcing the drain failed");
         }
         node.placement.drainer.drain(how).await;
         node.connections.close();
@@ -292,10 +293,10 @@ impl Push {
         let _ = tokio::time::timeout(end::FAREWELL * 2, node.connections.wait()).await;
         node.reading.cursors.flush().await;
         if let Err(error) = node.placement.displaced.clear().await {
-            tracing::warn!(%error, "the fallback entries stay until their lease ends");
+            tracing::warn!(%error, "the fallback entries could not be removed; they end with their lease");
         }
         if let Err(error) = node.membership.depart(&own.node, own.incarnation, Departure::Left).await {
-            tracing::warn!(%error, "the node stays a member until its lease ends");
+            tracing::warn!(%error, "leaving the registry failed; the node stays a member until its lease ends");
         }
     }
 }

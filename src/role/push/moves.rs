@@ -1,4 +1,5 @@
-//! Telling sessions to move to the node that owns their user.
+//! Telling sessions of this node to move to the node that owns their user. The moves of a drain are
+//! in `drain`; both write their frames through [`MoveOrders`].
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
@@ -23,8 +24,7 @@ use crate::role::raised;
 use crate::role::reach::PeerProbe;
 use crate::wire::frame::{MoveReason, ServerFrame};
 
-/// Time between two batches of moves: a tenth of the second within which a displaced client must be
-/// told.
+/// Time between two batches of moves.
 pub(super) const MOVE_TICK: Duration = Duration::from_millis(100);
 /// Longest jitter of a moved client.
 pub(super) const MOVE_JITTER: Duration = Duration::from_secs(1);
@@ -41,6 +41,11 @@ impl MoveOrders {
     /// Names nodes by `urls`.
     pub(super) fn new(urls: Arc<PublicUrls>, metrics: PushMetrics) -> Self {
         Self { urls, metrics }
+    }
+
+    /// Whether a public URL of `node` is known.
+    pub(super) fn can_name(&self, node: &NodeId) -> bool {
+        self.urls.of(node).is_some()
     }
 
     /// Puts the `move` frame into the session's mailbox. Returns whether a URL of the target is
@@ -89,13 +94,15 @@ enum Verdict<'a> {
     Move(&'a Member),
     /// Not yet.
     Wait,
-    /// Nothing, until the view changes.
+    /// Nothing, until the view changes: [`Mover::walk`] then considers every session again.
     Stay,
 }
 
-/// The rule of docs/design.md, section 6: one move per owner incarnation; none while the view is
-/// held, none by a view that is older than the client's, and none for a client that was sent here
-/// on purpose until the view has changed.
+/// All of the rule of docs/design.md, section 6, that depends on the view and on how the client
+/// came: no move while the view is held, none by a view that is older than the client's, and none
+/// for a client that is to be kept (sent here on purpose, or sent on twice) until the view has
+/// changed. [`Mover::tell_those_who_may`] adds the rest: the owner answers its peer port, the pace,
+/// and once per owner incarnation.
 fn verdict<'a>(view: &'a View, own: &NodeId, handle: &SessionHandle) -> Verdict<'a> {
     match view.owner(&handle.user) {
         None => Verdict::Stay,
@@ -107,7 +114,7 @@ fn verdict<'a>(view: &'a View, own: &NodeId, handle: &SessionHandle) -> Verdict<
 }
 
 /// Moves to one target per second: half of what it accepts, divided among the nodes that may send
-/// to it.
+/// to it. The other half is left for clients that come by themselves.
 pub(super) fn moves_per_s(view: &View, target: &Member) -> f64 {
     let accepts = accepts(target.info.accept_per_s);
     let senders = view.members.len().saturating_sub(1).max(1);
@@ -127,7 +134,7 @@ impl Mover {
         Self { registry, ownership, availability, displaced, probe, orders, attached: Mutex::default() }
     }
 
-    /// A session attached to a node that does not own its user.
+    /// Queues a newly attached session of a user that another node owns, for the next tick.
     pub(super) fn consider(&self, handle: &Arc<SessionHandle>) {
         self.attached.lock().push(Arc::downgrade(handle));
     }
@@ -157,7 +164,7 @@ impl Mover {
                     waiting.append(&mut self.attached.lock());
                     if !waiting.is_empty() {
                         let view = Arc::clone(&views.borrow());
-                        for target in self.hand_out(&view, &mut waiting, &mut allowance) {
+                        for target in self.tell_those_who_may(&view, &mut waiting, &mut allowance) {
                             let probe = self.probe.clone();
                             probes.spawn(async move {
                                 probe.answers(&target).await;
@@ -171,8 +178,8 @@ impl Mover {
         }
     }
 
-    /// All sessions whose user another node owns in this view. Their fallback entries are checked
-    /// first.
+    /// All sessions whose user another node owns in this view. Has their fallback entries looked
+    /// at, and those that are no longer needed.
     fn walk(&self, view: &View) -> Vec<Weak<SessionHandle>> {
         let handles = self.registry.all();
         let users = handles.iter().map(|handle| handle.user.clone());
@@ -183,7 +190,7 @@ impl Mover {
     }
 
     /// Tells as many sessions as may move now. Returns the owners that must be probed first.
-    fn hand_out(
+    fn tell_those_who_may(
         &self,
         view: &View,
         waiting: &mut Vec<Weak<SessionHandle>>,
@@ -195,7 +202,7 @@ impl Mover {
             let left = allowance.entry(member.info.node.clone()).or_insert(0.0);
             // Unused allowance is not saved up, because a pause must not end in a burst. One move
             // is always possible.
-            *left = left.min(0.0) + per_tick.max(1.0);
+            *left = per_tick.max(1.0);
         }
         waiting.retain(|weak| {
             let Some(handle) = weak.upgrade() else { return false };
@@ -203,6 +210,8 @@ impl Mover {
                 Verdict::Stay => false,
                 Verdict::Wait => true,
                 Verdict::Move(owner) => {
+                    // A result is believed for 1 s. Without one, the node is probed and the session
+                    // waits.
                     match self.probe.known(&owner.info.node) {
                         Some(true) => {}
                         Some(false) => return true,
@@ -213,6 +222,9 @@ impl Mover {
                     }
                     let left = allowance.entry(owner.info.node.clone()).or_insert(0.0);
                     if *left < 1.0 {
+                        return true;
+                    }
+                    if !self.orders.can_name(&owner.info.node) {
                         return true;
                     }
                     if handle.tell_once(&owner.info.node, owner.incarnation) {

@@ -35,6 +35,22 @@ impl Ownership {
         Arc::clone(&self.views.borrow())
     }
 
+    /// Version of the view in use, without taking the view.
+    pub(super) fn digest(&self) -> u64 {
+        self.views.borrow().digest
+    }
+
+    /// Whether this node owns `user` in the view in use.
+    pub(super) fn owns_now(&self, user: &UserId) -> bool {
+        self.owns(&self.views.borrow(), user)
+    }
+
+    /// Generation and epoch of the view in use.
+    pub(super) fn version(&self) -> (Arc<str>, u64) {
+        let view = self.views.borrow();
+        (Arc::clone(&view.generation), view.epoch)
+    }
+
     /// The view in use, and every later one.
     pub(super) fn views(&self) -> watch::Receiver<Arc<View>> {
         self.views.clone()

@@ -13,9 +13,10 @@
 //!
 //! # Inline sends
 //!
-//! The connection's task normally does all I/O. When it is idle and its mailbox is empty, the
-//! thread that delivers a live message writes it to the socket itself ([`InlineSend`]). Waking the
-//! task would cost more than the write, and most messages go to idle sessions
+//! The connection's task normally does all I/O. If nobody holds the session's lock and the mailbox
+//! is empty, the thread that delivers a live message runs the session and writes what it sends
+//! ([`InlineSend`], called from `deliver` in [`push`](super) by [`SessionHandle::send_inline`]).
+//! Waking the task would cost more than the write, and most messages go to idle sessions
 //! (docs/decisions/001-inline-sends.md). That is why there is no `select!` here: the state that a
 //! send needs must be reachable without running the task.
 //!
@@ -65,7 +66,7 @@ use crate::wire::socket::{Incoming, Outgoing, SocketError};
 const HIGH_WATER_BYTES: usize = 128 * 1024;
 /// Bytes queued below which the session may send again.
 const LOW_WATER_BYTES: usize = 32 * 1024;
-/// Bytes given to the WebSocket layer before they must be flushed.
+/// The WebSocket layer is flushed once this many bytes or more were given to it.
 const FEED_BYTES: usize = 4 * 1024;
 /// Pings that may go unanswered.
 const UNANSWERED_PINGS: u32 = 2;
@@ -91,7 +92,8 @@ pub(super) struct Attached {
 
 /// An event of the serving stage.
 enum Event {
-    Writable,
+    /// The queue has drained to [`LOW_WATER_BYTES`].
+    HasRoom,
     Mail(Box<Mail>),
     Frame(Incoming),
     Refreshed(Result<Known, End>),
@@ -117,8 +119,8 @@ impl<S: Socket + 'static> Shared<S> {
         poll_fn(|cx| self.poll_end(cx)).await.await;
     }
 
-    /// Serves. Ready with the end of the connection, which is boxed then, so that idle sockets have
-    /// no room for it.
+    /// Serves. Ready with the end of the connection. The end is boxed only when it comes, so that a
+    /// serving connection reserves no memory for it.
     fn poll_end(&self, cx: &mut Context<'_>) -> Poll<BoxFuture<'static, ()>> {
         let mut place = self.0.lock();
         let Some(serving) = place.as_mut() else { return Poll::Pending };
@@ -129,7 +131,7 @@ impl<S: Socket + 'static> Shared<S> {
                 break end;
             }
         };
-        place.take().map_or(Poll::Pending, |serving| Poll::Ready(serving.part(end).boxed()))
+        place.take().map_or(Poll::Pending, |serving| Poll::Ready(serving.leave(end).boxed()))
     }
 }
 
@@ -150,8 +152,9 @@ pub(super) struct Serving<S> {
     socket: S,
     session: Session,
     queue: VecDeque<Outgoing>,
-    /// Bytes in the queue, and bytes given to the WebSocket layer that are not known to be written.
+    /// Bytes in the queue.
     queued_bytes: usize,
+    /// Bytes given to the WebSocket layer that are not known to be written.
     unflushed_bytes: usize,
     /// Wakes the task that serves.
     task: Option<Waker>,
@@ -225,7 +228,7 @@ impl<S: Socket> Serving<S> {
         this
     }
 
-    async fn part(self, end: End) {
+    async fn leave(self, end: End) {
         let Self { context, mut socket, handle, _counted, .. } = self;
         // Unregister before the farewell: the place is free at once.
         drop(handle);
@@ -240,11 +243,14 @@ impl<S: Socket> Serving<S> {
         }
     }
 
-    /// Sends a live message on behalf of the task, or returns it if something must come before it.
+    /// Sends a live message on behalf of the task, or returns it: then it must go through the
+    /// mailbox (mail or an event comes before it, or the task has not run yet).
     fn send_inline(&mut self, item: Item<Bytes>) -> Option<Item<Bytes>> {
         if self.noticed.is_some() || !self.handle.mailbox.is_empty() {
             return Some(item);
         }
+        // Taken out, because `poll_write` borrows all of `self`. The socket keeps this waker: what does
+        // not fit now is written by the task.
         let Some(task) = self.task.take() else { return Some(item) };
         self.step(Input::Live(item));
         if let Poll::Ready(event) = self.poll_write(&mut Context::from_waker(&task)) {
@@ -290,9 +296,9 @@ impl<S: Socket> Serving<S> {
             return Poll::Pending;
         }
         // `unconstrained`: with an exhausted coop budget `poll` would not store the waker.
-        let rung = pin!(tokio::task::unconstrained(self.timer.as_mut())).poll(cx);
-        self.timer_asked = rung.is_pending();
-        rung.map(|()| Event::Timer)
+        let elapsed = pin!(tokio::task::unconstrained(self.timer.as_mut())).poll(cx);
+        self.timer_asked = elapsed.is_pending();
+        elapsed.map(|()| Event::Timer)
     }
 
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
@@ -303,7 +309,7 @@ impl<S: Socket> Serving<S> {
         })
     }
 
-    /// Writes as much as the socket takes. Ready with [`Event::Writable`] when a full queue has
+    /// Writes as much as the socket takes. Ready with [`Event::HasRoom`] when a full queue has
     /// drained.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         loop {
@@ -340,20 +346,19 @@ impl<S: Socket> Serving<S> {
             }
         }
         if self.queue.is_empty() {
-            // Frees the memory as well: memory that another socket has just used is still in the
-            // cache.
+            // Freed, not kept: the allocator gives the next socket the same block, which is still in the cache.
             self.queue = VecDeque::new();
         }
         if self.told_full && self.queued_bytes + self.unflushed_bytes <= LOW_WATER_BYTES {
             self.told_full = false;
-            return Poll::Ready(Event::Writable);
+            return Poll::Ready(Event::HasRoom);
         }
         Poll::Pending
     }
 
     fn handle_event(&mut self, event: Event) -> Result<(), End> {
         match event {
-            Event::Writable => self.step(Input::Writable),
+            Event::HasRoom => self.step(Input::Writable),
             Event::Mail(mail) => self.handle_mail(*mail)?,
             Event::Frame(incoming) => self.handle_frame(incoming)?,
             Event::Refreshed(known) => self.refreshed(known?)?,
@@ -377,8 +382,8 @@ impl<S: Socket> Serving<S> {
                 }
             }
         }
-        // Before live messages: these belong to the store as it is now and would move the position
-        // that the reset is about.
+        // Before live messages: they carry numbers of the restored store, and would move the
+        // position that the reset names.
         if let Some((position, to)) = mail.reset {
             self.step(Input::Reset(position, to));
         }
@@ -388,6 +393,7 @@ impl<S: Socket> Serving<S> {
         for item in mail.live {
             self.step(Input::Live(item));
         }
+        // After the live messages, because those in the mailbox came before the loss.
         if mail.lost {
             self.step(Input::Lost);
         }
@@ -429,7 +435,7 @@ impl<S: Socket> Serving<S> {
         Ok(())
     }
 
-    /// Verifies the new token beside the serving, and that it was not revoked.
+    /// Checks in the background that the new token is valid and not revoked.
     fn begin_refresh(&mut self, token: String) -> Result<(), End> {
         if self.refresh.is_some() {
             return Err(End::close(CloseCode::RateLimited, "one refresh at a time"));

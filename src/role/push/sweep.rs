@@ -144,7 +144,7 @@ impl Sweeper {
     /// there; what is accepted from now on is above everything that was sent.
     async fn reset(&self, handle: &SessionHandle, position: Seq, head: Seq) -> Result<(), InboxError> {
         self.inbox.update(vec![Change::Shown { user: handle.user.clone(), upto: position }]).await?;
-        tracing::warn!(user = %handle.user, %position, %head, "a client was shown more than stands in the store: it is told");
+        tracing::warn!(user = %handle.user, %position, %head, "a client was sent more than the store has (a restore); it gets a gap");
         handle.mailbox.reset(position, head);
         Ok(())
     }

@@ -22,14 +22,14 @@ pub(super) struct Welcomer {
 impl Welcomer {
     /// The frame for a session that starts after `start`.
     pub(super) fn frame(&self, handle: &SessionHandle, start: Seq) -> Bytes {
-        let view = self.ownership.view();
+        let (generation, epoch) = self.ownership.version();
         ServerFrame::Welcome {
             user: handle.user.to_string(),
             device: handle.device.to_string(),
             node: self.ownership.node().to_string(),
             session: handle.id.to_string(),
-            generation: view.generation.to_string(),
-            epoch: view.epoch,
+            generation: generation.to_string(),
+            epoch,
             since: start.get(),
             ping_every_ms: u64::try_from(self.ping_every.as_millis()).unwrap_or(u64::MAX),
             reconnect: self.window.hint(),
