@@ -38,8 +38,8 @@ use heartbeat::{Own, Turn, keep_beating};
 const JITTER: f64 = 0.2;
 /// Delay between two tries of the first heartbeat.
 const JOIN_RETRY: Duration = Duration::from_millis(500);
-/// Number of checks at start for faults that waiting does not mend.
-const CHECKS: u32 = 3;
+/// How long is looked at start for faults that waiting does not mend.
+const CHECK_TIME: Duration = Duration::from_secs(1);
 const CHECK_REST: Duration = Duration::from_millis(50);
 /// Complaints about entries that are remembered, so that each is logged once.
 const COMPLAINTS_MAX: usize = 1_000;
@@ -138,16 +138,17 @@ impl RedisMembership {
     /// The server's refusal, such as a wrong password. A server that cannot be reached is no error
     /// here.
     pub async fn check(&self) -> Result<(), RedisError> {
-        // Another call on the same connection may have been refused first and have closed the
-        // connection.
-        for _ in 0..CHECKS {
+        let began = Instant::now();
+        loop {
             match self.inner.snapshot().await {
+                Ok(_) => return Ok(()),
                 Err(refused @ RedisError::Refused(_)) => return Err(refused),
-                Err(_) => tokio::time::sleep(CHECK_REST).await,
-                Ok(_) => break,
+                // Another call on the same connection may have been refused first and have closed
+                // it under this one, several times running.
+                Err(_) if began.elapsed() < CHECK_TIME => tokio::time::sleep(CHECK_REST).await,
+                Err(_) => return Ok(()),
             }
         }
-        Ok(())
     }
 
     async fn first_beat(&self, info: &NodeInfo) -> Result<u64, MembershipError> {

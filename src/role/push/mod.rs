@@ -118,8 +118,8 @@ impl Node {
             }
             let handles = self.base.registry.of_user(&live.user);
             let Some((last, others)) = handles.split_last() else { continue };
-            // Of consecutive messages of one user, the earlier ones wait in the mailbox and the last
-            // one wakes the task.
+            // Of consecutive messages of one user, the earlier ones wait in the mailbox and the
+            // last one wakes the task.
             let inline = few && batch.get(n + 1).is_none_or(|next| next.user != live.user);
             let feed = |handle: &SessionHandle, item| {
                 let (id, seq) = (&live.message.id, live.message.seq);

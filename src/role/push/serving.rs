@@ -249,8 +249,8 @@ impl<S: Socket> Serving<S> {
         if self.noticed.is_some() || !self.handle.mailbox.is_empty() {
             return Some(item);
         }
-        // Taken out, because `poll_write` borrows all of `self`. The socket keeps this waker: what does
-        // not fit now is written by the task.
+        // Taken out, because `poll_write` borrows all of `self`. The socket keeps this waker: what
+        // does not fit now is written by the task.
         let Some(task) = self.task.take() else { return Some(item) };
         self.step(Input::Live(item));
         if let Poll::Ready(event) = self.poll_write(&mut Context::from_waker(&task)) {
@@ -346,7 +346,8 @@ impl<S: Socket> Serving<S> {
             }
         }
         if self.queue.is_empty() {
-            // Freed, not kept: the allocator gives the next socket the same block, which is still in the cache.
+            // Freed, not kept: the allocator gives the next socket the same block, which is still
+            // in the cache.
             self.queue = VecDeque::new();
         }
         if self.told_full && self.queued_bytes + self.unflushed_bytes <= LOW_WATER_BYTES {
