@@ -3,7 +3,6 @@
 //! some bitmap; in the steady state about none.
 
 use std::collections::{HashMap, HashSet};
-use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use tokio::task::JoinSet;
 use super::{Fallback, FallbackError, Hints, Holder, Which};
 use crate::backoff::around;
 use crate::message::{NodeId, UserId};
-use crate::transport::redis::{RedisError, RedisLink, Script};
+use crate::transport::redis::{RedisError, RedisLink, Script, raise_panics};
 
 /// Number of user buckets: 1 KiB per holder. With 100 displaced users 1.2 % of the others are
 /// looked up in vain (docs/design.md, section 6).
@@ -247,14 +246,7 @@ impl RedisFallback {
     /// Watches its tasks for as long as it is polled. A panic of one is raised here: without its
     /// tasks this would show the same for ever.
     pub async fn watch_tasks(&self) {
-        loop {
-            match poll_fn(|cx| self.tasks.lock().poll_join_next(cx)).await {
-                Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-                // A node that has left, or was fenced, sends no more heartbeats.
-                Some(_) => {}
-                None => std::future::pending().await,
-            }
-        }
+        raise_panics(&self.tasks).await;
     }
 }
 

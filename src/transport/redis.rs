@@ -1,6 +1,7 @@
 //! Redis: one connection, made when it is needed and made anew after it failed. It knows scripts
 //! and values, not nodes.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use redis::{
     AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, TlsMode, Value,
 };
 use tokio::sync::{Mutex, Notify};
+use tokio::task::JoinSet;
 
 use crate::redis_url::{RedisServers, RedisUrl};
 
@@ -347,6 +349,18 @@ fn source(url: &RedisUrl) -> redis::RedisResult<Source> {
                 builder = builder.password(&url.password);
             }
             Ok(Source::Cluster(builder.build()?))
+        }
+    }
+}
+
+/// Watches tasks for as long as it is polled, and raises their panics. A task may end in another
+/// way: a node that has left, or was fenced, sends no more heartbeats.
+pub async fn raise_panics(tasks: &parking_lot::Mutex<JoinSet<()>>) {
+    loop {
+        match poll_fn(|cx| tasks.lock().poll_join_next(cx)).await {
+            Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Some(_) => {}
+            None => std::future::pending().await,
         }
     }
 }

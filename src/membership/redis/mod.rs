@@ -9,7 +9,6 @@ mod entries;
 mod heartbeat;
 
 use std::collections::{HashMap, HashSet};
-use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -29,7 +28,7 @@ use crate::backoff::around;
 use crate::clock::Clock;
 use crate::message::NodeId;
 use crate::peer_proof::EntryKey;
-use crate::transport::redis::{RedisError, RedisLink, Reply, Script};
+use crate::transport::redis::{RedisError, RedisLink, Reply, Script, raise_panics};
 
 use entries::{NODES_MAX, StoredInfo, TEXT_MAX, read_snapshot};
 use heartbeat::{Own, Turn, keep_beating};
@@ -316,14 +315,7 @@ impl RedisMembership {
     /// Watches its tasks for as long as it is polled. A panic of one is raised here: without its
     /// tasks this would show the same for ever.
     pub async fn watch_tasks(&self) {
-        loop {
-            match poll_fn(|cx| self.tasks.lock().poll_join_next(cx)).await {
-                Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-                // A node that has left, or was fenced, sends no more heartbeats.
-                Some(_) => {}
-                None => std::future::pending().await,
-            }
-        }
+        raise_panics(&self.tasks).await;
     }
 }
 
