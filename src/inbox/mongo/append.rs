@@ -119,7 +119,7 @@ impl Heads {
         let old: Vec<UserId> =
             self.known.iter().filter(|(_, known)| untrusted(known)).map(|(user, _)| user.clone()).collect();
         old.iter().for_each(|user| self.forget(user, None));
-        if self.known.len() > HEADS {
+        if self.known.len() + self.written.len() > HEADS {
             let all: Vec<UserId> = self.known.keys().cloned().collect();
             all.iter().for_each(|user| self.forget(user, None));
             self.written.retain(|_, wrote| *wrote >= well);
@@ -641,5 +641,18 @@ mod tests {
         }
         heads.make_room(at(53), at(10), at(40));
         assert!(heads.written.len() <= HEADS);
+    }
+
+    #[test]
+    fn room_is_made_once_and_not_again_at_each_append() {
+        let mut heads = Heads::default();
+        for n in 0..HEADS as u64 - 10 {
+            heads.known.insert(user(&format!("u{n}")), Known { n, wrote: None, sent: at(50) });
+        }
+        for n in 0..20 {
+            heads.forget(&user(&format!("v{n}")), Some(at(50)));
+        }
+        heads.make_room(at(51), at(10), at(40));
+        assert_eq!((heads.known.len(), heads.written.len()), (0, 20));
     }
 }
