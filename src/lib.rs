@@ -29,6 +29,7 @@
 //! - [`transport`]: hyper, tungstenite, tonic, Redis, and a TCP stream of our own.
 //! - [`client`]: the client library.
 //! - [`clock`], [`telemetry`]: the time of day; logs, metrics, health.
+//! - [`thread`]: a thread that many wait for. `tasks`: panics of tasks are raised again.
 //!
 //! Tier 2 says what should happen: [`role`], four roles that never import one another, and what
 //! they share.
@@ -50,6 +51,7 @@ pub mod ring;
 pub mod role;
 pub mod secret;
 pub mod session;
+mod tasks;
 pub mod telemetry;
 pub mod thread;
 pub mod ticket;

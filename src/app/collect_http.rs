@@ -42,9 +42,10 @@ const BATCHES_AT_ONCE: usize = 8;
 /// How long a batch may wait for others before it is read.
 const BATCH_WAIT: Duration = Duration::from_secs(5);
 /// Recipients of a batch that wait to be stored at the same time. All batches together leave a
-/// fifth of [`WAITING_APPENDS`](crate::role::collect::WAITING_APPENDS) to others.
+/// fifth of [`WAITING_APPENDS`](crate::inbox::group_commit::WAITING_APPENDS) to others.
 const PART_RECIPIENTS: usize = 1_000;
-const _: () = assert!(BATCHES_AT_ONCE * PART_RECIPIENTS <= crate::role::collect::WAITING_APPENDS / 5 * 4);
+const _: () =
+    assert!(BATCHES_AT_ONCE * PART_RECIPIENTS <= crate::inbox::group_commit::WAITING_APPENDS / 5 * 4);
 /// Default page size of history, in messages.
 const HISTORY_LIMIT: usize = 100;
 

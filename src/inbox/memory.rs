@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt, ready};
 use parking_lot::Mutex;
+use tokio::task::JoinSet;
 
 use super::{
-    Append, Appended, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, Inbox, InboxError, InboxPage, Janitor,
-    PASSED_OVER, PageLimit, PositionQuery, Profile, REVOCATION_AHEAD_MAX_S, StartAt, UserPosition,
-    payload_digest,
+    Append, Appended, Appender, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, GroupCommit, Inbox, InboxError,
+    InboxPage, Janitor, PASSED_OVER, PageLimit, PositionLookup, PositionQuery, Profile,
+    REVOCATION_AHEAD_MAX_S, StartAt, UserPosition, WriteObserver, payload_digest,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
@@ -182,6 +184,15 @@ impl Inbox for MemoryInbox {
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {
         changes.into_iter().for_each(|change| self.change(change));
         ready(Ok(())).boxed()
+    }
+
+    fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
+        let at_once = GroupCommit { every: Duration::ZERO, enough: 1 };
+        Appender::on_runtime(self, at_once, observer, tasks)
+    }
+
+    fn lookup(self: Arc<Self>, tasks: &mut JoinSet<()>) -> PositionLookup {
+        PositionLookup::queued(self, tasks)
     }
 }
 

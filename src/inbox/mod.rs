@@ -25,15 +25,20 @@
 #[cfg(any(test, feature = "test-support"))]
 pub mod conformance;
 pub mod embedded;
+pub mod group_commit;
+mod lookup;
 #[cfg(any(test, feature = "test-support"))]
 pub mod memory;
 pub mod mongo;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use tokio::task::JoinSet;
+
+pub use group_commit::{Appender, GroupCommit, Receipt, WriteObserver};
+pub use lookup::PositionLookup;
 
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
 
@@ -70,30 +75,13 @@ pub trait Inbox: Send + Sync + 'static {
     /// returns.
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>>;
 
-    /// Whether single look-ups are as cheap as batched ones; callers then do not batch.
-    fn answers_alone(&self) -> bool {
-        false
-    }
+    /// Starts the writer of this store, which gathers appends into writes ([`group_commit`]). One
+    /// process starts it once. It ends with `tasks`.
+    fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender;
 
-    /// Whether [`Inbox::append`] blocks the thread that polls it. The caller then needs a thread of
-    /// its own.
-    fn blocks(&self) -> bool {
-        false
-    }
-
-    /// How appends should be gathered into writes. The default is not at all.
-    fn gathering(&self) -> GroupCommit {
-        GroupCommit { every: Duration::ZERO, enough: 1 }
-    }
-}
-
-/// How appends are gathered into writes. After a pause, the first append never waits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct GroupCommit {
-    /// Shortest time between the beginnings of two writes.
-    pub every: Duration,
-    /// This many appends do not wait for `every`.
-    pub enough: usize,
+    /// Returns what looks up single positions, in the way that is cheapest for this store. Its
+    /// tasks, if it needs any, end with `tasks`.
+    fn lookup(self: Arc<Self>, tasks: &mut JoinSet<()>) -> PositionLookup;
 }
 
 /// The second port: upkeep of the store, run by collect. Idempotent.

@@ -12,7 +12,6 @@ pub mod reach;
 pub mod verify;
 pub mod witness;
 
-use tokio::task::JoinError;
 use tower::util::BoxCloneSyncService;
 
 use crate::message::{Millis, NodeId};
@@ -53,15 +52,5 @@ pub trait PeerDirectory: Send + Sync + 'static {
     /// The service of `node`, if it runs in this process and answers without waiting.
     fn here(&self, _node: &NodeId) -> Option<PushService> {
         None
-    }
-}
-
-/// The result of a task that was spawned and awaited. Raises its panic again, so that no panic is
-/// swallowed; a task that was cancelled has no result.
-fn raised<T: Default>(ended: Result<T, JoinError>) -> T {
-    match ended {
-        Ok(result) => result,
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(_) => T::default(),
     }
 }

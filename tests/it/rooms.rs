@@ -18,9 +18,10 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("clock", &["message"]),
     ("telemetry", &[]),
     ("thread", &[]),
+    ("tasks", &[]),
     ("membership", &["message", "ring", "clock", "backoff", "wire", "transport", "peer_proof"]),
     ("fallback", &["message", "clock", "backoff", "transport"]),
-    ("inbox", &["message", "clock", "backoff"]),
+    ("inbox", &["message", "clock", "backoff", "thread", "tasks"]),
     ("transport", &["wire", "redis_url"]),
     // Tier 2: what should happen. A role knows users, not sockets: it does not know transport.
     (
@@ -34,7 +35,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "session",
             "clock",
             "telemetry",
-            "thread",
+            "tasks",
             "membership",
             "fallback",
             "inbox",

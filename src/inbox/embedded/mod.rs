@@ -43,10 +43,11 @@ use fjall::{AbstractTree, Database, Keyspace, KeyspaceCreateOptions, PersistMode
 use futures_util::future::{BoxFuture, FutureExt};
 use parking_lot::Mutex;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use super::{
-    Append, Appended, Change, GroupCommit, Inbox, InboxError, InboxPage, Janitor, PageLimit, PositionQuery,
-    Profile, UserPosition,
+    Append, Appended, Appender, Change, GroupCommit, Inbox, InboxError, InboxPage, Janitor, PageLimit,
+    PositionLookup, PositionQuery, Profile, UserPosition, WriteObserver,
 };
 use crate::clock::Clock;
 use crate::message::{Seq, UserId};
@@ -282,10 +283,6 @@ impl Inbox for EmbeddedInbox {
         .boxed()
     }
 
-    fn answers_alone(&self) -> bool {
-        true
-    }
-
     fn page(
         &self,
         user: UserId,
@@ -303,12 +300,12 @@ impl Inbox for EmbeddedInbox {
         self.run(move |store| store.update(&changes))
     }
 
-    fn blocks(&self) -> bool {
-        true
+    fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
+        Appender::on_thread(self, GATHERING, observer, tasks)
     }
 
-    fn gathering(&self) -> GroupCommit {
-        GATHERING
+    fn lookup(self: Arc<Self>, _: &mut JoinSet<()>) -> PositionLookup {
+        PositionLookup::direct(self)
     }
 }
 

@@ -33,9 +33,11 @@ use parking_lot::Mutex;
 
 pub use open::OpenError;
 
+use tokio::task::JoinSet;
+
 use super::{
-    Append, Appended, CURSOR_LIFE_MS, Change, GroupCommit, Inbox, InboxError, InboxPage, Janitor,
-    PASSED_OVER, PageLimit, PositionQuery, Profile, UserPosition,
+    Append, Appended, Appender, CURSOR_LIFE_MS, Change, GroupCommit, Inbox, InboxError, InboxPage, Janitor,
+    PASSED_OVER, PageLimit, PositionLookup, PositionQuery, Profile, UserPosition, WriteObserver,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Seq, UserId};
@@ -259,8 +261,12 @@ impl Inbox for MongoInbox {
         self.inner.update(changes).boxed()
     }
 
-    fn gathering(&self) -> GroupCommit {
-        GATHERING
+    fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
+        Appender::on_runtime(self, GATHERING, observer, tasks)
+    }
+
+    fn lookup(self: Arc<Self>, tasks: &mut JoinSet<()>) -> PositionLookup {
+        PositionLookup::queued(self, tasks)
     }
 }
 

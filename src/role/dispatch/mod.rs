@@ -27,11 +27,12 @@ use tower::{Service, ServiceExt};
 pub use recent::{RECENT_VIEW_LIFE, RECENT_VIEWS};
 
 use super::backlog::Backlog;
-use super::{PeerDirectory, PushService, raised};
+use super::{PeerDirectory, PushService};
 use crate::fallback::Fallback;
 use crate::membership::{Membership, View};
 use crate::message::{NodeId, UserId};
 use crate::ring;
+use crate::tasks::raised;
 use crate::telemetry::{Metrics, WAY};
 use crate::wire::peer::{
     DispatchRequest, DispatchResponse, LiveMessage, PeerError, Presence, PushRequest, PushResponse,

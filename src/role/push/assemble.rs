@@ -7,7 +7,6 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::attach::Attacher;
-use super::attach_queue::{self, AttachQueue};
 use super::availability::Availability;
 use super::config::{PushConfig, PushLimits, PushMetrics, PushParts};
 use super::connection::Connector;
@@ -27,7 +26,7 @@ use super::tokens::TokenCheck;
 use super::welcome::Welcomer;
 use crate::clock::Clock;
 use crate::fallback::{Fallback, Holder};
-use crate::inbox::Inbox;
+use crate::inbox::{Inbox, PositionLookup};
 use crate::membership::LeaseState;
 use crate::role::connect::PublicUrls;
 use crate::role::reach::PeerProbe;
@@ -72,7 +71,7 @@ impl Base {
             availability: Arc::clone(&self.availability),
             displaced: Arc::clone(&placement.displaced),
             mover: Arc::clone(&placement.mover),
-            queue: reading.queue.clone(),
+            lookup: reading.lookup.clone(),
             cursors: Arc::clone(&reading.cursors),
         };
         let context = ServingContext {
@@ -81,7 +80,7 @@ impl Base {
             clock,
             cursors: Arc::clone(&reading.cursors),
             reads: Arc::clone(&reading.pages),
-            refresher: Arc::new(Refresher { tokens: Arc::clone(tokens), queue: reading.queue.clone() }),
+            refresher: Arc::new(Refresher { tokens: Arc::clone(tokens), lookup: reading.lookup.clone() }),
             welcomer: Welcomer {
                 ownership: Arc::clone(&self.ownership),
                 window: Arc::clone(&self.window),
@@ -100,7 +99,7 @@ impl Base {
 
 /// All that reads or writes the inbox.
 pub(super) struct Reading {
-    pub(super) queue: AttachQueue,
+    pub(super) lookup: PositionLookup,
     pub(super) pages: Arc<PageReads>,
     pub(super) cursors: Arc<CursorWriter>,
     pub(super) sweeper: Arc<Sweeper>,
@@ -109,8 +108,7 @@ pub(super) struct Reading {
 impl Reading {
     /// Starts its tasks in `tasks`.
     pub(super) fn start(base: &Base, inbox: Arc<dyn Inbox>, tasks: &mut JoinSet<()>) -> Self {
-        let (queue, questions) = AttachQueue::new(Arc::clone(&inbox));
-        tasks.spawn(attach_queue::run(Arc::clone(&inbox), questions));
+        let lookup = Arc::clone(&inbox).lookup(tasks);
         let pages = Arc::new(PageReads::new(Arc::clone(&inbox), base.metrics.clone()));
         tasks.spawn(Arc::clone(&pages).run());
         let cursors = Arc::new(CursorWriter::new(Arc::clone(&inbox)));
@@ -123,7 +121,7 @@ impl Reading {
             base.limits.sweep_every,
         ));
         tasks.spawn(Arc::clone(&sweeper).run());
-        Self { queue, pages, cursors, sweeper }
+        Self { lookup, pages, cursors, sweeper }
     }
 }
 

@@ -6,7 +6,6 @@
 
 use std::sync::Arc;
 
-use super::attach_queue::AttachQueue;
 use super::availability::Availability;
 use super::cursors::CursorWriter;
 use super::displaced::DisplacedSet;
@@ -14,7 +13,7 @@ use super::end::End;
 use super::moves::Mover;
 use super::ownership::Ownership;
 use super::registry::{RegistrationGuard, Registry, SessionHandle};
-use crate::inbox::{StartAt, UserPosition};
+use crate::inbox::{PositionLookup, PositionQuery, StartAt, UserPosition};
 use crate::wire::close::CloseCode;
 use crate::wire::frame::Since;
 
@@ -25,7 +24,7 @@ pub(super) struct Attacher {
     pub(super) availability: Arc<Availability>,
     pub(super) displaced: Arc<DisplacedSet>,
     pub(super) mover: Arc<Mover>,
-    pub(super) queue: AttachQueue,
+    pub(super) lookup: PositionLookup,
     pub(super) cursors: Arc<CursorWriter>,
 }
 
@@ -70,10 +69,11 @@ impl Attacher {
             Some(Since::After(position)) => StartAt::After(position),
             Some(Since::Latest) => StartAt::Latest,
         };
-        let mut position = self.queue.ask(handle.user.clone(), from).await.map_err(|error| {
-            tracing::debug!(%error, "a session could not attach");
-            End::close(CloseCode::Overloaded, "the inbox cannot be read now")
-        })?;
+        let mut position =
+            self.lookup.ask(PositionQuery { user: handle.user.clone(), from }).await.map_err(|error| {
+                tracing::debug!(%error, "a session could not attach");
+                End::close(CloseCode::Overloaded, "the inbox cannot be read now")
+            })?;
         let pending = self.cursors.pending(&handle.user, &handle.device);
         if since.is_none()
             && let Some(acked) = pending.filter(|acked| *acked > position.start)

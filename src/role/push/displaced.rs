@@ -15,7 +15,7 @@ use super::sweep::Sweeper;
 use crate::backoff::{Backoff, around};
 use crate::fallback::{Fallback, FallbackError, Holder, Which};
 use crate::message::UserId;
-use crate::role::raised;
+use crate::tasks::raised;
 use crate::telemetry::WAY;
 
 /// Concurrent checks of inboxes of users that were entered. If the inbox is slower than that, each

@@ -8,7 +8,7 @@
 //! - `registry`, `mailbox`: the sessions by user, and how the node reaches one session's task.
 //! - `availability`, `ownership`, `reconnect`, `tokens`: whether the node takes sockets, which
 //!   users it owns, the reconnect hint, and the check of tokens.
-//! - `attach_queue`, `page_reads`, `cursors`, `sweep`: all that is asked of the inbox.
+//! - `page_reads`, `cursors`, `sweep`: what is asked of the inbox, besides single positions.
 //! - `displaced`, `moves`, `drain`, `lease`: where users belong, and what happens when that
 //!   changes.
 //! - `admission`, `connection`, `attach`, `serving`, `refresh`, `welcome`, `end`: a connection,
@@ -17,7 +17,6 @@
 mod admission;
 mod assemble;
 mod attach;
-mod attach_queue;
 mod availability;
 mod config;
 mod connection;
@@ -52,7 +51,7 @@ pub use config::{PushConfig, PushLimits, PushMetrics, PushParts};
 pub use drain::Drain;
 
 use crate::fallback::Holder;
-use crate::inbox::StartAt;
+use crate::inbox::{PositionQuery, StartAt};
 use crate::membership::{Counts, Departure, Membership, MembershipError, Reached};
 use crate::message::{NodeId, UserId};
 use crate::telemetry::WAY;
@@ -262,7 +261,8 @@ impl Push {
     /// Whether a token of this user that was issued at this time was revoked. If the inbox does not
     /// respond, the answer is no, and the attach of the socket will find out.
     pub async fn has_revoked(&self, user: &UserId, token_iat_s: u64) -> bool {
-        let answer = self.node.reading.queue.ask(user.clone(), StartAt::Latest).await;
+        let answer =
+            self.node.reading.lookup.ask(PositionQuery { user: user.clone(), from: StartAt::Latest }).await;
         answer.is_ok_and(|answer| token_iat_s < answer.not_before_s)
     }
 

@@ -20,8 +20,8 @@ use crate::backoff::between;
 use crate::membership::{Member, View};
 use crate::message::NodeId;
 use crate::role::connect::PublicUrls;
-use crate::role::raised;
 use crate::role::reach::PeerProbe;
+use crate::tasks::raised;
 use crate::wire::frame::{MoveReason, ServerFrame};
 
 /// Time between two batches of moves.

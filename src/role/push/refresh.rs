@@ -3,11 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::attach_queue::AttachQueue;
 use super::end::End;
 use super::tokens::{Known, TokenCheck};
 use crate::backoff::Backoff;
-use crate::inbox::StartAt;
+use crate::inbox::{PositionLookup, PositionQuery, StartAt};
 use crate::message::{Seq, UserId};
 use crate::wire::close::CloseCode;
 use crate::wire::peer::PeerError;
@@ -20,7 +19,7 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Verifies the tokens of sessions, and that they were not revoked.
 pub(super) struct Refresher {
     pub(super) tokens: Arc<TokenCheck>,
-    pub(super) queue: AttachQueue,
+    pub(super) lookup: PositionLookup,
 }
 
 impl Refresher {
@@ -63,7 +62,8 @@ impl Refresher {
     async fn not_before_s(&self, user: UserId, position: Seq) -> u64 {
         let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
         loop {
-            match self.queue.ask(user.clone(), StartAt::After(position)).await {
+            match self.lookup.ask(PositionQuery { user: user.clone(), from: StartAt::After(position) }).await
+            {
                 Ok(answer) => return answer.not_before_s,
                 Err(error) => tracing::debug!(%error, "whether a new token was revoked cannot be asked now"),
             }

@@ -17,7 +17,8 @@ use crate::fallback::Fallback;
 use crate::fallback::local::LocalFallback;
 use crate::inbox::memory::MemoryInbox;
 use crate::inbox::{
-    Append, Appended, Change, Inbox, InboxError, InboxPage, PageLimit, PositionQuery, Profile, UserPosition,
+    Append, Appended, Appender, Change, Inbox, InboxError, InboxPage, PageLimit, PositionLookup,
+    PositionQuery, Profile, UserPosition, WriteObserver,
 };
 use crate::membership::local::LocalMembership;
 use crate::membership::{LeaseState, NodeInfo};
@@ -127,6 +128,12 @@ impl Inbox for Faulty {
     }
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {
         self.0.update(changes)
+    }
+    fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
+        Arc::clone(&self.0).appender(observer, tasks)
+    }
+    fn lookup(self: Arc<Self>, tasks: &mut JoinSet<()>) -> PositionLookup {
+        PositionLookup::queued(self, tasks)
     }
 }
 

@@ -1,7 +1,7 @@
-//! Where attaching sessions ask the inbox for their start position.
+//! Looking up one position at a time, for sessions that attach.
 //!
-//! An inbox whose look-ups are cheap is asked directly. For the others, questions wait in a queue:
-//! the next batch forms while the last one is in flight.
+//! An adapter whose look-ups are cheap is asked directly. For the others, questions wait in a
+//! queue: the next batch forms while the last one is in flight.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,9 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::inbox::{Inbox, InboxError, PositionQuery, StartAt, UserPosition};
-use crate::message::UserId;
-use crate::role::raised;
+use super::{Inbox, InboxError, PositionQuery, UserPosition};
 
 /// Positions in one batch (docs/design.md, section 5: 16 ms for 1000 on MongoDB).
 const BATCH: usize = 1_000;
@@ -28,46 +26,60 @@ const BATCH_EVERY: Duration = Duration::from_millis(2);
 /// sessions are refused.
 const WAITING_MAX: usize = 8_000;
 
+/// Looks up positions, one question at a time. Cheap to clone.
+#[derive(Clone)]
+pub struct PositionLookup {
+    way: Way,
+}
+
+#[derive(Clone)]
+enum Way {
+    Direct(Arc<dyn Inbox>),
+    Queued(mpsc::Sender<Question>),
+}
+
 /// The question of one attaching session.
-pub(super) struct Question {
+struct Question {
     query: PositionQuery,
     answer: oneshot::Sender<Result<UserPosition, InboxError>>,
 }
 
-/// The handle of the queue.
-#[derive(Clone)]
-pub(super) struct AttachQueue {
-    inbox: Arc<dyn Inbox>,
-    queue: mpsc::Sender<Question>,
-}
+impl PositionLookup {
+    /// For an inbox whose single look-ups are as cheap as batched ones.
+    pub(super) fn direct(inbox: Arc<dyn Inbox>) -> Self {
+        Self { way: Way::Direct(inbox) }
+    }
 
-impl AttachQueue {
-    /// Returns the handle, and what [`run`] needs.
-    pub(super) fn new(inbox: Arc<dyn Inbox>) -> (Self, mpsc::Receiver<Question>) {
+    /// Asks in batches, in a task of `tasks`.
+    pub(crate) fn queued(inbox: Arc<dyn Inbox>, tasks: &mut JoinSet<()>) -> Self {
         let (queue, questions) = mpsc::channel(WAITING_MAX);
-        (Self { inbox, queue }, questions)
+        tasks.spawn(run(inbox, questions));
+        Self { way: Way::Queued(queue) }
     }
 
     /// Looks up a position.
     ///
     /// # Errors
     ///
-    /// The inbox does not respond, or too many sessions wait.
-    pub(super) async fn ask(&self, user: UserId, from: StartAt) -> Result<UserPosition, InboxError> {
-        let query = PositionQuery { user, from };
-        if self.inbox.answers_alone() {
-            let answers = self.inbox.positions(vec![query]).await?;
-            return answers.into_iter().next().ok_or_else(|| InboxError::Corrupt("no answer".to_owned()));
+    /// The inbox does not respond, or too many questions wait.
+    pub async fn ask(&self, query: PositionQuery) -> Result<UserPosition, InboxError> {
+        match &self.way {
+            Way::Direct(inbox) => {
+                let answers = inbox.positions(vec![query]).await?;
+                answers.into_iter().next().ok_or_else(|| InboxError::Corrupt("no answer".to_owned()))
+            }
+            Way::Queued(queue) => {
+                let (answer, answered) = oneshot::channel();
+                let busy = || InboxError::Unavailable("too many sessions attach at once".to_owned());
+                queue.try_send(Question { query, answer }).map_err(|_| busy())?;
+                answered.await.unwrap_or_else(|_| Err(busy()))
+            }
         }
-        let (answer, answered) = oneshot::channel();
-        let busy = || InboxError::Unavailable("too many sessions attach at once".to_owned());
-        self.queue.try_send(Question { query, answer }).map_err(|_| busy())?;
-        answered.await.unwrap_or_else(|_| Err(busy()))
     }
 }
 
 /// Asks the inbox, batch by batch, until the last handle is dropped.
-pub(super) async fn run(inbox: Arc<dyn Inbox>, mut questions: mpsc::Receiver<Question>) {
+async fn run(inbox: Arc<dyn Inbox>, mut questions: mpsc::Receiver<Question>) {
     let mut in_flight = JoinSet::new();
     let mut next_begins = Instant::now();
     loop {
@@ -91,7 +103,7 @@ pub(super) async fn run(inbox: Arc<dyn Inbox>, mut questions: mpsc::Receiver<Que
 /// Waits until fewer than `count` batches are in flight.
 async fn fewer_than(in_flight: &mut JoinSet<()>, count: usize) {
     while in_flight.len() >= count {
-        in_flight.join_next().await.map(raised);
+        in_flight.join_next().await.map(crate::tasks::raised);
     }
 }
 
