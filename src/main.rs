@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use ringpush::app::{App, Ended, PUSH_NODES_MAX};
 use ringpush::cli::audit::{AuditPlan, audit};
 use ringpush::cli::commands::{self, Addressed};
+use ringpush::cli::publish;
 use ringpush::cli::terminal::{OutputError, print, print_line, say, say_last};
 use ringpush::config::{Config, Faults, Sources};
 use ringpush::telemetry::{LogFormat, start_logging};
@@ -243,7 +244,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Serve(options)) => serve(&common, options).await,
         Some(Command::Token { user, ttl }) => commands::token(command_config(&common)?, &user, &ttl),
         Some(Command::Publish { user, payload, target }) => {
-            commands::publish(command_config(&common)?, at(target), &user, &payload).await
+            publish::publish(command_config(&common)?, at(target), &user, &payload).await
         }
         Some(Command::Listen { user, since, device, target }) => {
             commands::listen(command_config(&common)?, at(target), &user, since, &device).await

@@ -4,6 +4,7 @@
 mod keys;
 mod reader;
 mod rules;
+mod secrets;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

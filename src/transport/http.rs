@@ -8,6 +8,8 @@
 //! in HTTP, and hyper's machinery was a quarter of what a new socket cost. Any other connection is
 //! passed to hyper with the bytes that were read.
 
+mod body;
+
 use std::convert::Infallible;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -16,9 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
 use futures_util::future::{BoxFuture, Either, FutureExt, ready};
-use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use hyper::{Request, Response};
@@ -33,8 +33,9 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tower::{Service, ServiceExt};
 
+pub use body::{BodyError, RequestBody, read_body};
+
 use super::accept;
-use super::held::Held;
 use super::lazy_stream::LazyTcpStream;
 use super::websocket::request_head;
 
@@ -371,105 +372,5 @@ fn note(ended: Result<(), Box<dyn std::error::Error + Send + Sync>>) {
     }
 }
 
-/// Why a body was not read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BodyError {
-    /// It is over the limit.
-    TooLarge,
-    /// It did not arrive within the deadline, or was cut off.
-    Incomplete,
-    /// The memory budget of all requests is exhausted.
-    Spent,
-}
-
-/// The body of a request.
-pub trait RequestBody: Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> {}
-impl<B> RequestBody for B where B: Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> {}
-
-/// Reads a body of at most `limit` bytes within `deadline`. `held` accounts for it.
-///
-/// # Errors
-///
-/// [`BodyError`].
-pub async fn read_body<B: RequestBody>(
-    body: B,
-    limit: usize,
-    deadline: Duration,
-    held: &mut Held,
-) -> Result<Bytes, BodyError> {
-    let reading = async {
-        let mut body = pin!(Limited::new(body, limit));
-        let (mut first, mut all) = (Bytes::new(), BytesMut::new());
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| match error.is::<http_body_util::LengthLimitError>() {
-                true => BodyError::TooLarge,
-                false => BodyError::Incomplete,
-            })?;
-            let Ok(data) = frame.into_data() else { continue };
-            held.add(data.len()).map_err(|_| BodyError::Spent)?;
-            // Nearly all bodies come in one piece, which is not copied.
-            match (first.is_empty(), all.is_empty()) {
-                (true, true) => first = data,
-                (_, true) => {
-                    all.extend_from_slice(&std::mem::take(&mut first));
-                    all.extend_from_slice(&data);
-                }
-                _ => all.extend_from_slice(&data),
-            }
-        }
-        Ok(if all.is_empty() { first } else { all.freeze() })
-    };
-    tokio::time::timeout(deadline, reading).await.unwrap_or(Err(BodyError::Incomplete))
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use http_body_util::Full;
-    use tokio::io::AsyncWriteExt;
-    use tokio::net::TcpStream;
-
-    /// A handler that refuses every socket, and takes longer for it than a request may take to
-    /// arrive.
-    struct Slow(Duration);
-
-    impl UpgradeHandler<Full<Bytes>> for Slow {
-        fn is_for(&self, _: &str) -> bool {
-            true
-        }
-
-        fn take(
-            &self,
-            _: Request<()>,
-            line: LazyTcpStream,
-        ) -> BoxFuture<'_, Result<ConnectionFuture, (LazyTcpStream, Response<Full<Bytes>>)>> {
-            let answer = Response::builder().status(503).body(Full::default()).unwrap();
-            Box::pin(async move {
-                tokio::time::sleep(self.0).await;
-                Err((line, answer))
-            })
-        }
-    }
-
-    #[tokio::test]
-    async fn a_refusal_that_takes_longer_than_a_request_may_is_answered() {
-        let limits = HttpLimits { first_request: Duration::from_millis(200), ..HttpLimits::default() };
-        let listener = bind(([127, 0, 0, 1], 0).into(), &limits).unwrap();
-        let (at, stop) = (listener.local_addr().unwrap(), CancellationToken::new());
-        let sockets: Arc<dyn UpgradeHandler<Full<Bytes>>> = Arc::new(Slow(limits.first_request * 2));
-        let none = tower::service_fn(|_| ready(Ok(Response::new(Full::default()))));
-        let serving = tokio::spawn(serve(listener, none, Some(sockets), limits, stop.clone()));
-        let ask = || async {
-            let mut stream = TcpStream::connect(at).await.unwrap();
-            stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).await.unwrap();
-            answer
-        };
-        for answer in futures_util::future::join_all((0..16).map(|_| ask())).await {
-            assert!(answer.starts_with("HTTP/1.1 503 "), "{answer:?}");
-        }
-        stop.cancel();
-        serving.await.unwrap();
-    }
-}
+mod tests;

@@ -3,34 +3,29 @@
 //! Unless told otherwise, tungstenite allocates a large read buffer per connection and does not
 //! limit its write buffer. Both are set here. These buffers decide what an idle socket costs.
 
+mod handshake;
+
 use std::io::{self, Read, Write};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
-use http::header::{
-    CONNECTION, CONTENT_LENGTH, HeaderName, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
-    SEC_WEBSOCKET_VERSION, TRANSFER_ENCODING, UPGRADE,
-};
-use http::{HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
-use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tokio_tungstenite::tungstenite::handshake::machine::TryParse;
 use tokio_tungstenite::tungstenite::protocol::frame::FrameHeader;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode as RawCloseCode, Data, OpCode};
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig, WebSocketContext};
 use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 
+use handshake::ANSWER_ROOM;
+pub use handshake::{Handshake, HandshakeError, handshake, request_head};
+
 use super::lazy_stream::LazyTcpStream;
-use super::request::check_head;
-use crate::wire::frame::SUBPROTOCOL;
 use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
 /// Largest client frame and message, in bytes (docs/design.md, section 11).
@@ -40,11 +35,6 @@ const READ_BUFFER: usize = 256;
 /// Bytes that are framed and not written. Above this the socket takes no more text and no more
 /// answers to pings.
 const HELD_MAX: usize = 16 * 1024;
-/// Length of the nonce of a handshake, in bytes (RFC 6455, section 4.1).
-const KEY_BYTES: usize = 16;
-/// Room for the response to a handshake, with the subprotocol, and the welcome that is sent with
-/// it, in bytes.
-const ANSWER_ROOM: usize = 640;
 
 fn server_config() -> WebSocketConfig {
     WebSocketConfig::default()
@@ -54,114 +44,6 @@ fn server_config() -> WebSocketConfig {
         .max_write_buffer_size(2 * HELD_MAX)
         .max_message_size(Some(CLIENT_FRAME_MAX))
         .max_frame_size(Some(CLIENT_FRAME_MAX))
-}
-
-/// Why a request is not a handshake.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HandshakeError {
-    /// It does not ask for a WebSocket, or for another version: 426.
-    Upgrade(&'static str),
-    /// It asks for a WebSocket in a wrong way: 400.
-    Bad(&'static str),
-}
-
-/// Parses the head of a request. Returns it with its length, or `None` if it is not complete.
-///
-/// # Errors
-///
-/// [`HandshakeError`], if no handshake begins like this.
-pub fn request_head(read: &[u8]) -> Result<Option<(usize, Request<()>)>, HandshakeError> {
-    Request::try_parse(read).map_err(|_| HandshakeError::Bad("a handshake is a GET of HTTP/1.1"))
-}
-
-/// The response to a handshake.
-#[derive(Debug)]
-pub struct Handshake {
-    accept: HeaderValue,
-    /// Whether the client offered our subprotocol.
-    subprotocol: bool,
-}
-
-impl Handshake {
-    /// The response for hyper.
-    #[must_use]
-    pub fn response(&self) -> Response<()> {
-        let mut response = Response::new(());
-        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-        response.headers_mut().extend(self.fields());
-        response
-    }
-
-    /// The response as bytes, for a socket without hyper.
-    fn write(&self, head: &mut Vec<u8>) {
-        head.extend_from_slice(b"HTTP/1.1 101 Switching Protocols\r\n");
-        for (name, value) in self.fields() {
-            for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
-                head.extend_from_slice(part);
-            }
-        }
-        head.extend_from_slice(b"\r\n");
-    }
-
-    fn fields(&self) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
-        let subprotocol = (SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
-        [
-            (CONNECTION, HeaderValue::from_static("Upgrade")),
-            (UPGRADE, HeaderValue::from_static("websocket")),
-            (SEC_WEBSOCKET_ACCEPT, self.accept.clone()),
-        ]
-        .into_iter()
-        .chain(self.subprotocol.then_some(subprotocol))
-    }
-}
-
-/// Checks that a request is a handshake (RFC 6455, section 4.2.1). Returns the response to it.
-///
-/// # Errors
-///
-/// [`HandshakeError`] with what is missing, for a person who opened the URL in a browser.
-pub fn handshake<B>(request: &Request<B>) -> Result<Handshake, HandshakeError> {
-    check_head(request).map_err(HandshakeError::Bad)?;
-    let headers = request.headers();
-    let has = |name, is: &dyn Fn(&str) -> bool| {
-        headers
-            .get_all(name)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .any(|value| value.split(',').any(|part| is(part.trim())))
-    };
-    if !has(CONNECTION, &|token| token.eq_ignore_ascii_case("upgrade"))
-        || !has(UPGRADE, &|token| token.eq_ignore_ascii_case("websocket"))
-    {
-        return Err(HandshakeError::Upgrade("this is a WebSocket: open it with a WebSocket client"));
-    }
-    if request.method() != Method::GET || request.version() != Version::HTTP_11 {
-        return Err(HandshakeError::Bad("a handshake is a GET of HTTP/1.1"));
-    }
-    if headers.get(CONTENT_LENGTH).is_some_and(|length| length != "0")
-        || headers.contains_key(TRANSFER_ENCODING)
-    {
-        return Err(HandshakeError::Bad("a handshake has no body"));
-    }
-    let one = |name| {
-        let mut all = headers.get_all(name).iter();
-        all.next().filter(|_| all.next().is_none())
-    };
-    if one(SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
-        return Err(HandshakeError::Upgrade("Sec-WebSocket-Version must be 13"));
-    }
-    let key = one(SEC_WEBSOCKET_KEY).ok_or(HandshakeError::Bad("there must be one Sec-WebSocket-Key"))?;
-    if STANDARD.decode(key).map_or(true, |nonce| nonce.len() != KEY_BYTES) {
-        return Err(HandshakeError::Bad("Sec-WebSocket-Key must be the base64 of 16 bytes"));
-    }
-    let accept = HeaderValue::from_str(&derive_accept_key(key.as_bytes()))
-        .map_err(|_| HandshakeError::Bad("Sec-WebSocket-Key is bad"))?;
-    // Names of subprotocols are compared as they are.
-    let subprotocol = has(SEC_WEBSOCKET_PROTOCOL, &|offered| offered == SUBPROTOCOL);
-    if !subprotocol && headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
-        return Err(HandshakeError::Bad("the only subprotocol here is ringpush.v1.json"));
-    }
-    Ok(Handshake { accept, subprotocol })
 }
 
 /// The server's side of a socket, bare of everything that the handshake needed.
@@ -399,178 +281,4 @@ fn fault(error: &Error) -> SocketError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::wire::close::CloseCode;
-    use futures_util::{SinkExt, StreamExt};
-    use tokio::net::TcpStream;
-    use tokio_tungstenite::WebSocketStream;
-
-    /// A socket, and a client's end of it that has asked for nothing yet.
-    async fn pair() -> (ServerSocket, WebSocketStream<TcpStream>) {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let line = LazyTcpStream::new(listener.accept().await.unwrap().0.into_std().unwrap(), Vec::new());
-        (ServerSocket::on(line), WebSocketStream::from_raw_socket(client, Role::Client, None).await)
-    }
-
-    fn text(n: usize) -> String {
-        format!("{n}{}", "-".repeat(n % 5_000))
-    }
-
-    #[tokio::test]
-    async fn texts_come_whole_and_in_order_past_pings_while_the_socket_is_full() {
-        const TEXTS: usize = 4_000;
-        let (server, client) = pair().await;
-        let (mut says, mut hears) = server.split();
-        let (mut asks, mut listens) = client.split();
-        let mut near = tokio::spawn(async move {
-            let saying = async {
-                for n in 0..TEXTS {
-                    says.feed(Outgoing::Text(text(n).into())).await.unwrap();
-                    if n % 7 == 0 {
-                        says.feed(Outgoing::Ping).await.unwrap();
-                    }
-                }
-                says.send(Outgoing::Close(CloseCode::Draining)).await.unwrap();
-            };
-            let hearing = async {
-                let mut pings = 0;
-                while let Some(Ok(incoming)) = hears.next().await {
-                    pings += usize::from(incoming == Incoming::Alive);
-                }
-                pings
-            };
-            tokio::join!(saying, hearing).1
-        });
-        // Nobody reads the ten megabytes until the near end is full, or the client's pings are.
-        for _ in 0..2_000 {
-            asks.feed(Message::Ping(Bytes::from_static(b"are you there"))).await.unwrap();
-        }
-        asks.flush().await.unwrap();
-        assert!(tokio::time::timeout(Duration::from_millis(50), &mut near).await.is_err());
-        let (mut texts, mut pings, mut pongs, mut code) = (0, 0, 0, None);
-        while let Some(Ok(message)) = listens.next().await {
-            match message {
-                Message::Text(heard) => {
-                    assert_eq!(heard.as_str(), text(texts));
-                    texts += 1;
-                }
-                Message::Ping(_) => pings += 1,
-                Message::Pong(said) => {
-                    assert_eq!(&said[..], b"are you there");
-                    pongs += 1;
-                }
-                Message::Close(frame) => code = frame.map(|frame| u16::from(frame.code)),
-                other => panic!("{other:?}"),
-            }
-        }
-        assert_eq!((texts, pings, code), (TEXTS, TEXTS.div_ceil(7), Some(CloseCode::Draining.number())));
-        assert!(pongs >= 1, "the last ping is answered");
-        assert!(near.await.unwrap() >= 2_000, "each ping was a sign of life");
-    }
-
-    #[tokio::test]
-    async fn nothing_is_said_after_a_close_and_nothing_that_is_not_text() {
-        let (mut server, mut client) = pair().await;
-        let bad = server.send(Outgoing::Text(Bytes::from_static(b"\xff"))).await;
-        assert_eq!(bad, Err(SocketError::InvalidUtf8));
-        server.send(Outgoing::Close(CloseCode::Normal)).await.unwrap();
-        let late = server.send(Outgoing::Text(Bytes::from_static(b"late"))).await;
-        assert_eq!(late, Err(SocketError::Gone));
-        assert!(matches!(client.next().await, Some(Ok(Message::Close(_)))));
-    }
-
-    #[tokio::test]
-    async fn a_close_is_answered_with_the_flush_after_it() {
-        let (mut server, mut client) = pair().await;
-        client.close(None).await.unwrap();
-        assert_eq!(server.next().await, Some(Ok(Incoming::Closed)));
-        let late = server.feed(Outgoing::Text(Bytes::from_static(b"late"))).await;
-        assert_eq!(late, Err(SocketError::Gone), "a text would stand behind the answer");
-        server.flush().await.unwrap();
-        let answer = tokio::time::timeout(Duration::from_secs(10), client.next()).await;
-        assert!(matches!(answer, Ok(Some(Ok(Message::Close(_))))), "{answer:?}");
-        assert_eq!(server.next().await, None);
-    }
-
-    #[tokio::test]
-    async fn an_idle_socket_owns_no_room_to_write() {
-        let (mut server, mut client) = pair().await;
-        server.send(Outgoing::Text("hello".into())).await.unwrap();
-        assert_eq!(client.next().await.unwrap().unwrap().into_text().unwrap().as_str(), "hello");
-        assert_eq!(server.inner.line.more_held(0).capacity(), 0);
-    }
-
-    /// The example of RFC 6455, section 1.3, with headers left out or added.
-    fn asked(version: Version, method: Method, without: &str, with: &[(&'static str, &str)]) -> Request<()> {
-        let mut request = Request::builder().version(version).method(method).uri("/v1/ws");
-        for (name, value) in [
-            ("host", "push.example.com"),
-            ("connection", "keep-alive, Upgrade"),
-            ("upgrade", "websocket"),
-            ("sec-websocket-version", "13"),
-            ("sec-websocket-protocol", SUBPROTOCOL),
-            ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
-        ] {
-            if name != without {
-                request = request.header(name, value);
-            }
-        }
-        for (name, value) in with {
-            request = request.header(*name, *value);
-        }
-        request.body(()).unwrap()
-    }
-
-    #[test]
-    fn the_answer_is_the_same_with_and_without_hyper() {
-        let answer = handshake(&asked(Version::HTTP_11, Method::GET, "", &[])).unwrap();
-        let mut head = Vec::new();
-        answer.write(&mut head);
-        let (length, read) = Response::try_parse(&head).unwrap().unwrap();
-        assert_eq!((length, read.status()), (head.len(), answer.response().status()));
-        assert_eq!(read.headers(), answer.response().headers());
-        assert_eq!(read.headers()[SEC_WEBSOCKET_ACCEPT], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
-    }
-
-    #[test]
-    fn what_is_no_handshake_is_refused_with_400_and_another_version_with_426() {
-        let key = |value: &'static str| {
-            handshake(&asked(
-                Version::HTTP_11,
-                Method::GET,
-                "sec-websocket-key",
-                &[("sec-websocket-key", value)],
-            ))
-        };
-        for bad in
-            ["", "c2hvcnQ=", "not base64 at all!!!!!!", "dGhlIHNhbXBsZSBub25jZQ", "dGhlIHNhbXBsZSBub25jZSE="]
-        {
-            assert!(matches!(key(bad), Err(HandshakeError::Bad(_))), "{bad}");
-        }
-        let with = |without, with: &[(&'static str, &str)]| {
-            handshake(&asked(Version::HTTP_11, Method::GET, without, with)).map(drop)
-        };
-        for twice in ["host", "sec-websocket-key", "origin"] {
-            let headers = [(twice, "dGhlIHNhbXBsZSBub25jZQ=="), ("origin", "https://a.example")];
-            assert!(matches!(with("", &headers), Err(HandshakeError::Bad(_))), "{twice}");
-        }
-        for missing in ["host", "sec-websocket-key"] {
-            assert!(matches!(with(missing, &[]), Err(HandshakeError::Bad(_))), "{missing}");
-        }
-        for version in ["13, 8", "8", "", "013"] {
-            let other = with("sec-websocket-version", &[("sec-websocket-version", version)]);
-            assert!(matches!(other, Err(HandshakeError::Upgrade(_))), "{version}");
-        }
-        for other in ["RINGPUSH.v1.json", "ringpush.v1"] {
-            let offered = with("sec-websocket-protocol", &[("sec-websocket-protocol", other)]);
-            assert!(matches!(offered, Err(HandshakeError::Bad(_))), "{other}");
-        }
-        assert!(matches!(with("", &[("content-length", "5")]), Err(HandshakeError::Bad(_))));
-        for (version, method) in [(Version::HTTP_10, Method::GET), (Version::HTTP_11, Method::HEAD)] {
-            let refused = handshake(&asked(version, method, "", &[]));
-            assert!(matches!(refused, Err(HandshakeError::Bad(_))));
-        }
-    }
-}
+mod tests;

@@ -8,8 +8,8 @@ use mongodb::bson::{Document, doc};
 use serde_json::json;
 
 use crate::cluster::started;
-use crate::support::foreign::{Foreign, ReplicaSet, mongod_path, redis, redis_cli};
-use crate::support::{API_KEY, DEADLINE, Options, Server, Socket, eventually, http};
+use ringpush_testing::foreign::{Foreign, ReplicaSet, mongod_path, redis, redis_cli};
+use ringpush_testing::{API_KEY, DEADLINE, Options, Server, Socket, eventually, http};
 
 /// A server on MongoDB, in which what takes half a minute or ten takes half a second or six.
 fn on(set: &ReplicaSet) -> Options {
@@ -18,9 +18,9 @@ fn on(set: &ReplicaSet) -> Options {
         .with("limits.sweep_ms", "500")
         .with("limits.head_trust_ms", "6000")
         .with("push.public_url", "ws://127.0.0.1/n/{node}/v1/ws")
-        .with("peer.secret", crate::support::PEER_SECRET)
+        .with("peer.secret", ringpush_testing::PEER_SECRET)
         .with("auth.token_key", "0123456789abcdef0123456789abcdef")
-        .with("auth.admin_key", crate::support::ADMIN_KEY)
+        .with("auth.admin_key", ringpush_testing::ADMIN_KEY)
         .with("collect.api_keys", API_KEY)
 }
 
@@ -41,7 +41,7 @@ async fn seq(server: &Server, user: &str, n: u64) -> u64 {
 
 async fn token(server: &Server, user: &str) -> String {
     let body = json!({"user": user, "ttl_s": 3600});
-    let answer = http::post(&server.at("auth"), "/v1/tokens", Some(crate::support::ADMIN_KEY), &body).await;
+    let answer = http::post(&server.at("auth"), "/v1/tokens", Some(ringpush_testing::ADMIN_KEY), &body).await;
     answer.json()["token"].as_str().unwrap().to_owned()
 }
 

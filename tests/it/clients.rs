@@ -6,8 +6,8 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::json;
 
-use crate::support::cluster::Cluster;
-use crate::support::{Options, Server, eventually, tool};
+use ringpush_testing::cluster::Cluster;
+use ringpush_testing::{Options, Server, eventually, program, tool};
 
 /// A client program that prints `ready`, then a line per message: its payload.
 struct Program {
@@ -67,18 +67,18 @@ async fn receives_acks_and_resumes(script: &str, interpreter: std::path::PathBuf
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_hears_nothing_for_a_ping_and_five_seconds_comes_back() {
     let server = Server::with(Options::default().with("limits.ping_ms", "4000")).await;
-    let mut listening = Command::new(crate::support::PROGRAM);
-    crate::support::clean(&mut listening);
+    let mut listening = Command::new(program());
+    ringpush_testing::clean(&mut listening);
     listening.args(["listen", "alice", "--data"]).arg(server.directory.path());
     let mut listening = listening.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut said = BufReader::new(listening.stderr.take().unwrap()).lines();
     let mut until = |word: &str| while !said.next().expect("it goes on").unwrap().contains(word) {};
     until("caught up");
-    crate::support::signal(server.pid(), "STOP");
+    ringpush_testing::signal(server.pid(), "STOP");
     let began = std::time::Instant::now();
     until("next try");
     let silent = began.elapsed();
-    crate::support::signal(server.pid(), "CONT");
+    ringpush_testing::signal(server.pid(), "CONT");
     // The last thing heard may be as old as a ping; twice a ping would be 13 s.
     assert!((5.0..11.0).contains(&silent.as_secs_f64()), "{silent:?}");
     until("connected");
@@ -126,7 +126,7 @@ async fn in_chromium(script: &str, environment: &[(&str, String)]) {
 /// The page and the dashboard in headless Chromium: the steps are in tests/browser.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_page_works_in_a_real_browser() {
-    in_chromium("page.mjs", &[("RINGPUSH_PROGRAM", crate::support::PROGRAM.to_owned())]).await;
+    in_chromium("page.mjs", &[("RINGPUSH_PROGRAM", program().to_owned())]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

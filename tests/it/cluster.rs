@@ -8,9 +8,9 @@ use tonic::Request;
 use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 
-use crate::support::cluster::Cluster;
-use crate::support::foreign::{Foreign, ReplicaSet, free_port, mongod_path, redis};
-use crate::support::{DEADLINE, PROGRAM, Socket, clean, eventually, http};
+use ringpush_testing::cluster::Cluster;
+use ringpush_testing::foreign::{Foreign, ReplicaSet, free_port, mongod_path, redis};
+use ringpush_testing::{DEADLINE, Socket, clean, eventually, http, program};
 
 #[allow(clippy::all, clippy::pedantic)]
 mod calls {
@@ -72,7 +72,7 @@ async fn one_name_leads_to_every_node_and_nowhere_else() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn publishers_may_speak_grpc() {
-    let server = crate::support::Server::start().await;
+    let server = ringpush_testing::Server::start().await;
     let channel =
         Channel::from_shared(format!("http://{}", server.at("collect"))).unwrap().connect().await.unwrap();
     let key: MetadataValue<_> = format!("Bearer {}", server.key("api_key")).parse().unwrap();
@@ -122,15 +122,15 @@ async fn publishers_may_speak_grpc() {
 /// What the program says when it is started with these keys, and its exit code; None if it runs on.
 pub(crate) async fn started(keys: &[(&str, &str)]) -> (Option<i32>, String) {
     let data = tempfile::tempdir().unwrap();
-    let mut command = std::process::Command::new(PROGRAM);
+    let mut command = std::process::Command::new(program());
     clean(&mut command);
     command.args(["serve", "--data", data.path().to_str().unwrap()]);
     let secret = "0123456789abcdef0123456789abcdef";
     let all = [
         ("AUTH__TOKEN_KEY", secret),
-        ("AUTH__ADMIN_KEY", crate::support::ADMIN_KEY),
-        ("COLLECT__API_KEYS", crate::support::API_KEY),
-        ("PEER__SECRET", crate::support::PEER_SECRET),
+        ("AUTH__ADMIN_KEY", ringpush_testing::ADMIN_KEY),
+        ("COLLECT__API_KEYS", ringpush_testing::API_KEY),
+        ("PEER__SECRET", ringpush_testing::PEER_SECRET),
         ("PUSH__PUBLIC_URL", "ws://127.0.0.1/n/{node}/v1/ws"),
         ("NODE__NAME", "push-0"),
     ];

@@ -5,10 +5,10 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{Options, PROGRAM, Server, Socket, clean};
+use ringpush_testing::{Options, Server, Socket, clean, program};
 
 fn ringpush(server: Option<&Server>, arguments: &[&str]) -> Command {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program());
     clean(&mut command);
     if let Some(server) = server {
         command.env("RINGPUSH_DATA", server.directory.path());

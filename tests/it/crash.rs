@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Options, Server, http};
+use ringpush_testing::{Options, Server, http};
 
 /// Rounds of publishing, killing and starting again.
 const ROUNDS: usize = 50;
@@ -148,7 +148,7 @@ async fn terminate_traced(server: &mut Server) -> i32 {
     let children =
         std::process::Command::new("pgrep").args(["-P", &server.pid().to_string()]).output().unwrap();
     let pid: u32 = String::from_utf8(children.stdout).unwrap().trim().parse().unwrap();
-    crate::support::signal(pid, "TERM");
+    ringpush_testing::signal(pid, "TERM");
     server.ended().await
 }
 
@@ -216,7 +216,7 @@ async fn clients_that_resume_miss_nothing_through_kills() {
     for part in 1..=3 {
         let began = Instant::now();
         while published.load(Ordering::Relaxed) < part * MESSAGES / 4 {
-            assert!(began.elapsed() < crate::support::DEADLINE * 3, "publishing stands still");
+            assert!(began.elapsed() < ringpush_testing::DEADLINE * 3, "publishing stands still");
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         server = server.kill_and_restart().await;
@@ -273,7 +273,7 @@ async fn publish_with_repeats(
         let body: Value = json!({"to": {"user": "alice"}, "payload": n, "id": format!("n-{n}")});
         let began = Instant::now();
         loop {
-            assert!(began.elapsed() < crate::support::DEADLINE * 3, "message {n} cannot be published");
+            assert!(began.elapsed() < ringpush_testing::DEADLINE * 3, "message {n} cannot be published");
             let sent =
                 client.send("POST", &url, Some(&key), body.to_string().into(), Duration::from_secs(5)).await;
             match sent {

@@ -10,7 +10,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Options, PROGRAM, Server, clean, command, http};
+use ringpush_testing::{Options, Server, clean, command, http, program};
 
 fn run(command: &mut Command) -> (i32, String) {
     let output = command.stderr(std::process::Stdio::piped()).output().unwrap();
@@ -45,7 +45,7 @@ fn a_data_directory_that_cannot_be_written_is_named() {
     let place = tempfile::tempdir().unwrap();
     let file = place.path().join("not-a-directory");
     std::fs::write(&file, "").unwrap();
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program());
     clean(&mut command);
     let (code, said) = run(command.arg("--data").arg(&file));
     assert_eq!(code, 1, "{said}");

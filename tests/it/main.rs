@@ -2,8 +2,6 @@
 //! loopback ports.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs, unreachable_pub)]
 
-mod support;
-
 /// Where the generated calls look for their messages.
 mod wire {
     pub use ringpush::wire::proto;
@@ -14,17 +12,19 @@ mod clients;
 mod cluster;
 mod command_line;
 mod crash;
+mod handshakes;
 mod limits;
 mod manifests;
 mod outputs;
 mod peers;
 mod placement;
 mod publishing;
+mod redis_forms;
 mod registry;
 mod replica_set;
 mod requests;
+mod restores;
 mod rooms;
-mod scenarios;
 mod sizes;
 mod sockets;
 mod tokens;

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::json;
 
-use crate::support::{Options, PROGRAM, Server, clean, command, signal};
+use ringpush_testing::{Options, Server, clean, command, program, signal};
 
 /// A server whose standard error is `stderr`, with logs of every level that is not the libraries'.
 async fn serving(stdout: Stdio, stderr: Stdio) -> Server {
@@ -95,7 +95,7 @@ fn into(
     stdout: Stdio,
     stderr: Stdio,
 ) -> (Option<i32>, String) {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program());
     clean(&mut command);
     command.env("RINGPUSH_DATA", server.directory.path()).args(arguments);
     let mut child = command.stdin(Stdio::piped()).stdout(stdout).stderr(stderr).spawn().unwrap();

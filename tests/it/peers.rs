@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::foreign::{Foreign, ReplicaSet, free_port, redis, redis_cli};
-use crate::support::{DEADLINE, Options, PROGRAM, Server, clean, eventually, http};
+use ringpush_testing::foreign::{Foreign, ReplicaSet, free_port, redis, redis_cli};
+use ringpush_testing::{DEADLINE, Options, Server, clean, eventually, http, program};
 
 fn url(redis: &Foreign) -> String {
     format!("redis://127.0.0.1:{}", redis.port)
@@ -38,7 +38,7 @@ impl Waiting {
         for (key, value) in settings {
             options = options.with(key, value);
         }
-        let child = crate::support::command(directory.path(), &options).spawn().unwrap();
+        let child = ringpush_testing::command(directory.path(), &options).spawn().unwrap();
         Self { directory, child, ops }
     }
 
@@ -86,7 +86,7 @@ async fn a_node_with_another_secret_takes_no_users_and_both_sides_say_so() {
     assert_eq!(nodes_of(&server).await, ["push-0"]);
     assert_eq!(server.metric("ringpush_peers_unreached").await, 1.0);
     assert_eq!(http::get(&server.at("ops"), "/readyz", None).await.status, 200);
-    server.publish_as("alice", crate::support::API_KEY).await;
+    server.publish_as("alice", ringpush_testing::API_KEY).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -281,7 +281,7 @@ async fn rubbish_in_redis_ends_nobody() {
     }
     cli(&["hset", "{ringpush}:meta", "epoch", "1e300"]);
     eventually("it is told", async || warns(&server.log(), &["push-1", "peer.secret"])).await;
-    server.publish_as("alice", crate::support::API_KEY).await;
+    server.publish_as("alice", ringpush_testing::API_KEY).await;
     let text = http::get(&server.at("ops"), "/cluster", None).await;
     assert_eq!(text.status, 200);
     assert_eq!(nodes_of(&server).await, ["push-0"]);
@@ -292,7 +292,7 @@ async fn rubbish_in_redis_ends_nobody() {
     }
     eventually("Redis' own words", async || warns(&server.log(), &["WRONGTYPE", "redis.url"])).await;
     assert_eq!(nodes_of(&server).await, ["push-0"], "the view is held");
-    server.publish_as("alice", crate::support::API_KEY).await;
+    server.publish_as("alice", ringpush_testing::API_KEY).await;
     cli(&["flushall"]);
     eventually("all is as before", async || {
         let view = http::get(&server.at("ops"), "/cluster", None).await.json();
@@ -334,10 +334,10 @@ async fn a_full_redis_moves_nobody_and_is_told_in_its_own_words() {
 async fn the_commands_need_no_place_in_the_registry() {
     let redis = redis(&[]).await;
     let server = Server::with(Options::registered_in(&url(&redis))).await;
-    let mut ring = tokio::process::Command::new(PROGRAM);
+    let mut ring = tokio::process::Command::new(program());
     clean(ring.as_std_mut());
     ring.args(["ring", "--data"]).arg(server.directory.path());
-    ring.env("RINGPUSH_COLLECT__API_KEYS", crate::support::API_KEY);
+    ring.env("RINGPUSH_COLLECT__API_KEYS", ringpush_testing::API_KEY);
     let output = tokio::time::timeout(DEADLINE, ring.output()).await.unwrap().unwrap();
     assert!(String::from_utf8_lossy(&output.stdout).contains("push-0"), "{output:?}");
 }

@@ -10,7 +10,7 @@ use ringpush::message::DeviceId;
 use ringpush::ring::Ring;
 use serde_json::json;
 
-use crate::support::{Options, Server, Socket, eventually, http};
+use ringpush_testing::{Options, Server, Socket, eventually, http};
 
 /// The number of the node that owns a user among `push-0` to `push-2`, by the arithmetic that
 /// everybody shares.

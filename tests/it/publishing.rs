@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Server, http};
+use ringpush_testing::{Server, http};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn numbers_rise_by_one_and_history_shows_every_byte() {
@@ -174,7 +174,7 @@ async fn history_is_read_page_by_page() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_cluster_is_shown_as_it_is() {
-    let server = Server::with(crate::support::Options::nodes(3)).await;
+    let server = Server::with(ringpush_testing::Options::nodes(3)).await;
     let cluster = server.get("/v1/cluster").await.json();
     let nodes = cluster["nodes"].as_array().unwrap();
     assert_eq!(

@@ -5,7 +5,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{DEADLINE, Options, Server, http};
+use ringpush_testing::{DEADLINE, Options, Server, http};
 
 /// Every listener that speaks HTTP to strangers.
 const LISTENERS: [&str; 5] = ["push", "collect", "auth", "dispatch", "ops"];

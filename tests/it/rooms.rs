@@ -51,8 +51,8 @@ const DOORS: &[(&str, &[&str])] = &[
     ("fjall", &["inbox/embedded/"]),
     ("redis", &["transport/redis.rs"]),
     ("mongodb", &["inbox/mongo/"]),
-    ("tonic", &["transport/peer.rs", "app/collect_grpc.rs", "app/serve.rs"]),
-    ("tokio_tungstenite", &["transport/websocket.rs"]),
+    ("tonic", &["transport/peer.rs", "transport/peer/", "app/collect_grpc.rs", "app/serve.rs"]),
+    ("tokio_tungstenite", &["transport/websocket.rs", "transport/websocket/"]),
     ("hyper_util", &["transport/"]),
     ("jsonwebtoken", &["role/auth/"]),
     ("prometheus_client", &["telemetry.rs", "role/"]),
@@ -60,7 +60,7 @@ const DOORS: &[(&str, &[&str])] = &[
     ("axum", &["app/"]),
     ("toml", &["config/", "app/keys.rs"]),
     ("anyhow", &["app/", "cli/", "main.rs", "telemetry.rs"]),
-    ("indicatif", &["cli/commands.rs"]),
+    ("indicatif", &["cli/publish.rs"]),
 ];
 
 fn sources() -> BTreeMap<PathBuf, String> {

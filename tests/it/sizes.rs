@@ -11,7 +11,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
-use crate::support::{DEADLINE, Server, http};
+use ringpush_testing::{DEADLINE, Server, http};
 
 /// Streams of one connection, as many as the server allows.
 const STREAMS: usize = 1_000;

@@ -5,8 +5,8 @@ use std::time::Duration;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 
-use crate::support::foreign::Foreign;
-use crate::support::{Options, Server, Socket, eventually, http};
+use ringpush_testing::foreign::Foreign;
+use ringpush_testing::{Options, Server, Socket, eventually, http};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_issued_token_is_verified_and_others_are_not() {

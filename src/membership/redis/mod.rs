@@ -8,6 +8,8 @@
 mod entries;
 mod heartbeat;
 
+mod keys;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -32,6 +34,7 @@ use crate::transport::redis::{RedisError, RedisLink, Reply, Script, raise_panics
 
 use entries::{NODES_MAX, StoredInfo, TEXT_MAX, read_snapshot};
 use heartbeat::{Own, Turn, keep_beating};
+use keys::Keys;
 
 /// Jitter of heartbeats and polls, so that the nodes of a cluster do not act at the same time.
 const JITTER: f64 = 0.2;
@@ -72,30 +75,6 @@ struct Inner {
     refused: Mutex<Option<Instant>>,
     /// What was logged already.
     complaints: Mutex<HashSet<String>>,
-}
-
-/// The names of the keys, and the scripts that use them.
-struct Keys {
-    names: [String; 5],
-    channel: String,
-    beat: Script,
-    snapshot: Script,
-    leave: Script,
-}
-
-impl Keys {
-    fn of(prefix: &str) -> Self {
-        let shared = include_str!("../lua/shared.lua");
-        let script = |own: &str| Script::new(&format!("{shared}\n{own}"));
-        Self {
-            names: ["nodes", "info", "meta", "incarnations", "counts"]
-                .map(|name| format!("{{{prefix}}}:{name}")),
-            channel: format!("{{{prefix}}}:changed"),
-            beat: script(include_str!("../lua/beat.lua")),
-            snapshot: script(include_str!("../lua/snapshot.lua")),
-            leave: script(include_str!("../lua/leave.lua")),
-        }
-    }
 }
 
 impl RedisMembership {

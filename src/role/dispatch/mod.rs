@@ -7,6 +7,7 @@
 //! so that the node looks into the inboxes itself. A batch for a node of the same process bypasses
 //! an empty queue.
 
+mod metrics;
 mod peer_queue;
 mod recent;
 
@@ -17,7 +18,6 @@ use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt, join_all};
 use parking_lot::Mutex;
-use prometheus_client::metrics::counter::Counter;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -39,6 +39,7 @@ use crate::wire::peer::{
     Revocation, ViewVersion,
 };
 
+use metrics::DispatchMetrics;
 use peer_queue::{PeerQueue, call, deliver_request, run_queue, settle, silent};
 use recent::Recent;
 
@@ -79,39 +80,6 @@ impl Inner {
         *self.news.lock() = news;
         self.membership.refresh();
         self.again.put(batch);
-    }
-}
-
-/// Metrics of dispatch.
-#[derive(Default)]
-struct DispatchMetrics {
-    /// A message was put into a queue.
-    routed: Counter,
-    /// A message was dropped, because the queue was full or the node did not answer.
-    dropped: Counter,
-    /// There was no node for a message.
-    unowned: Counter,
-    /// The fallback entries were looked up for a batch.
-    fallback_lookups: Counter,
-    /// A batch was routed again, because a node has a newer view.
-    rerouted: Counter,
-}
-
-impl DispatchMetrics {
-    fn register(metrics: &Metrics) -> Arc<Self> {
-        let own = Self::default();
-        metrics.register(|r| {
-            r.register("dispatch_routed", "Messages put into a queue of a node", own.routed.clone());
-            r.register("dispatch_dropped", "Hints dropped: queue full or node silent", own.dropped.clone());
-            r.register("dispatch_unowned", "Messages without a node to go to", own.unowned.clone());
-            r.register(
-                "dispatch_fallback_lookups",
-                "Batches that asked the fallback",
-                own.fallback_lookups.clone(),
-            );
-            r.register("dispatch_rerouted", "Messages routed again by a newer view", own.rerouted.clone());
-        });
-        Arc::new(own)
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod problem;
 mod replies;
+mod requests;
 
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer};
@@ -11,8 +12,9 @@ use serde_json::value::RawValue;
 
 pub use problem::{FieldError, Problem};
 pub use replies::{Accepted, PublishError, Published, Stored, batch_body, history_body};
+pub use requests::{parse_connect, parse_token_request, parse_verify_request};
 
-use crate::message::{DeviceId, MessageId, Recipients, UserId};
+use crate::message::{MessageId, Recipients, UserId};
 
 use problem::TOO_LARGE;
 
@@ -325,80 +327,6 @@ impl<'de: 'a, 'a> Deserialize<'de> for UpTo<'a> {
             }
         }
         from.deserialize_seq(Visitor(std::marker::PhantomData))
-    }
-}
-
-/// Parses the body of `POST /v1/connect`. An empty body is the default device.
-///
-/// # Errors
-///
-/// 400 or 422.
-pub fn parse_connect(body: &[u8]) -> Result<DeviceId, Problem> {
-    #[derive(Deserialize)]
-    struct Connect {
-        device: Option<serde_json::Value>,
-    }
-    if body.trim_ascii().is_empty() {
-        return Ok(DeviceId::default());
-    }
-    match parse_object::<Connect>(body, "")?.device {
-        None => Ok(DeviceId::default()),
-        Some(serde_json::Value::String(text)) => {
-            DeviceId::parse(&text).map_err(|rule| Problem::fields(vec![fault("/device", rule.to_string())]))
-        }
-        Some(_) => Err(Problem::fields(vec![fault("/device", "must be a string")])),
-    }
-}
-
-/// Parses the body of `POST /v1/tokens`: a user, and the life of the token in seconds.
-///
-/// # Errors
-///
-/// 400 or 422.
-pub fn parse_token_request(
-    body: &[u8],
-    life_s: std::ops::RangeInclusive<u64>,
-) -> Result<(UserId, Option<u64>), Problem> {
-    #[derive(Deserialize)]
-    struct Raw<'a> {
-        #[serde(default, borrow, deserialize_with = "present")]
-        user: Option<&'a RawValue>,
-        #[serde(default, borrow)]
-        ttl_s: Option<&'a RawValue>,
-    }
-    let raw: Raw<'_> = parse_object(body, "")?;
-    let mut faults = Vec::new();
-    let user = match raw.user {
-        Some(user) => parse_user(user, "/user", &mut faults),
-        None => {
-            faults.push(fault("/user", "is required: the id of a user"));
-            None
-        }
-    };
-    let ttl_s = raw.ttl_s.map(|raw| raw.get().parse::<u64>().ok().filter(|ttl| life_s.contains(ttl)));
-    if ttl_s == Some(None) {
-        let detail = format!("must be an integer from {} to {} seconds", life_s.start(), life_s.end());
-        faults.push(fault("/ttl_s", detail));
-    }
-    match user {
-        Some(user) if faults.is_empty() => Ok((user, ttl_s.flatten())),
-        _ => Err(Problem::fields(faults)),
-    }
-}
-
-/// Parses the body of `POST /v1/verify`.
-///
-/// # Errors
-///
-/// 400 or 422.
-pub fn parse_verify_request(body: &[u8]) -> Result<String, Problem> {
-    #[derive(Deserialize)]
-    struct Raw {
-        token: Option<serde_json::Value>,
-    }
-    match parse_object::<Raw>(body, "")?.token {
-        Some(serde_json::Value::String(token)) => Ok(token),
-        _ => Err(Problem::fields(vec![fault("/token", "must be a string")])),
     }
 }
 

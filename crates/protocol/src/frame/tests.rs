@@ -1,0 +1,84 @@
+use super::*;
+use crate::message::{MessageId, Millis};
+
+fn message(payload: &str) -> Message {
+    Message {
+        seq: Seq::new(43).unwrap(),
+        id: MessageId::parse(r#"order "17"\paid"#).unwrap(),
+        accepted_at: Millis(1_795_380_566_120),
+        expires_at: Millis(1_795_380_567_120),
+        payload: Bytes::copy_from_slice(payload.as_bytes()),
+    }
+}
+
+#[test]
+fn a_message_passes_its_payload_through_byte_for_byte() {
+    let text = message_frame(&message(r#"{ "b":1,  "a":[1.0e5,"\u00e9"] }"#));
+    assert_eq!(
+        std::str::from_utf8(&text).unwrap(),
+        "{\"type\":\"message\",\"seq\":43,\"id\":\"order \\\"17\\\"\\\\paid\",\
+         \"accepted_at\":\"2026-11-22T20:49:26.120Z\",\"expires_at\":\"2026-11-22T20:49:27.120Z\",\
+         \"payload\":{ \"b\":1,  \"a\":[1.0e5,\"\\u00e9\"] }}"
+    );
+    let ReceivedFrame::Message(read) = ReceivedFrame::parse(&text).unwrap() else { panic!("not a message") };
+    assert_eq!((read.seq, read.id.as_str()), (43, r#"order "17"\paid"#));
+    assert_eq!(read.payload.get(), r#"{ "b":1,  "a":[1.0e5,"\u00e9"] }"#);
+}
+
+#[test]
+fn client_frames_read_back_as_written() {
+    for frame in [
+        ClientFrame::Ack(43),
+        ClientFrame::Ping,
+        ClientFrame::Refresh("t".into()),
+        ClientFrame::Auth { token: "t".into(), device: None, since: None },
+        ClientFrame::Auth {
+            token: "t".into(),
+            device: Some(DeviceId::parse("web-1").unwrap()),
+            since: Some(Since::After(Seq::new(41).unwrap())),
+        },
+        ClientFrame::Auth { token: "t".into(), device: None, since: Some(Since::Latest) },
+    ] {
+        assert_eq!(ClientFrame::parse(frame.encode().as_bytes()), Ok(frame));
+    }
+}
+
+#[test]
+fn what_is_not_a_frame_is_said_to_be_so() {
+    for text in [
+        "",
+        "null",
+        "[]",
+        r#"["ping",null,null,null,null]"#,
+        "{",
+        "{}",
+        r#"{"type":"shout"}"#,
+        r#"{"type":7}"#,
+        r#"{"type":"ack"}"#,
+        r#"{"type":"ack","seq":"43"}"#,
+        r#"{"type":"ack","seq":-1}"#,
+        r#"{"type":"ack","seq":1.5}"#,
+        r#"{"type":"ack","seq":9007199254740992}"#,
+        r#"{"type":"auth"}"#,
+        r#"{"type":"auth","token":"t","device":"no spaces"}"#,
+        r#"{"type":"auth","token":"t","since":"soon"}"#,
+        r#"{"type":"refresh","token":5}"#,
+    ] {
+        assert!(ClientFrame::parse(text.as_bytes()).is_err(), "{text}");
+    }
+}
+
+#[test]
+fn unknown_fields_and_unknown_types_are_ignored_by_the_side_that_must() {
+    assert_eq!(ClientFrame::parse(br#"{"type":"ack","seq":4,"extra":[1]}"#), Ok(ClientFrame::Ack(4)));
+    assert!(matches!(ReceivedFrame::parse(br#"{"type":"confetti"}"#), Ok(ReceivedFrame::Unknown)));
+}
+
+#[test]
+fn server_frames_carry_the_agreed_names() {
+    let gap = ServerFrame::Gap { after: 41, before: 50, reason: GapReason::Expired };
+    assert_eq!(gap.encode(), r#"{"type":"gap","after":41,"before":50,"reason":"expired"}"#);
+    assert_eq!(ServerFrame::Pong.encode(), r#"{"type":"pong"}"#);
+    let caught = ServerFrame::CaughtUp { seq: 43 };
+    assert_eq!(caught.encode(), r#"{"type":"caught_up","seq":43}"#);
+}

@@ -1,0 +1,178 @@
+//! The server of calls between processes.
+
+use std::pin::Pin;
+
+use futures_util::{Stream, StreamExt};
+use hyper::body::Incoming;
+use tonic::service::Routes;
+use tonic::{Request, Response, Status, Streaming};
+use tower::ServiceExt;
+
+use super::super::http::Answers;
+use super::calls::dispatch_server::{Dispatch, DispatchServer};
+use super::calls::push_server::{Push, PushServer};
+use super::{FindPush, MESSAGE_MAX, NODE, PROOF, Service, Verify};
+use crate::wire::peer::{
+    DispatchRequest, DispatchResponse, LiveMessage, PeerError, PushRequest, PushResponse, Revocation,
+};
+use crate::wire::proto::{ProtoError, batch_of, peer as message, user_of};
+
+/// What a process offers to its peers: all calls of the roles that run there, each looked at by
+/// `verify` before anything of it is read.
+pub fn routes(
+    dispatch: Option<Service<DispatchRequest, DispatchResponse>>,
+    push: Option<FindPush>,
+    verify: Verify,
+) -> impl Answers<tonic::body::Body> {
+    let mut routes = Routes::default();
+    if let Some(role) = dispatch {
+        routes = routes
+            .add_service(DispatchServer::new(DispatchPeer { role }).max_decoding_message_size(MESSAGE_MAX));
+    }
+    if let Some(find) = push {
+        routes =
+            routes.add_service(PushServer::new(PushPeer { find }).max_decoding_message_size(MESSAGE_MAX));
+    }
+    let routes = routes.prepare();
+    tower::service_fn(move |request: http::Request<Incoming>| {
+        let proof = request.headers().get(PROOF).and_then(|proof| proof.to_str().ok()).unwrap_or_default();
+        let taken = verify(proof, request.uri().path());
+        let routes = routes.clone();
+        async move {
+            match taken {
+                Err(why) => Ok(Status::unauthenticated(why).into_http()),
+                Ok(()) => routes.oneshot(request).await,
+            }
+        }
+    })
+}
+
+fn status(fault: PeerError) -> Status {
+    match fault {
+        PeerError::Unavailable(why) => Status::unavailable(why),
+        PeerError::Unauthorized(why) => Status::unauthenticated(why),
+    }
+}
+
+fn invalid(fault: ProtoError) -> Status {
+    Status::invalid_argument(fault.to_string())
+}
+
+struct DispatchPeer {
+    role: Service<DispatchRequest, DispatchResponse>,
+}
+
+impl DispatchPeer {
+    async fn ask(&self, request: DispatchRequest) -> Result<DispatchResponse, Status> {
+        self.role.clone().oneshot(request).await.map_err(status)
+    }
+}
+
+#[tonic::async_trait]
+impl Dispatch for DispatchPeer {
+    async fn deliver(
+        &self,
+        request: Request<message::DispatchBatch>,
+    ) -> Result<Response<message::Taken>, Status> {
+        let message::DispatchBatch { messages, missed, stamp } = request.into_inner();
+        let batch = batch_of(messages).map_err(invalid)?;
+        self.ask(DispatchRequest::Deliver { batch, missed, stamp: stamp.into() }).await?;
+        Ok(Response::new(message::Taken::default()))
+    }
+
+    async fn lookup(&self, request: Request<message::User>) -> Result<Response<message::Found>, Status> {
+        let user = user_of(&request.into_inner().user).map_err(invalid)?;
+        match self.ask(DispatchRequest::Lookup(user)).await? {
+            DispatchResponse::Found { owner, sessions } => Ok(Response::new(message::Found {
+                owner: owner.map(|node| node.as_str().to_owned()),
+                sessions: sessions.iter().map(message::Session::from).collect(),
+            })),
+            DispatchResponse::Done => Err(Status::internal("no answer to a lookup")),
+        }
+    }
+
+    async fn disconnect(
+        &self,
+        request: Request<message::Revocation>,
+    ) -> Result<Response<message::Taken>, Status> {
+        let revocation = Revocation::try_from(request.into_inner()).map_err(invalid)?;
+        self.ask(DispatchRequest::Disconnect(revocation)).await?;
+        Ok(Response::new(message::Taken::default()))
+    }
+
+    async fn ping(&self, _: Request<message::Stamp>) -> Result<Response<message::Taken>, Status> {
+        self.ask(DispatchRequest::Ping).await?;
+        Ok(Response::new(message::Taken::default()))
+    }
+}
+
+struct PushPeer {
+    find: FindPush,
+}
+
+impl PushPeer {
+    fn meant<T>(&self, request: &Request<T>) -> Result<Service<PushRequest, PushResponse>, Status> {
+        let node = request.metadata().get(NODE).and_then(|node| node.to_str().ok()).unwrap_or_default();
+        (self.find)(node).ok_or_else(|| Status::not_found(format!("{node:?} is not here")))
+    }
+}
+
+async fn taken(
+    role: Service<PushRequest, PushResponse>,
+    request: PushRequest,
+) -> Result<message::Taken, Status> {
+    match role.oneshot(request).await.map_err(status)? {
+        PushResponse::Done(stamp) => Ok(message::Taken { stamp: Some((&stamp).into()) }),
+        PushResponse::Sessions(_) => Err(Status::internal("sessions are no answer to this")),
+    }
+}
+
+#[tonic::async_trait]
+impl Push for PushPeer {
+    type FeedStream = Pin<Box<dyn Stream<Item = Result<message::Taken, Status>> + Send>>;
+
+    async fn feed(
+        &self,
+        request: Request<Streaming<message::PushBatch>>,
+    ) -> Result<Response<Self::FeedStream>, Status> {
+        let role = self.meant(&request)?;
+        let answers = request.into_inner().then(move |batch| {
+            let role = role.clone();
+            async move {
+                let message::PushBatch { messages, sweep, stamp } = batch?;
+                let batch: Vec<LiveMessage> = batch_of(messages).map_err(invalid)?;
+                taken(role, PushRequest::Deliver { batch: batch.into(), sweep, stamp: stamp.into() }).await
+            }
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn lookup(&self, request: Request<message::User>) -> Result<Response<message::Sessions>, Status> {
+        let role = self.meant(&request)?;
+        let user = user_of(&request.into_inner().user).map_err(invalid)?;
+        match role.oneshot(PushRequest::Lookup(user)).await.map_err(status)? {
+            PushResponse::Sessions(sessions) => Ok(Response::new(message::Sessions {
+                sessions: sessions.iter().map(message::Session::from).collect(),
+            })),
+            PushResponse::Done(_) => Err(Status::internal("no answer to a lookup")),
+        }
+    }
+
+    async fn disconnect(
+        &self,
+        request: Request<message::Revocation>,
+    ) -> Result<Response<message::Taken>, Status> {
+        let role = self.meant(&request)?;
+        let revocation = Revocation::try_from(request.into_inner()).map_err(invalid)?;
+        taken(role, PushRequest::Disconnect(revocation)).await.map(Response::new)
+    }
+
+    async fn gone(&self, request: Request<message::Stamp>) -> Result<Response<message::Taken>, Status> {
+        let role = self.meant(&request)?;
+        taken(role, PushRequest::Gone(Some(request.into_inner()).into())).await.map(Response::new)
+    }
+
+    async fn ping(&self, request: Request<message::Stamp>) -> Result<Response<message::Taken>, Status> {
+        taken(self.meant(&request)?, PushRequest::Ping).await.map(Response::new)
+    }
+}

@@ -1,0 +1,89 @@
+//! Clients that do not follow, or do not read, under load.
+
+use std::time::Duration;
+
+use ringpush_testing::Socket;
+use ringpush_testing::cluster::Cluster;
+use serde_json::json;
+
+use crate::{SWEPT, load, rest};
+
+/// With `scripts/test --all`.
+mod more {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_client_that_never_follows_a_move_is_served_where_it_is() {
+        let cluster = Cluster::up(&[]).await;
+        let audit = cluster.audit(&load("20s", SWEPT)).await;
+        // Of enough users, some will belong to the new node.
+        let mut sockets = Vec::new();
+        for n in 0..150 {
+            let user = format!("stubborn-{n}");
+            let token = cluster.token(&user).await;
+            let url = format!("ws://{}/v1/ws?since=latest", cluster.balancer());
+            let mut socket = Socket::open(&url, Some(&token)).await;
+            socket.caught_up().await;
+            sockets.push((user, socket));
+        }
+        // One message for each, some before, some while and some after the view changes; none that
+        // follows it would show a gap.
+        let publishing = async {
+            for (user, _) in &sockets {
+                cluster.publish(user, json!("one")).await;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let mut scaling = cluster.command(&["scale", "4"]);
+        let (scaled, ()) = tokio::join!(scaling.status(), publishing);
+        assert!(scaled.unwrap().success());
+        let began = std::time::Instant::now();
+        for (user, socket) in &mut sockets {
+            assert_eq!(socket.until("message").await.1["payload"], "one", "{user}");
+            assert!(began.elapsed() < Duration::from_secs(8), "only a sweep has found what {user} was sent");
+        }
+        for round in 0..3 {
+            rest(2).await;
+            for (user, _) in &sockets {
+                cluster.publish(user, json!(round)).await;
+            }
+            for (user, socket) in &mut sockets {
+                assert_eq!(socket.until("message").await.1["payload"], round, "{user}");
+            }
+        }
+        audit.passes().await;
+        drop(sockets);
+        cluster.nothing_is_left().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_client_that_reads_nothing_for_a_minute_resumes_without_loss() {
+        let cluster = Cluster::up(&[]).await;
+        let audit = cluster.audit(&load("65s", SWEPT)).await;
+        let token = cluster.token("sleeper").await;
+        let url = format!("ws://{}/v1/ws", cluster.balancer());
+        let mut socket = Socket::open(&url, Some(&token)).await;
+        socket.caught_up().await;
+        let padding = "x".repeat(2_000);
+        for n in 0..2_000 {
+            cluster.publish("sleeper", json!({"n": n, "padding": padding})).await;
+        }
+        rest(60).await;
+        let mut seen = 0;
+        let mut last = 0;
+        while seen < 2_000 {
+            match socket.message_or_end().await {
+                Some(message) => {
+                    assert_eq!(message["payload"]["n"], seen, "in order, each once");
+                    last = message["seq"].as_u64().unwrap();
+                    seen += 1;
+                }
+                // Closed for want of a sign of life: it comes back.
+                None => socket = Socket::open(&format!("{url}?since={last}"), Some(&token)).await,
+            }
+        }
+        audit.passes().await;
+        drop(socket);
+        cluster.nothing_is_left().await;
+    }
+}
