@@ -57,6 +57,7 @@ fn message(seq: u64) -> Message {
         id: MessageId::parse("01K0000000000000000000000").unwrap(),
         accepted_at: Millis(1_795_380_000_000),
         expires_at: Millis(1_795_980_000_000),
+        event: None,
         payload: Bytes::from_static(
             br#"{"text":"a message of usual length, for one user","at":100000000000}"#,
         ),
@@ -66,7 +67,7 @@ fn message(seq: u64) -> Message {
 fn session(c: &mut Criterion) {
     c.bench_function("session: one live message", |b| {
         let standing = StartPoint { start: Seq::at(1), head: Seq::at(1), more: false };
-        let mut session = Session::start(standing, |_: Output<Bytes>| {});
+        let mut session = Session::start(standing, None, |_: Output<Bytes>| {});
         let frame = message_frame(&message(1));
         let mut seq = 1;
         b.iter(|| {
@@ -102,7 +103,15 @@ fn append(c: &mut Criterion) {
                                 n = (n + 7_919) % users.len();
                                 let Message { id, accepted_at, expires_at, payload, .. } = message(1);
                                 let user = users[n].clone();
-                                Append { user, id, deduplicated: false, accepted_at, expires_at, payload }
+                                Append {
+                                    user,
+                                    id,
+                                    deduplicated: false,
+                                    accepted_at,
+                                    expires_at,
+                                    event: None,
+                                    payload,
+                                }
                             })
                             .collect::<Vec<_>>()
                     },

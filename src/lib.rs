@@ -29,7 +29,7 @@
 //! - [`transport`]: hyper, tungstenite, tonic, Redis, and a TCP stream of our own.
 //! - [`client`]: the client library.
 //! - [`clock`], [`telemetry`]: the time of day; logs, metrics, health.
-//! - [`thread`]: a thread that many wait for. `tasks`: panics of tasks are raised again.
+//! - `tasks`: panics of tasks are raised again.
 //!
 //! Tier 2 says what should happen: [`role`], four roles that never import one another, and what
 //! they share.
@@ -53,7 +53,6 @@ pub mod secret;
 pub mod session;
 mod tasks;
 pub mod telemetry;
-pub mod thread;
 pub mod ticket;
 pub mod transport;
 pub mod wire;

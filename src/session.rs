@@ -6,12 +6,17 @@
 //! expired, or comes while the socket is full, makes the session read the inbox. Reconnect, move,
 //! slow client, lost hint and restart are all these two states.
 //!
+//! A client may limit how far it is sent ahead of its acks (`window`). Without credit the session
+//! behaves as with a full socket.
+//!
 //! `F` is the encoded frame of a message; the session never looks into it.
 //!
 //! The promise, tested against a model: on one connection every number above the start is sent
 //! exactly once, in rising order, or is part of a gap that was told. When the inbox is idle, the
 //! session ends up complete. Two exceptions: a session from the beginning is not told of numbers
 //! missing below its first message, and after a reset the promise begins anew at the new position.
+
+use std::collections::VecDeque;
 
 use crate::message::{Millis, Seq};
 use crate::wire::frame::GapReason;
@@ -96,7 +101,12 @@ pub enum Output<F> {
     /// later return to the inbox is internal.
     CaughtUp(Seq),
     /// Read the inbox after this position. At most one read is in flight.
-    Read(Seq),
+    Read {
+        /// The position.
+        after: Seq,
+        /// Most messages that can be sent; `None`: any number.
+        most: Option<u32>,
+    },
     /// Move the cursor of the device to this position.
     Cursor(Seq),
 }
@@ -124,12 +134,55 @@ pub struct Session {
     /// The session started at the beginning and has sent nothing, so numbers missing below the
     /// first message need no gap.
     untouched: bool,
+    /// Set if the client asked for a window. Boxed: most clients do not.
+    credit: Option<Box<Credit>>,
+}
+
+/// How far a client may be sent ahead of its acks.
+#[derive(Debug, Clone)]
+struct Credit {
+    window: u32,
+    /// The numbers that were sent and not acked, as runs: first and last.
+    unacked: VecDeque<(Seq, Seq)>,
+    /// How many they are.
+    count: u32,
+}
+
+impl Credit {
+    fn free(&self) -> u32 {
+        self.window.saturating_sub(self.count)
+    }
+
+    fn send(&mut self, seq: Seq) {
+        self.count += 1;
+        match self.unacked.back_mut() {
+            Some((_, last)) if last.next() == seq => *last = seq,
+            _ => self.unacked.push_back((seq, seq)),
+        }
+    }
+
+    fn ack(&mut self, upto: Seq) {
+        while let Some((first, last)) = self.unacked.front_mut().filter(|(first, _)| *first <= upto) {
+            let acked = (*last).min(upto);
+            self.count -= u32::try_from(acked.get() - first.get() + 1).unwrap_or(u32::MAX);
+            *first = acked.next();
+            if *first > *last {
+                self.unacked.pop_front();
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        self.unacked.clear();
+        self.count = 0;
+    }
 }
 
 impl Session {
     /// Begins a session. A start above the head means that the client knew another inbox: it is
-    /// told so, and the session goes on from the head.
-    pub fn start<F>(start_point: StartPoint, mut out: impl FnMut(Output<F>)) -> Self {
+    /// told so, and the session goes on from the head. `window` is how many messages may be sent
+    /// ahead of the client's acks.
+    pub fn start<F>(start_point: StartPoint, window: Option<u32>, mut out: impl FnMut(Output<F>)) -> Self {
         let mut session = Self {
             sent: start_point.start,
             acked: Seq::BEGINNING,
@@ -138,6 +191,7 @@ impl Session {
             full: false,
             told_caught_up: false,
             untouched: start_point.start.is_beginning(),
+            credit: window.map(|window| Box::new(Credit { window, unacked: VecDeque::new(), count: 0 })),
         };
         if start_point.start > start_point.head {
             let before = start_point.head.next();
@@ -168,6 +222,7 @@ impl Session {
                 }
                 self.sent = to;
                 self.acked = self.acked.min(to);
+                self.credit.iter_mut().for_each(|credit| credit.clear());
                 self.fall_behind(Seq::MAX, &mut out);
             }
             Input::Reset(..) => {}
@@ -203,7 +258,7 @@ impl Session {
             return;
         }
         let follows = item.seq == self.sent.next() && item.expires_at > now;
-        if self.phase == Phase::Live && follows && !self.full {
+        if self.phase == Phase::Live && follows && !self.full && self.has_credit() {
             self.send(item, out);
         } else {
             self.fall_behind(item.seq, out);
@@ -221,6 +276,12 @@ impl Session {
         }
         let mut unreadable = page.unreadable.into_iter().peekable();
         for item in page.items {
+            if !self.has_credit() {
+                // The rest of the page is read again when there is credit.
+                self.phase = Phase::Behind { reading: false };
+                self.unread = Seq::MAX;
+                return self.read_if_room(out);
+            }
             while let Some(seq) = unreadable.next_if(|seq| *seq < item.seq) {
                 self.pass_unreadable(seq, out);
             }
@@ -264,6 +325,7 @@ impl Session {
     fn send<F>(&mut self, item: Item<F>, out: &mut impl FnMut(Output<F>)) {
         self.sent = item.seq;
         self.untouched = false;
+        self.credit.iter_mut().for_each(|credit| credit.send(item.seq));
         out(Output::Send(item.frame));
     }
 
@@ -276,13 +338,18 @@ impl Session {
         self.read_if_room(out);
     }
 
-    /// Begins a read, unless the socket is full or a read is in flight. It will include all that
-    /// was announced before, so `unread` starts over.
+    fn has_credit(&self) -> bool {
+        self.credit.as_ref().is_none_or(|credit| credit.free() > 0)
+    }
+
+    /// Begins a read, unless the socket is full, less than half of the window is free, or a read is
+    /// in flight. It will include all that was announced before, so `unread` starts over.
     fn read_if_room<F>(&mut self, out: &mut impl FnMut(Output<F>)) {
-        if !self.full && self.phase == (Phase::Behind { reading: false }) {
+        let has_room = self.credit.as_ref().is_none_or(|credit| credit.free() * 2 >= credit.window);
+        if !self.full && has_room && self.phase == (Phase::Behind { reading: false }) {
             self.phase = Phase::Behind { reading: true };
             self.unread = Seq::BEGINNING;
-            out(Output::Read(self.sent));
+            out(Output::Read { after: self.sent, most: self.credit.as_ref().map(|credit| credit.free()) });
         }
     }
 
@@ -301,6 +368,10 @@ impl Session {
         if acked > self.acked {
             self.acked = acked;
             out(Output::Cursor(acked));
+        }
+        if let Some(credit) = &mut self.credit {
+            credit.ack(acked);
+            self.read_if_room(out);
         }
     }
 }

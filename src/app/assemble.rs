@@ -11,6 +11,7 @@ use super::peers::routers;
 use super::stores;
 use super::stores::Opened;
 use super::{App, Shared};
+use secrecy::ExposeSecret;
 use crate::clock::Clock;
 use crate::config::{Config, Faults, RoleName, VerifyBy};
 use crate::inbox::Inbox;
@@ -247,7 +248,7 @@ pub(super) fn needs_view(config: &Config) -> bool {
 /// The auth of this process: if it has the role, and if push or dispatch verify tokens themselves.
 pub(super) fn own_auth(config: &Config, clock: &Clock) -> Result<Option<Auth>> {
     let wanted = config.runs(RoleName::Auth) || config.verify_by == VerifyBy::Key;
-    if config.auth.token_key.is_empty() {
+    if config.auth.token_key.expose_secret().is_empty() {
         // It issues nothing: it verifies with the keys of another issuer, once they were fetched.
         let fetches = matches!(config.verify_by, VerifyBy::Jwks(_));
         return Ok(fetches.then(|| Auth::fetched(config.auth.clone(), clock.clone())));
@@ -265,5 +266,6 @@ pub(super) fn node_info(config: &Config, shared: &Shared, node: NodeId, push: bo
         push,
         dispatch: config.runs(RoleName::Dispatch),
         store: if push { Arc::clone(&shared.store) } else { Arc::from("") },
+        ticket_in_auth: push,
     }
 }

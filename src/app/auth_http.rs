@@ -11,15 +11,17 @@ use super::edge::{
     Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, json_of, refuse, same_secret,
 };
 use crate::message::Millis;
-use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S, TokenError};
+use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S};
 use crate::telemetry::{Credential, Refusals};
 use crate::transport::held::Held;
-use crate::wire::http::{parse_token_request, parse_verify_request};
+use crate::wire::http::{Problem, parse_token_request, parse_verify_request};
+use crate::wire::refusal::Refused;
 use crate::wire::rest::{TokenResponse, VerifyResponse};
+use secrecy::{ExposeSecret, SecretString};
 
 pub(super) struct AuthEdge {
     pub(super) auth: Auth,
-    pub(super) admin_key: String,
+    pub(super) admin_key: SecretString,
     pub(super) refusals: Refusals,
     pub(super) budgets: Budgets,
 }
@@ -41,12 +43,12 @@ async fn verify(State(edge): Edge, request: Request<Body>) -> Answer {
     let mut held = edge.budgets.strangers.hold();
     let body = json_body(request, SMALL_BODY, &mut held).await?;
     let token = parse_verify_request(&body)?;
-    let identity = edge.auth.verify(&token).map_err(|fault| match fault {
-        TokenError::NoKeys => refuse(503, fault.to_string()),
-        TokenError::Bad(_) | TokenError::UnknownKey => {
-            let why = fault.to_string();
-            edge.refusals.note(Credential::Token, &why);
-            refuse(401, why)
+    let identity = edge.auth.verify(&token).map_err(|fault| match fault.reason() {
+        None => refuse(503, fault.to_string()),
+        Some(reason) => {
+            let refused = Refused::new(reason, fault.to_string());
+            edge.refusals.note(Credential::Token, &refused.detail);
+            HttpError(Problem::refused(&refused))
         }
     })?;
     let answer = VerifyResponse {
@@ -59,7 +61,7 @@ async fn verify(State(edge): Edge, request: Request<Body>) -> Answer {
 
 async fn issue(State(edge): Edge, request: Request<Body>) -> Answer {
     let given = bearer(request.headers()).unwrap_or_default();
-    if !same_secret(given, &edge.admin_key) {
+    if !same_secret(given, edge.admin_key.expose_secret()) {
         let why = "the admin key is needed: Authorization: Bearer <admin key>";
         edge.refusals.note(Credential::AdminKey, why);
         return Err(refuse(401, why));

@@ -17,7 +17,7 @@ use tower::{ServiceExt, service_fn};
 
 use super::collect_http::CollectEdge;
 use super::edge::{BODY_DEADLINE, Routes};
-use crate::message::{MessageId, Recipients, UserId};
+use crate::message::{EventName, MessageId, Recipients, UserId};
 use crate::transport::held::Held;
 use crate::wire::http::{FieldError, Problem, Publish, Published, TOO_DEEP, TTL_S, is_shallow};
 use crate::wire::proto::collect as message;
@@ -257,8 +257,10 @@ fn read(edge: &CollectEdge, request: message::PublishRequest) -> Result<Publish,
         Ok([user]) => Recipients::User(user),
         Err(users) => Recipients::Users(users),
     };
+    let event = (!request.event.is_empty()).then(|| EventName::parse(&request.event)).transpose();
     Ok(Publish {
         to,
+        event: event.map_err(|rule| fault("/event", rule.to_string()))?,
         payload: request.payload_json,
         ttl_s,
         id: id.map_err(|rule| fault("/id", rule.to_string()))?,

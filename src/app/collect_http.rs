@@ -29,6 +29,7 @@ use crate::wire::http::{
     Problem, Publish, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish,
 };
 use crate::wire::rest::{ClusterNode, ClusterResponse, DeviceEntry, UserResponse};
+use secrecy::{ExposeSecret, SecretString};
 
 /// Path of a publish.
 const MESSAGES: &str = "/v1/messages";
@@ -53,7 +54,7 @@ pub(super) struct CollectEdge {
     pub(super) collect: Collect,
     pub(super) membership: Arc<dyn Membership>,
     pub(super) urls: PublicUrls,
-    pub(super) api_keys: Vec<String>,
+    pub(super) api_keys: Vec<SecretString>,
     pub(super) limits: PublishLimits,
     refusals: Refusals,
     /// The memory budget of unanswered requests.
@@ -66,7 +67,7 @@ impl CollectEdge {
         collect: Collect,
         membership: Arc<dyn Membership>,
         urls: PublicUrls,
-        api_keys: Vec<String>,
+        api_keys: Vec<SecretString>,
         limits: PublishLimits,
         (refusals, budget): (Refusals, Budget),
     ) -> Arc<Self> {
@@ -81,7 +82,9 @@ impl CollectEdge {
     /// What to tell a caller without a good key.
     pub(super) fn check_key(&self, given: Option<&str>) -> Result<(), &'static str> {
         let why = match given {
-            Some(given) if self.api_keys.iter().any(|key| same_secret(key, given)) => return Ok(()),
+            Some(given) if self.api_keys.iter().any(|key| same_secret(key.expose_secret(), given)) => {
+                return Ok(());
+            }
             Some(given) if !given.is_empty() => "this API key is not known",
             _ => "an API key is needed: Authorization: Bearer <key>",
         };
@@ -245,6 +248,7 @@ fn user_report(user: &UserId, report: &UserReport) -> UserResponse {
         acked: acked.get(),
         connected_at: None,
         node: None,
+        client: None,
     };
     for (device, acked) in &report.profile.cursors {
         devices.insert(device.as_str(), entry(device, *acked));
@@ -257,6 +261,7 @@ fn user_report(user: &UserId, report: &UserReport) -> UserResponse {
         shown.acked = shown.acked.max(session.acked.get());
         shown.connected_at = Some(session.connected_at.rfc3339());
         shown.node = Some(session.node.to_string());
+        shown.client = session.client.as_ref().map(|client| client.as_str().to_owned());
     }
     UserResponse {
         user: user.to_string(),

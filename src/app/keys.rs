@@ -11,6 +11,7 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, VerifyBy};
+use secrecy::{ExposeSecret, SecretString};
 
 /// The four keys, configured or made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -29,26 +30,27 @@ impl Keys {
     /// The keys of the configuration. In development the missing ones come from the file, which is
     /// created or completed.
     pub(crate) fn of(config: &mut Config) -> Result<Self> {
+        let text = |secret: &SecretString| secret.expose_secret().to_owned();
         let mut keys = Self {
-            token_key: config.auth.token_key.clone(),
-            api_key: config.api_keys.first().cloned().unwrap_or_default(),
-            admin_key: config.admin_key.clone(),
-            peer_secret: config.peer_secret.clone(),
+            token_key: text(&config.auth.token_key),
+            api_key: config.api_keys.first().map(text).unwrap_or_default(),
+            admin_key: text(&config.admin_key),
+            peer_secret: text(&config.peer_secret),
             self_made: false,
         };
         keys.self_made = config.development && keys == Self::default();
         if config.development {
             keys.complete(&config.data_dir)?;
         }
-        if matches!(config.verify_by, VerifyBy::Jwks(_)) && config.auth.token_key.is_empty() {
+        if matches!(config.verify_by, VerifyBy::Jwks(_)) && config.auth.token_key.expose_secret().is_empty() {
             // The tokens are another issuer's: one of ours would be refused everywhere.
             keys.token_key.clear();
         }
-        config.auth.token_key.clone_from(&keys.token_key);
-        config.admin_key.clone_from(&keys.admin_key);
-        config.peer_secret.clone_from(&keys.peer_secret);
+        config.auth.token_key = keys.token_key.as_str().into();
+        config.admin_key = keys.admin_key.as_str().into();
+        config.peer_secret = keys.peer_secret.as_str().into();
         if config.api_keys.is_empty() && !keys.api_key.is_empty() {
-            config.api_keys.push(keys.api_key.clone());
+            config.api_keys.push(keys.api_key.as_str().into());
         }
         Ok(keys)
     }
@@ -217,7 +219,7 @@ mod tests {
         assert_eq!(keys.api_key, MINE[0]);
         assert_eq!(keys.to_show().api_key, "(configured)");
         assert_eq!(keys.to_show().admin_key, keys.admin_key);
-        assert_eq!(configured.api_keys, MINE);
+        assert_eq!(configured.api_keys.iter().map(|key| key.expose_secret()).collect::<Vec<_>>(), MINE);
         let text = std::fs::read_to_string(data.path().join("dev-keys.toml")).unwrap();
         assert!(text.contains("api_key = \"\""), "{text}");
     }

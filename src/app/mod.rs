@@ -14,13 +14,14 @@ mod page;
 mod peers;
 mod push_http;
 mod serve;
+mod start;
 mod stores;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -42,11 +43,11 @@ use crate::telemetry::{Health, Metrics, Refusals};
 use crate::ticket::TicketKey;
 use crate::transport::http::HttpLimits;
 
-use assemble::{needs_inbox, needs_view, own_auth};
+use assemble::needs_view;
 use edge::Budgets;
 use keys::Keys;
-use listeners::{Listeners, advertised, own_urls, write_listen};
 use peers::{Proofs, PushNodes};
+use start::Prepared;
 
 /// How long the last responses may take when the store has failed.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
@@ -115,78 +116,8 @@ impl App {
     /// # Errors
     ///
     /// What could not be opened, bound or started, with the remedy.
-    pub async fn start(mut config: Config, push_nodes: Option<usize>) -> Result<Self> {
-        std::fs::create_dir_all(&config.data_dir).with_context(|| {
-            let data = config.data_dir.display();
-            format!("data.dir: {data} cannot be made; choose another with --data DIR")
-        })?;
-        let keys = Keys::of(&mut config)?;
-        let clock = Clock::system();
-        let own_auth = own_auth(&config, &clock)?;
-        let mut tasks = JoinSet::new();
-        // The lock of the embedded store keeps a second process from this directory, so it comes
-        // before the ports.
-        let opened = if config.mongo_uri.is_empty() && needs_inbox(&config) {
-            Some(stores::inbox(&config, &clock, &Health::default(), &mut tasks).await?)
-        } else {
-            None
-        };
-        let listen_file = config.data_dir.join("listen.json");
-        // It belongs to a process that was killed.
-        let _ = std::fs::remove_file(&listen_file);
-        let mut listeners = Listeners::bind(&config, push_nodes)?;
-        let bound = listeners.bound(push_nodes.is_some());
-        let (metrics, health) = (Metrics::default(), Health::default());
-        for (name, needed) in [("view", needs_view(&config)), ("inbox", needs_inbox(&config))] {
-            health.set(name, !needed, if needed { "not reached yet" } else { "not needed here" });
-        }
-        let (membership, fallback) = stores::registry(&config, &clock, &metrics, &mut tasks).await?;
-        let refusals = Refusals::register(&metrics);
-        let proofs = Proofs::new(&config.peer_secret, clock.clone(), refusals.clone());
-        let nodes = Arc::new(PushNodes::new(membership.views(), Arc::clone(&proofs)));
-        let urls = match &config.public_url {
-            Some(template) => PublicUrls::Template(template.clone()),
-            None => own_urls(&bound),
-        };
-        let peer = listeners.peer.as_ref().map_or_else(String::new, |peer| advertised(&config, peer.at));
-        let mut shared = Shared {
-            membership,
-            fallback,
-            ticket_key: TicketKey::derive(&config.peer_secret),
-            reach: PeerProbe::new(Arc::clone(&nodes) as _),
-            nodes,
-            health: health.clone(),
-            metrics,
-            clock,
-            urls,
-            proofs,
-            store: opened.as_ref().map_or_else(|| Arc::from(""), |opened| Arc::clone(&opened.identity)),
-            peer: peer.into(),
-            own_auth,
-            refusals,
-            budgets: Budgets::default(),
-        };
-        let (_, never) = watch::channel(false);
-        let mut app = Self {
-            keys,
-            tasks,
-            servers: JoinSet::new(),
-            stop: CancellationToken::new(),
-            health,
-            pushes: Vec::new(),
-            collect: None,
-            nodes: Vec::new(),
-            registered: None,
-            membership: Arc::clone(&shared.membership),
-            poisoned: opened.as_ref().map_or(never, |opened| opened.poisoned.clone()),
-            drain_window: config.drain_window,
-            listen_file,
-            bound,
-        };
-        app.serve_ops(&shared, &mut listeners);
-        app.assemble(&config, &mut shared, opened, listeners).await?;
-        write_listen(&app.listen_file, &app.bound)?;
-        Ok(app)
+    pub async fn start(config: Config, push_nodes: Option<usize>) -> Result<Self> {
+        Prepared::new(config).await?.listen(push_nodes).await?.serve().await
     }
 
     /// Serves until `stop` resolves, then leaves in good order.

@@ -9,16 +9,19 @@ use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_MAX_AGE, LOCATION, ORIGIN, SEC_WEBSOCKET_VERSION, UPGRADE, VARY,
 };
-use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use futures_util::future::{BoxFuture, FutureExt, ready};
 
 use super::edge::{
-    Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json_body, json_of, not_found, refuse,
+    Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, json_of, not_found, refuse,
 };
+use crate::message::Seq;
 use crate::role::connect::{Connect, ConnectError};
-use crate::role::push::{Admission, AdmissionError, Origins, Push, SocketRequest};
+use crate::role::push::{
+    Admission, AdmissionError, HistoryRange, OWN_HISTORY_PAGE, Origins, Push, SocketRequest,
+};
 use crate::telemetry::{Credential, Refusals};
 use crate::ticket::TICKET_LIFE_MS;
 use crate::transport::http::{ConnectionFuture, UpgradeHandler};
@@ -26,7 +29,9 @@ use crate::transport::lazy_stream::LazyTcpStream;
 use crate::transport::websocket::{Handshake, HandshakeError, ServerSocket, handshake};
 use crate::wire::address::node_in_path;
 use crate::wire::frame::ReconnectHint;
-use crate::wire::http::{FieldError, Problem, parse_connect};
+use crate::wire::http::{FieldError, Problem, history_body, parse_connect};
+use crate::wire::peer::Identity;
+use crate::wire::refusal::{RefusalReason, Refused};
 use crate::wire::rest::ConnectResponse;
 
 const SOCKET_PATH: &str = "/v1/ws";
@@ -49,6 +54,21 @@ pub(super) struct ConnectEdge {
     pub(super) push: Option<Push>,
 }
 
+impl ConnectEdge {
+    /// Counts a refused token, and answers it.
+    fn unauthorized(&self, refused: Refused) -> HttpError {
+        self.refusals.note(Credential::Token, &refused.detail);
+        HttpError(Problem::refused(&refused))
+    }
+
+    fn fault(&self, fault: ConnectError) -> HttpError {
+        match fault {
+            ConnectError::Unauthorized(refused) => self.unauthorized(refused),
+            ConnectError::Unavailable(why) => refuse(503, why),
+        }
+    }
+}
+
 type Answer = Result<Response<Body>, HttpError>;
 
 pub(super) fn push_routes(edge: Arc<PushEdge>) -> Routes {
@@ -56,6 +76,7 @@ pub(super) fn push_routes(edge: Arc<PushEdge>) -> Routes {
         .route(SOCKET_PATH, get(socket))
         .route("/n/{node}/v1/ws", get(socket))
         .route("/v1/connect", post(connect_on_push).options(preflight_on_push))
+        .route("/v1/inbox/messages", get(own_history).options(preflight_on_push))
         .with_state(edge)
 }
 
@@ -154,7 +175,7 @@ fn rejected(rejection: AdmissionError) -> HttpError {
         AdmissionError::ForbiddenOrigin => {
             refuse(403, "pages of this origin may not open sockets (push.origins)")
         }
-        AdmissionError::Unauthorized(why) => refuse(401, why),
+        AdmissionError::Unauthorized(refused) => HttpError(Problem::refused(&refused)),
         AdmissionError::Redirect(_) => refuse(503, "the node of this user is another one"),
         AdmissionError::BadQuery(faults) => HttpError(Problem::fields(
             faults
@@ -192,7 +213,7 @@ fn preflight(edge: &ConnectEdge, headers: &HeaderMap) -> Response<Body> {
     *response.status_mut() = StatusCode::NO_CONTENT;
     if allow_origin(edge, headers, &mut response) {
         let answer = response.headers_mut();
-        answer.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("POST"));
+        answer.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST"));
         answer.insert(ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("authorization, content-type"));
         answer.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
     }
@@ -220,37 +241,99 @@ async fn connect(edge: &ConnectEdge, request: Request<Body>) -> Response<Body> {
     response
 }
 
-async fn place(edge: &ConnectEdge, request: Request<Body>) -> Answer {
-    if !edge.origins.allows(origin_of(request.headers())) {
-        let why = "pages of this origin may not connect (push.origins)";
-        edge.refusals.note(Credential::Origin, why);
-        return Err(refuse(403, why));
+/// The user of the token of a request.
+async fn identify(edge: &ConnectEdge, headers: &HeaderMap) -> Result<Identity, HttpError> {
+    let token = bearer(headers).filter(|token| !token.is_empty()).ok_or_else(|| {
+        let why = "a token is needed: Authorization: Bearer <token>";
+        edge.unauthorized(Refused::new(RefusalReason::TokenMissing, why))
+    })?;
+    edge.connect.verify(token).await.map_err(|fault| edge.fault(fault))
+}
+
+async fn own_history(State(edge): State<Arc<PushEdge>>, headers: HeaderMap, uri: Uri) -> Response<Body> {
+    let mut response = match read_history(&edge, &headers, uri.query().unwrap_or_default()).await {
+        Ok(response) => response,
+        Err(refused) => refused.into_response(),
+    };
+    allow_origin(&edge.connect, &headers, &mut response);
+    response
+}
+
+async fn read_history(edge: &PushEdge, headers: &HeaderMap, query: &str) -> Answer {
+    check_origin(&edge.connect, headers)?;
+    let identity = identify(&edge.connect, headers).await?;
+    if edge.push.has_revoked(&identity.user, identity.issued_at_s).await {
+        let refused = Refused::new(RefusalReason::TokenRevoked, "the token was revoked");
+        return Err(edge.connect.unauthorized(refused));
     }
+    let (range, limit) = history_query(query)?;
+    let page = edge.push.history(&identity.user, range, limit).await;
+    let (messages, next) = page.map_err(|error| {
+        tracing::warn!(%error, "a user's own history could not be read");
+        refuse(503, "the inbox cannot be read now")
+    })?;
+    Ok(json(StatusCode::OK, history_body(&messages, next)))
+}
+
+/// `after` or `before`, and `limit`.
+fn history_query(query: &str) -> Result<(HistoryRange, usize), HttpError> {
+    let (mut after, mut before, mut limit) = (None, None, OWN_HISTORY_PAGE);
+    let fault = |name: &str, rule: &str| {
+        let field = FieldError { pointer: format!("?{name}"), detail: rule.to_owned() };
+        HttpError(Problem::fields(vec![field]))
+    };
+    for (name, text) in form_urlencoded::parse(query.as_bytes()) {
+        let seq = || {
+            let rule = "must be an integer from 0 to 2^53 - 1";
+            text.parse().ok().and_then(Seq::new).ok_or_else(|| fault(&name, rule))
+        };
+        match &*name {
+            "after" => after = Some(seq()?),
+            "before" => before = Some(seq()?),
+            "limit" => {
+                let count = text.parse().ok().filter(|count: &u64| *count > 0);
+                let count =
+                    count.ok_or_else(|| fault("limit", "must be an integer of 1 or more; 100 are given"))?;
+                limit = usize::try_from(count).unwrap_or(usize::MAX).min(OWN_HISTORY_PAGE);
+            }
+            _ => {}
+        }
+    }
+    match (after, before) {
+        (Some(_), Some(_)) => Err(fault("before", "give either after or before, not both")),
+        (None, Some(before)) => Ok((HistoryRange::Before(before), limit)),
+        (after, None) => Ok((HistoryRange::After(after.unwrap_or_default()), limit)),
+    }
+}
+
+fn check_origin(edge: &ConnectEdge, headers: &HeaderMap) -> Result<(), HttpError> {
+    if edge.origins.allows(origin_of(headers)) {
+        return Ok(());
+    }
+    let why = "pages of this origin may not connect (push.origins)";
+    edge.refusals.note(Credential::Origin, why);
+    Err(refuse(403, why))
+}
+
+async fn place(edge: &ConnectEdge, request: Request<Body>) -> Answer {
+    check_origin(edge, request.headers())?;
     if edge.push.as_ref().is_some_and(|push| !push.takes_sockets()) {
         return Err(refuse(503, "this node is leaving; another one answers"));
     }
-    let token = bearer(request.headers()).filter(|token| !token.is_empty()).map(str::to_owned);
-    let unauthorized = |why: &str| {
-        edge.refusals.note(Credential::Token, why);
-        refuse(401, why)
-    };
-    let token = token.ok_or_else(|| unauthorized("a token is needed: Authorization: Bearer <token>"))?;
-    let fault = |fault| match fault {
-        ConnectError::Unauthorized(why) => unauthorized(&why),
-        ConnectError::Unavailable(why) => refuse(503, why),
-    };
-    let identity = edge.connect.verify(&token).await.map_err(fault)?;
+    let identity = identify(edge, request.headers()).await?;
     let mut held = edge.budgets.known.hold();
     let device = parse_connect(&json_body(request, SMALL_BODY, &mut held).await?)?;
-    let place = edge.connect.place(identity, device).await.map_err(fault)?;
+    let place = edge.connect.place(identity, device).await.map_err(|fault| edge.fault(fault))?;
     if let Some(push) = &edge.push
         && push.has_revoked(&place.user, place.token_iat_s).await
     {
-        return Err(unauthorized("the token was revoked"));
+        return Err(edge.unauthorized(Refused::new(RefusalReason::TokenRevoked, "the token was revoked")));
     }
     let hint = edge.push.as_ref().map_or(edge.hint, Push::reconnect_hint);
     let answer = ConnectResponse {
-        url: place.url,
+        url: format!("{}?ticket={}", place.socket, place.ticket),
+        socket: place.ticket_in_auth.then_some(place.socket),
+        ticket: place.ticket_in_auth.then_some(place.ticket),
         node: place.node.to_string(),
         generation: place.generation.to_string(),
         epoch: place.epoch,

@@ -10,6 +10,7 @@ use super::listeners::{Listeners, Listening, push_http_limits};
 use super::push_http::{ConnectEdge, PushEdge};
 use super::{App, Shared};
 use super::{auth_http, collect_grpc, collect_http, ops_http, page, push_http};
+use secrecy::ExposeSecret;
 use crate::config::{Config, VerifyBy};
 use crate::role::VerifyService;
 use crate::role::connect::Connect;
@@ -43,7 +44,7 @@ impl App {
         let development = shared.own_auth.clone().zip(collect.clone());
         // Only if no key is configured: otherwise there are real users.
         let development = development.filter(|_| self.keys.self_made && config.verify_by == VerifyBy::Key);
-        let code = page_code(&config.peer_secret);
+        let code = page_code(config.peer_secret.expose_secret());
         let development =
             development.map(|(auth, collect)| Arc::new(page::Development { auth, collect, code }));
         for (push, listening) in self.pushes.clone().into_iter().zip(listeners.push) {

@@ -32,6 +32,7 @@ use crate::role::auth::Auth;
 use crate::role::verify::RemoteAuth;
 use crate::telemetry::{Gauge, Health, Metrics};
 use crate::transport::redis::RedisLink;
+use secrecy::ExposeSecret;
 
 /// Delay between two tries to reach a store at start.
 const RETRY: Duration = Duration::from_secs(1);
@@ -82,7 +83,7 @@ pub(super) async fn registry(
         &config.redis_prefix,
         times,
         clock.clone(),
-        EntryKey::derive(&config.peer_secret),
+        EntryKey::derive(config.peer_secret.expose_secret()),
     );
     membership.check().await.map_err(|fault| {
         refused(format!("redis.url: {fault}; check the user, the password and their rights"))
@@ -122,7 +123,7 @@ pub(super) async fn inbox(
     health: &Health,
     tasks: &mut JoinSet<()>,
 ) -> Result<Opened> {
-    if config.mongo_uri.is_empty() {
+    if config.mongo_uri.expose_secret().is_empty() {
         let inbox = embedded(&config.data_dir, clock.clone())?;
         tasks.spawn(inbox.clone().free_memory());
         let (poisoned, identity) = (inbox.poisoned(), inbox.identity().into());
@@ -130,7 +131,7 @@ pub(super) async fn inbox(
     }
     let times = MongoTimes { head_trust: config.head_trust };
     let fault = |fault: OpenError| refused(fault.to_string());
-    let (uri, database) = (&config.mongo_uri, &config.mongo_database);
+    let (uri, database) = (config.mongo_uri.expose_secret(), &config.mongo_database);
     let inbox = MongoInbox::new(uri, database, times, clock.clone()).await.map_err(fault)?;
     let mut told = false;
     let identity = loop {
@@ -209,7 +210,7 @@ pub(super) fn verify(
         (VerifyBy::Key, None) => Err(refused("auth.token_key: is required to verify tokens here")),
         (VerifyBy::Jwks(url), own) => {
             // The auth of this process, if it has no key of its own.
-            let shared = own.filter(|_| config.auth.token_key.is_empty()).cloned();
+            let shared = own.filter(|_| config.auth.token_key.expose_secret().is_empty()).cloned();
             let auth = shared.unwrap_or_else(|| Auth::fetched(config.auth.clone(), clock.clone()));
             tasks.spawn(fetch_keys(auth.clone(), url.clone(), health.clone()));
             Ok(BoxCloneSyncService::new(auth))

@@ -17,6 +17,7 @@ use crate::role::auth::AuthConfig;
 use crate::role::push::{Origins, PushLimits};
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::PublishLimits;
+use secrecy::SecretString;
 
 use keys::KEYS;
 use reader::{Reader, read_environment};
@@ -85,11 +86,11 @@ pub struct Config {
     /// `auth.token_in_url`: whether a token may stand in the URL.
     pub token_in_url: bool,
     /// `auth.admin_key`: the key that may issue tokens.
-    pub admin_key: String,
+    pub admin_key: SecretString,
     /// `collect.api_keys`: the keys that may publish.
-    pub api_keys: Vec<String>,
+    pub api_keys: Vec<SecretString>,
     /// `peer.secret`, shared by all roles.
-    pub peer_secret: String,
+    pub peer_secret: SecretString,
     /// `peer.advertise`: where other roles reach this process. `None`: derived from the listener.
     pub peer_advertise: Option<String>,
     /// `redis.url`; `None` keeps membership and fallback inside the process.
@@ -97,7 +98,7 @@ pub struct Config {
     /// `redis.prefix` of every key in Redis.
     pub redis_prefix: String,
     /// `mongo.uri`; empty selects the embedded store.
-    pub mongo_uri: String,
+    pub mongo_uri: SecretString,
     /// `mongo.database`.
     pub mongo_database: String,
     /// How long a user's head in memory is trusted. The other times of the inbox in MongoDB follow

@@ -14,6 +14,7 @@ use crate::role::auth::{Auth, AuthConfig};
 use crate::role::push::{Origins, PushLimits};
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::{PublishLimits, TTL_S};
+use secrecy::{ExposeSecret, SecretString};
 
 impl Reader {
     pub(super) fn build(&mut self) -> Option<Config> {
@@ -62,13 +63,13 @@ impl Reader {
             auth,
             verify_by,
             token_in_url,
-            admin_key: secrets.admin_key,
-            api_keys: secrets.api_keys,
-            peer_secret: secrets.peer_secret,
+            admin_key: secrets.admin_key.into(),
+            api_keys: secrets.api_keys.into_iter().map(SecretString::from).collect(),
+            peer_secret: secrets.peer_secret.into(),
             peer_advertise,
             redis,
             redis_prefix,
-            mongo_uri,
+            mongo_uri: mongo_uri.into(),
             mongo_database,
             head_trust,
             data_dir,
@@ -261,11 +262,11 @@ impl Reader {
         }
         let optional = |text: String| (!text.is_empty()).then_some(text);
         let config = AuthConfig {
-            token_key: self.text("auth.token_key"),
+            token_key: self.text("auth.token_key").into(),
             issuer: optional(self.text("auth.issuer")),
             audience: optional(self.text("auth.audience")),
         };
-        if !config.token_key.is_empty()
+        if !config.token_key.expose_secret().is_empty()
             && let Err(fault) = Auth::new(config.clone(), Clock::system())
         {
             self.faults.push(format!("auth.token_key: {fault}"));
@@ -287,6 +288,7 @@ impl Reader {
             auth_deadline: self.millis("limits.auth_deadline_ms", 100..=60_000),
             ping_every: self.millis("limits.ping_ms", 100..=3_600_000),
             sessions_per_user: self.number("limits.sessions_per_user", 1..=1_000) as usize,
+            sessions_per_device: self.number("limits.sessions_per_device", 1..=1_000) as usize,
             sweep_every: self.millis("limits.sweep_ms", 100..=3_600_000),
             reconnect_jitter_ms: self.number("limits.reconnect_jitter_ms", 0..=60_000),
             client_frames_per_s: self.number("limits.client_frames_per_s", 1..=1_000_000) as u32,

@@ -2,6 +2,7 @@
 
 use super::reader::*;
 use super::*;
+use secrecy::ExposeSecret;
 use std::ffi::OsString;
 
 fn load(file: &str, environment: &[(&str, &str)]) -> Result<Config, Faults> {
@@ -63,7 +64,8 @@ fn the_environment_wins_over_the_file_and_only_double_underscores_are_keys() {
     .unwrap();
     assert_eq!(config.accept_per_s, 2);
     assert_eq!(config.roles, [RoleName::Collect, RoleName::Push]);
-    assert_eq!(config.api_keys, ["a,b", "c"].map(|key| format!("{key}-0123456789abcdef0123456789abcdef")));
+    let keys: Vec<&str> = config.api_keys.iter().map(|key| key.expose_secret()).collect();
+    assert_eq!(keys, ["a,b", "c"].map(|key| format!("{key}-0123456789abcdef0123456789abcdef")));
     assert_eq!(config.node.as_str(), "push-7");
 }
 

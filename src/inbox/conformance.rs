@@ -11,7 +11,7 @@ use super::{
     PageLimit, PositionQuery, StartAt, UserPosition,
 };
 use crate::clock::Clock;
-use crate::message::{DeviceId, Message, MessageId, Seq, UserId};
+use crate::message::{DeviceId, EventName, Message, MessageId, Seq, UserId};
 
 /// An adapter under test: both ports.
 pub trait Adapter: Inbox + Janitor {}
@@ -34,6 +34,8 @@ pub async fn suite(bench: &Bench) {
     numbers_are_dense_and_start_above_the_moment(bench).await;
     a_batch_keeps_its_order_and_its_users_apart(bench).await;
     a_repeat_is_stored_once_and_a_conflict_is_told(bench).await;
+    an_event_comes_back_and_another_one_is_a_conflict(bench).await;
+    a_device_that_begins_has_a_cursor_also_at_zero(bench).await;
     an_expired_original_gives_up_its_id(bench).await;
     pages_are_cut_by_count_and_by_bytes(bench).await;
     expired_messages_are_not_shown_and_not_renumbered(bench).await;
@@ -63,6 +65,7 @@ impl Bench {
             deduplicated: false,
             accepted_at: now,
             expires_at: now.plus_seconds(ttl_s),
+            event: None,
             payload: Bytes::copy_from_slice(payload.as_bytes()),
         }
     }
@@ -164,6 +167,39 @@ async fn a_repeat_is_stored_once_and_a_conflict_is_told(bench: &Bench) {
     let seq = stored(&outcomes[0]).seq;
     assert_eq!(outcomes[1..], [Appended::Duplicate(seq), Appended::Conflict], "also within one batch");
     assert_eq!(bench.page("fenced", Seq::BEGINNING, WIDE).await.messages.len(), 2);
+}
+
+async fn an_event_comes_back_and_another_one_is_a_conflict(bench: &Bench) {
+    let event = |name: &str| Some(EventName::parse(name).unwrap());
+    let paid = Append {
+        deduplicated: true,
+        event: event("order.paid"),
+        ..bench.message("evented", "e", "1", DAY_S)
+    };
+    let without = Append { event: None, ..paid.clone() };
+    let shipped = Append { event: event("order:shipped"), ..paid.clone() };
+    let outcomes = bench.append(vec![paid.clone()]).await;
+    let seq = stored(&outcomes[0]).seq;
+    let outcomes = bench.append(vec![paid, without, shipped]).await;
+    assert_eq!(outcomes, [Appended::Duplicate(seq), Appended::Conflict, Appended::Conflict]);
+    let page = bench.page("evented", Seq::BEGINNING, WIDE).await;
+    assert_eq!(page.messages[0].event, event("order.paid"));
+    assert_eq!(page.messages[0].payload, "1");
+}
+
+async fn a_device_that_begins_has_a_cursor_also_at_zero(bench: &Bench) {
+    let device = DeviceId::parse("new").unwrap();
+    let begin = |name: &str, at: Seq| Change::Begin { user: user(name), device: device.clone(), at };
+    bench.inbox.update(vec![begin("begun-empty", Seq::BEGINNING)]).await.unwrap();
+    let profile = bench.inbox.profile(user("begun-empty")).await.unwrap();
+    assert_eq!(profile.cursors, [(device.clone(), Seq::BEGINNING)]);
+    let first = bench.put("begun", "1", DAY_S).await;
+    bench.inbox.update(vec![begin("begun", first)]).await.unwrap();
+    bench.put("begun", "2", DAY_S).await;
+    let position = bench.ask("begun", StartAt::Cursor(device.clone())).await;
+    assert_eq!((position.start, position.more), (first, true));
+    bench.inbox.update(vec![begin("begun", Seq::BEGINNING)]).await.unwrap();
+    assert_eq!(bench.ask("begun", StartAt::Cursor(device)).await.start, first, "it is never lowered");
 }
 
 async fn an_expired_original_gives_up_its_id(bench: &Bench) {

@@ -17,7 +17,6 @@ use tokio::task::JoinSet;
 
 use super::{Append, Appended, Inbox, InboxError};
 use crate::message::{Message, Seq, UserId};
-use crate::thread::Awaited;
 
 /// Most appends that wait in one process (docs/design.md, section 11).
 pub const WAITING_APPENDS: usize = 10_000;
@@ -25,8 +24,6 @@ pub const WAITING_APPENDS: usize = 10_000;
 pub const WAITING_BYTES: usize = 32 * 1024 * 1024;
 /// Most appends in one write.
 const BATCH: usize = 1_000;
-/// A write of a few messages takes less than this on most disks.
-const SYNC: Duration = Duration::from_micros(500);
 
 /// How appends are gathered into writes. After a pause, the first append never waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,7 +105,6 @@ impl Appender {
             blocks,
             waiting: Mutex::default(),
             filled: Condvar::new(),
-            thread: Awaited::default(),
         });
         let (running, runtime) = (Arc::clone(&writer), Handle::current());
         tasks.spawn_blocking(move || running.run(&runtime));
@@ -140,10 +136,7 @@ impl Appender {
         drop(waiting);
         // A writer that waits with a deadline looks by itself; waking it would be in vain.
         if resting || count == self.writer.gathering.enough {
-            self.writer.thread.expect_in(Duration::ZERO);
             self.writer.filled.notify_one();
-        } else {
-            self.writer.thread.fetch_if_late();
         }
         Ok(receipt)
     }
@@ -158,8 +151,6 @@ struct Writer {
     waiting: Mutex<Waiting>,
     /// The writer waits for appends, or for enough of them.
     filled: Condvar,
-    /// The thread that gathers.
-    thread: Awaited,
 }
 
 #[derive(Default)]
@@ -184,16 +175,13 @@ impl Writer {
     /// Writes what waits, batch after batch, and answers. Blocks its thread.
     fn run(self: Arc<Self>, runtime: &Handle) {
         let mut last_began = None;
-        self.thread.is_this_thread();
         while let Some(batch) = self.next_batch(last_began) {
             last_began = Some(Instant::now());
             self.observer.writing(batch.len());
             let writing = Arc::clone(&self).write(batch);
             if self.blocks {
-                self.thread.expect_in(SYNC);
                 runtime.block_on(writing);
             } else {
-                self.thread.expect_nothing();
                 if let Err(error) = runtime.block_on(runtime.spawn(writing))
                     && let Ok(panic) = error.try_into_panic()
                 {
@@ -211,11 +199,9 @@ impl Writer {
         while !waiting.over {
             let left = last_began.map_or(Duration::ZERO, |began| every.saturating_sub(began.elapsed()));
             if waiting.appends.len() < enough && !left.is_zero() {
-                self.thread.expect_in(left);
                 self.filled.wait_for(&mut waiting, left);
             } else if waiting.appends.is_empty() {
                 waiting.resting = true;
-                self.thread.expect_nothing();
                 self.filled.wait(&mut waiting);
             } else {
                 let batch = waiting.take();
@@ -234,9 +220,6 @@ impl Writer {
         };
         let (appends, to): (Vec<Append>, Vec<_>) = batch.into_iter().map(with_user).unzip();
         let outcomes = self.inbox.append(appends).await;
-        if self.blocks {
-            self.thread.expect_in(Duration::ZERO);
-        }
         self.answer(to, outcomes);
     }
 
@@ -314,6 +297,7 @@ mod tests {
             deduplicated: true,
             accepted_at: now,
             expires_at: now.plus_seconds(60),
+            event: None,
             payload: Bytes::from_static(payload.as_bytes()),
         }
     }

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use super::{
     Append, Appended, Appender, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, GroupCommit, Inbox, InboxError,
     InboxPage, Janitor, PASSED_OVER, PageLimit, PositionLookup, PositionQuery, Profile,
-    REVOCATION_AHEAD_MAX_S, StartAt, UserPosition, WriteObserver, payload_digest,
+    REVOCATION_AHEAD_MAX_S, StartAt, UserPosition, WriteObserver,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
@@ -53,7 +53,7 @@ impl MemoryInbox {
 
     fn append_one(&self, item: Append) -> Appended {
         self.with(&item.user.clone(), |log, now| {
-            let digest = payload_digest(&item.payload);
+            let digest = item.digest();
             if let Some((seq, expires_at, original)) = log.fences.get(&item.id).filter(|_| item.deduplicated)
                 && *expires_at > now
             {
@@ -69,6 +69,7 @@ impl MemoryInbox {
                 id: item.id.clone(),
                 accepted_at: item.accepted_at,
                 expires_at: item.expires_at,
+                event: item.event,
                 payload: item.payload,
             };
             if item.deduplicated {
@@ -135,15 +136,17 @@ impl MemoryInbox {
 
     fn change(&self, change: Change) {
         match change {
-            Change::Cursor { user, device, acked } => self.with(&user, |log, now| {
-                let cursor = log.cursors.entry(device).or_default();
-                *cursor = (cursor.0.max(acked), now);
-                if log.cursors.len() > DEVICES_PER_USER {
-                    let oldest =
-                        log.cursors.iter().min_by_key(|entry| entry.1.1).map(|entry| entry.0.clone());
-                    oldest.and_then(|device| log.cursors.remove(&device));
-                }
-            }),
+            Change::Cursor { user, device, acked } | Change::Begin { user, device, at: acked } => {
+                self.with(&user, |log, now| {
+                    let cursor = log.cursors.entry(device).or_default();
+                    *cursor = (cursor.0.max(acked), now);
+                    if log.cursors.len() > DEVICES_PER_USER {
+                        let oldest =
+                            log.cursors.iter().min_by_key(|entry| entry.1.1).map(|entry| entry.0.clone());
+                        oldest.and_then(|device| log.cursors.remove(&device));
+                    }
+                })
+            }
             // This model is never restored.
             Change::Shown { .. } => {}
             Change::NotBefore { user, seconds } => {

@@ -40,7 +40,7 @@ use tokio::task::JoinSet;
 pub use group_commit::{Appender, GroupCommit, Receipt, WriteObserver};
 pub use lookup::PositionLookup;
 
-use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
+use crate::message::{DeviceId, EventName, Message, MessageId, Millis, Seq, UserId};
 
 /// Cursors kept per user. The longest unused one is dropped (docs/design.md, section 11).
 pub const DEVICES_PER_USER: usize = 64;
@@ -71,8 +71,8 @@ pub trait Inbox: Send + Sync + 'static {
     /// Reads what is stored about a user. An unknown user has an empty profile.
     fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>>;
 
-    /// Raises cursors and times; it never lowers them. A `NotBefore` is on stable storage when this
-    /// returns.
+    /// Raises cursors and times; it never lowers them. A `NotBefore` or `Begin` is on stable storage
+    /// when this returns.
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>>;
 
     /// Starts the writer of this store, which gathers appends into writes ([`group_commit`]). One
@@ -110,6 +110,8 @@ pub struct Append {
     pub accepted_at: Millis,
     /// When the message expires.
     pub expires_at: Millis,
+    /// What the message tells, if its sender named that.
+    pub event: Option<EventName>,
     /// Valid JSON text.
     pub payload: Bytes,
 }
@@ -208,6 +210,16 @@ pub enum Change {
         /// The acked position.
         acked: Seq,
     },
+    /// A device that has no cursor begins after a position. Its cursor is on stable storage when this
+    /// returns; a cursor that it has meanwhile is only raised.
+    Begin {
+        /// The user.
+        user: UserId,
+        /// The device.
+        device: DeviceId,
+        /// The position; zero in an inbox that never had a message.
+        at: Seq,
+    },
     /// A client was sent numbers up to here that are gone, because the store was restored to an
     /// earlier state. None of them is assigned again.
     Shown {
@@ -246,11 +258,19 @@ pub(crate) fn is_json(payload: &[u8]) -> bool {
     text.is_some_and(|text| serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok())
 }
 
-/// The first half of the payload's SHA-256. It tells a repeat from a conflict without keeping the
-/// payload twice.
-pub(crate) fn payload_digest(payload: &[u8]) -> [u8; 16] {
-    use sha2::{Digest, Sha256};
-    let mut half = [0u8; 16];
-    half.copy_from_slice(&Sha256::digest(payload)[..16]);
-    half
+impl Append {
+    /// The first half of the SHA-256 of the payload, and of the event if there is one. It tells a
+    /// repeat from a conflict without keeping the payload twice. JSON text contains no zero byte, so
+    /// the two cannot be mistaken for one another.
+    pub(crate) fn digest(&self) -> [u8; 16] {
+        use sha2::{Digest, Sha256};
+        let mut hash = Sha256::new_with_prefix(&self.payload);
+        if let Some(event) = &self.event {
+            hash.update([0]);
+            hash.update(event.as_str());
+        }
+        let mut half = [0u8; 16];
+        half.copy_from_slice(&hash.finalize()[..16]);
+        half
+    }
 }

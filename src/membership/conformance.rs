@@ -38,6 +38,7 @@ fn info(name: &str) -> NodeInfo {
         push: true,
         dispatch: false,
         store: "".into(),
+        ticket_in_auth: false,
     }
 }
 

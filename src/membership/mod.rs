@@ -162,6 +162,8 @@ pub struct NodeInfo {
     pub dispatch: bool,
     /// Identity of its store; empty if it has none.
     pub store: Arc<str>,
+    /// Whether its push role takes a ticket in an `auth` frame.
+    pub ticket_in_auth: bool,
 }
 
 /// Nodes that are registered and in no ring.
@@ -348,6 +350,7 @@ mod tests {
             push,
             dispatch: true,
             store: "".into(),
+            ticket_in_auth: false,
         };
         let state = if active { NodeState::Active } else { NodeState::Draining };
         Member { info, incarnation: 1, state }

@@ -158,6 +158,7 @@ impl Collect {
                     deduplicated,
                     accepted_at: now,
                     expires_at: now.plus_seconds(publish.ttl_s),
+                    event: publish.event.clone(),
                     payload,
                 };
                 let bytes = if last { bytes } else { 0 };
@@ -270,7 +271,7 @@ async fn wait_until(deadline: Instant, receipt: PendingReceipt) -> Outcome {
         Ok(Ok(Ok(Receipt::Stored(seq)))) => Ok(Stored { seq, duplicate: false }),
         Ok(Ok(Ok(Receipt::Duplicate(seq)))) => Ok(Stored { seq, duplicate: true }),
         Ok(Ok(Ok(Receipt::Conflict))) => {
-            Err(refusal(409, "this id was used for another payload to this user"))
+            Err(refusal(409, "this id was used for another payload or event to this user"))
         }
         Ok(Ok(Err(error))) => {
             tracing::warn!(%error, "a message could not be stored");

@@ -16,6 +16,7 @@ use crate::message::{DeviceId, NodeId, UserId};
 use crate::ticket::{TICKET_LIFE_MS, Ticket, TicketKey};
 use crate::wire::address::UrlTemplate;
 use crate::wire::peer::{Identity, PeerError, VerifyRequest};
+use crate::wire::refusal::Refused;
 
 /// The public URLs of the nodes.
 #[derive(Debug, Clone)]
@@ -40,8 +41,12 @@ impl PublicUrls {
 /// The response to a client that asked where to connect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
-    /// URL with the ticket.
-    pub url: String,
+    /// URL without the ticket.
+    pub socket: String,
+    /// The ticket.
+    pub ticket: String,
+    /// Whether the node there takes a ticket in `auth`.
+    pub ticket_in_auth: bool,
     /// The user.
     pub user: UserId,
     /// `iat` of the token in whole seconds; zero if it has none.
@@ -59,7 +64,7 @@ pub struct Place {
 pub enum ConnectError {
     /// The token is refused.
     #[error("{0}")]
-    Unauthorized(String),
+    Unauthorized(Refused),
     /// There is no push node, or auth cannot be reached.
     #[error("{0}")]
     Unavailable(String),
@@ -142,7 +147,9 @@ impl Connect {
         let (user, token_iat_s) = (identity.user.clone(), identity.issued_at_s);
         let ticket = self.inner.key.sign(&self.ticket(identity, device, &named, keep));
         Ok(Place {
-            url: format!("{base}?ticket={ticket}"),
+            socket: base,
+            ticket,
+            ticket_in_auth: named.info.ticket_in_auth,
             user,
             token_iat_s,
             node: named.info.node.clone(),

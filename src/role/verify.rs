@@ -25,6 +25,7 @@ use crate::clock::Clock;
 use crate::message::{Millis, UserId};
 use crate::telemetry::{Health, Metrics};
 use crate::wire::peer::{Identity, PeerError, VerifyRequest};
+use crate::wire::refusal::{RefusalReason, Refused};
 use crate::wire::rest::{self, VerifyResponse};
 
 /// Size of the cache, in bytes: 100,000 tokens with claims of 500 bytes. The least used are
@@ -204,7 +205,7 @@ fn read(status: u16, body: &[u8], now: Millis) -> Result<Identity, PeerError> {
             let times: Times = serde_json::from_str(&claims).map_err(|_| bad())?;
             let seconds = |time: Option<f64>| time.map(|seconds| seconds.max(0.0) as u64);
             let expires_at = answer.expires_at.as_deref().and_then(Millis::parse_rfc3339);
-            let refused = |why: &str| PeerError::Unauthorized(why.to_owned());
+            let refused = |why: &str| PeerError::Unauthorized(Refused::new(RefusalReason::TokenInvalid, why));
             Ok(Identity {
                 user: UserId::parse(&answer.user).map_err(|_| bad())?,
                 issued_at_s: issued_at_s(seconds(times.iat), now).map_err(refused)?,
@@ -216,9 +217,10 @@ fn read(status: u16, body: &[u8], now: Millis) -> Result<Identity, PeerError> {
             })
         }
         401 | 413 => {
-            let problem = serde_json::from_slice::<Refused>(body).unwrap_or_default();
+            let problem = serde_json::from_slice::<Refusal>(body).unwrap_or_default();
             let why = problem.detail.unwrap_or_else(|| "the token is not good".to_owned());
-            Err(PeerError::Unauthorized(why))
+            let reason = RefusalReason::parse(problem.reason.as_deref());
+            Err(PeerError::Unauthorized(Refused::new(reason, why)))
         }
         _ => Err(bad()),
     }
@@ -233,8 +235,9 @@ struct Times {
 
 /// The part of a problem that a client may be told.
 #[derive(Default, Deserialize)]
-struct Refused {
+struct Refusal {
     detail: Option<String>,
+    reason: Option<String>,
 }
 
 impl tower::Service<VerifyRequest> for RemoteAuth {

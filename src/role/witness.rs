@@ -163,6 +163,7 @@ mod tests {
             push: true,
             dispatch: false,
             store: "".into(),
+            ticket_in_auth: false,
         };
         Member { info, incarnation: 1, state: NodeState::Active }
     }

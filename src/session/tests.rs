@@ -1,6 +1,6 @@
 //! The session against a model of everything around it: an inbox that grows and expires, a live
 //! path that loses, repeats and reorders, a socket that fills and drains, and a client that acks,
-//! leaves and comes back.
+//! perhaps within a window, leaves and comes back.
 
 mod examples;
 
@@ -81,8 +81,9 @@ struct World {
     /// The highest number that was ever given.
     given: u64,
     page_limit: usize,
+    window: Option<u32>,
     session: Session,
-    asked: Option<Seq>,
+    asked: Option<(Seq, Option<u32>)>,
     in_flight: Option<Page<u64>>,
     client: Client,
     cursor: Seq,
@@ -98,17 +99,21 @@ struct Client {
     /// Nothing came yet and the start was the beginning.
     fresh: bool,
     received: Vec<u64>,
+    /// What was received and not acked.
+    unacked: Vec<u64>,
     caught_up: u32,
 }
 
 impl World {
-    fn new(page_limit: usize) -> Self {
+    fn new(page_limit: usize, window: Option<u32>) -> Self {
         let mut world = Self {
             inbox: Vec::new(),
             given: FIRST_HEAD,
             page_limit,
+            window,
             session: Session::start(
                 StartPoint { start: Seq::BEGINNING, head: Seq::at(FIRST_HEAD), more: false },
+                window,
                 |_: Output<u64>| {},
             ),
             asked: None,
@@ -142,7 +147,7 @@ impl World {
         let more = head > start.max(FIRST_HEAD);
         let standing = StartPoint { start: Seq::at(start), head: Seq::at(head), more };
         let mut outputs = Vec::new();
-        self.session = Session::start(standing, |o| outputs.push(o));
+        self.session = Session::start(standing, self.window, |o| outputs.push(o));
         self.take(outputs);
     }
 
@@ -162,6 +167,9 @@ impl World {
                     self.client.at = seq;
                     self.client.fresh = false;
                     self.client.received.push(seq);
+                    self.client.unacked.push(seq);
+                    let ahead = self.client.unacked.len();
+                    assert!(self.window.is_none_or(|window| ahead <= window as usize), "{ahead} ahead");
                 }
                 Output::Gap { after, before, reason } => {
                     let stands = after.get() == self.client.at;
@@ -185,7 +193,10 @@ impl World {
                             assert_eq!(self.state(after.get() + 1), State::Unreadable);
                             self.client.fresh = false;
                         }
-                        GapReason::Reset => assert!(before <= after && before.get() == self.head() + 1),
+                        GapReason::Reset => {
+                            assert!(before <= after && before.get() == self.head() + 1);
+                            self.client.unacked.clear();
+                        }
                     }
                     self.client.at = before.get() - 1;
                 }
@@ -193,9 +204,12 @@ impl World {
                     self.client.caught_up += 1;
                     assert_eq!(seq.get(), if self.client.fresh { 0 } else { self.client.at });
                 }
-                Output::Read(after) => {
+                Output::Read { after, most } => {
+                    let free = self.window.map(|window| window - self.client.unacked.len() as u32);
+                    assert_eq!(most, free, "a page is cut to the credit");
+                    assert!(self.window.is_none_or(|window| free.unwrap() * 2 >= window));
                     assert!(self.asked.is_none() && !self.full, "one read at a time, and none without room");
-                    self.asked = Some(after);
+                    self.asked = Some((after, most));
                 }
                 Output::Cursor(seq) => {
                     assert!(seq > self.cursor || seq.get() <= self.client.at);
@@ -212,10 +226,11 @@ impl World {
     }
 
     fn perform_read(&mut self) {
-        let Some(after) = self.asked else { return };
+        let Some((after, most)) = self.asked else { return };
+        let limit = most.map_or(self.page_limit, |most| self.page_limit.min(most as usize));
         let numbers: Vec<u64> = (after.get().max(FIRST_HEAD) + 1..=self.head()).collect();
-        let cut = numbers.len() > self.page_limit;
-        let looked_at = &numbers[..numbers.len().min(self.page_limit)];
+        let cut = numbers.len() > limit;
+        let looked_at = &numbers[..numbers.len().min(limit)];
         self.in_flight = Some(Page {
             after,
             items: looked_at.iter().filter(|n| self.alive(**n)).map(|n| self.item(*n)).collect(),
@@ -231,7 +246,7 @@ impl World {
 
     fn deliver_page(&mut self) {
         if let Some(page) = self.in_flight.take() {
-            if self.asked == Some(page.after) {
+            if self.asked.is_some_and(|(after, _)| after == page.after) {
                 self.asked = None;
             }
             self.step(Input::Page(page));
@@ -295,7 +310,11 @@ impl World {
                     }
                 }
             }
-            Op::Ack(seq) => self.step(Input::Ack(seq)),
+            Op::Ack(seq) => {
+                let upto = seq.min(self.session.position().get());
+                self.client.unacked.retain(|unacked| *unacked > upto);
+                self.step(Input::Ack(seq));
+            }
             Op::Reconnect(from) => {
                 self.check_so_far();
                 self.in_flight = None;
@@ -322,6 +341,7 @@ impl World {
         for _ in 0..self.inbox.len() * 2 + 8 {
             self.perform_read();
             self.deliver_page();
+            self.apply(Op::Ack(u64::MAX));
             self.apply(Op::Sweep);
         }
         self.check_so_far();
@@ -339,8 +359,9 @@ proptest! {
 
     #[test]
     fn whatever_happens_every_message_comes_once_and_in_order(
-            ops in proptest::collection::vec(op(), 1..120), page_limit in 1usize..6) {
-        let mut world = World::new(page_limit);
+            ops in proptest::collection::vec(op(), 1..120), page_limit in 1usize..6,
+            window in proptest::option::of(1u32..7)) {
+        let mut world = World::new(page_limit, window);
         for op in ops {
             world.apply(op);
         }

@@ -46,7 +46,6 @@ fn read_into(buffer: &mut ReadBuf<'_>, mut stream: &TcpStream) -> io::Result<(us
 
 /// A TCP stream that replays bytes, holds writes back, and registers with the reactor late.
 #[derive(Debug)]
-#[repr(C)]
 pub struct LazyTcpStream {
     /// To be written before the next write or flush.
     held: Vec<u8>,

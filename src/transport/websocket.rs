@@ -26,10 +26,11 @@ use handshake::ANSWER_ROOM;
 pub use handshake::{Handshake, HandshakeError, handshake, request_head};
 
 use super::lazy_stream::LazyTcpStream;
+use crate::wire::frame::AUTH_MAX_BYTES;
 use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
 /// Largest client frame and message, in bytes (docs/design.md, section 11).
-pub const CLIENT_FRAME_MAX: usize = 4 * 1024;
+pub const CLIENT_FRAME_MAX: usize = AUTH_MAX_BYTES;
 /// Read buffer per connection, in bytes, allocated at once. Client frames are acks of 30 bytes.
 const READ_BUFFER: usize = 256;
 /// Bytes that are framed and not written. Above this the socket takes no more text and no more
@@ -57,8 +58,6 @@ pub struct ServerSocket {
     inner: Box<Inner>,
 }
 
-/// The order of the fields matters: sending a text touches only the first cache line.
-#[repr(C)]
 struct Inner {
     /// Cached `!rules.can_write()`: the close handshake has begun and no data frame may follow.
     write_closed: bool,
@@ -230,9 +229,9 @@ impl Sink<Outgoing> for ServerSocket {
         match outgoing {
             Outgoing::Text(text) => self.inner.text(&text),
             Outgoing::Ping => self.inner.control(Message::Ping(Bytes::new())),
-            Outgoing::Close(code) => self.inner.control(Message::Close(Some(CloseFrame {
+            Outgoing::Close(code, reason) => self.inner.control(Message::Close(Some(CloseFrame {
                 code: RawCloseCode::from(code.number()),
-                reason: Utf8Bytes::from_static(code.name()),
+                reason: Utf8Bytes::from_static(reason),
             }))),
         }
     }

@@ -5,4 +5,4 @@ pub mod peer;
 pub mod proto;
 pub mod socket;
 
-pub use ringpush_protocol::{address, close, frame, http, rest};
+pub use ringpush_protocol::{address, close, frame, http, refusal, rest};

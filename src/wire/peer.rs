@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::message::{DeviceId, Message, Millis, NodeId, Seq, UserId};
+use super::refusal::Refused;
+use crate::message::{ClientName, DeviceId, Message, Millis, NodeId, Seq, UserId};
 
 /// The version of a view. It is sent with every peer call, so that both sides notice when their
 /// views differ.
@@ -128,6 +129,8 @@ pub struct Presence {
     pub connected_at: Millis,
     /// The last position that the device acked, as far as this node knows.
     pub acked: Seq,
+    /// What the client says that it is.
+    pub client: Option<ClientName>,
 }
 
 /// A request to auth: is this token good?
@@ -165,5 +168,5 @@ pub enum PeerError {
     Unavailable(String),
     /// The token is refused; the reason may be shown to the client.
     #[error("{0}")]
-    Unauthorized(String),
+    Unauthorized(Refused),
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::peer::{LiveMessage, Presence, Revocation, ViewVersion};
-use crate::message::{DeviceId, Message, MessageId, Millis, NodeId, Seq, UserId};
+use crate::message::{ClientName, DeviceId, EventName, Message, MessageId, Millis, NodeId, Seq, UserId};
 
 /// Messages between roles, from `proto/peer.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
@@ -46,6 +46,7 @@ impl From<&LiveMessage> for peer::Live {
             id: message.id.as_str().to_owned(),
             accepted_at_ms: message.accepted_at.0,
             expires_at_ms: message.expires_at.0,
+            event: message.event.as_ref().map(|event| event.as_str().to_owned()),
             payload: message.payload.clone(),
         }
     }
@@ -60,6 +61,11 @@ impl TryFrom<peer::Live> for LiveMessage {
             id: MessageId::parse(&live.id).map_err(|_| ProtoError("id"))?,
             accepted_at: Millis(live.accepted_at_ms),
             expires_at: Millis(live.expires_at_ms),
+            event: live
+                .event
+                .map(|event| EventName::parse(&event))
+                .transpose()
+                .map_err(|_| ProtoError("event"))?,
             payload: live.payload,
         };
         Ok(Self { user: user_of(&live.user)?, message: Arc::new(message) })
@@ -100,6 +106,7 @@ impl From<&Presence> for peer::Session {
             node: presence.node.as_str().to_owned(),
             connected_at_ms: presence.connected_at.0,
             acked: presence.acked.get(),
+            client: presence.client.as_ref().map(|client| client.as_str().to_owned()),
         }
     }
 }
@@ -113,6 +120,8 @@ impl TryFrom<peer::Session> for Presence {
             node: node_of(&session.node)?,
             connected_at: Millis(session.connected_at_ms),
             acked: Seq::new(session.acked).ok_or(ProtoError("acked"))?,
+            // Only shown to people.
+            client: session.client.and_then(|client| ClientName::parse(&client).ok()),
         })
     }
 }
@@ -145,6 +154,7 @@ mod tests {
                 id: MessageId::parse("order-17").unwrap(),
                 accepted_at: Millis(5),
                 expires_at: Millis(u64::MAX),
+                event: None,
                 payload: Bytes::from(payload),
             };
             let live = LiveMessage { user: UserId::parse(&user).unwrap(), message: Arc::new(message) };

@@ -24,8 +24,8 @@ pub enum Outgoing {
     Text(Bytes),
     /// A ping of the WebSocket layer.
     Ping,
-    /// The last frame: nothing follows it.
-    Close(CloseCode),
+    /// The last frame, with the code and its reason: nothing follows it.
+    Close(CloseCode, &'static str),
 }
 
 /// Why a socket ended.

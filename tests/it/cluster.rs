@@ -84,6 +84,7 @@ async fn publishers_may_speak_grpc() {
         },
     );
     let publish = |users: &[&str], payload: &str, id: &str| message::PublishRequest {
+        event: String::new(),
         users: users.iter().map(|user| (*user).to_owned()).collect(),
         payload_json: payload.to_owned().into(),
         ttl_s: 0,

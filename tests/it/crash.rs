@@ -235,7 +235,7 @@ fn user_id() -> ringpush::message::UserId {
 
 fn signer(server: &Server) -> ringpush::role::auth::Auth {
     use ringpush::role::auth::{Auth, AuthConfig};
-    let config = AuthConfig { token_key: server.key("token_key"), ..AuthConfig::default() };
+    let config = AuthConfig { token_key: server.key("token_key").into(), ..AuthConfig::default() };
     Auth::new(config, ringpush::clock::Clock::system()).unwrap()
 }
 

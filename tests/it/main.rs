@@ -25,6 +25,7 @@ mod replica_set;
 mod requests;
 mod restores;
 mod rooms;
+mod session_options;
 mod sizes;
 mod sockets;
 mod tokens;

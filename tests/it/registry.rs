@@ -52,6 +52,7 @@ pub(crate) fn info(name: &str) -> NodeInfo {
         push: true,
         dispatch: false,
         store: "".into(),
+        ticket_in_auth: false,
     }
 }
 

@@ -36,6 +36,7 @@ pub(crate) fn item(user: &UserId, id: &str, ttl_ms: u64) -> Append {
         deduplicated: true,
         accepted_at: now,
         expires_at: Millis(now.0 + ttl_ms),
+        event: None,
         payload: Bytes::from(format!("{id:?}")),
     }
 }

@@ -17,11 +17,10 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     // Tier 1: one door per foreign system.
     ("clock", &["message"]),
     ("telemetry", &[]),
-    ("thread", &[]),
     ("tasks", &[]),
     ("membership", &["message", "ring", "clock", "backoff", "wire", "transport", "peer_proof"]),
     ("fallback", &["message", "clock", "backoff", "transport"]),
-    ("inbox", &["message", "clock", "backoff", "thread", "tasks"]),
+    ("inbox", &["message", "clock", "backoff", "tasks"]),
     ("transport", &["wire", "redis_url"]),
     // Tier 2: what should happen. A role knows users, not sockets: it does not know transport.
     (

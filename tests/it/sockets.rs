@@ -164,7 +164,7 @@ async fn an_ack_above_what_was_sent_counts_as_the_last_one() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_oldest_session_goes_when_a_user_has_too_many() {
+async fn the_oldest_session_goes_when_a_device_has_too_many() {
     let server = Server::start().await;
     let mut sockets = Vec::new();
     for _ in 0..17 {
@@ -211,8 +211,8 @@ async fn faults_of_the_protocol_itself_have_codes_of_their_own() {
     let unmasked = [0x81, 2, b'{', b'}'].to_vec();
     let reserved = Raw::frame(0xf1, b"{}");
     let invalid = Raw::frame(0x81, &[0xff, 0xfe]);
-    let mut fragments = Raw::frame(0x01, &[b' '; 3_000]);
-    fragments.extend(Raw::frame(0x00, &[b' '; 3_000]));
+    let mut fragments = Raw::frame(0x01, &[b' '; 13_000]);
+    fragments.extend(Raw::frame(0x00, &[b' '; 13_000]));
     for (name, bytes, code) in [
         ("unmasked", unmasked, 1002),
         ("reserved bits", reserved, 1002),

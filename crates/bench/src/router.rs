@@ -78,6 +78,7 @@ fn batches() -> Vec<Vec<LiveMessage>> {
             id: MessageId::parse("01K0000000000000000000000").unwrap(),
             accepted_at: Millis(1_795_380_000_000),
             expires_at: Millis(1_795_980_000_000),
+            event: None,
             payload: Bytes::from_static(&[b'x'; 120]),
         }),
     };
@@ -148,6 +149,7 @@ async fn dispatch_alone(seconds: f64) -> f64 {
             push: true,
             dispatch: false,
             store: "".into(),
+            ticket_in_auth: false,
         };
         membership.join(info).await.unwrap();
     }

@@ -286,7 +286,9 @@ impl Actor {
                 self.hint = reconnect.unwrap_or(self.hint);
                 return Ok(Taken::Nothing);
             }
-            ReceivedFrame::Other(ServerFrame::Refreshed { .. } | ServerFrame::Pong) => {
+            ReceivedFrame::Other(
+                ServerFrame::Refreshed { .. } | ServerFrame::Pong | ServerFrame::Heartbeat,
+            ) => {
                 return Ok(Taken::Nothing);
             }
         };

@@ -3,8 +3,8 @@
 
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
 
-use crate::frame::Since;
-use crate::message::{DeviceId, NodeId};
+use crate::frame::{Begin, SessionOptions, Since, parse_window};
+use crate::message::{ClientName, DeviceId, NodeId};
 
 /// Characters that are escaped in a path segment or a query value.
 const RESERVED: &AsciiSet = &CONTROLS
@@ -40,7 +40,7 @@ pub fn unescape(text: &str) -> Option<String> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UrlTemplate {
     before: String,
-    after: Option<String>,
+    after: String,
 }
 
 impl UrlTemplate {
@@ -58,35 +58,50 @@ impl UrlTemplate {
         }
         match text.split_once("{node}") {
             Some((_, after)) if after.contains("{node}") => Err("must contain {node} once"),
-            Some((before, after)) => Ok(Self { before: before.into(), after: Some(after.into()) }),
+            Some((before, after)) => Ok(Self { before: before.into(), after: after.into() }),
             None => Err("must contain {node}, which stands for the name of the node, \
                          such as wss://push.example.com/n/{node}/v1/ws"),
         }
     }
 
-    /// A URL that does not depend on the node: the node's own address, as in development.
-    #[must_use]
-    pub fn fixed(url: &str) -> Self {
-        Self { before: url.to_owned(), after: None }
-    }
-
     /// The URL of `node`.
     #[must_use]
     pub fn url(&self, node: &NodeId) -> String {
-        match &self.after {
-            Some(after) => format!("{}{node}{after}", self.before),
-            None => self.before.clone(),
-        }
+        format!("{}{node}{}", self.before, self.after)
+    }
+}
+
+impl SessionOptions {
+    /// The options as parameters of a query, each after a `&`.
+    #[must_use]
+    pub fn query(&self) -> String {
+        let Self { device, since, begin, heartbeat, window, client } = self;
+        let since = since.map(|since| match since {
+            Since::After(seq) => seq.to_string(),
+            Since::Latest => "latest".to_owned(),
+        });
+        let begin = begin.map(|begin| match begin {
+            Begin::Oldest => "oldest".to_owned(),
+            Begin::Latest => "latest".to_owned(),
+        });
+        let all = [
+            ("device", device.as_ref().map(|device| escape(device.as_str()))),
+            ("since", since),
+            ("begin", begin),
+            ("heartbeat", heartbeat.map(|heartbeat| u8::from(heartbeat).to_string())),
+            ("window", window.map(|window| window.to_string())),
+            ("client", client.as_ref().map(|client| escape(client.as_str()))),
+        ];
+        let shown = |(name, value): (&str, Option<String>)| value.map(|value| format!("&{name}={value}"));
+        all.into_iter().filter_map(shown).collect()
     }
 }
 
 /// The query of a socket request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SocketQuery {
-    /// `device`.
-    pub device: Option<DeviceId>,
-    /// `since`: where to start.
-    pub since: Option<Since>,
+    /// `device`, `since`, `begin`, `heartbeat`, `window` and `client`.
+    pub options: SessionOptions,
     /// `ticket`, from `connect`.
     pub ticket: Option<String>,
     /// `hops`: how often this client was sent on.
@@ -123,8 +138,30 @@ impl SocketQuery {
 
     fn take(&mut self, name: &str, value: String) -> Result<(), (&'static str, String)> {
         match name {
-            "device" => self.device = Some(DeviceId::parse(&value).map_err(|f| ("device", f.to_string()))?),
-            "since" => self.since = Some(Since::parse(&value).map_err(|rule| ("since", rule.to_owned()))?),
+            "device" => {
+                self.options.device = Some(DeviceId::parse(&value).map_err(|f| ("device", f.to_string()))?);
+            }
+            "since" => {
+                self.options.since = Some(Since::parse(&value).map_err(|rule| ("since", rule.to_owned()))?);
+            }
+            "begin" => {
+                self.options.begin = Some(Begin::parse(&value).map_err(|rule| ("begin", rule.to_owned()))?);
+            }
+            "window" => {
+                let window = parse_window(&value).map_err(|rule| ("window", rule.to_owned()))?;
+                self.options.window = Some(window);
+            }
+            "heartbeat" => {
+                self.options.heartbeat = match value.as_str() {
+                    "1" => Some(true),
+                    "0" => Some(false),
+                    _ => return Err(("heartbeat", "heartbeat is 1 or 0".to_owned())),
+                }
+            }
+            "client" => {
+                let client = ClientName::parse(&value).map_err(|f| ("client", f.to_string()))?;
+                self.options.client = Some(client);
+            }
             "ticket" => self.ticket = Some(value),
             "access_token" => self.access_token = Some(value),
             "hops" => {
@@ -170,9 +207,32 @@ mod tests {
     }
 
     #[test]
+    fn a_query_asks_of_its_session_what_auth_may_ask() {
+        let query =
+            SocketQuery::parse("begin=latest&heartbeat=1&window=256&client=ringpush-js%2F1.0").unwrap();
+        let SessionOptions { begin, heartbeat, window, client, .. } = query.options;
+        assert_eq!((begin, heartbeat, window), (Some(Begin::Latest), Some(true), Some(256)));
+        assert_eq!(client.unwrap().as_str(), "ringpush-js/1.0");
+        for (name, bad) in [
+            ("window", "0"),
+            ("window", "-1"),
+            ("window", "10001"),
+            ("window", "99999999999999999999"),
+            ("window", "many"),
+            ("begin", "newest"),
+            ("heartbeat", "yes"),
+            ("client", "%00"),
+            ("client", ""),
+        ] {
+            let faults = SocketQuery::parse(&format!("{name}={bad}")).unwrap_err();
+            assert!(faults.len() == 1 && faults[0].0 == name && faults[0].1.contains(name), "{faults:?}");
+        }
+    }
+
+    #[test]
     fn a_query_is_read_whole_or_every_fault_is_named() {
         let query = SocketQuery::parse("device=web-1&since=41&hops=2&epoch=8&redirect=http&x=y").unwrap();
-        assert_eq!(query.since, Some(Since::After(Seq::new(41).unwrap())));
+        assert_eq!(query.options.since, Some(Since::After(Seq::new(41).unwrap())));
         assert_eq!((query.hops, query.epoch, query.redirect_http), (2, 8, true));
         let faults = SocketQuery::parse("device=a%20b&since=-1&hops=many").unwrap_err();
         assert_eq!(faults.iter().map(|f| f.0).collect::<Vec<_>>(), ["device", "since", "hops"]);

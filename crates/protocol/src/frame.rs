@@ -8,7 +8,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::message::{DeviceId, Message, Seq};
+use crate::message::{ClientName, DeviceId, Message, Seq};
 
 /// The subprotocol that the server selects if the client offers any.
 pub const SUBPROTOCOL: &str = "ringpush.v1.json";
@@ -17,14 +17,7 @@ pub const SUBPROTOCOL: &str = "ringpush.v1.json";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ClientFrame {
     /// The first frame, if no token came with the request.
-    Auth {
-        /// The token, unverified.
-        token: String,
-        /// The device, if the client names one.
-        device: Option<DeviceId>,
-        /// Where to start, if the client says so.
-        since: Option<Since>,
-    },
+    Auth(Box<AuthFrame>),
     /// The client has handled everything up to this number, on this device.
     Ack(u64),
     /// A new token for the same user.
@@ -32,6 +25,100 @@ pub enum ClientFrame {
     /// A ping of a client that cannot send WebSocket pings.
     Ping,
 }
+
+/// The `auth` frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuthFrame {
+    /// What shows who the client is, unverified.
+    pub credential: AuthCredential,
+    /// What the client asks of its session.
+    pub options: SessionOptions,
+}
+
+/// What a client shows in its `auth` frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AuthCredential {
+    /// A token.
+    Token(String),
+    /// A ticket from `connect`.
+    Ticket(String),
+}
+
+/// What a client asks of its session, in the query of its request or in its `auth` frame.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SessionOptions {
+    /// The device, if the client names one.
+    pub device: Option<DeviceId>,
+    /// Where to start, if the client says so.
+    pub since: Option<Since>,
+    /// Where a device without a cursor starts, if the client says so.
+    pub begin: Option<Begin>,
+    /// A `heartbeat` frame comes beside each ping.
+    pub heartbeat: Option<bool>,
+    /// Most messages that may be sent ahead of the client's acks, 1 to [`WINDOW_MAX`].
+    pub window: Option<u32>,
+    /// Name and version of the client's library or program.
+    pub client: Option<ClientName>,
+}
+
+impl SessionOptions {
+    /// These options, and for what they leave open, those of `other`.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            device: self.device.or(other.device),
+            since: self.since.or(other.since),
+            begin: self.begin.or(other.begin),
+            heartbeat: self.heartbeat.or(other.heartbeat),
+            window: self.window.or(other.window),
+            client: self.client.or(other.client),
+        }
+    }
+}
+
+/// Where a device starts that has no cursor, if no `since` is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// With the oldest message that is stored.
+    Oldest,
+    /// With what comes from now on.
+    Latest,
+}
+
+impl Begin {
+    /// Parses `oldest` or `latest`.
+    ///
+    /// # Errors
+    ///
+    /// The rule that `text` breaks.
+    pub fn parse(text: &str) -> Result<Self, &'static str> {
+        match text {
+            "oldest" => Ok(Self::Oldest),
+            "latest" => Ok(Self::Latest),
+            _ => Err("begin is \"oldest\" or \"latest\""),
+        }
+    }
+}
+
+/// Largest `window`.
+pub const WINDOW_MAX: u32 = 10_000;
+const WINDOW_RULE: &str = "window is an integer from 1 to 10000";
+
+/// Parses a `window`.
+///
+/// # Errors
+///
+/// The rule that `text` breaks.
+pub fn parse_window(text: &str) -> Result<u32, &'static str> {
+    text.parse().ok().filter(|window| (1..=WINDOW_MAX).contains(window)).ok_or(WINDOW_RULE)
+}
+
+/// Largest `auth` frame, in bytes: a token of 8 KiB, and the positions of 128 topics.
+pub const AUTH_MAX_BYTES: usize = 24 * 1024;
+/// Largest `refresh` frame, in bytes: a token of 8 KiB.
+pub const REFRESH_MAX_BYTES: usize = 12 * 1024;
+/// Largest other frame of a client, in bytes.
+pub const OTHER_MAX_BYTES: usize = 4 * 1024;
 
 /// Where a session starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,10 +151,47 @@ struct Tagged<'a> {
     kind: std::borrow::Cow<'a, str>,
     token: Option<String>,
     device: Option<String>,
+    ticket: Option<String>,
+    client: Option<String>,
     #[serde(borrow)]
     since: Option<&'a RawValue>,
     #[serde(borrow)]
     seq: Option<&'a RawValue>,
+    #[serde(borrow)]
+    begin: Option<&'a RawValue>,
+    #[serde(borrow)]
+    heartbeat: Option<&'a RawValue>,
+    #[serde(borrow)]
+    window: Option<&'a RawValue>,
+}
+
+impl Tagged<'_> {
+    fn auth(self) -> Result<AuthFrame, String> {
+        let credential = match (self.token, self.ticket) {
+            (Some(_), Some(_)) => return Err("auth has \"token\" or \"ticket\", not both".to_owned()),
+            (Some(token), None) => AuthCredential::Token(token),
+            (None, Some(ticket)) => AuthCredential::Ticket(ticket),
+            (None, None) => return Err("auth needs \"token\" or \"ticket\", a string".to_owned()),
+        };
+        let text = |raw: &RawValue| serde_json::from_str::<String>(raw.get()).unwrap_or_default();
+        let heartbeat = match self.heartbeat.map(RawValue::get) {
+            None => None,
+            Some("true") => Some(true),
+            Some("false") => Some(false),
+            Some(_) => return Err("heartbeat is true or false".to_owned()),
+        };
+        Ok(AuthFrame {
+            credential,
+            options: SessionOptions {
+                device: self.device.map(|d| DeviceId::parse(&d)).transpose().map_err(|f| f.to_string())?,
+                since: self.since.map(|raw| Since::parse(raw.get().trim_matches('"'))).transpose()?,
+                begin: self.begin.map(|raw| Begin::parse(&text(raw))).transpose()?,
+                heartbeat,
+                window: self.window.map(|raw| parse_window(raw.get())).transpose()?,
+                client: self.client.map(|c| ClientName::parse(&c)).transpose().map_err(|f| f.to_string())?,
+            },
+        })
+    }
 }
 
 impl ClientFrame {
@@ -92,11 +216,7 @@ impl ClientFrame {
             )),
             "ping" => Ok(Self::Ping),
             "refresh" => Ok(Self::Refresh(frame.token.ok_or("refresh needs \"token\", a string")?)),
-            "auth" => Ok(Self::Auth {
-                token: frame.token.ok_or("auth needs \"token\", a string")?,
-                device: frame.device.map(|d| DeviceId::parse(&d)).transpose().map_err(|f| f.to_string())?,
-                since: frame.since.map(|raw| Since::parse(raw.get().trim_matches('"'))).transpose()?,
-            }),
+            "auth" => frame.auth().map(|auth| Self::Auth(Box::new(auth))),
             _ => Err("unknown type: a client sends auth, ack, refresh or ping".to_owned()),
         }
     }
@@ -108,19 +228,52 @@ impl ClientFrame {
             Self::Ack(seq) => format!(r#"{{"type":"ack","seq":{seq}}}"#),
             Self::Ping => r#"{"type":"ping"}"#.to_owned(),
             Self::Refresh(token) => serde_json::json!({"type": "refresh", "token": token}).to_string(),
-            Self::Auth { token, device, since } => {
-                let mut frame = serde_json::json!({"type": "auth", "token": token});
-                if let Some(device) = device {
-                    frame["device"] = device.as_str().into();
-                }
-                match since {
-                    Some(Since::After(seq)) => frame["since"] = seq.get().into(),
-                    Some(Since::Latest) => frame["since"] = "latest".into(),
-                    None => {}
-                }
-                frame.to_string()
-            }
+            Self::Auth(auth) => auth.encode().to_string(),
         }
+    }
+
+    /// The most bytes that a frame of this kind may have.
+    #[must_use]
+    pub fn max_bytes(&self) -> usize {
+        match self {
+            Self::Auth(_) => AUTH_MAX_BYTES,
+            Self::Refresh(_) => REFRESH_MAX_BYTES,
+            Self::Ack(_) | Self::Ping => OTHER_MAX_BYTES,
+        }
+    }
+}
+
+impl AuthFrame {
+    fn encode(&self) -> serde_json::Value {
+        let mut frame = serde_json::json!({"type": "auth"});
+        match &self.credential {
+            AuthCredential::Token(token) => frame["token"] = token.as_str().into(),
+            AuthCredential::Ticket(ticket) => frame["ticket"] = ticket.as_str().into(),
+        }
+        let SessionOptions { device, since, begin, heartbeat, window, client } = &self.options;
+        if let Some(device) = device {
+            frame["device"] = device.as_str().into();
+        }
+        match since {
+            Some(Since::After(seq)) => frame["since"] = seq.get().into(),
+            Some(Since::Latest) => frame["since"] = "latest".into(),
+            None => {}
+        }
+        match begin {
+            Some(Begin::Oldest) => frame["begin"] = "oldest".into(),
+            Some(Begin::Latest) => frame["begin"] = "latest".into(),
+            None => {}
+        }
+        if let Some(heartbeat) = heartbeat {
+            frame["heartbeat"] = (*heartbeat).into();
+        }
+        if let Some(window) = window {
+            frame["window"] = (*window).into();
+        }
+        if let Some(client) = client {
+            frame["client"] = client.as_str().into();
+        }
+        frame
     }
 }
 
@@ -188,7 +341,24 @@ pub enum ServerFrame {
         ping_every_ms: u64,
         /// The hint for the next reconnect.
         reconnect: ReconnectHint,
+        /// When the token ends, and with it the session, RFC 3339. Empty from an earlier version.
+        #[serde(default)]
+        token_expires_at: String,
+        /// The server's time, RFC 3339. Empty from an earlier version.
+        #[serde(default)]
+        server_time: String,
+        /// What this server understands beyond the first version of the protocol.
+        #[serde(default)]
+        features: Vec<String>,
+        /// Time between two `heartbeat` frames, in ms, if the client asked for them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        heartbeat_ms: Option<u64>,
+        /// Where a device without a cursor was made to begin, with `begin: "latest"`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        began: Option<u64>,
     },
+    /// Comes beside each ping, for clients that see no pings.
+    Heartbeat,
     /// The backlog is delivered; live messages follow.
     CaughtUp {
         /// The last position that was sent.
@@ -225,6 +395,11 @@ pub enum ServerFrame {
     Error {
         /// The name of the close code.
         code: String,
+        /// Why: with `unauthorized` the name of a
+        /// [`RefusalReason`](crate::refusal::RefusalReason), otherwise that of the close code. Empty
+        /// from an earlier version.
+        #[serde(default)]
+        reason: String,
         /// An explanation for people.
         message: String,
         /// When to reconnect, if that makes sense.
@@ -264,6 +439,12 @@ fn put_message_fields(out: &mut BytesMut, message: &Message) {
     put_number(out, message.seq.get());
     out.put_slice(br#","id":"#);
     put_id(out, message.id.as_str());
+    if let Some(event) = &message.event {
+        // Its characters need no escaping.
+        out.put_slice(br#","event":""#);
+        out.put_slice(event.as_str().as_bytes());
+        out.put_u8(b'"');
+    }
     out.put_slice(br#","accepted_at":""#);
     message.accepted_at.put_rfc3339(out);
     out.put_slice(br#"","expires_at":""#);
@@ -298,6 +479,9 @@ pub struct MessageFrame {
     pub seq: u64,
     /// Id of the message.
     pub id: String,
+    /// What it tells, if its sender named that.
+    #[serde(default)]
+    pub event: Option<String>,
     /// When it was accepted, RFC 3339.
     pub accepted_at: String,
     /// When it expires, RFC 3339.
@@ -332,7 +516,7 @@ impl ReceivedFrame {
         let kind: Kind = serde_json::from_slice(text)?;
         match kind.kind.as_str() {
             "message" => serde_json::from_slice(text).map(Self::Message),
-            "welcome" | "caught_up" | "gap" | "move" | "refreshed" | "error" | "pong" => {
+            "welcome" | "caught_up" | "gap" | "move" | "refreshed" | "error" | "pong" | "heartbeat" => {
                 serde_json::from_slice(text).map(Self::Other)
             }
             _ => Ok(Self::Unknown),

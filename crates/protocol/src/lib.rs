@@ -4,6 +4,7 @@
 //! - [`message`]: the nouns.
 //! - [`frame`]: the frames of the client WebSocket. [`close`]: the close codes.
 //! - [`http`]: the requests of the HTTP interfaces, and problems. [`rest`]: the responses.
+//! - [`refusal`]: why a token or ticket is refused.
 //! - [`address`]: public URLs, and the query of a socket request.
 //! - [`backoff`]: the delays with jitter that both sides use.
 //!
@@ -26,4 +27,5 @@ pub mod close;
 pub mod frame;
 pub mod http;
 pub mod message;
+pub mod refusal;
 pub mod rest;

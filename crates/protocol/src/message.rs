@@ -14,6 +14,10 @@ use smol_str::SmolStr;
 pub const NAME_MAX_BYTES: usize = 128;
 /// Longest device name, in bytes (docs/protocol.md, Client WebSocket).
 pub const DEVICE_MAX_BYTES: usize = 64;
+/// Longest name of an event, in bytes (docs/protocol.md, Collect HTTP).
+pub const EVENT_MAX_BYTES: usize = 64;
+/// Longest name of a client, in bytes (docs/protocol.md, Client WebSocket).
+pub const CLIENT_MAX_BYTES: usize = 64;
 /// Longest node name, in bytes: one DNS label.
 pub const NODE_MAX_BYTES: usize = 63;
 
@@ -91,6 +95,25 @@ name_type!(
     MessageId,
     |text| (1..=NAME_MAX_BYTES).contains(&text.len()) && text.bytes().all(|b| (0x20..=0x7e).contains(&b)),
     "an id is 1 to 128 printable ASCII characters"
+);
+
+name_type!(
+    /// The name of what a message tells, such as `order.paid`: a client routes by it without
+    /// opening the payload.
+    EventName,
+    |text| {
+        (1..=EVENT_MAX_BYTES).contains(&text.len())
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:-".contains(&b))
+    },
+    "an event is 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', ':' and '-'"
+);
+
+name_type!(
+    /// Name and version of a client's library or program, such as `ringpush-js/1.0`, as it says
+    /// itself.
+    ClientName,
+    |text| (1..=CLIENT_MAX_BYTES).contains(&text.len()) && text.bytes().all(|b| (0x20..=0x7e).contains(&b)),
+    "client is 1 to 64 printable ASCII characters"
 );
 
 impl Default for DeviceId {
@@ -216,6 +239,8 @@ pub struct Message {
     pub accepted_at: Millis,
     /// From this time on it is not shown to anybody.
     pub expires_at: Millis,
+    /// What it tells, if its sender named that.
+    pub event: Option<EventName>,
     /// Valid JSON text.
     pub payload: Bytes,
 }

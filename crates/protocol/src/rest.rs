@@ -17,6 +17,12 @@ pub struct ConnectRequest {
 pub struct ConnectResponse {
     /// The URL to open, with a ticket in its query.
     pub url: String,
+    /// The same URL without the ticket, if the node there takes a ticket in `auth`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<String>,
+    /// The ticket for `auth` at `socket`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ticket: Option<String>,
     /// The node at that URL.
     #[serde(default)]
     pub node: String,
@@ -89,6 +95,9 @@ pub struct DeviceEntry {
     pub connected_at: Option<String>,
     /// The node of that session.
     pub node: Option<String>,
+    /// What the client of that session says that it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<String>,
 }
 
 /// The response to `GET /v1/cluster`.

@@ -27,6 +27,9 @@ pub struct Closed {
     /// The `error` frame before it, if one came.
     pub error: Option<String>,
     pub reconnect: bool,
+    /// What that frame says for people, and its hint for the next reconnect.
+    pub message: Option<String>,
+    pub hint: Value,
 }
 
 impl Socket {
@@ -54,6 +57,21 @@ impl Socket {
             Ok((inner, _)) => Ok(Self { inner, last: 0 }),
             Err(Error::Http(response)) => Err(response.status().as_u16()),
             Err(error) => panic!("{url}: {error}"),
+        }
+    }
+
+    /// Status and problem of a request for a socket that is refused.
+    pub async fn refusal(url: &str, token: Option<&str>) -> (u16, Value) {
+        let mut request = url.into_client_request().unwrap();
+        if let Some(token) = token {
+            request.headers_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+        }
+        match tokio::time::timeout(DEADLINE, connect_async(request)).await.expect("an answer in time") {
+            Err(Error::Http(response)) => {
+                let body = response.body().as_deref().unwrap_or_default();
+                (response.status().as_u16(), serde_json::from_slice(body).unwrap_or_default())
+            }
+            other => panic!("{url} was not refused: {other:?}"),
         }
     }
 
@@ -95,11 +113,25 @@ impl Socket {
                 Some(Ok(Message::Close(frame))) => {
                     let (code, reason) =
                         frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
-                    return Err(Closed { code, reason, error: None, reconnect: false });
+                    return Err(Closed {
+                        code,
+                        reason,
+                        error: None,
+                        reconnect: false,
+                        message: None,
+                        hint: Value::Null,
+                    });
                 }
                 Some(Ok(_)) => {}
                 Some(Err(_)) | None => {
-                    return Err(Closed { code: 1006, reason: String::new(), error: None, reconnect: false });
+                    return Err(Closed {
+                        code: 1006,
+                        reason: String::new(),
+                        error: None,
+                        reconnect: false,
+                        message: None,
+                        hint: Value::Null,
+                    });
                 }
             }
         }
@@ -158,15 +190,17 @@ impl Socket {
 
     /// Reads to the end.
     pub async fn closed(&mut self) -> Closed {
-        let (mut error, mut reconnect) = (None, false);
+        let (mut error, mut reconnect, mut message, mut hint) = (None, false, None, Value::Null);
         loop {
             match self.next().await {
                 Ok(frame) if frame["type"] == "error" => {
                     error = frame["code"].as_str().map(str::to_owned);
                     reconnect = frame["reconnect"].is_object();
+                    message = frame["message"].as_str().map(str::to_owned);
+                    hint = frame["reconnect"].clone();
                 }
                 Ok(_) => {}
-                Err(closed) => return Closed { error, reconnect, ..closed },
+                Err(closed) => return Closed { error, reconnect, message, hint, ..closed },
             }
         }
     }

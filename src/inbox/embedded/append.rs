@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use fjall::{OwnedWriteBatch, PersistMode, Readable, Snapshot};
 
-use super::super::{Append, Appended, InboxError, payload_digest};
+use super::super::{Append, Appended, InboxError};
 use super::records::{
     Fence, Head, fence_key, head_key, prefix, put_message, put_message_key, seq_of, unreadable,
 };
@@ -35,8 +35,7 @@ impl Store {
         // fjall copies what it is given, so the buffers are reused.
         let (mut key, mut value) = (Vec::new(), Vec::new());
         for item in batch {
-            let fence =
-                item.deduplicated.then(|| (fence_key(&item.user, &item.id), payload_digest(&item.payload)));
+            let fence = item.deduplicated.then(|| (fence_key(&item.user, &item.id), item.digest()));
             if let Some((key, digest)) = &fence {
                 let known = match fences.get(key) {
                     Some(fence) => Some(*fence),

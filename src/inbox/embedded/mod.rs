@@ -6,7 +6,7 @@
 //!
 //! | keyspace | key | value |
 //! | --- | --- | --- |
-//! | messages | hash user 0 seq | accepted, expires, deduplicated, id, payload |
+//! | messages | hash user 0 seq | accepted, expires, flags, id, event, payload |
 //! | heads | hash user | head, first, not before |
 //! | fences | hash user 0 idempotency key | seq, expires, payload digest |
 //! | cursors | hash user 0 device | acked, moved at |

@@ -222,8 +222,10 @@ impl Store {
         let (mut snapshot, mut pending) = (self.db.snapshot(), self.db.batch());
         let mut touched: HashSet<&UserId> = HashSet::new();
         for change in changes {
-            let (Change::Cursor { user, .. } | Change::NotBefore { user, .. } | Change::Shown { user, .. }) =
-                change;
+            let (Change::Cursor { user, .. }
+            | Change::Begin { user, .. }
+            | Change::NotBefore { user, .. }
+            | Change::Shown { user, .. }) = change;
             if !touched.insert(user) {
                 // A later change of the same user must see an earlier one.
                 self.commit(std::mem::replace(&mut pending, self.db.batch()))?;
@@ -233,6 +235,13 @@ impl Store {
             match change {
                 Change::Cursor { user, device, acked } => {
                     self.move_cursor(&snapshot, &mut pending, (user, device), *acked, now)?;
+                }
+                Change::Begin { user, device, at } => {
+                    if self.head(&snapshot, user)?.is_none() {
+                        pending.insert(&self.heads, head_key(user), self.newborn.encode());
+                    }
+                    self.move_cursor(&snapshot, &mut pending, (user, device), *at, now)?;
+                    synced = true;
                 }
                 // An embedded store is restored while no process has it open, so every position
                 // that clients know comes from this process.

@@ -3,7 +3,7 @@
 use bytes::{Buf, BufMut, Bytes};
 
 use super::super::{Append, Appended, CURSOR_LIFE_MS, InboxError, is_json};
-use crate::message::{Message, MessageId, Millis, Seq, UserId};
+use crate::message::{EventName, Message, MessageId, Millis, Seq, UserId};
 
 /// A head record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,8 +17,8 @@ pub(super) struct Head {
 
 impl Append {
     pub(super) fn numbered(self, seq: u64) -> Message {
-        let Self { id, accepted_at, expires_at, payload, .. } = self;
-        Message { seq: Seq::at(seq), id, accepted_at, expires_at, payload }
+        let Self { id, accepted_at, expires_at, event, payload, .. } = self;
+        Message { seq: Seq::at(seq), id, accepted_at, expires_at, event, payload }
     }
 }
 
@@ -92,6 +92,10 @@ impl Head {
 
 /// Version of the encoding of a message.
 pub(super) const MESSAGE_LAYOUT: u8 = 1;
+/// Flag of a message whose idempotency key is remembered.
+const DEDUPLICATED: u8 = 1;
+/// Flag of a message that has an event: its length and text stand before the payload.
+const HAS_EVENT: u8 = 2;
 
 /// Encodes a message into `out`, replacing its content.
 pub(super) fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bool) {
@@ -100,9 +104,14 @@ pub(super) fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bo
     out.put_u8(MESSAGE_LAYOUT);
     out.put_u64(message.accepted_at.0);
     out.put_u64(message.expires_at.0);
-    out.put_u8(u8::from(deduplicated));
+    out.put_u8(u8::from(deduplicated) * DEDUPLICATED + u8::from(message.event.is_some()) * HAS_EVENT);
     out.put_u8(u8::try_from(id.len()).unwrap_or(u8::MAX));
     out.put_slice(id);
+    if let Some(event) = &message.event {
+        let event = event.as_str().as_bytes();
+        out.put_u8(u8::try_from(event.len()).unwrap_or(u8::MAX));
+        out.put_slice(event);
+    }
     out.put_slice(&message.payload);
 }
 
@@ -111,17 +120,28 @@ pub(super) fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxE
         return Err(corrupt("a message"));
     }
     let (accepted_at, expires_at) = (Millis(raw.get_u64()), Millis(raw.get_u64()));
-    let (deduplicated, id_len) = (raw.get_u8() == 1, raw.get_u8() as usize);
-    if raw.len() < id_len {
-        return Err(corrupt("a message"));
-    }
-    let id = raw.split_to(id_len);
+    let (flags, id_len) = (raw.get_u8(), raw.get_u8() as usize);
+    let id = take_text(&mut raw, id_len)?;
     let id = std::str::from_utf8(&id).ok().and_then(|id| MessageId::parse(id).ok());
     let id = id.ok_or_else(|| corrupt("a message id"))?;
+    let event = if flags & HAS_EVENT == 0 {
+        None
+    } else {
+        let length = raw.first().copied().unwrap_or_default() as usize;
+        raw.advance(raw.len().min(1));
+        let event = take_text(&mut raw, length)?;
+        let event = std::str::from_utf8(&event).ok().and_then(|event| EventName::parse(event).ok());
+        Some(event.ok_or_else(|| corrupt("an event"))?)
+    };
     if !is_json(&raw) {
         return Err(corrupt("a payload"));
     }
-    Ok((Message { seq: Seq::at(seq), id, accepted_at, expires_at, payload: raw }, deduplicated))
+    let message = Message { seq: Seq::at(seq), id, accepted_at, expires_at, event, payload: raw };
+    Ok((message, flags & DEDUPLICATED != 0))
+}
+
+fn take_text(raw: &mut Bytes, length: usize) -> Result<Bytes, InboxError> {
+    if raw.len() < length { Err(corrupt("a message")) } else { Ok(raw.split_to(length)) }
 }
 
 /// The user of a head record's key; `None` if the key is not one.

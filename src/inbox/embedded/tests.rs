@@ -74,6 +74,7 @@ fn item(user: &str, id: &str, deduplicated: bool) -> Append {
         deduplicated,
         accepted_at: START,
         expires_at: START.plus_seconds(60),
+        event: None,
         payload: Bytes::from_static(b"1"),
     }
 }

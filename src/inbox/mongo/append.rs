@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use super::stored::{HeadRecord, StoredMessage, id, int, integer, place_of};
 use super::{Inner, unavailable, watch, words};
 use crate::backoff::between;
-use crate::inbox::{Append, Appended, InboxError, payload_digest};
+use crate::inbox::{Append, Appended, InboxError};
 use crate::message::{Message, Seq, UserId};
 
 /// MongoDB's code for a duplicate key.
@@ -516,6 +516,7 @@ async fn acknowledge(
         id: item.append.id.clone(),
         accepted_at: item.append.accepted_at,
         expires_at: item.append.expires_at,
+        event: item.append.event.clone(),
         payload: item.append.payload.clone(),
     }))));
     Ok(true)
@@ -575,8 +576,7 @@ async fn answer_repeats(
             give_up_id(inner, &id(&append.user, *n), append).await?;
             continue;
         }
-        let same =
-            stored.get_binary_generic("d").is_ok_and(|digest| *digest == payload_digest(&append.payload));
+        let same = stored.get_binary_generic("d").is_ok_and(|digest| *digest == append.digest());
         let seq = Seq::at(*n);
         outcomes[item.at] = Some(Ok(if same { Appended::Duplicate(seq) } else { Appended::Conflict }));
         done.insert(item.at);

@@ -56,9 +56,11 @@ impl Inner {
         let minute = now - now % MINUTE_MS;
         let mut updates = Vec::new();
         let mut users = Vec::new();
+        // A cursor may be lost, but not where a device began.
+        let begins = changes.iter().any(|change| matches!(change, Change::Begin { .. }));
         for change in changes {
             match change {
-                Change::Cursor { user, device, acked } => {
+                Change::Cursor { user, device, acked } | Change::Begin { user, device, at: acked } => {
                     updates.push(doc! {
                         "q": { "_id": { "u": user.as_str(), "d": device.as_str() } },
                         "u": { "$max": { "acked": int(acked.get()) }, "$set": { "at": int(minute), "t": int(now) } },
@@ -73,8 +75,13 @@ impl Inner {
         if updates.is_empty() {
             return Ok(());
         }
+        let concern = if begins {
+            doc! { "w": "majority", "j": true }
+        } else {
+            doc! { "w": 1 }
+        };
         let command = doc! {
-            "update": CURSORS, "updates": updates, "ordered": false, "writeConcern": { "w": 1 },
+            "update": CURSORS, "updates": updates, "ordered": false, "writeConcern": concern,
         };
         let answer = self.in_time(self.database.run_command(command).into_future()).await;
         let answer = answer.map_err(unavailable)?;

@@ -211,7 +211,7 @@ impl Inner {
 
     async fn profile(&self, user: UserId) -> Result<Profile, InboxError> {
         let tops = self.tops(&[&user]).await?;
-        let Some((record, top)) = tops.get(&user) else { return Ok(Profile::default()) };
+        let (record, top) = tops.get(&user).copied().unwrap_or_default();
         let filter = doc! { "_id.u": user.as_str() };
         let mut cursors: Vec<(DeviceId, Seq)> = self
             .read_cursors(filter)
@@ -220,7 +220,7 @@ impl Inner {
             .map(|((_, device), acked)| (device, acked))
             .collect();
         cursors.sort();
-        let head = record.head.max(*top);
+        let head = record.head.max(top);
         Ok(Profile {
             head: (head > record.first).then(|| Seq::at(head)),
             not_before_s: record.not_before_s,

@@ -5,8 +5,8 @@ use mongodb::bson::spec::BinarySubtype;
 use mongodb::bson::{Binary, Bson, Document, doc};
 use serde::{Deserialize, Serialize};
 
-use crate::inbox::{Append, InboxError, is_json, payload_digest};
-use crate::message::{Message, MessageId, Millis, Seq, UserId};
+use crate::inbox::{Append, InboxError, is_json};
+use crate::message::{EventName, Message, MessageId, Millis, Seq, UserId};
 
 /// The collection of head records and messages.
 pub(super) const INBOX: &str = "inbox";
@@ -29,6 +29,9 @@ pub(super) struct StoredMessage {
     pub(super) at: i64,
     /// When it expires, ms.
     pub(super) x: i64,
+    /// Event, if the sender named one.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(super) e: Option<String>,
     /// Payload.
     pub(super) p: Binary,
     /// The idempotency key; unset when it is given up.
@@ -85,9 +88,10 @@ impl StoredMessage {
             i: append.id.as_str().to_owned(),
             at: int(append.accepted_at.0),
             x: int(append.expires_at.0),
+            e: append.event.as_ref().map(|event| event.as_str().to_owned()),
             p: binary(&append.payload),
             f: append.deduplicated.then(|| append.id.as_str().to_owned()),
-            d: append.deduplicated.then(|| binary(&payload_digest(&append.payload))),
+            d: append.deduplicated.then(|| binary(&append.digest())),
         }
     }
 
@@ -99,6 +103,7 @@ impl StoredMessage {
             i: "bridge".to_owned(),
             at: 0,
             x: 0,
+            e: None,
             p: binary(&[]),
             f: None,
             d: None,
@@ -129,6 +134,7 @@ impl StoredMessage {
             id: MessageId::parse(&self.i).map_err(|_| corrupt())?,
             accepted_at: Millis(self.at.max(0).unsigned_abs()),
             expires_at: Millis(self.x.max(0).unsigned_abs()),
+            event: self.e.map(|event| EventName::parse(&event)).transpose().map_err(|_| corrupt())?,
             payload: Bytes::from(self.p.bytes),
         })
     }

@@ -12,6 +12,7 @@ fn node(name: &str, state: NodeState) -> Member {
         push: name.starts_with("push"),
         dispatch: name.starts_with("dispatch"),
         store: "".into(),
+        ticket_in_auth: false,
     };
     Member { info, incarnation: 1, state }
 }

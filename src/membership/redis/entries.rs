@@ -30,6 +30,9 @@ pub(super) const ACCEPTS_MAX: u32 = 1_000_000;
 /// Larger numbers cannot be represented exactly in a browser's JSON.
 pub(super) const COUNT_MAX: u64 = 1 << 53;
 
+/// The feature of a node that takes a ticket in an `auth` frame.
+const FEATURE_TICKET: &str = "ticket";
+
 /// Node info as it is stored. Unknown fields are ignored, so that versions may mix.
 #[derive(Serialize, Deserialize)]
 pub(super) struct StoredInfo {
@@ -45,6 +48,9 @@ pub(super) struct StoredInfo {
     /// Identity of its store.
     #[serde(default)]
     pub(super) store: String,
+    /// What the node understands beyond the first version.
+    #[serde(default)]
+    pub(super) features: Vec<String>,
     /// Made with `peer.secret` over what others rely on before they have spoken to the node.
     #[serde(default)]
     pub(super) proof: String,
@@ -66,6 +72,7 @@ impl StoredInfo {
             draining: state == NodeState::Draining,
             reached,
             store: info.store.to_string(),
+            features: info.ticket_in_auth.then(|| FEATURE_TICKET.to_owned()).into_iter().collect(),
             proof: String::new(),
         };
         stored.proof = key.sign(stored.entry(&info.node));
@@ -175,6 +182,7 @@ pub(super) fn member(node: NodeId, incarnation: u64, stored: StoredInfo) -> Memb
             peer: stored.peer.into(),
             push: stored.push,
             dispatch: stored.dispatch,
+            ticket_in_auth: stored.features.iter().any(|feature| feature == FEATURE_TICKET),
             store: stored.store.into(),
         },
         incarnation,
@@ -202,6 +210,7 @@ mod tests {
 
     fn entry(name: &str, change: impl FnOnce(&mut StoredInfo), key: &EntryKey) -> Reply {
         let mut stored = StoredInfo {
+            features: Vec::new(),
             weight: 1.0,
             accept_per_s: 4000,
             peer: "10.0.0.1:7070".to_owned(),

@@ -151,11 +151,11 @@ impl Key {
         }
         let decoded = jsonwebtoken::decode(token, &self.verifying, &self.validation);
         let data = decoded.map_err(|error| match error.kind() {
-            ErrorKind::InvalidSignature => "the token's signature is wrong",
+            ErrorKind::InvalidSignature => TokenError::Bad("the token's signature is wrong"),
             ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
-                "the token's algorithm is not the one of the configured key"
+                TokenError::Bad("the token's algorithm is not the one of the configured key")
             }
-            _ => "this is not a token",
+            _ => TokenError::Malformed,
         })?;
         self.fast_path.iter().for_each(|fast_path| fast_path.remember(token));
         Ok(data.claims)

@@ -24,6 +24,8 @@ use crate::clock::Clock;
 use crate::message::{Millis, UserId};
 use crate::telemetry::WAY;
 use crate::wire::peer::{Identity, PeerError, VerifyRequest};
+use crate::wire::refusal::{RefusalReason, Refused};
+use secrecy::{ExposeSecret, SecretString};
 
 use keys::Key;
 
@@ -36,7 +38,7 @@ pub const TOKEN_TTL_DEFAULT_S: u64 = 3600;
 #[derive(Debug, Clone, Default)]
 pub struct AuthConfig {
     /// An HS256 secret as it stands, or a public key in PEM.
-    pub token_key: String,
+    pub token_key: SecretString,
     /// The `iss` that a token must have, if set.
     pub issuer: Option<String>,
     /// The `aud` that a token must have, if set.
@@ -46,6 +48,12 @@ pub struct AuthConfig {
 /// Why a token is refused. The text is for the client and contains no part of the token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
+    /// It has not the form of a token.
+    #[error("this is not a token")]
+    Malformed,
+    /// Its time is over.
+    #[error("the token has expired")]
+    Expired,
     /// The token is bad, for this reason.
     #[error("{0}")]
     Bad(&'static str),
@@ -55,6 +63,19 @@ pub enum TokenError {
     /// The keys were not fetched yet.
     #[error("the keys of the issuer could not be fetched yet")]
     NoKeys,
+}
+
+impl TokenError {
+    /// The reason on the wire; `None` if it says nothing about the token.
+    #[must_use]
+    pub fn reason(self) -> Option<RefusalReason> {
+        match self {
+            Self::Malformed => Some(RefusalReason::TokenMalformed),
+            Self::Expired => Some(RefusalReason::TokenExpired),
+            Self::Bad(_) | Self::UnknownKey => Some(RefusalReason::TokenInvalid),
+            Self::NoKeys => None,
+        }
+    }
 }
 
 impl From<&'static str> for TokenError {
@@ -107,7 +128,7 @@ impl Auth {
     ///
     /// [`KeyError`] with the remedy.
     pub fn new(config: AuthConfig, clock: Clock) -> Result<Self, KeyError> {
-        let keys = Keys::One(Box::new(Key::read(&config.token_key)?));
+        let keys = Keys::One(Box::new(Key::read(config.token_key.expose_secret())?));
         Ok(Self { inner: Arc::new(Inner { keys, config, clock, unknown_key: Notify::new() }) })
     }
 
@@ -154,7 +175,7 @@ impl Auth {
                 let known = known.read();
                 let keys = known.as_ref().ok_or(TokenError::NoKeys)?;
                 let header = jsonwebtoken::decode_header(token);
-                let kid = header.map_err(|_| TokenError::Bad("this is not a token"))?.kid;
+                let kid = header.map_err(|_| TokenError::Malformed)?.kid;
                 let found = match &kid {
                     Some(kid) => keys.get(kid),
                     None if keys.len() == 1 => keys.values().next(),
@@ -179,7 +200,7 @@ impl Auth {
         // serde would accept an array for a struct.
         let claims = Some(raw.get()).filter(|text| text.trim_start().starts_with('{'));
         let claims: Option<Claims> = claims.and_then(|text| serde_json::from_str(text).ok());
-        let claims = claims.ok_or("this is not a token")?;
+        let claims = claims.ok_or(TokenError::Malformed)?;
         let expires_at_s = self.check(&claims)?;
         let user = claims.sub.as_ref().and_then(Value::as_str).and_then(|sub| UserId::parse(sub).ok());
         let user = user.ok_or("the token's sub is not a user id")?;
@@ -190,22 +211,22 @@ impl Auth {
     }
 
     /// Checks the claims. Returns when the token expires.
-    fn check(&self, claims: &Claims) -> Result<u64, &'static str> {
+    fn check(&self, claims: &Claims) -> Result<u64, TokenError> {
         let now_s = self.inner.clock.now().seconds();
         let expires_at_s = seconds(claims.exp.as_ref())?.ok_or("the token has no exp")?;
         if expires_at_s <= now_s {
-            return Err("the token has expired");
+            return Err(TokenError::Expired);
         }
         if seconds(claims.nbf.as_ref())?.is_some_and(|nbf| nbf > now_s) {
-            return Err("the token is not valid yet");
+            return Err("the token is not valid yet".into());
         }
         let config = &self.inner.config;
         let iss = claims.iss.as_ref().and_then(Value::as_str);
         if config.issuer.as_deref().is_some_and(|issuer| iss != Some(issuer)) {
-            return Err("the token is of another issuer");
+            return Err("the token is of another issuer".into());
         }
         if config.audience.as_deref().is_some_and(|aud| !is_for(claims.aud.as_ref(), aud)) {
-            return Err("the token is for another audience");
+            return Err("the token is for another audience".into());
         }
         Ok(expires_at_s)
     }
@@ -280,9 +301,9 @@ impl tower::Service<VerifyRequest> for Auth {
 
     /// It takes some microseconds and never waits.
     fn call(&mut self, request: VerifyRequest) -> Self::Future {
-        ready(self.verify(&request.token).map_err(|fault| match fault {
-            TokenError::NoKeys => PeerError::Unavailable(fault.to_string()),
-            TokenError::UnknownKey | TokenError::Bad(_) => PeerError::Unauthorized(fault.to_string()),
+        ready(self.verify(&request.token).map_err(|fault| match fault.reason() {
+            None => PeerError::Unavailable(fault.to_string()),
+            Some(reason) => PeerError::Unauthorized(Refused::new(reason, fault.to_string())),
         }))
     }
 }

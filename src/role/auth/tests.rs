@@ -10,7 +10,7 @@ const NOW: Millis = Millis(1_795_380_000_000);
 const SECRET: &str = "0123456789abcdef0123456789abcdef";
 
 fn auth(token_key: &str) -> Auth {
-    Auth::new(AuthConfig { token_key: token_key.to_owned(), ..AuthConfig::default() }, Clock::standing(NOW))
+    Auth::new(AuthConfig { token_key: token_key.into(), ..AuthConfig::default() }, Clock::standing(NOW))
         .unwrap()
 }
 
@@ -35,7 +35,7 @@ fn with(name: &str, value: Value) -> Value {
 #[test]
 fn an_issued_token_is_good_until_its_very_end() {
     let clock = Clock::standing(NOW);
-    let config = AuthConfig { token_key: SECRET.to_owned(), ..AuthConfig::default() };
+    let config = AuthConfig { token_key: SECRET.into(), ..AuthConfig::default() };
     let auth = Auth::new(config, clock.clone()).unwrap();
     let (token, ends) = auth.issue(&UserId::parse("用户42").unwrap(), 60).unwrap();
     assert_eq!(ends, Millis(NOW.0 + 60_000));
@@ -44,7 +44,7 @@ fn an_issued_token_is_good_until_its_very_end() {
     clock.advance(59_999);
     assert!(auth.verify(&token).is_ok());
     clock.advance(1);
-    assert_eq!(auth.verify(&token), Err(TokenError::Bad("the token has expired")));
+    assert_eq!(auth.verify(&token), Err(TokenError::Expired));
 }
 
 #[test]
@@ -108,7 +108,7 @@ fn tokens_that_are_not_good_are_refused() {
 #[test]
 fn issuer_and_audience_count_where_they_are_configured() {
     let config = AuthConfig {
-        token_key: SECRET.to_owned(),
+        token_key: SECRET.into(),
         issuer: Some("shop".to_owned()),
         audience: Some("push".to_owned()),
     };
@@ -127,7 +127,7 @@ fn issuer_and_audience_count_where_they_are_configured() {
 #[test]
 fn keys_that_cannot_serve_are_named() {
     let make = |key: &str| {
-        Auth::new(AuthConfig { token_key: key.to_owned(), ..AuthConfig::default() }, Clock::standing(NOW))
+        Auth::new(AuthConfig { token_key: key.into(), ..AuthConfig::default() }, Clock::standing(NOW))
             .err()
     };
     assert_eq!(make("too short"), Some(KeyError::Short(9)));
@@ -170,7 +170,7 @@ fn a_public_key_in_any_dress_is_no_secret() {
             STANDARD.encode(&jwk),
             format!("ssh-ed25519 {body} somebody"),
         ] {
-            let config = AuthConfig { token_key: dress.clone(), ..AuthConfig::default() };
+            let config = AuthConfig { token_key: dress.as_str().into(), ..AuthConfig::default() };
             let made = Auth::new(config, Clock::standing(NOW)).err();
             assert!(matches!(made, Some(KeyError::Disguised(_))), "{dress}: {made:?}");
         }
@@ -277,7 +277,7 @@ fn claims_that_are_no_object_or_say_a_thing_twice_are_refused() {
         format!(r#"["alice",{ends},null,null,null,null]"#),
         format!(r#"{{"sub":"alice","exp":{ends}}} {{}}"#),
     ] {
-        assert_eq!(auth.verify(&signed(&bad)), Err(TokenError::Bad("this is not a token")), "{bad}");
+        assert_eq!(auth.verify(&signed(&bad)), Err(TokenError::Malformed), "{bad}");
     }
 }
 

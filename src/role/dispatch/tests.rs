@@ -92,6 +92,7 @@ fn info(name: &str) -> NodeInfo {
         push: true,
         dispatch: false,
         store: "".into(),
+        ticket_in_auth: false,
     }
 }
 
@@ -101,6 +102,7 @@ fn live(user: &str, seq: u64) -> LiveMessage {
         id: MessageId::parse("m").unwrap(),
         accepted_at: Millis(0),
         expires_at: Millis(u64::MAX),
+        event: None,
         payload: Bytes::from_static(b"1"),
     };
     LiveMessage { user: UserId::parse(user).unwrap(), message: Arc::new(message) }

@@ -13,13 +13,13 @@ use super::registry::Arrival;
 use super::tokens::{Known, TokenCheck};
 use crate::clock::Clock;
 use crate::fallback::Holder;
-use crate::message::DeviceId;
 use crate::role::connect::PublicUrls;
 use crate::telemetry::{Credential, WAY};
 use crate::ticket::{Ticket, TicketError, TicketKey, UsedNonces};
-use crate::wire::address::{SocketQuery, escape};
-use crate::wire::frame::Since;
+use crate::wire::address::SocketQuery;
+use crate::wire::frame::SessionOptions;
 use crate::wire::peer::PeerError;
+use crate::wire::refusal::{RefusalReason, Refused};
 
 /// Burst of accepted sockets, in seconds of `accept_per_s` (docs/design.md, section 11).
 const BURST_S: f64 = 2.0;
@@ -63,8 +63,7 @@ pub struct SocketRequest<'a> {
 pub struct Admission {
     /// Set if a token or ticket came with the request.
     pub(super) identity: Option<Known>,
-    pub(super) device: Option<DeviceId>,
-    pub(super) since: Option<Since>,
+    pub(super) options: SessionOptions,
     pub(super) arrival: Arrival,
 }
 
@@ -76,7 +75,7 @@ pub enum AdmissionError {
     /// 403.
     ForbiddenOrigin,
     /// 401, with the reason.
-    Unauthorized(String),
+    Unauthorized(Refused),
     /// 422: parameters and rules.
     BadQuery(Vec<(&'static str, String)>),
     /// 307 to this URL, for a client that asked for it.
@@ -149,30 +148,21 @@ impl Admitter {
             self.tokens.refuse(Credential::Origin, why);
             return Err(AdmissionError::ForbiddenOrigin);
         }
-        let query = SocketQuery::parse(request.query).map_err(AdmissionError::BadQuery)?;
+        let mut query = SocketQuery::parse(request.query).map_err(AdmissionError::BadQuery)?;
         let mut arrival = self.arrival(request.node_in_path, &query);
-        let mut device = query.device.clone();
         let identity = match &query.ticket {
-            Some(ticket) => {
-                let ticket = self.take_ticket(ticket)?;
-                if ticket.keep {
-                    arrival.keep_at = Some(self.ownership.digest());
-                }
-                device = Some(ticket.device);
-                let (issued_at_s, expires_at_s) = (ticket.token_iat_s, ticket.token_exp_s);
-                Some(Known { user: ticket.user, issued_at_s, expires_at_s })
-            }
+            Some(ticket) => Some(self.redeem(ticket, &mut arrival, &mut query.options)?),
             None => self.verify_token(&request, &query).await?,
         };
         let user = identity.as_ref().map_or("not known yet", |known| known.user.as_str());
         tracing::debug!(target: WAY, step = 1, user, node = %self.ownership.node(), "asked for a socket");
         if query.redirect_http
             && let Some(known) = &identity
-            && let Some(url) = self.elsewhere(known, &device, query.since, arrival)
+            && let Some(url) = self.elsewhere(known, &query.options, arrival)
         {
             return Err(AdmissionError::Redirect(url));
         }
-        Ok(Admission { identity, device, since: query.since, arrival })
+        Ok(Admission { identity, options: query.options, arrival })
     }
 
     /// A client that was sent on twice, or whose path names another node, is kept until the view
@@ -184,17 +174,32 @@ impl Admitter {
         Arrival { hops: query.hops, client_epoch: query.epoch, keep_at }
     }
 
-    fn take_ticket(&self, text: &str) -> Result<Ticket, AdmissionError> {
+    /// Takes a ticket, which names the device too.
+    ///
+    /// # Errors
+    ///
+    /// It is not good, or the node takes no more sockets this second.
+    pub(super) fn redeem(
+        &self,
+        text: &str,
+        arrival: &mut Arrival,
+        options: &mut SessionOptions,
+    ) -> Result<Known, AdmissionError> {
         let refused = |error: TicketError| {
             let why = error.to_string();
             self.tokens.refuse(Credential::Ticket, &why);
-            AdmissionError::Unauthorized(why)
+            AdmissionError::Unauthorized(Refused::new(RefusalReason::TicketInvalid, why))
         };
         let ticket = self.tickets.verify(text).map_err(refused)?;
         // Before the ticket is used up: a ticket that cannot be served now stays good.
         self.budgets.try_acquire(Who::Known)?;
         self.tickets.redeem(&ticket).map_err(refused)?;
-        Ok(ticket)
+        if ticket.keep {
+            arrival.keep_at = Some(self.ownership.digest());
+        }
+        options.device = Some(ticket.device);
+        let (issued_at_s, expires_at_s) = (ticket.token_iat_s, ticket.token_exp_s);
+        Ok(Known { user: ticket.user, issued_at_s, expires_at_s })
     }
 
     async fn verify_token(
@@ -210,14 +215,14 @@ impl Admitter {
         if token.is_empty() {
             let why = "a token is needed: Authorization: Bearer <token>";
             self.tokens.refuse(Credential::Token, why);
-            return Err(AdmissionError::Unauthorized(why.to_owned()));
+            return Err(AdmissionError::Unauthorized(Refused::new(RefusalReason::TokenMissing, why)));
         }
         match self.tokens.verify(token).await {
             Ok(known) => {
                 self.budgets.try_acquire(Who::Known)?;
                 Ok(Some(known))
             }
-            Err(PeerError::Unauthorized(reason)) => Err(AdmissionError::Unauthorized(reason)),
+            Err(PeerError::Unauthorized(refused)) => Err(AdmissionError::Unauthorized(refused)),
             Err(PeerError::Unavailable(_)) => {
                 Err(AdmissionError::Unavailable("tokens cannot be verified now"))
             }
@@ -225,13 +230,7 @@ impl Admitter {
     }
 
     /// The owner's URL, if another node owns the user and the client may be sent there.
-    fn elsewhere(
-        &self,
-        known: &Known,
-        device: &Option<DeviceId>,
-        since: Option<Since>,
-        arrival: Arrival,
-    ) -> Option<String> {
+    fn elsewhere(&self, known: &Known, options: &SessionOptions, arrival: Arrival) -> Option<String> {
         let view = self.ownership.view();
         let owner = view.owner(&known.user).filter(|owner| owner.info.node != *self.ownership.node())?;
         if view.held || arrival.keep_at.is_some() {
@@ -239,14 +238,7 @@ impl Admitter {
         }
         let hops = arrival.hops.saturating_add(1);
         let mut url = format!("{}?hops={hops}&epoch={}", self.urls.of(&owner.info.node)?, view.epoch);
-        if let Some(device) = device {
-            url.push_str(&format!("&device={}", escape(device.as_str())));
-        }
-        match since {
-            Some(Since::After(seq)) => url.push_str(&format!("&since={seq}")),
-            Some(Since::Latest) => url.push_str("&since=latest"),
-            None => {}
-        }
+        url.push_str(&options.query());
         self.metrics.moves.inc();
         Some(url)
     }

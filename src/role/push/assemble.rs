@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::admission::Admitter;
 use super::attach::Attacher;
 use super::availability::Availability;
 use super::config::{PushConfig, PushLimits, PushMetrics, PushParts};
@@ -19,10 +20,9 @@ use super::ownership::Ownership;
 use super::page_reads::PageReads;
 use super::reconnect::ReconnectWindow;
 use super::refresh::Refresher;
-use super::registry::Registry;
+use super::registry::{Registry, SessionLimits};
 use super::serving::ServingContext;
 use super::sweep::Sweeper;
-use super::tokens::TokenCheck;
 use super::welcome::Welcomer;
 use crate::clock::Clock;
 use crate::fallback::{Fallback, Holder};
@@ -47,7 +47,10 @@ impl Base {
     /// The base of the node `holder`.
     pub(super) fn new(config: &PushConfig, parts: &PushParts, holder: Holder) -> Self {
         let limits = config.limits;
-        let registry = Arc::new(Registry::new(limits.sessions_per_user));
+        let registry = Arc::new(Registry::new(SessionLimits {
+            per_user: limits.sessions_per_user,
+            per_device: limits.sessions_per_device,
+        }));
         let availability = Arc::new(Availability::new(parts.health.clone()));
         let (name, views) = (holder.node.clone(), parts.membership.views());
         let ownership = Arc::new(Ownership::new(name, views, Arc::clone(&availability)));
@@ -62,9 +65,10 @@ impl Base {
         &self,
         reading: &Reading,
         placement: &Placement,
-        tokens: &Arc<TokenCheck>,
+        admitter: &Arc<Admitter>,
         clock: Clock,
     ) -> Arc<Connector> {
+        let tokens = &admitter.tokens;
         let attacher = Attacher {
             registry: Arc::clone(&self.registry),
             ownership: Arc::clone(&self.ownership),
@@ -72,12 +76,13 @@ impl Base {
             displaced: Arc::clone(&placement.displaced),
             mover: Arc::clone(&placement.mover),
             lookup: reading.lookup.clone(),
+            inbox: Arc::clone(&reading.inbox),
             cursors: Arc::clone(&reading.cursors),
         };
         let context = ServingContext {
             limits: self.limits,
             metrics: self.metrics.clone(),
-            clock,
+            clock: clock.clone(),
             cursors: Arc::clone(&reading.cursors),
             reads: Arc::clone(&reading.pages),
             refresher: Arc::new(Refresher { tokens: Arc::clone(tokens), lookup: reading.lookup.clone() }),
@@ -85,6 +90,7 @@ impl Base {
                 ownership: Arc::clone(&self.ownership),
                 window: Arc::clone(&self.window),
                 ping_every: self.limits.ping_every,
+                clock,
             },
             window: Arc::clone(&self.window),
         };
@@ -93,12 +99,14 @@ impl Base {
             context: Arc::new(context),
             availability: Arc::clone(&self.availability),
             ownership: Arc::clone(&self.ownership),
+            admitter: Arc::clone(admitter),
         })
     }
 }
 
 /// All that reads or writes the inbox.
 pub(super) struct Reading {
+    pub(super) inbox: Arc<dyn Inbox>,
     pub(super) lookup: PositionLookup,
     pub(super) pages: Arc<PageReads>,
     pub(super) cursors: Arc<CursorWriter>,
@@ -114,14 +122,14 @@ impl Reading {
         let cursors = Arc::new(CursorWriter::new(Arc::clone(&inbox)));
         tasks.spawn(Arc::clone(&cursors).run());
         let sweeper = Arc::new(Sweeper::new(
-            inbox,
+            Arc::clone(&inbox),
             Arc::clone(&base.registry),
             Arc::clone(&base.availability),
             base.metrics.clone(),
             base.limits.sweep_every,
         ));
         tasks.spawn(Arc::clone(&sweeper).run());
-        Self { lookup, pages, cursors, sweeper }
+        Self { inbox, lookup, pages, cursors, sweeper }
     }
 }
 

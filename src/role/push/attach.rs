@@ -12,10 +12,12 @@ use super::displaced::DisplacedSet;
 use super::end::End;
 use super::moves::Mover;
 use super::ownership::Ownership;
-use super::registry::{RegistrationGuard, Registry, SessionHandle};
-use crate::inbox::{PositionLookup, PositionQuery, StartAt, UserPosition};
+use super::registry::{RegistrationGuard, Registry, Room, SessionHandle};
+use crate::inbox::{Change, Inbox, InboxError, PositionLookup, PositionQuery, StartAt, UserPosition};
+use crate::message::Seq;
 use crate::wire::close::CloseCode;
-use crate::wire::frame::Since;
+use crate::wire::frame::{Begin, Since};
+use crate::wire::refusal::RefusalReason;
 
 /// Attaches sessions to this node.
 pub(super) struct Attacher {
@@ -25,6 +27,7 @@ pub(super) struct Attacher {
     pub(super) displaced: Arc<DisplacedSet>,
     pub(super) mover: Arc<Mover>,
     pub(super) lookup: PositionLookup,
+    pub(super) inbox: Arc<dyn Inbox>,
     pub(super) cursors: Arc<CursorWriter>,
 }
 
@@ -34,7 +37,8 @@ impl Attacher {
         &self,
         handle: Arc<SessionHandle>,
         since: Option<Since>,
-    ) -> Result<(RegistrationGuard, UserPosition), End> {
+        begin: Option<Begin>,
+    ) -> Result<(RegistrationGuard, UserPosition, Option<Seq>), End> {
         let mut registered = self.registry.register(Arc::clone(&handle));
         if !self.ownership.owns_now(&handle.user) {
             Box::pin(self.displaced.enter(&handle.user)).await;
@@ -42,38 +46,44 @@ impl Attacher {
         }
         let displaced = Arc::clone(&self.displaced);
         registered.when_last(move |user| displaced.leave(user));
-        let position = self.start_position(&handle, since).await?;
+        let (position, began) = self.start_position(&handle, since, begin).await?;
         if handle.token_iat_s() < position.not_before_s {
-            return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));
+            return Err(End::refused(RefusalReason::TokenRevoked, "the token was revoked"));
         }
         if !self.availability.takes_sockets() {
             return Err(End::close(CloseCode::Draining, "the node is leaving"));
         }
         // Only when this session is known to be good: a revoked token must not close other
         // sessions.
-        if registered.crowded
-            && let Some(oldest) = self.registry.evict_excess(&handle)
-        {
-            oldest.mailbox.close(CloseCode::Replaced, "this user opened more sessions than are kept");
+        if registered.crowded {
+            match self.registry.make_room(&handle) {
+                Room::Enough => {}
+                Room::InPlaceOf(other) => {
+                    let why = "this device opened more sessions than are kept";
+                    other.mailbox.close(CloseCode::Replaced, why);
+                }
+                Room::None => return Err(End::Crowded),
+            }
         }
-        Ok((registered, position))
+        Ok((registered, position, began))
     }
 
     async fn start_position(
         &self,
         handle: &SessionHandle,
         since: Option<Since>,
-    ) -> Result<UserPosition, End> {
+        begin: Option<Begin>,
+    ) -> Result<(UserPosition, Option<Seq>), End> {
+        if since.is_none() && begin == Some(Begin::Latest) && !self.has_cursor(handle).await? {
+            return self.begin_at_latest(handle).await;
+        }
         let from = match since {
             None => StartAt::Cursor(handle.device.clone()),
             Some(Since::After(position)) => StartAt::After(position),
             Some(Since::Latest) => StartAt::Latest,
         };
         let mut position =
-            self.lookup.ask(PositionQuery { user: handle.user.clone(), from }).await.map_err(|error| {
-                tracing::debug!(%error, "a session could not attach");
-                End::close(CloseCode::Overloaded, "the inbox cannot be read now")
-            })?;
+            self.lookup.ask(PositionQuery { user: handle.user.clone(), from }).await.map_err(not_now)?;
         let pending = self.cursors.pending(&handle.user, &handle.device);
         if since.is_none()
             && let Some(acked) = pending.filter(|acked| *acked > position.start)
@@ -84,6 +94,31 @@ impl Attacher {
             // page tells the rest.
             position.start = acked.min(position.head);
         }
-        Ok(position)
+        Ok((position, None))
     }
+
+    /// Whether the device has a cursor, stored or on its way to the store.
+    async fn has_cursor(&self, handle: &SessionHandle) -> Result<bool, End> {
+        if self.cursors.pending(&handle.user, &handle.device).is_some() {
+            return Ok(true);
+        }
+        let profile = self.inbox.profile(handle.user.clone()).await.map_err(not_now)?;
+        Ok(profile.cursors.iter().any(|(device, _)| *device == handle.device))
+    }
+
+    /// The device begins after the last message. That becomes its cursor, on stable storage, before
+    /// the client is told: else what comes until its first ack would be skipped after a reconnect.
+    async fn begin_at_latest(&self, handle: &SessionHandle) -> Result<(UserPosition, Option<Seq>), End> {
+        let query = PositionQuery { user: handle.user.clone(), from: StartAt::Latest };
+        let position = self.lookup.ask(query).await.map_err(not_now)?;
+        let (user, device) = (handle.user.clone(), handle.device.clone());
+        let begins = Change::Begin { user, device, at: position.start };
+        self.inbox.update(vec![begins]).await.map_err(not_now)?;
+        Ok((position, Some(position.start)))
+    }
+}
+
+fn not_now(error: InboxError) -> End {
+    tracing::debug!(%error, "a session could not attach");
+    End::close(CloseCode::Overloaded, "the inbox cannot be read now")
 }

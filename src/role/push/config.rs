@@ -42,6 +42,8 @@ pub struct PushLimits {
     pub ping_every: Duration,
     /// Most sessions of one user on this node.
     pub sessions_per_user: usize,
+    /// Most sessions of one device of a user on this node.
+    pub sessions_per_device: usize,
     /// Time between two sweeps of the same session.
     pub sweep_every: Duration,
     /// Shortest window in which clients are told to reconnect, in ms.
@@ -56,7 +58,8 @@ impl Default for PushLimits {
         Self {
             auth_deadline: Duration::from_secs(5),
             ping_every: Duration::from_secs(25),
-            sessions_per_user: 16,
+            sessions_per_user: 64,
+            sessions_per_device: 16,
             sweep_every: SWEEP_EVERY,
             reconnect_jitter_ms: 5_000,
             client_frames_per_s: 20_000,

@@ -12,18 +12,18 @@ use bytes::Bytes;
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use tracing::Instrument;
 
-use super::admission::Admission;
+use super::admission::{Admission, AdmissionError, Admitter};
 use super::attach::Attacher;
 use super::availability::Availability;
 use super::end::{End, Socket, farewell};
 use super::ownership::Ownership;
-use super::registry::SessionHandle;
+use super::registry::{Arrival, SessionHandle};
 use super::serving::{Attached, Serving, ServingContext, Shared};
 use super::tokens::Known;
-use crate::message::DeviceId;
 use crate::telemetry::{Counted, WAY};
 use crate::wire::close::CloseCode;
-use crate::wire::frame::{ClientFrame, Since};
+use crate::wire::frame::{AuthCredential, ClientFrame, OTHER_MAX_BYTES, SessionOptions};
+use crate::wire::refusal::RefusalReason;
 use crate::wire::socket::Incoming;
 
 /// How long a response to a handshake that is held back waits for the welcome.
@@ -35,6 +35,7 @@ pub(super) struct Connector {
     pub(super) context: Arc<ServingContext>,
     pub(super) availability: Arc<Availability>,
     pub(super) ownership: Arc<Ownership>,
+    pub(super) admitter: Arc<Admitter>,
 }
 
 /// Runs one connection to its end. What a stage needs is boxed and freed with that stage, so that
@@ -81,18 +82,26 @@ async fn begin<S: Socket + 'static>(
 
 impl Connector {
     async fn attached<S: Socket>(&self, admission: Admission, socket: &mut S) -> Result<Attached, End> {
-        let Admission { identity, mut device, mut since, arrival } = admission;
+        let Admission { identity, mut options, mut arrival } = admission;
         let known = match identity {
             Some(known) => known,
             None => {
                 // The client waits for the response to the handshake before it shows a token.
                 socket.flush().await?;
-                Box::pin(self.identify(socket, &mut device, &mut since)).await?
+                Box::pin(self.identify(socket, &mut options, &mut arrival)).await?
             }
         };
-        let (device, now) = (device.unwrap_or_default(), self.context.clock.now());
-        let handle = SessionHandle::new(known.user.clone(), device, known.issued_at_s, arrival, now);
-        let mut attaching = pin!(self.attacher.attach(handle, since));
+        let SessionOptions { device, since, begin, heartbeat, window, client } = options;
+        let now = self.context.clock.now();
+        let handle = SessionHandle::new(
+            known.user.clone(),
+            device.unwrap_or_default(),
+            client,
+            known.issued_at_s,
+            arrival,
+            now,
+        );
+        let mut attaching = pin!(self.attacher.attach(handle, since, begin));
         // Mostly it is ready in this turn and needs no timer.
         let attached = match attaching.as_mut().now_or_never() {
             Some(attached) => attached,
@@ -105,21 +114,22 @@ impl Connector {
                 }
             },
         };
-        let (handle, position) = attached?;
+        let (handle, position, began) = attached?;
         if tracing::enabled!(target: WAY, tracing::Level::DEBUG) {
             let (view, node) = (self.ownership.view(), self.ownership.node());
             let owner = view.owner(&handle.user).map(|owner| owner.info.node.to_string());
             tracing::debug!(target: WAY, step = 3, user = %handle.user, %node, owner, "registered and welcome");
         }
-        Ok(Attached { known, handle, position })
+        let heartbeat = heartbeat.unwrap_or(false);
+        Ok(Attached { known, handle, position, began, heartbeat, window })
     }
 
     /// Waits for the first frame, which must have a token.
     async fn identify<S: Socket>(
         &self,
         socket: &mut S,
-        device: &mut Option<DeviceId>,
-        since: &mut Option<Since>,
+        options: &mut SessionOptions,
+        arrival: &mut Arrival,
     ) -> Result<Known, End> {
         let limit = self.context.limits.auth_deadline;
         let first = tokio::select! {
@@ -130,14 +140,35 @@ impl Connector {
                 return Err(End::close(CloseCode::Draining, "the node is leaving"));
             }
         };
-        let frame = ClientFrame::parse(&first).map_err(|why| End::close(CloseCode::BadFrame, why))?;
-        let ClientFrame::Auth { token, device: named, since: from } = frame else {
-            return Err(End::close(CloseCode::Unauthorized, "the first frame must be auth, with a token"));
+        let frame = read_frame(&first)?;
+        let ClientFrame::Auth(auth) = frame else {
+            let why = "the first frame must be auth, with a token or a ticket";
+            return Err(End::refused(RefusalReason::TokenMissing, why));
         };
-        *device = named.or(device.take());
-        *since = from.or(since.take());
-        self.context.refresher.verify(&token).await
+        *options = auth.options.or(std::mem::take(options));
+        match auth.credential {
+            AuthCredential::Token(token) => self.context.refresher.verify(&token).await,
+            AuthCredential::Ticket(ticket) => {
+                self.admitter.redeem(&ticket, arrival, options).map_err(|error| match error {
+                    AdmissionError::Unauthorized(refused) => End::Refused(refused),
+                    _ => End::close(CloseCode::Overloaded, "this node takes no more sockets this second"),
+                })
+            }
+        }
     }
+}
+
+/// Reads a frame that is no larger than its kind may be.
+pub(super) fn read_frame(text: &[u8]) -> Result<ClientFrame, End> {
+    let frame = ClientFrame::parse(text).map_err(|why| {
+        // What cannot be read has no kind.
+        let code = if text.len() > OTHER_MAX_BYTES { CloseCode::TooBig } else { CloseCode::BadFrame };
+        End::close(code, why)
+    })?;
+    if text.len() > frame.max_bytes() {
+        return Err(End::close(CloseCode::TooBig, "a frame over the limit"));
+    }
+    Ok(frame)
 }
 
 async fn first_text<S: Socket>(socket: &mut S) -> Result<Bytes, End> {

@@ -6,10 +6,14 @@ use futures_util::{Sink, SinkExt, Stream, StreamExt};
 
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{ReconnectHint, ServerFrame};
+use crate::wire::refusal::{RefusalReason, Refused};
 use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
 /// How long the end may take: the last frames out, the client's close in.
 pub(super) const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Shortest time after which a client may come again whose user has too many sessions, in ms.
+const CROWDED_MS: u64 = 60_000;
 
 /// A socket of any kind.
 pub(super) trait Socket:
@@ -26,6 +30,10 @@ impl<S> Socket for S where
 pub(super) enum End {
     /// The server closes it.
     Close(CloseCode, String),
+    /// The server closes it, because a token or ticket is refused.
+    Refused(Refused),
+    /// The server closes it, because its user has too many sessions and none of this device.
+    Crowded,
     /// The client closed it, or it broke.
     Gone,
 }
@@ -33,6 +41,10 @@ pub(super) enum End {
 impl End {
     pub(super) fn close(code: CloseCode, why: impl Into<String>) -> Self {
         Self::Close(code, why.into())
+    }
+
+    pub(super) fn refused(reason: RefusalReason, why: impl Into<String>) -> Self {
+        Self::Refused(Refused::new(reason, why))
     }
 }
 
@@ -44,19 +56,33 @@ impl From<SocketError> for End {
 
 /// Tells the reason, closes, and waits briefly for the client to close too.
 pub(super) async fn farewell<S: Socket>(socket: &mut S, end: End, hint: ReconnectHint) {
-    let End::Close(code, why) = end else {
-        // The client closed first; the response to its close must be flushed.
-        let _ = tokio::time::timeout(FAREWELL, socket.flush()).await;
-        return;
+    let (code, reason, why, hint) = match end {
+        End::Close(code, why) => (code, code.name(), why, hint),
+        End::Refused(Refused { reason, detail }) => (CloseCode::Unauthorized, reason.name(), detail, hint),
+        End::Crowded => {
+            let why = "this user has as many sessions here as are kept".to_owned();
+            let later = ReconnectHint { min_ms: CROWDED_MS, max_ms: CROWDED_MS.max(hint.max_ms) * 2 };
+            (CloseCode::RateLimited, CloseCode::RateLimited.name(), why, later)
+        }
+        End::Gone => {
+            // The client closed first; the response to its close must be flushed.
+            let _ = tokio::time::timeout(FAREWELL, socket.flush()).await;
+            return;
+        }
     };
     tracing::debug!(code = code.number(), why, "closing");
     let parting = async {
         if !matches!(code, CloseCode::Protocol | CloseCode::InvalidUtf8 | CloseCode::Normal) {
             let reconnect = CloseCode::may_reconnect(code.number()).then_some(hint);
-            let frame = ServerFrame::Error { code: code.name().to_owned(), message: why, reconnect };
+            let frame = ServerFrame::Error {
+                code: code.name().to_owned(),
+                reason: reason.to_owned(),
+                message: why,
+                reconnect,
+            };
             socket.feed(Outgoing::Text(frame.encode())).await?;
         }
-        socket.send(Outgoing::Close(code)).await?;
+        socket.send(Outgoing::Close(code, reason)).await?;
         while let Some(Ok(incoming)) = socket.next().await {
             if incoming == Incoming::Closed {
                 break;

@@ -24,6 +24,7 @@ mod cursors;
 mod displaced;
 mod drain;
 mod end;
+mod history;
 mod lease;
 mod mailbox;
 mod moves;
@@ -49,11 +50,12 @@ use tokio_util::task::TaskTracker;
 pub use admission::{Admission, AdmissionError, Origins, SocketRequest};
 pub use config::{PushConfig, PushLimits, PushMetrics, PushParts};
 pub use drain::Drain;
+pub use history::{HistoryRange, OWN_HISTORY_PAGE};
 
 use crate::fallback::Holder;
-use crate::inbox::{PositionQuery, StartAt};
+use crate::inbox::{InboxError, PositionQuery, StartAt};
 use crate::membership::{Counts, Departure, Membership, MembershipError, Reached};
-use crate::message::{NodeId, UserId};
+use crate::message::{Message, NodeId, Seq, UserId};
 use crate::telemetry::WAY;
 use crate::wire::frame::ReconnectHint;
 use crate::wire::peer::{
@@ -93,7 +95,7 @@ struct Node {
     base: Base,
     reading: Reading,
     placement: Placement,
-    admitter: Admitter,
+    admitter: Arc<Admitter>,
     connector: Arc<Connector>,
     connections: TaskTracker,
 }
@@ -151,6 +153,7 @@ impl Node {
                 node: self.holder.node.clone(),
                 connected_at: handle.connected_at,
                 acked: handle.acked(),
+                client: handle.client.as_deref().cloned(),
             });
         });
         found
@@ -181,17 +184,17 @@ impl Push {
         let reading = Reading::start(&base, parts.inbox, tasks);
         let placement = Placement::start(&base, &reading, parts.fallback, parts.reach, &urls, tasks);
         tasks.spawn(placement.watch(&base, &reading, registration.standing).run());
-        let connector = base.connector(&reading, &placement, &tokens, parts.clock.clone());
-        let admitter = Admitter {
+        let admitter = Arc::new(Admitter {
             rules: AdmissionRules { origins: config.origins, token_in_url: config.token_in_url },
             availability: Arc::clone(&base.availability),
             budgets: AcceptBudgets::new(config.info.accept_per_s),
-            tickets: Tickets::new(parts.ticket_key, holder.clone(), parts.clock),
+            tickets: Tickets::new(parts.ticket_key, holder.clone(), parts.clock.clone()),
             tokens,
             ownership: Arc::clone(&base.ownership),
             urls,
             metrics: base.metrics.clone(),
-        };
+        });
+        let connector = base.connector(&reading, &placement, &admitter, parts.clock.clone());
         let node = Arc::new(Node {
             holder,
             reached: registration.proof,
@@ -264,6 +267,20 @@ impl Push {
         let answer =
             self.node.reading.lookup.ask(PositionQuery { user: user.clone(), from: StartAt::Latest }).await;
         answer.is_ok_and(|answer| token_iat_s < answer.not_before_s)
+    }
+
+    /// Reads a page of a user's own history, and where the following page begins.
+    ///
+    /// # Errors
+    ///
+    /// The inbox's.
+    pub async fn history(
+        &self,
+        user: &UserId,
+        range: HistoryRange,
+        limit: usize,
+    ) -> Result<(Vec<Message>, Option<Seq>), InboxError> {
+        history::read(&self.node.reading.inbox, user, range, limit).await
     }
 
     /// Serves an admitted client to its end, once its socket is there. The future is small, because

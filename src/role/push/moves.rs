@@ -258,6 +258,7 @@ mod tests {
                     push: true,
                     dispatch: false,
                     store: "".into(),
+                    ticket_in_auth: false,
                 },
                 incarnation: 1,
                 state: NodeState::Active,
@@ -268,7 +269,7 @@ mod tests {
 
     fn handle(arrival: Arrival) -> Arc<SessionHandle> {
         // alice belongs to push-3 of five (the golden values of the ring).
-        SessionHandle::new(UserId::parse("alice").unwrap(), DeviceId::default(), 0, arrival, Millis(0))
+        SessionHandle::new(UserId::parse("alice").unwrap(), DeviceId::default(), None, 0, arrival, Millis(0))
     }
 
     const FIVE: [&str; 5] = ["push-0", "push-1", "push-2", "push-3", "push-4"];

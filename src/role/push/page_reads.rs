@@ -27,12 +27,27 @@ pub(super) const PAGE: PageLimit = PageLimit { messages: 256, bytes: 64 * 1024 }
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
+/// A request for a page.
+struct PageRequest {
+    handle: Weak<SessionHandle>,
+    after: Seq,
+    /// Most messages that the session can use; `None`: any number.
+    most: Option<u32>,
+}
+
+impl PageRequest {
+    fn limit(&self) -> PageLimit {
+        let most = self.most.map_or(PAGE.messages, |most| PAGE.messages.min(most as usize).max(1));
+        PageLimit { messages: most, ..PAGE }
+    }
+}
+
 /// Requests for pages. Each session has at most one, so the queue is bounded by the number of
 /// sessions.
 pub(super) struct PageReads {
     inbox: Arc<dyn Inbox>,
     metrics: PushMetrics,
-    waiting: Mutex<VecDeque<(Weak<SessionHandle>, Seq)>>,
+    waiting: Mutex<VecDeque<PageRequest>>,
     requested: Notify,
 }
 
@@ -42,13 +57,15 @@ impl PageReads {
         Self { inbox, metrics, waiting: Mutex::default(), requested: Notify::new() }
     }
 
-    /// Requests the page after `after`; it arrives in the session's mailbox.
-    pub(super) fn request(&self, handle: &Arc<SessionHandle>, after: Seq) {
-        self.waiting.lock().push_back((Arc::downgrade(handle), after));
+    /// Requests the page after `after`, with at most `most` messages; it arrives in the session's
+    /// mailbox.
+    pub(super) fn request(&self, handle: &Arc<SessionHandle>, after: Seq, most: Option<u32>) {
+        let request = PageRequest { handle: Arc::downgrade(handle), after, most };
+        self.waiting.lock().push_back(request);
         self.requested.notify_one();
     }
 
-    async fn next(&self) -> (Weak<SessionHandle>, Seq) {
+    async fn next(&self) -> PageRequest {
         loop {
             let requested = self.requested.notified();
             if let Some(next) = self.waiting.lock().pop_front() {
@@ -67,8 +84,9 @@ impl PageReads {
         let mut readers = HashMap::new();
         loop {
             tokio::select! {
-                (handle, after) = self.next(), if in_flight.len() < READS_IN_FLIGHT => {
-                    let task = in_flight.spawn(Arc::clone(&self).read(handle.clone(), after));
+                request = self.next(), if in_flight.len() < READS_IN_FLIGHT => {
+                    let handle = request.handle.clone();
+                    let task = in_flight.spawn(Arc::clone(&self).read(request));
                     readers.insert(task.id(), handle);
                 }
                 Some(ended) = in_flight.join_next_with_id() => {
@@ -85,17 +103,18 @@ impl PageReads {
 
     /// Reads one page for a session that still exists. While the inbox does not respond, it tries
     /// again with growing delays.
-    async fn read(self: Arc<Self>, handle: Weak<SessionHandle>, after: Seq) {
+    async fn read(self: Arc<Self>, request: PageRequest) {
+        let PageRequest { handle, after, .. } = &request;
         let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
         while let Some(user) = handle.upgrade().map(|handle| handle.user.clone()) {
-            match self.inbox.page(user, after, PAGE).await {
+            match self.inbox.page(user, *after, request.limit()).await {
                 Ok(page) => {
                     self.metrics.pages.inc();
                     if let Some(handle) = handle.upgrade() {
                         self.report_unreadable(&handle.user, &page.unreadable);
                         let items = page.messages.iter().map(encoded).collect();
                         let InboxPage { unreadable, upto, more, .. } = page;
-                        handle.mailbox.page(Page { after, items, unreadable, upto, more });
+                        handle.mailbox.page(Page { after: *after, items, unreadable, upto, more });
                     }
                     return;
                 }

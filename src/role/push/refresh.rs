@@ -10,6 +10,7 @@ use crate::inbox::{PositionLookup, PositionQuery, StartAt};
 use crate::message::{Seq, UserId};
 use crate::wire::close::CloseCode;
 use crate::wire::peer::PeerError;
+use crate::wire::refusal::RefusalReason;
 
 /// Delay between two queries whether a token was revoked, while the inbox does not respond; at
 /// first and at most.
@@ -30,7 +31,7 @@ impl Refresher {
     /// Why the connection must end.
     pub(super) async fn verify(&self, token: &str) -> Result<Known, End> {
         self.tokens.verify(token).await.map_err(|error| match error {
-            PeerError::Unauthorized(why) => End::close(CloseCode::Unauthorized, why),
+            PeerError::Unauthorized(refused) => End::Refused(refused),
             PeerError::Unavailable(_) => End::close(CloseCode::Overloaded, "tokens cannot be verified now"),
         })
     }
@@ -49,10 +50,10 @@ impl Refresher {
     ) -> Result<Known, End> {
         let known = self.verify(&token).await?;
         if known.user != user {
-            return Err(End::close(CloseCode::Unauthorized, "the new token is of another user"));
+            return Err(End::refused(RefusalReason::TokenInvalid, "the new token is of another user"));
         }
         if known.issued_at_s < self.not_before_s(user, position).await {
-            return Err(End::close(CloseCode::Unauthorized, "the token was revoked"));
+            return Err(End::refused(RefusalReason::TokenRevoked, "the token was revoked"));
         }
         Ok(known)
     }

@@ -8,7 +8,7 @@
 //! filled after the shard is unlocked, except in `for_user`.
 
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use bytes::Bytes;
@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use smallvec::SmallVec;
 
 use super::mailbox::Mailbox;
-use crate::message::{DeviceId, Millis, NodeId, Seq, UserId};
+use crate::message::{ClientName, DeviceId, Millis, NodeId, Seq, UserId};
 use crate::session::Item;
 
 /// Shards of the registry: enough that two cores seldom meet, few enough to walk.
@@ -41,9 +41,7 @@ pub(super) trait InlineSend: Send + Sync {
     fn send(&self, item: Item<Bytes>) -> Option<Item<Bytes>>;
 }
 
-/// One session as the rest of the node sees it. The order of the fields is on purpose: a delivery
-/// finds all that it needs in the first 64 bytes, including the counts of the `Arc`.
-#[repr(C)]
+/// One session as the rest of the node sees it.
 pub(super) struct SessionHandle {
     serving: OnceLock<Weak<dyn InlineSend>>,
     /// The last number that was sent.
@@ -56,6 +54,10 @@ pub(super) struct SessionHandle {
     pub(super) id: ulid::Ulid,
     pub(super) user: UserId,
     pub(super) device: DeviceId,
+    /// What the client says that it is.
+    pub(super) client: Option<Box<ClientName>>,
+    /// A ping of the server is unanswered.
+    silent: AtomicBool,
     /// The owner incarnation that the client was told of.
     told: Mutex<Option<Box<(NodeId, u64)>>>,
     pub(super) arrival: Arrival,
@@ -65,6 +67,7 @@ impl SessionHandle {
     pub(super) fn new(
         user: UserId,
         device: DeviceId,
+        client: Option<ClientName>,
         token_iat_s: u64,
         arrival: Arrival,
         now: Millis,
@@ -72,6 +75,8 @@ impl SessionHandle {
         Arc::new(Self {
             user,
             device,
+            client: client.map(Box::new),
+            silent: AtomicBool::new(false),
             id: ulid::Ulid::generate(),
             connected_at: now,
             arrival,
@@ -132,6 +137,16 @@ impl SessionHandle {
         self.acked.fetch_max(acked.get(), Ordering::Relaxed);
     }
 
+    /// Whether a ping of the server is unanswered.
+    pub(super) fn is_silent(&self) -> bool {
+        self.silent.load(Ordering::Relaxed)
+    }
+
+    /// A ping was sent, or a sign of life came.
+    pub(super) fn set_silent(&self, silent: bool) {
+        self.silent.store(silent, Ordering::Relaxed);
+    }
+
     /// Notes that the client is told of this owner. Returns false if it was told before.
     pub(super) fn tell_once(&self, owner: &NodeId, incarnation: u64) -> bool {
         let mut told = self.told.lock();
@@ -148,14 +163,32 @@ pub(super) struct Registry {
     shards: Box<[Shard]>,
     hasher: RandomState,
     sessions: AtomicUsize,
-    per_user: usize,
+    limits: SessionLimits,
+}
+
+/// Most sessions on one node.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SessionLimits {
+    /// Of one user.
+    pub(super) per_user: usize,
+    /// Of one device of a user.
+    pub(super) per_device: usize,
+}
+
+/// Whether there is room for one more session.
+pub(super) enum Room {
+    /// There is.
+    Enough,
+    /// There is in place of this one, which was unregistered.
+    InPlaceOf(Arc<SessionHandle>),
+    /// There is none.
+    None,
 }
 
 type Shard = Mutex<HashTable<Place>>;
 
 /// A user with sessions here. The hash is stored, because a table that grows would otherwise read
 /// every name again, in memory that is in no cache.
-#[repr(align(64))]
 struct Place {
     hash: u64,
     user: UserId,
@@ -178,7 +211,7 @@ type OnLast = Box<dyn FnOnce(&UserId) + Send + Sync>;
 pub(super) struct RegistrationGuard {
     registry: Arc<Registry>,
     handle: Arc<SessionHandle>,
-    /// With this session the user has too many.
+    /// With this session the user, or one device, may have too many.
     pub(super) crowded: bool,
     on_last: Option<OnLast>,
 }
@@ -208,13 +241,13 @@ impl Drop for RegistrationGuard {
 }
 
 impl Registry {
-    /// An empty registry with room for `per_user` sessions of each user.
-    pub(super) fn new(per_user: usize) -> Self {
+    /// An empty registry with room for so many sessions of each user and device.
+    pub(super) fn new(limits: SessionLimits) -> Self {
         Self {
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
             hasher: RandomState::new(),
             sessions: AtomicUsize::new(0),
-            per_user: per_user.max(1),
+            limits,
         }
     }
 
@@ -235,23 +268,35 @@ impl Registry {
             .into_mut()
             .handles;
         handles.push(Arc::clone(&handle));
-        let crowded = handles.len() > self.per_user;
+        let crowded = handles.len() > self.limits.per_user.min(self.limits.per_device);
         drop(shard);
         self.sessions.fetch_add(1, Ordering::Relaxed);
         RegistrationGuard { registry: Arc::clone(self), handle, crowded, on_last: None }
     }
 
-    /// If the user of `newcomer` has too many sessions, removes the oldest one that has begun, and
-    /// returns it.
-    pub(super) fn evict_excess(&self, newcomer: &Arc<SessionHandle>) -> Option<Arc<SessionHandle>> {
+    /// Makes room for `newcomer` if its user or its device has too many sessions. Another session of
+    /// its device yields: one with an unanswered ping, otherwise the oldest.
+    pub(super) fn make_room(&self, newcomer: &Arc<SessionHandle>) -> Room {
         let (hash, shard) = self.shard(&newcomer.user);
         let mut shard = shard.lock();
-        let place = shard.find_mut(hash, Place::is_of(hash, &newcomer.user))?;
-        let handles = Some(&mut place.handles).filter(|handles| handles.len() > self.per_user)?;
-        let oldest =
-            handles.iter().position(|handle| handle.has_begun() && !Arc::ptr_eq(handle, newcomer))?;
+        let Some(place) = shard.find_mut(hash, Place::is_of(hash, &newcomer.user)) else {
+            return Room::Enough;
+        };
+        let handles = &mut place.handles;
+        let of_device = handles.iter().filter(|handle| handle.device == newcomer.device).count();
+        if handles.len() <= self.limits.per_user && of_device <= self.limits.per_device {
+            return Room::Enough;
+        }
+        let may_yield = |handle: &&Arc<SessionHandle>| {
+            handle.device == newcomer.device && handle.has_begun() && !Arc::ptr_eq(handle, newcomer)
+        };
+        let silent = handles.iter().filter(may_yield).find(|handle| handle.is_silent());
+        let Some(other) = silent.or_else(|| handles.iter().find(may_yield)).cloned() else {
+            return Room::None;
+        };
+        handles.retain(|handle| !Arc::ptr_eq(handle, &other));
         self.sessions.fetch_sub(1, Ordering::Relaxed);
-        Some(handles.remove(oldest))
+        Room::InPlaceOf(other)
     }
 
     /// Unregisters a session. Returns whether it was the user's last here. An evicted session is
@@ -320,14 +365,22 @@ impl Registry {
 mod tests {
     use super::*;
 
+    fn limits(per_user: usize, per_device: usize) -> SessionLimits {
+        SessionLimits { per_user, per_device }
+    }
+
+    fn of_device(user: &str, device: &str) -> Arc<SessionHandle> {
+        let (user, device) = (UserId::parse(user).unwrap(), DeviceId::parse(device).unwrap());
+        SessionHandle::new(user, device, None, 0, Arrival::default(), Millis(0))
+    }
+
     fn handle(user: &str) -> Arc<SessionHandle> {
-        let user = UserId::parse(user).unwrap();
-        SessionHandle::new(user, DeviceId::default(), 0, Arrival::default(), Millis(0))
+        of_device(user, "default")
     }
 
     #[test]
-    fn the_oldest_goes_when_there_are_too_many_and_counts_return() {
-        let registry = Arc::new(Registry::new(2));
+    fn the_oldest_of_the_device_goes_when_there_are_too_many_and_counts_return() {
+        let registry = Arc::new(Registry::new(limits(9, 2)));
         let take = |user: &str| {
             let registered = registry.register(handle(user));
             registered.set_position(Seq::BEGINNING);
@@ -335,9 +388,11 @@ mod tests {
         };
         let first = take("alice");
         let second = take("alice");
-        assert!(registry.evict_excess(&second).is_none());
+        assert!(matches!(registry.make_room(&second), Room::Enough));
         let attaching = registry.register(handle("alice"));
-        assert!(Arc::ptr_eq(&registry.evict_excess(&attaching).unwrap(), &first));
+        assert!(
+            matches!(registry.make_room(&attaching), Room::InPlaceOf(other) if Arc::ptr_eq(&other, &first))
+        );
         assert_eq!(registry.len(), 2);
         drop(first);
         assert_eq!(registry.len(), 2, "an evicted session is not counted out twice");
@@ -351,8 +406,28 @@ mod tests {
     }
 
     #[test]
+    fn the_own_device_yields_first_a_silent_socket_before_the_oldest_and_no_other_device_ever() {
+        let registry = Arc::new(Registry::new(limits(3, 3)));
+        let take = |device: &str| {
+            let registered = registry.register(of_device("alice", device));
+            registered.set_position(Seq::BEGINNING);
+            registered
+        };
+        let (phone, _web, silent) = (take("phone"), take("web"), take("web"));
+        silent.set_silent(true);
+        let newcomer = take("web");
+        assert!(
+            matches!(registry.make_room(&newcomer), Room::InPlaceOf(other) if Arc::ptr_eq(&other, &silent))
+        );
+        let stranger = take("tablet");
+        assert!(matches!(registry.make_room(&stranger), Room::None));
+        drop(stranger);
+        assert!(registry.has(&phone.user) && registry.of_user(&phone.user).len() == 3);
+    }
+
+    #[test]
     fn only_the_last_session_of_a_user_says_so() {
-        let registry = Arc::new(Registry::new(16));
+        let registry = Arc::new(Registry::new(limits(64, 16)));
         let gone = Arc::new(AtomicU64::new(0));
         let take = || {
             let mut registered = registry.register(handle("alice"));

@@ -40,6 +40,7 @@ use futures_util::sink::SinkExt;
 use parking_lot::Mutex;
 use tokio::time::{Instant, Sleep};
 
+use super::connection::read_frame;
 use super::cursors::CursorWriter;
 use super::end::{End, Socket, farewell};
 use super::mailbox::Mail;
@@ -53,11 +54,12 @@ use super::{PushLimits, PushMetrics};
 use crate::backoff::between;
 use crate::clock::Clock;
 use crate::inbox::UserPosition;
-use crate::message::Millis;
+use crate::message::{Millis, Seq};
 use crate::session::{Input, Item, Output, Session, StartPoint};
 use crate::telemetry::Counted;
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{ClientFrame, ServerFrame};
+use crate::wire::refusal::RefusalReason;
 use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
 /// Bytes queued for one socket above which its session reads the inbox instead. With one page (at
@@ -88,6 +90,12 @@ pub(super) struct Attached {
     pub(super) known: Known,
     pub(super) handle: RegistrationGuard,
     pub(super) position: UserPosition,
+    /// Where a device without a cursor was made to begin.
+    pub(super) began: Option<Seq>,
+    /// A `heartbeat` frame comes beside each ping.
+    pub(super) heartbeat: bool,
+    /// Most messages that are sent ahead of the client's acks.
+    pub(super) window: Option<u32>,
 }
 
 /// An event of the serving stage.
@@ -144,9 +152,7 @@ impl<S: Socket + 'static> InlineSend for Shared<S> {
     }
 }
 
-/// The serving stage. The fields that an inline send needs come first, so that fewer cache lines of
-/// an idle session are loaded.
-#[repr(C)]
+/// The serving stage.
 pub(super) struct Serving<S> {
     context: Arc<ServingContext>,
     socket: S,
@@ -165,6 +171,7 @@ pub(super) struct Serving<S> {
     blocked: bool,
     told_full: bool,
     frames_first: bool,
+    heartbeat: bool,
     /// The timer was polled since it was set, and holds the task's waker.
     timer_asked: bool,
     unanswered: u32,
@@ -186,17 +193,18 @@ impl<S: Socket> Serving<S> {
         attached: Attached,
         connection: Counted,
     ) -> Self {
-        let Attached { known, handle, position } = attached;
+        let Attached { known, handle, position, began, heartbeat, window } = attached;
         let session_counted = Counted::in_gauge(&context.metrics.sessions);
         let now = Instant::now();
         // The first ping comes at a random time; otherwise a restarted node would ping all clients
         // at the same time for ever.
         let next_ping = now + between(Duration::ZERO, context.limits.ping_every, &mut rand::rng());
         let token_ends = now + until(known.expires_at_s, context.clock.now());
-        let welcome = Outgoing::Text(context.welcomer.frame(&handle, position.start));
+        let welcome =
+            Outgoing::Text(context.welcomer.frame(&handle, &known, position.start, began, heartbeat));
         let mut outputs = Vec::with_capacity(2);
         let start = StartPoint { start: position.start, head: position.head, more: position.more };
-        let session = Session::start(start, |output| outputs.push(output));
+        let session = Session::start(start, window, |output| outputs.push(output));
         let mut this = Self {
             timer: Box::pin(tokio::time::sleep_until(next_ping.min(token_ends))),
             context,
@@ -209,6 +217,7 @@ impl<S: Socket> Serving<S> {
             blocked: false,
             told_full: false,
             frames_first: false,
+            heartbeat,
             refresh: None,
             timer_asked: false,
             task: None,
@@ -335,7 +344,7 @@ impl<S: Socket> Serving<S> {
                     self.unflushed_bytes = 0;
                     if std::mem::take(&mut self.blocked) {
                         // A full socket has room again: somebody reads, which is a sign of life.
-                        self.unanswered = 0;
+                        self.has_answered();
                     }
                 }
                 Poll::Ready(Err(fault)) => return Poll::Ready(Event::Fault(fault)),
@@ -373,7 +382,10 @@ impl<S: Socket> Serving<S> {
     fn handle_mail(&mut self, mail: Mail) -> Result<(), End> {
         if let Some(orders) = mail.orders {
             if let Some((code, why)) = orders.close {
-                return Err(End::close(code, why));
+                return Err(match code {
+                    CloseCode::Unauthorized => End::refused(RefusalReason::TokenRevoked, why),
+                    code => End::close(code, why),
+                });
             }
             if let Some(order) = orders.move_to {
                 self.push(Outgoing::Text(order.frame));
@@ -405,7 +417,7 @@ impl<S: Socket> Serving<S> {
     }
 
     fn handle_frame(&mut self, incoming: Incoming) -> Result<(), End> {
-        self.unanswered = 0;
+        self.has_answered();
         self.count_frame()?;
         let text = match incoming {
             Incoming::Alive => return Ok(()),
@@ -413,15 +425,23 @@ impl<S: Socket> Serving<S> {
             Incoming::Binary => return Err(End::close(CloseCode::BadFrame, "text is due, not binary")),
             Incoming::Text(text) => text,
         };
-        match ClientFrame::parse(&text).map_err(|why| End::close(CloseCode::BadFrame, why))? {
+        match read_frame(&text)? {
             ClientFrame::Ack(seq) => self.step(Input::Ack(seq)),
             ClientFrame::Ping => self.reply(&ServerFrame::Pong),
             ClientFrame::Refresh(token) => self.begin_refresh(token)?,
-            ClientFrame::Auth { .. } => {
+            ClientFrame::Auth(_) => {
                 return Err(End::close(CloseCode::BadFrame, "auth comes once; refresh brings a new token"));
             }
         }
         Ok(())
+    }
+
+    /// There was a sign of life.
+    fn has_answered(&mut self) {
+        if self.unanswered > 0 {
+            self.handle.set_silent(false);
+        }
+        self.unanswered = 0;
     }
 
     fn count_frame(&mut self) -> Result<(), End> {
@@ -459,7 +479,7 @@ impl<S: Socket> Serving<S> {
         let now = Instant::now();
         if self.token_ends <= now {
             return Err(match self.refresh {
-                None => End::close(CloseCode::Unauthorized, "the token has expired"),
+                None => End::refused(RefusalReason::TokenExpired, "the token has expired"),
                 // The client has done its part.
                 Some(_) => End::close(CloseCode::Overloaded, "the new token cannot be checked now"),
             });
@@ -472,8 +492,12 @@ impl<S: Socket> Serving<S> {
                 return Err(End::close(CloseCode::HeartbeatTimeout, "two pings without a sign of life"));
             }
             self.unanswered += 1;
+            self.handle.set_silent(true);
             self.next_ping = now + self.context.limits.ping_every;
             self.push(Outgoing::Ping);
+            if self.heartbeat && !self.told_full {
+                self.push(Outgoing::Text(ServerFrame::Heartbeat.encode()));
+            }
         }
         self.reset_timer();
         Ok(())
@@ -536,7 +560,7 @@ fn perform(
             ServerFrame::Gap { after: after.get(), before: before.get(), reason }.encode()
         }
         Output::CaughtUp(seq) => ServerFrame::CaughtUp { seq: seq.get() }.encode(),
-        Output::Read(after) => return context.reads.request(handle, after),
+        Output::Read { after, most } => return context.reads.request(handle, after, most),
         Output::Cursor(acked) => {
             handle.set_acked(acked);
             return context.cursors.note(handle, acked);
@@ -554,7 +578,7 @@ fn push(queue: &mut VecDeque<Outgoing>, queued_bytes: &mut usize, outgoing: Outg
 fn size(outgoing: &Outgoing) -> usize {
     match outgoing {
         Outgoing::Text(text) => text.len(),
-        Outgoing::Ping | Outgoing::Close(_) => 2,
+        Outgoing::Ping | Outgoing::Close(..) => 2,
     }
 }
 

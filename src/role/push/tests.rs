@@ -231,6 +231,7 @@ impl Cluster {
                 push: true,
                 dispatch: false,
                 store: "".into(),
+                ticket_in_auth: false,
             },
             drain_window: Duration::from_secs(60),
             origins: Origins::Any,
@@ -296,6 +297,7 @@ impl Cluster {
             deduplicated: false,
             accepted_at: NOW,
             expires_at: NOW.plus_seconds(3600),
+            event: None,
             payload: Bytes::from_static(payload.as_bytes()),
         };
         match self.inbox.append(vec![item]).await.remove(0) {

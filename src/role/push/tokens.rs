@@ -45,8 +45,8 @@ impl TokenCheck {
         match self.verify.clone().oneshot(VerifyRequest { token: token.into() }).await {
             Ok(identity) => Ok(identity.into()),
             Err(error) => {
-                if let PeerError::Unauthorized(why) = &error {
-                    self.refusals.note(Credential::Token, why);
+                if let PeerError::Unauthorized(refused) = &error {
+                    self.refusals.note(Credential::Token, &refused.detail);
                 }
                 Err(error)
             }

@@ -8,8 +8,13 @@ use bytes::Bytes;
 use super::ownership::Ownership;
 use super::reconnect::ReconnectWindow;
 use super::registry::SessionHandle;
-use crate::message::Seq;
+use super::tokens::Known;
+use crate::clock::Clock;
+use crate::message::{Millis, Seq};
 use crate::wire::frame::ServerFrame;
+
+/// What this version understands beyond the first one (docs/protocol.md).
+const FEATURES: [&str; 5] = ["heartbeat", "window", "begin", "ticket", "history"];
 
 /// Writes `welcome` frames.
 pub(super) struct Welcomer {
@@ -17,12 +22,22 @@ pub(super) struct Welcomer {
     pub(super) window: Arc<ReconnectWindow>,
     /// Time between two pings.
     pub(super) ping_every: Duration,
+    pub(super) clock: Clock,
 }
 
 impl Welcomer {
-    /// The frame for a session that starts after `start`.
-    pub(super) fn frame(&self, handle: &SessionHandle, start: Seq) -> Bytes {
+    /// The frame for a session that starts after `start`; `began` if its device was made to begin
+    /// there, `heartbeat` if the client asked for heartbeats.
+    pub(super) fn frame(
+        &self,
+        handle: &SessionHandle,
+        known: &Known,
+        start: Seq,
+        began: Option<Seq>,
+        heartbeat: bool,
+    ) -> Bytes {
         let (generation, epoch) = self.ownership.version();
+        let ping_every_ms = u64::try_from(self.ping_every.as_millis()).unwrap_or(u64::MAX);
         ServerFrame::Welcome {
             user: handle.user.to_string(),
             device: handle.device.to_string(),
@@ -31,8 +46,13 @@ impl Welcomer {
             generation: generation.to_string(),
             epoch,
             since: start.get(),
-            ping_every_ms: u64::try_from(self.ping_every.as_millis()).unwrap_or(u64::MAX),
+            ping_every_ms,
             reconnect: self.window.hint(),
+            token_expires_at: Millis(known.expires_at_s.saturating_mul(1000)).rfc3339(),
+            server_time: self.clock.now().rfc3339(),
+            features: FEATURES.map(str::to_owned).to_vec(),
+            heartbeat_ms: heartbeat.then_some(ping_every_ms),
+            began: began.map(Seq::get),
         }
         .encode()
     }

@@ -31,7 +31,10 @@ fn bench() -> Bench {
                         let claims = json!({"iat": 1061, "exp": 2000});
                         Ok((200, Bytes::from(json!({"user": "early", "claims": claims}).to_string())))
                     }
-                    Some("bad") => Ok((401, Bytes::from_static(b"{\"detail\":\"expired\"}"))),
+                    Some("bad") => Ok((
+                        401,
+                        Bytes::from_static(b"{\"detail\":\"expired\",\"reason\":\"token_expired\"}"),
+                    )),
                     Some("huge") => Ok((413, Bytes::from_static(b"{\"detail\":\"too large\"}"))),
                     Some("bare") => Ok((
                         200,
@@ -136,7 +139,10 @@ async fn an_answer_needs_no_claims_and_a_token_too_large_is_no_outage() {
     let identity = bench.verify("bare").await.unwrap();
     assert_eq!((identity.issued_at_s, identity.expires_at_s), (0, 3600));
     for _ in 0..FAILURES * 2 {
-        assert_eq!(bench.verify("huge").await, Err(PeerError::Unauthorized("too large".to_owned())));
+        assert_eq!(
+            bench.verify("huge").await,
+            Err(PeerError::Unauthorized(Refused::new(RefusalReason::TokenInvalid, "too large")))
+        );
     }
     assert!(bench.verify("alice").await.is_ok());
 }
@@ -174,7 +180,10 @@ async fn a_crowd_of_unknown_tokens_is_asked_about_a_few_at_a_time() {
 async fn a_bad_token_is_an_answer_and_is_not_remembered() {
     let bench = bench();
     for _ in 0..FAILURES * 2 {
-        assert_eq!(bench.verify("bad").await, Err(PeerError::Unauthorized("expired".to_owned())));
+        assert_eq!(
+            bench.verify("bad").await,
+            Err(PeerError::Unauthorized(Refused::new(RefusalReason::TokenExpired, "expired")))
+        );
     }
     assert_eq!(bench.asked.load(Ordering::Relaxed), FAILURES * 2);
 }

@@ -50,7 +50,7 @@ pub fn routes(
 fn status(fault: PeerError) -> Status {
     match fault {
         PeerError::Unavailable(why) => Status::unavailable(why),
-        PeerError::Unauthorized(why) => Status::unauthenticated(why),
+        PeerError::Unauthorized(refused) => Status::unauthenticated(refused.detail),
     }
 }
 

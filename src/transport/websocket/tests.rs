@@ -34,7 +34,7 @@ async fn texts_come_whole_and_in_order_past_pings_while_the_socket_is_full() {
                     says.feed(Outgoing::Ping).await.unwrap();
                 }
             }
-            says.send(Outgoing::Close(CloseCode::Draining)).await.unwrap();
+            says.send(Outgoing::Close(CloseCode::Draining, "draining")).await.unwrap();
         };
         let hearing = async {
             let mut pings = 0;
@@ -77,7 +77,7 @@ async fn nothing_is_said_after_a_close_and_nothing_that_is_not_text() {
     let (mut server, mut client) = pair().await;
     let bad = server.send(Outgoing::Text(Bytes::from_static(b"\xff"))).await;
     assert_eq!(bad, Err(SocketError::InvalidUtf8));
-    server.send(Outgoing::Close(CloseCode::Normal)).await.unwrap();
+    server.send(Outgoing::Close(CloseCode::Normal, "normal")).await.unwrap();
     let late = server.send(Outgoing::Text(Bytes::from_static(b"late"))).await;
     assert_eq!(late, Err(SocketError::Gone));
     assert!(matches!(client.next().await, Some(Ok(Message::Close(_)))));

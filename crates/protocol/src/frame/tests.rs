@@ -1,8 +1,35 @@
 use super::*;
 use crate::message::{MessageId, Millis};
 
+fn auth(credential: AuthCredential, options: SessionOptions) -> ClientFrame {
+    ClientFrame::Auth(Box::new(AuthFrame { credential, options }))
+}
+
+#[test]
+fn a_bad_value_in_auth_is_named() {
+    for (field, bad) in [
+        ("window", "0"),
+        ("window", "-1"),
+        ("window", "10001"),
+        ("window", "1.5"),
+        ("window", "\"256\""),
+        ("begin", "\"newest\""),
+        ("begin", "7"),
+        ("heartbeat", "1"),
+        ("since", "-1"),
+        ("device", "\"a b\""),
+        ("client", "\"\""),
+        ("ticket", "\"as well\""),
+    ] {
+        let text = format!(r#"{{"type":"auth","token":"t","{field}":{bad}}}"#);
+        let fault = ClientFrame::parse(text.as_bytes()).unwrap_err();
+        assert!(fault.contains(field), "{text}: {fault}");
+    }
+}
+
 fn message(payload: &str) -> Message {
     Message {
+        event: None,
         seq: Seq::new(43).unwrap(),
         id: MessageId::parse(r#"order "17"\paid"#).unwrap(),
         accepted_at: Millis(1_795_380_566_120),
@@ -31,13 +58,26 @@ fn client_frames_read_back_as_written() {
         ClientFrame::Ack(43),
         ClientFrame::Ping,
         ClientFrame::Refresh("t".into()),
-        ClientFrame::Auth { token: "t".into(), device: None, since: None },
-        ClientFrame::Auth {
-            token: "t".into(),
-            device: Some(DeviceId::parse("web-1").unwrap()),
-            since: Some(Since::After(Seq::new(41).unwrap())),
-        },
-        ClientFrame::Auth { token: "t".into(), device: None, since: Some(Since::Latest) },
+        auth(AuthCredential::Token("t".into()), SessionOptions::default()),
+        auth(
+            AuthCredential::Ticket("t".into()),
+            SessionOptions {
+                device: Some(DeviceId::parse("web-1").unwrap()),
+                since: Some(Since::After(Seq::new(41).unwrap())),
+                begin: Some(Begin::Oldest),
+                heartbeat: Some(false),
+                window: Some(WINDOW_MAX),
+                client: Some(ClientName::parse("ringpush-js/1.0").unwrap()),
+            },
+        ),
+        auth(
+            AuthCredential::Token("t".into()),
+            SessionOptions {
+                since: Some(Since::Latest),
+                begin: Some(Begin::Latest),
+                ..SessionOptions::default()
+            },
+        ),
     ] {
         assert_eq!(ClientFrame::parse(frame.encode().as_bytes()), Ok(frame));
     }

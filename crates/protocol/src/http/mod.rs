@@ -14,7 +14,7 @@ pub use problem::{FieldError, Problem};
 pub use replies::{Accepted, PublishError, Published, Stored, batch_body, history_body};
 pub use requests::{parse_connect, parse_token_request, parse_verify_request};
 
-use crate::message::{MessageId, Recipients, UserId};
+use crate::message::{EventName, MessageId, Recipients, UserId};
 
 use problem::TOO_LARGE;
 
@@ -39,6 +39,8 @@ pub struct PublishLimits {
 pub struct Publish {
     /// The recipients.
     pub to: Recipients,
+    /// What the message tells, if the sender named that.
+    pub event: Option<EventName>,
     /// Valid JSON text, byte for byte as sent.
     pub payload: Bytes,
     /// Life of the message, in seconds.
@@ -62,6 +64,8 @@ struct RawPublish<'a> {
     ttl_s: Option<&'a RawValue>,
     #[serde(default, borrow)]
     id: Option<&'a RawValue>,
+    #[serde(default, borrow)]
+    event: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -120,8 +124,9 @@ pub fn parse_publish(body: &Bytes, limits: &PublishLimits) -> Result<Publish, Pr
     let payload = parse_payload(raw.payload, body, limits, &mut faults);
     let ttl_s = parse_ttl(raw.ttl_s, limits, &mut faults);
     let id = raw.id.and_then(|raw| parse_id(raw, &mut faults));
+    let event = raw.event.and_then(|raw| parse_event(raw, &mut faults));
     match (to, payload) {
-        (Some(to), Some(payload)) if faults.is_empty() => Ok(Publish { to, payload, ttl_s, id }),
+        (Some(to), Some(payload)) if faults.is_empty() => Ok(Publish { to, event, payload, ttl_s, id }),
         _ => Err(Problem::fields(faults)),
     }
 }
@@ -203,6 +208,14 @@ fn parse_id(raw: &RawValue, faults: &mut Vec<FieldError>) -> Option<MessageId> {
         return None;
     };
     MessageId::parse(&text).map_err(|rule| faults.push(fault("/id", rule.to_string()))).ok()
+}
+
+fn parse_event(raw: &RawValue, faults: &mut Vec<FieldError>) -> Option<EventName> {
+    let Ok(text) = serde_json::from_str::<String>(raw.get()) else {
+        faults.push(fault("/event", "must be a string"));
+        return None;
+    };
+    EventName::parse(&text).map_err(|rule| faults.push(fault("/event", rule.to_string()))).ok()
 }
 
 fn parse_to(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldError>) -> Option<Recipients> {

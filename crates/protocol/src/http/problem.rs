@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Accepted;
+use crate::refusal::Refused;
 
 /// One fault in a body.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +26,10 @@ pub struct Problem {
     pub status: u16,
     /// What happened, and the remedy.
     pub detail: String,
+    /// Why a token or ticket was refused, with 401: the name of a
+    /// [`RefusalReason`](crate::refusal::RefusalReason).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// The faults of a body, field by field.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<FieldError>,
@@ -68,12 +73,19 @@ impl Problem {
             title: title.to_owned(),
             status,
             detail: detail.into(),
+            reason: None,
             errors: Vec::new(),
             id: None,
             accepted: None,
             // A second is long enough for a queue to drain and short enough not to be noticed.
             retry_after_s: matches!(status, 429 | 503).then_some(1),
         }
+    }
+
+    /// A 401 for a token or ticket that was refused.
+    #[must_use]
+    pub fn refused(refused: &Refused) -> Self {
+        Self { reason: Some(refused.reason.name().to_owned()), ..Self::new(401, refused.detail.clone()) }
     }
 
     /// A 422 (or 413) for wrong fields.

@@ -98,7 +98,7 @@ async fn a_node_that_drains_sends_everybody_away_and_leaves_nothing() {
     clients[0].expect("message").await;
     for client in &mut clients {
         assert_eq!(client.expect("error").await["code"], "draining");
-        assert_eq!(client.next().await, Outgoing::Close(crate::wire::close::CloseCode::Draining));
+        assert_eq!(client.next().await, Outgoing::Close(CloseCode::Draining, "draining"));
         client.says.send(Incoming::Closed).await.unwrap();
     }
     draining.await.unwrap();

@@ -55,7 +55,7 @@ async fn a_live_message_to_a_session_that_rests_is_sent_at_once() {
     cluster.deliver(0, "alice", fifth, false).await;
     assert!(client.heard().is_empty());
     assert_eq!(client.expect("error").await["code"], CloseCode::Unauthorized.name());
-    assert_eq!(client.next().await, Outgoing::Close(CloseCode::Unauthorized));
+    assert_eq!(client.next().await, Outgoing::Close(CloseCode::Unauthorized, "token_revoked"));
 }
 
 /// Nothing else would bring such a session on: it waits for its page.
@@ -72,7 +72,7 @@ async fn a_page_that_panics_ends_its_session_and_no_other() {
         cluster.deliver(0, user, second, false).await;
         if user == "bob" {
             assert_eq!(client.expect("error").await["code"], CloseCode::Overloaded.name());
-            assert_eq!(client.next().await, Outgoing::Close(CloseCode::Overloaded));
+            assert_eq!(client.next().await, Outgoing::Close(CloseCode::Overloaded, "overloaded"));
         } else {
             client.expect("message").await;
             client.expect("message").await;
