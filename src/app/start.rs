@@ -1,5 +1,6 @@
 //! The stages of a start, each a type that is made from the one before: [`Prepared`] (what can be
-//! refused at once), [`Listening`] (ports are bound, the registry is opened), then [`App`] (serves).
+//! refused at once), [`Listening`] (ports are bound, the registry is opened), then [`App`]
+//! (serves).
 
 use std::path::PathBuf;
 use std::sync::Arc;

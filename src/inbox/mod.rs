@@ -71,8 +71,8 @@ pub trait Inbox: Send + Sync + 'static {
     /// Reads what is stored about a user. An unknown user has an empty profile.
     fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>>;
 
-    /// Raises cursors and times; it never lowers them. A `NotBefore` or `Begin` is on stable storage
-    /// when this returns.
+    /// Raises cursors and times; it never lowers them. A `NotBefore` or `Begin` is on stable
+    /// storage when this returns.
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>>;
 
     /// Starts the writer of this store, which gathers appends into writes ([`group_commit`]). One
@@ -210,8 +210,8 @@ pub enum Change {
         /// The acked position.
         acked: Seq,
     },
-    /// A device that has no cursor begins after a position. Its cursor is on stable storage when this
-    /// returns; a cursor that it has meanwhile is only raised.
+    /// A device that has no cursor begins after a position. Its cursor is on stable storage when
+    /// this returns; a cursor that it has meanwhile is only raised.
     Begin {
         /// The user.
         user: UserId,
@@ -260,8 +260,8 @@ pub(crate) fn is_json(payload: &[u8]) -> bool {
 
 impl Append {
     /// The first half of the SHA-256 of the payload, and of the event if there is one. It tells a
-    /// repeat from a conflict without keeping the payload twice. JSON text contains no zero byte, so
-    /// the two cannot be mistaken for one another.
+    /// repeat from a conflict without keeping the payload twice. JSON text contains no zero byte,
+    /// so the two cannot be mistaken for one another.
     pub(crate) fn digest(&self) -> [u8; 16] {
         use sha2::{Digest, Sha256};
         let mut hash = Sha256::new_with_prefix(&self.payload);

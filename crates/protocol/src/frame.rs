@@ -396,8 +396,8 @@ pub enum ServerFrame {
         /// The name of the close code.
         code: String,
         /// Why: with `unauthorized` the name of a
-        /// [`RefusalReason`](crate::refusal::RefusalReason), otherwise that of the close code. Empty
-        /// from an earlier version.
+        /// [`RefusalReason`](crate::refusal::RefusalReason), otherwise that of the close code.
+        /// Empty from an earlier version.
         #[serde(default)]
         reason: String,
         /// An explanation for people.
