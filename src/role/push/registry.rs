@@ -274,8 +274,8 @@ impl Registry {
         RegistrationGuard { registry: Arc::clone(self), handle, crowded, on_last: None }
     }
 
-    /// Makes room for `newcomer` if its user or its device has too many sessions. Another session of
-    /// its device yields: one with an unanswered ping, otherwise the oldest.
+    /// Makes room for `newcomer` if its user or its device has too many sessions. Another session
+    /// of its device yields: one with an unanswered ping, otherwise the oldest.
     pub(super) fn make_room(&self, newcomer: &Arc<SessionHandle>) -> Room {
         let (hash, shard) = self.shard(&newcomer.user);
         let mut shard = shard.lock();
