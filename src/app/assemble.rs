@@ -11,7 +11,6 @@ use super::peers::routers;
 use super::stores;
 use super::stores::Opened;
 use super::{App, Shared};
-use secrecy::ExposeSecret;
 use crate::clock::Clock;
 use crate::config::{Config, Faults, RoleName, VerifyBy};
 use crate::inbox::Inbox;
@@ -25,6 +24,7 @@ use crate::role::witness::witness;
 use crate::role::{DispatchService, VerifyService};
 use crate::telemetry::Gauge;
 use crate::transport::peer::{self, FindPush};
+use secrecy::ExposeSecret;
 
 impl App {
     /// Starts the roles in the order in which they need one another.

@@ -10,7 +10,6 @@ use super::listeners::{Listeners, Listening, push_http_limits};
 use super::push_http::{ConnectEdge, PushEdge};
 use super::{App, Shared};
 use super::{auth_http, collect_grpc, collect_http, ops_http, page, push_http};
-use secrecy::ExposeSecret;
 use crate::config::{Config, VerifyBy};
 use crate::role::VerifyService;
 use crate::role::connect::Connect;
@@ -18,6 +17,7 @@ use crate::role::push::Push;
 use crate::secret::page_code;
 use crate::transport::http::{AnswerBody, Answers, HttpLimits, UpgradeHandler, serve};
 use crate::wire::frame::ReconnectHint;
+use secrecy::ExposeSecret;
 
 impl App {
     pub(super) fn serve_ops(&mut self, shared: &Shared, listeners: &mut Listeners) {

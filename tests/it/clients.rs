@@ -98,12 +98,12 @@ async fn a_node_client_of_ten_lines_misses_nothing() {
 }
 
 #[test]
-fn the_readme_shows_the_examples_as_they_are() {
+fn the_protocol_page_shows_the_minimal_clients_as_they_are() {
     let root = env!("CARGO_MANIFEST_DIR");
-    let readme = std::fs::read_to_string(format!("{root}/README.md")).unwrap();
+    let page = std::fs::read_to_string(format!("{root}/docs/protocol.md")).unwrap();
     for script in ["client.py", "client.mjs"] {
         let text = std::fs::read_to_string(format!("{root}/examples/{script}")).unwrap();
-        assert!(readme.contains(text.trim()), "README.md shows another {script} than examples/");
+        assert!(page.contains(text.trim()), "docs/protocol.md shows another {script} than examples/");
     }
 }
 

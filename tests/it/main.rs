@@ -13,6 +13,7 @@ mod cluster;
 mod command_line;
 mod crash;
 mod handshakes;
+mod libraries;
 mod limits;
 mod manifests;
 mod outputs;

@@ -127,8 +127,7 @@ fn issuer_and_audience_count_where_they_are_configured() {
 #[test]
 fn keys_that_cannot_serve_are_named() {
     let make = |key: &str| {
-        Auth::new(AuthConfig { token_key: key.into(), ..AuthConfig::default() }, Clock::standing(NOW))
-            .err()
+        Auth::new(AuthConfig { token_key: key.into(), ..AuthConfig::default() }, Clock::standing(NOW)).err()
     };
     assert_eq!(make("too short"), Some(KeyError::Short(9)));
     assert_eq!(make(include_str!("../../../tests/keys/rsa-private.pem")), Some(KeyError::NotAPublicKey));

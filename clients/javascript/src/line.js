@@ -1,0 +1,125 @@
+// One socket, from its opening to its end. It parses frames, and notices silence.
+
+import { RingpushError } from './errors.js';
+
+/** Where to open a socket, by `POST /v1/connect`; null where the server has no such call or it cannot be read. */
+export async function placeOf(base, token, device, signal) {
+  let answer;
+  try {
+    answer = await fetch(new URL('v1/connect', base), {
+      method: 'POST',
+      headers: { authorization: `Bearer ${token}`, 'content-type': 'application/json' },
+      body: JSON.stringify({ device }),
+      signal,
+    });
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    return null; // another origin's answer cannot be read; the socket itself will tell
+  }
+  if (answer.status === 404 || answer.status === 405) return null;
+  if (!answer.ok) throw await RingpushError.of(answer);
+  const place = await answer.json().catch(() => null);
+  return typeof place?.url === 'string' || typeof place?.socket === 'string' ? place : null;
+}
+
+export class Line {
+  welcome = null;
+  caughtUp = false;
+  /** The last number that came here, and the last ack that was said here. */
+  seq = 0;
+  acked = null;
+  heard = 0;
+  #socket; #watching = null; #end; #open = false; #handler = null; #kept = [];
+
+  constructor(WebSocket, url, credential, ask, patience) {
+    this.ended = new Promise((resolve) => { this.#end = resolve; });
+    const target = new URL(url);
+    if (!credential) {
+      for (const [name, value] of Object.entries(ask)) {
+        if (name !== 'device') target.searchParams.set(name, value === true ? '1' : value);
+      }
+    }
+    const socket = this.#socket = new WebSocket(target.href, 'ringpush.v1.json');
+    this.opened = new Promise((resolve, reject) => {
+      const late = setTimeout(() => this.fail('no answer in time'), patience);
+      const settle = (how, value) => { clearTimeout(late); how(value); };
+      socket.onopen = () => {
+        if (credential) this.send({ type: 'auth', ...credential, ...ask });
+      };
+      socket.onmessage = ({ data }) => {
+        this.heard += 1;
+        this.#rest?.();
+        let frame;
+        try { frame = JSON.parse(data); } catch { return this.fail('rubbish'); }
+        if (frame === null || typeof frame !== 'object' || typeof frame.type !== 'string') return this.fail('rubbish');
+        if (frame.type === 'message' && frame.seq > this.seq) this.seq = frame.seq;
+        if (frame.type === 'welcome' && !this.#open) {
+          this.#open = true;
+          settle(resolve);
+        }
+        if (this.#open) this.#give(frame);
+        else if (frame.type === 'error') this.refusal = frame;
+      };
+      socket.onclose = ({ code, reason }) => {
+        const why = this.refusal?.reason || reason;
+        const error = new RingpushError('closed', why || `closed with ${code}`, true);
+        Object.assign(error, { code, reason: why });
+        if (this.refusal?.reconnect?.min_ms) error.retryAfterMs = this.refusal.reconnect.min_ms;
+        settle(reject, error);
+        this.#over(code, why);
+      };
+      socket.onerror = () => {}; // a close follows
+    });
+    this.opened.catch(() => {});
+  }
+
+  #rest = null;
+
+  /** From now on `handler` has the frames, those first that came before. */
+  begin(handler) {
+    this.#handler = handler;
+    for (const frame of this.#kept.splice(0)) handler(frame);
+  }
+
+  #give(frame) {
+    if (this.#handler) this.#handler(frame);
+    else this.#kept.push(frame);
+  }
+
+  send(frame) {
+    if (this.#socket.readyState === 1) this.#socket.send(JSON.stringify(frame));
+  }
+
+  /** From now on a silence of `every` and `grace` ends the line. A server that sends no heartbeat is asked. */
+  watch(every, grace, ask) {
+    if (!(every > 0)) return;
+    let asking = null;
+    if (ask) asking = setInterval(() => this.send({ type: 'ping' }), every);
+    this.#rest = () => {
+      clearTimeout(this.#watching);
+      this.#watching = setTimeout(() => this.fail('silent'), every + grace);
+    };
+    this.#rest();
+    this.ended.then(() => { clearInterval(asking); clearTimeout(this.#watching); });
+  }
+
+  /** The line is lost: nothing that still comes counts. */
+  fail(reason) {
+    const socket = this.#socket;
+    this.#over(1006, reason);
+    socket.onclose?.({ code: 1006, reason });
+    socket.onclose = socket.onmessage = null;
+    try { socket.close(); } catch { /* it was never open */ }
+  }
+
+  close() {
+    try { this.#socket.close(1000); } catch { /* it was never open */ }
+    setTimeout(() => this.#over(1000, 'closed'), 1_000);
+  }
+
+  #over(code, reason) {
+    clearTimeout(this.#watching);
+    this.#rest = null;
+    this.#end({ code, reason });
+  }
+}

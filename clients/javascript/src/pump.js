@@ -1,0 +1,240 @@
+// The queue between the lines and the application: each number once and in order, one message at a time, acked when
+// handled.
+
+import { RingpushError } from './errors.js';
+
+const ACK_MS = 50;
+const RETRY_FIRST_MS = 200;
+const RETRY_MAX_MS = 10_000;
+
+export class Pump {
+  /** Up to here it was handled, and acked; null before the first line. */
+  acked = null;
+  received = null;
+  #handled = null; #known = null;
+  #hooks; #queue = []; #busy = false; #over = false; #atHand = null;
+  #consumers = new Set(); #gapHandlers = new Set();
+  #timer = null; #retry = null;
+
+  constructor(hooks) { this.#hooks = hooks; }
+
+  get idle() { return !this.#busy && this.#queue.length === 0; }
+
+  /** Where the next line of this page starts: after what was handled, or is at hand; null: after the device's cursor. */
+  get position() { return this.#atHand ?? this.#handled; }
+
+  /** A line has begun after `since`; `known`: what an earlier page has handled. */
+  begin(since, known) {
+    if (this.received === null) {
+      this.received = this.#handled = since;
+      this.#known = known ?? null;
+    }
+  }
+
+  /** The lines are gone: what was not begun comes again. */
+  rewind() {
+    this.#queue.length = 0;
+    if (this.received !== null) this.received = this.position;
+  }
+
+  /** Queues a message. Returns false for a repeat. */
+  put(frame, live) {
+    if (this.received !== null && frame.seq <= this.received) return false;
+    this.received = frame.seq;
+    if (this.#known !== null && frame.seq <= this.#known) {
+      this.#queue.push({ repeat: frame.seq });
+    } else {
+      this.#queue.push({ message: this.message(frame, live) });
+    }
+    if (this.#hooks.ack === 'received') this.#ack(frame.seq);
+    this.#pump();
+    return true;
+  }
+
+  gap({ after, before, reason }) {
+    const reset = reason === 'reset';
+    if (!reset && this.received !== null && before <= this.received + 1) return;
+    this.received = before - 1;
+    if (reset) {
+      this.#known = null;
+      this.acked = null;
+    }
+    this.#queue.push({ gap: { after, before, reason }, seq: before - 1, reset });
+    this.#pump();
+  }
+
+  message(frame, live) {
+    const { seq, id, event, payload, topic, traceparent } = frame;
+    const message = {
+      event, payload, seq, id, topic, traceparent, live,
+      acceptedAt: new Date(frame.accepted_at),
+      expiresAt: new Date(frame.expires_at),
+      ack: () => { if (this.#hooks.ack === 'manual') this.#ack(seq); },
+    };
+    return message;
+  }
+
+  on(event, handler, signal) {
+    const consumer = {
+      wants: (message) => event === '*' || message.event === event,
+      give: async (message) => { await handler(message); return true; },
+    };
+    return this.#add(consumer, signal);
+  }
+
+  onGap(handler) {
+    this.#gapHandlers.add(handler);
+    return () => this.#gapHandlers.delete(handler);
+  }
+
+  /** An iterable of messages. One is handled when the next is asked for; leaving the loop handles nothing. */
+  messages({ events, topic, signal } = {}) {
+    const wants = (message) => (!events || events.includes(message.event)) && (!topic || message.topic === topic);
+    return { [Symbol.asyncIterator]: () => this.#iterate(wants, signal) };
+  }
+
+  #iterate(wants, signal) {
+    let given = null;   // { message, resolve }: waits to be taken, or is at hand
+    let asked = null;   // resolves the pending next()
+    let taken = false;
+    const consumer = {
+      wants,
+      give: (message) => new Promise((resolve) => {
+        given = { message, resolve };
+        taken = false;
+        hand();
+      }),
+      end: () => { asked?.({ done: true, value: undefined }); asked = null; },
+    };
+    const hand = () => {
+      if (!asked || !given || taken) return;
+      taken = true;
+      const resolve = asked;
+      asked = null;
+      resolve({ done: false, value: given.message });
+    };
+    const leave = () => {
+      remove();
+      given?.resolve(false);
+      given = null;
+      consumer.end();
+    };
+    const remove = this.#add(consumer, null);
+    signal?.addEventListener('abort', leave, { once: true });
+    return {
+      next: () => {
+        if (taken && given) {
+          const { resolve } = given;
+          given = null;
+          taken = false;
+          resolve(true);
+        }
+        if (this.#over || !this.#consumers.has(consumer)) return Promise.resolve({ done: true, value: undefined });
+        return new Promise((resolve) => { asked = resolve; hand(); });
+      },
+      return: () => { leave(); return Promise.resolve({ done: true, value: undefined }); },
+      [Symbol.asyncIterator]() { return this; },
+    };
+  }
+
+  #add(consumer, signal) {
+    if (signal?.aborted) return () => {};
+    this.#consumers.add(consumer);
+    const remove = () => { this.#consumers.delete(consumer); };
+    signal?.addEventListener('abort', remove, { once: true });
+    this.#pump();
+    return remove;
+  }
+
+  async #pump() {
+    if (this.#busy) return;
+    this.#busy = true;
+    try {
+      while (!this.#over && this.#queue.length > 0 && this.#consumers.size > 0) {
+        const item = this.#queue.shift();
+        if (item.gap) {
+          await this.#giveGap(item);
+          if (this.#over) return;
+          this.#done(item.seq, item.reset);
+        } else if (item.repeat) {
+          this.#done(item.repeat);
+        } else {
+          this.#atHand = item.message.seq;
+          const handled = await this.#give(item.message);
+          this.#atHand = null;
+          if (this.#over) return;
+          if (handled) this.#done(item.message.seq);
+          else this.#queue.unshift(item);
+        }
+      }
+    } finally {
+      this.#busy = false;
+    }
+    if (this.idle) return;
+    if (!this.#over && this.#consumers.size > 0) queueMicrotask(() => this.#pump());
+  }
+
+  async #giveGap({ gap }) {
+    if (this.#gapHandlers.size === 0) {
+      this.#hooks.error(new RingpushError('gap', `messages ${gap.after + 1} to ${gap.before - 1} are gone (${gap.reason})`, true));
+      return;
+    }
+    for (const handler of [...this.#gapHandlers]) await this.#try(() => handler(gap));
+  }
+
+  /** Gives a message to each consumer that wants it. Returns false if it is to be given again. */
+  async #give(message) {
+    const validate = message.event === undefined ? null : this.#hooks.validate[message.event];
+    if (validate) {
+      try { message.payload = validate(message.payload); } catch (error) {
+        this.#hooks.error(RingpushError.from('invalid_payload', error));
+        return true;
+      }
+    }
+    const wanted = [...this.#consumers].filter((consumer) => consumer.wants(message));
+    const given = await Promise.all(wanted.map((consumer) => this.#try(() => consumer.give(message))));
+    return !given.includes(false);
+  }
+
+  /** Tries until it succeeds, or the application says to skip it. */
+  async #try(act) {
+    for (let wait = RETRY_FIRST_MS; !this.#over; wait = Math.min(wait * 2, RETRY_MAX_MS)) {
+      try { return await act(); } catch (error) {
+        if (this.#hooks.error(RingpushError.from('handler', error)) === 'skip') return true;
+        await new Promise((resolve) => { this.#retry = setTimeout(resolve, wait); });
+      }
+    }
+    return false;
+  }
+
+  #done(seq, reset = false) {
+    if (reset) this.#handled = seq;
+    else this.#handled = Math.max(seq, this.#handled ?? 0);
+    this.#hooks.handled(this.#handled);
+    if (this.#hooks.ack === 'handled') this.#ack(this.#handled);
+  }
+
+  #ack(seq) {
+    if (this.acked !== null && seq <= this.acked) return;
+    const ahead = seq - (this.said ?? 0);
+    this.acked = seq;
+    if (this.said !== undefined && ahead >= this.#hooks.window / 2) return this.flush();
+    this.#timer ??= setTimeout(() => this.flush(), ACK_MS);
+  }
+
+  flush() {
+    clearTimeout(this.#timer);
+    this.#timer = null;
+    if (this.acked === null) return;
+    this.said = this.acked;
+    this.#hooks.acked(this.acked);
+  }
+
+  end() {
+    this.#over = true;
+    clearTimeout(this.#timer);
+    clearTimeout(this.#retry);
+    for (const consumer of this.#consumers) consumer.end?.();
+    this.#consumers.clear();
+  }
+}

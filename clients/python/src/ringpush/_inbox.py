@@ -1,0 +1,681 @@
+"""Receiving: one line (a socket) at a time, two during a move; each message once, in order, acked when handled."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import logging
+import random
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, Union
+
+import websockets
+from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.client import connect as open_socket
+
+from ._errors import GapError, Refused, Stopped
+
+log = logging.getLogger("ringpush")
+
+CLIENT = "ringpush-python/0.1.0"
+#: Seconds that a token, and the opening of a line, may take.
+PATIENCE_S, OPEN_S = 30.0, 10.0
+#: Longest wait between two tries in seconds, unless the server names a longer one.
+RETRY_MAX_S = 10.0
+#: Seconds of silence beyond the server's interval, and that a line has to answer a :meth:`Inbox.wake`.
+GRACE_S, WAKE_S = 5.0, 3.0
+MOVE_TRIES = 3
+#: Seconds by which acks are gathered.
+ACK_S = 0.05
+SUBPROTOCOL = "ringpush.v1.json"
+
+TokenReason = Literal["first", "expiring", "expired", "revoked"]
+Token = Union[str, Callable[[TokenReason], Union[str, Awaitable[str]]]]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message. ``live`` is false where it comes from the backlog."""
+
+    seq: int
+    id: str
+    payload: Any
+    event: str | None
+    accepted_at: datetime
+    expires_at: datetime
+    live: bool
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Numbers above ``after`` and below ``before`` will never come."""
+
+    after: int
+    before: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class State:
+    """``connecting``, ``catching-up``, ``live``, ``moving``, ``waiting`` or ``stopped``, and the cause of the last two."""
+
+    name: str
+    cause: str | None = None
+
+
+def connect(
+    url: str,
+    *,
+    token: Token,
+    device: str | None = None,
+    user: str | None = None,
+    begin: Literal["oldest", "latest"] | None = None,
+    window: int = 256,
+    ack: Literal["handled", "received"] = "handled",
+    gaps: Literal["raise", "item"] = "raise",
+) -> Inbox:
+    """An inbox to be entered by ``async with`` and read by ``async for``.
+
+    ``url`` is that of the server, such as ``https://push.example.com``. ``token`` is a token, or is asked for one with the
+    reason; raise :class:`Refused` to stop. Name a ``device``: it has the cursor. Another user than ``user`` stops the inbox.
+    ``window`` is how many messages may be ahead of the acks. A gap is raised, or with ``gaps="item"`` handed over.
+    """
+    if not 1 <= window <= 10_000:
+        raise ValueError("window is an integer from 1 to 10000")
+    if begin not in (None, "oldest", "latest"):
+        raise ValueError('begin is "oldest" or "latest"')
+    if device is None:
+        log.warning("no device is named: the next start is another device", extra={"code": "device_not_kept"})
+        device = f"python-{uuid.uuid4().hex[:12]}"
+    return Inbox(url, token, device, user, begin, window, ack, gaps)
+
+
+class _Closed(Exception):
+    def __init__(self, code: int, reason: str, retry_after: float = 0.0) -> None:
+        super().__init__(reason or f"closed with {code}")
+        self.code, self.reason, self.retry_after = code, reason, retry_after
+
+
+class _TokenFault(Exception):
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class _Line:
+    """One socket, from its ``welcome`` on."""
+
+    def __init__(self, socket: ClientConnection, welcome: dict[str, Any]) -> None:
+        self.socket, self.welcome = socket, welcome
+        self.caught_up = False
+        self.seq = 0
+        self.acked: int | None = None
+        self.heard = 0
+        self.reason = ""
+        self.hint: dict[str, int] | None = None
+        beat = welcome.get("heartbeat_ms")
+        every = beat or welcome.get("ping_every_ms") or 25_000
+        self.silence = every / 1000 + GRACE_S
+        self.ask_every = None if beat else every / 1000
+
+    async def send(self, frame: dict[str, Any]) -> None:
+        with contextlib.suppress(websockets.ConnectionClosed):
+            await self.socket.send(json.dumps(frame))
+
+    async def frame(self) -> dict[str, Any]:
+        """The next frame. Raises :class:`_Closed` when the line has ended, or says nothing or rubbish."""
+        try:
+            text = await asyncio.wait_for(self.socket.recv(), self.silence)
+        except (TimeoutError, asyncio.TimeoutError):
+            self.abort()
+            raise _Closed(1006, "silent") from None
+        except websockets.ConnectionClosed as error:
+            code = error.rcvd.code if error.rcvd else 1006
+            raise _Closed(code, self.reason or (error.rcvd.reason if error.rcvd else "")) from None
+        self.heard += 1
+        return _parsed(text, self.abort)
+
+    def abort(self) -> None:
+        transport = self.socket.transport
+        if transport is not None:
+            transport.abort()
+
+    async def close(self) -> None:
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self.socket.close(1000), 1.0)
+
+
+def _parsed(text: str | bytes, abort: Callable[[], None]) -> dict[str, Any]:
+    try:
+        frame = json.loads(text)
+    except ValueError:
+        frame = None
+    if not isinstance(frame, dict) or not isinstance(frame.get("type"), str):
+        abort()
+        raise _Closed(1006, "rubbish")
+    return frame
+
+
+class Inbox:
+    """What :func:`connect` returns."""
+
+    def __init__(self, url: str, token: Token, device: str, user: str | None, begin: str | None, window: int,
+                 ack: str, gaps: str) -> None:
+        self._url, self._ask, self._device, self._user = url.rstrip("/"), token, device, user
+        self._begin, self._window, self._ack_when, self._gaps = begin, window, ack, gaps
+        self._queue: deque[Message | Gap] = deque()
+        self._filled = asyncio.Event()
+        self._at_hand: Message | Gap | None = None
+        self._received: int | None = None
+        self._handled: int | None = None
+        self._acked: int | None = None
+        self._line: _Line | None = None
+        self._next: _Line | None = None
+        self._hint: dict[str, int] = {"min_ms": 0, "max_ms": 2000}
+        self._failures = self._refusals = 0
+        self._token: str | None = None
+        self._fresh, self._why = False, "first"
+        self._token_lock = asyncio.Lock()
+        self._caught_up = False
+        self._stopped: str | None = None
+        self._states: list[asyncio.Queue[State]] = []
+        self._state = State("connecting")
+        self._woken = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._runner: asyncio.Task[None] | None = None
+        self._mover: asyncio.Task[None] | None = None
+        self._acker: asyncio.Task[None] | None = None
+        self._refresher: asyncio.Task[None] | None = None
+
+    # --- what an application uses -----------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """The state now."""
+        return self._state
+
+    async def states(self) -> AsyncIterator[State]:
+        """The states from now on."""
+        queue: asyncio.Queue[State] = asyncio.Queue()
+        self._states.append(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._states.remove(queue)
+
+    async def __aenter__(self) -> Inbox:
+        self._runner = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._handled_at_hand()
+        await self.close()
+
+    def __aiter__(self) -> Inbox:
+        # Whoever left a loop has not handled what was at hand.
+        if self._at_hand is not None:
+            self._queue.appendleft(self._at_hand)
+            self._at_hand = None
+        return self
+
+    async def __anext__(self) -> Any:
+        """The next message (or :class:`Gap`). The one before counts as handled. Raises :class:`Stopped`."""
+        self._handled_at_hand()
+        while not self._queue:
+            if self._stopped is not None:
+                if self._stopped == "closed":
+                    raise StopAsyncIteration
+                raise Stopped(self._stopped)
+            self._filled.clear()
+            await self._filled.wait()
+        item = self._queue.popleft()
+        self._at_hand = item
+        if isinstance(item, Gap) and self._gaps == "raise":
+            self._handled_at_hand()
+            raise GapError(item)
+        return item
+
+    def wake(self) -> None:
+        """Looks at once whether the line lives, and tries again at once where the inbox waits."""
+        self._woken.set()
+        if self._line is not None and self._next is None:
+            self._spawn(self._probe(self._line))
+
+    async def refresh(self) -> None:
+        """Fetches another token, and shows it to the server."""
+        self._token, self._why = None, "expiring"
+        token = await self._get_token()
+        if (line := self._next or self._line) is not None:
+            await line.send({"type": "refresh", "token": token})
+
+    async def close(self) -> None:
+        """Says the pending acks and closes."""
+        if self._stopped is None:
+            self._stop("closed")
+        await self._say_acks()
+        for line in (self._line, self._next):
+            if line is not None:
+                await line.close()
+        self._line = self._next = None
+        for task in (self._runner, self._mover, self._acker, self._refresher, *self._tasks):
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while self._stopped is None:
+            self._set("connecting")
+            wait: float | None = None
+            try:
+                self._line = await self._open()
+                cause = await self._serve()
+            except Refused as refused:
+                self._stop("refused", str(refused))
+                break
+            except _TokenFault as fault:
+                log.warning("%s", fault, extra={"code": fault.code})
+                cause = fault.code
+            except _Closed as closed:
+                wait, cause = self._ended(closed)
+            except (OSError, websockets.WebSocketException, asyncio.TimeoutError) as error:
+                cause = str(error) or type(error).__name__
+            if self._stopped is not None:
+                break
+            self._failures += 1
+            delay = self._delay() if wait is None else wait
+            self._set("waiting", cause)
+            self._woken.clear()
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), None if delay == float("inf") else delay)
+
+    def _delay(self) -> float:
+        low, high = self._hint["min_ms"] / 1000, self._hint["max_ms"] / 1000
+        longest = max(high, min(RETRY_MAX_S, 0.2 * 2 ** min(self._failures, 10)), low)
+        return random.uniform(low, longest)
+
+    def _ended(self, closed: _Closed) -> tuple[float | None, str]:
+        """What to wait, and why, after a line or its opening has ended."""
+        cause = closed.reason or f"closed with {closed.code}"
+        if closed.code in (401, 4501):
+            return self._refused(closed.reason), cause
+        if closed.code == 4509:
+            return float("inf"), "replaced"
+        if closed.code == 403 or 4500 <= closed.code < 5000:
+            self._stop(cause)
+        return max(self._delay(), closed.retry_after) if closed.retry_after else None, cause
+
+    def _refused(self, reason: str) -> float | None:
+        if reason == "ticket_invalid":
+            return None
+        if self._fresh:
+            self._refusals += 1
+        if self._refusals >= 2:
+            self._stop("unauthorized", reason)
+            return 0.0
+        self._token = None
+        self._why = "revoked" if reason == "token_revoked" else "expired"
+        return 0.0
+
+    async def _open(self) -> _Line:
+        token = await self._get_token()
+        place = await asyncio.to_thread(_place, self._url, token, self._device)
+        if place is None:
+            base = urllib.parse.urlsplit(self._url)
+            url = base._replace(scheme=base.scheme.replace("http", "ws"), path=f"{base.path}/v1/ws").geturl()
+            return await self._open_at(url, {"token": token}, self._position())
+        if "socket" in place and "ticket" in place:
+            return await self._open_at(place["socket"], {"ticket": place["ticket"]}, self._position())
+        return await self._open_at(place["url"], None, self._position())
+
+    async def _open_at(self, url: str, credential: dict[str, str] | None, since: int | None) -> _Line:
+        options: dict[str, Any] = {"heartbeat": True, "window": self._window, "client": CLIENT}
+        if since is not None:
+            options["since"] = since
+        elif self._begin is not None:
+            options["begin"] = self._begin
+        if credential is None:
+            options["heartbeat"] = 1
+            url += "&" + urllib.parse.urlencode(options)
+        try:
+            socket = await open_socket(
+                url, subprotocols=[websockets.Subprotocol(SUBPROTOCOL)], open_timeout=OPEN_S, ping_interval=None,
+                max_size=None, compression=None)
+        except websockets.InvalidStatus as error:
+            raise _http_closed(error.response.status_code, error.response.headers, bytes(error.response.body or b"")) from None
+        try:
+            if credential is not None:
+                auth = {"type": "auth", **credential, "device": self._device, **options}
+                await socket.send(json.dumps(auth))
+            reason, hint = "", None
+            while True:
+                text = await asyncio.wait_for(socket.recv(), OPEN_S)
+                frame = _parsed(text, lambda: socket.transport.abort())
+                if frame["type"] == "welcome":
+                    return _Line(socket, frame)
+                if frame["type"] == "error":
+                    reason, hint = frame.get("reason") or "", frame.get("reconnect")
+        except websockets.ConnectionClosed as error:
+            code = error.rcvd.code if error.rcvd else 1006
+            after = (hint or {}).get("min_ms", 0) / 1000
+            raise _Closed(code, reason or (error.rcvd.reason if error.rcvd else ""), after) from None
+        except BaseException:
+            if socket.transport is not None:
+                socket.transport.abort()
+            raise
+
+    async def _serve(self) -> str:
+        """Reads lines, the next where one is replaced, until none is left."""
+        assert self._line is not None
+        await self._welcome(self._line)
+        while True:
+            line = self._line
+            try:
+                while self._stopped is None and self._line is line:
+                    await self._frame(line, await line.frame())
+                if self._stopped is not None:
+                    return "closed"
+                continue
+            except _Closed as closed:
+                if self._line is not line:
+                    continue
+                if self._next is not None:
+                    self._take(self._next)
+                    if self._mover is not None:
+                        # It reads that line until now.
+                        self._mover.cancel()
+                        await asyncio.wait([self._mover])
+                    continue
+                if line.hint is not None:
+                    self._hint = line.hint
+                self._line, self._caught_up = None, False
+                if self._mover is not None:
+                    self._mover.cancel()
+                self._rewind()
+                raise closed
+
+    async def _welcome(self, line: _Line) -> None:
+        welcome = line.welcome
+        if self._user is not None and welcome.get("user") != self._user:
+            self._stop("wrong_user", f"the token is of {welcome.get('user')}, not of {self._user}")
+            await line.close()
+            return
+        self._failures = self._refusals = 0
+        self._fresh, self._why = False, "expiring"
+        self._hint = welcome.get("reconnect") or self._hint
+        if self._received is None:
+            self._received = self._handled = welcome["since"]
+        if line.ask_every is not None:
+            self._spawn(self._ask_on(line, line.ask_every))
+        if expires := welcome.get("token_expires_at"):
+            self._schedule_refresh(expires, welcome.get("server_time"))
+        if line is self._line:
+            self._set("catching-up")
+        await self._say_acks(again=True)
+
+    async def _ask_on(self, line: _Line, every: float) -> None:
+        while line in (self._line, self._next):
+            await asyncio.sleep(every)
+            await line.send({"type": "ping"})
+
+    async def _frame(self, line: _Line, frame: dict[str, Any]) -> None:
+        kind = frame["type"]
+        if kind == "message":
+            line.seq = frame["seq"]
+            if self._received is not None and frame["seq"] <= self._received:
+                await self._say_acks(again=True)
+            else:
+                self._received = frame["seq"]
+                self._put(_message(frame, self._caught_up))
+                if self._ack_when == "received":
+                    self._ack(frame["seq"])
+            self._reached()
+        elif kind == "gap":
+            reset = frame["reason"] == "reset"
+            if reset or self._received is None or frame["before"] > self._received + 1:
+                self._received = frame["before"] - 1
+                if reset:
+                    self._acked = None
+                self._put(Gap(frame["after"], frame["before"], frame["reason"]))
+            self._reached()
+        elif kind == "caught_up":
+            line.caught_up = True
+            if line is self._next:
+                self._take(line)
+            else:
+                self._caught_up = True
+                self._set("live")
+        elif kind == "move" and line is self._line:
+            if self._mover is not None:
+                self._mover.cancel()
+            self._set("moving")
+            self._mover = asyncio.create_task(self._move(frame))
+        elif kind == "refreshed":
+            self._fresh = False
+            self._schedule_refresh(frame["expires_at"], None)
+        elif kind == "error":
+            line.reason = frame.get("reason") or ""
+            if hint := frame.get("reconnect"):
+                line.hint = self._hint = hint
+
+    def _reached(self) -> None:
+        following = self._next
+        if following is not None and following.seq > 0 and following.seq >= (self._line.seq if self._line else 0):
+            self._take(following)
+
+    def _take(self, line: _Line) -> None:
+        old, self._line, self._next = self._line, line, None
+        self._caught_up = line.caught_up or self._caught_up
+        self._set("live" if self._caught_up else "catching-up")
+        if old is not None and old is not line:
+            self._spawn(self._leave(old))
+
+    async def _leave(self, line: _Line) -> None:
+        if self._acked is not None:
+            await line.send({"type": "ack", "seq": self._acked})
+        await line.close()
+
+    async def _move(self, order: dict[str, Any]) -> None:
+        await asyncio.sleep(order.get("after_ms", 0) / 1000)
+        for attempt in range(MOVE_TRIES):
+            line: _Line | None = None
+            try:
+                line = await self._open_at(order["url"], {"token": await self._get_token()}, self._received)
+                self._next = line
+                await self._welcome(line)
+                while self._next is line:
+                    await self._frame(line, await line.frame())
+                return
+            except asyncio.CancelledError:
+                if line is not None and line is not self._line:
+                    self._next = None
+                    self._spawn(line.close())
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it was, the old line goes on
+                log.debug("a move failed: %s", error)
+                if self._line is line:
+                    return
+                self._next = None
+            if attempt + 1 < MOVE_TRIES:
+                await asyncio.sleep(random.uniform(self._hint["min_ms"], self._hint["max_ms"]) / 1000)
+        self._set("live" if self._caught_up else "catching-up")
+
+    async def _probe(self, line: _Line) -> None:
+        heard = line.heard
+        await line.send({"type": "ping"})
+        await asyncio.sleep(WAKE_S)
+        if self._line is not line or line.heard != heard or self._next is not None:
+            return
+        try:
+            following = await self._open()
+        except Exception:  # noqa: BLE001 - the loop will see what is wrong
+            line.abort()
+            return
+        self._next = following
+        await self._welcome(following)
+        self._take(following)
+        line.abort()
+
+    # --- tokens -----------------------------------------------------------------------------------
+
+    async def _get_token(self) -> str:
+        async with self._token_lock:
+            if self._token is None:
+                self._token = await self._fetch_token()
+                self._fresh = True
+            return self._token
+
+    async def _fetch_token(self) -> str:
+        if isinstance(self._ask, str):
+            return self._ask
+        try:
+            asked = self._ask(self._why)  # type: ignore[arg-type]
+            token = await asyncio.wait_for(asked, PATIENCE_S) if inspect.isawaitable(asked) else asked
+        except (Refused, asyncio.CancelledError):
+            raise
+        except (TimeoutError, asyncio.TimeoutError):
+            raise _TokenFault("token_timeout", "token did not answer in 30 s") from None
+        except Exception as error:
+            raise _TokenFault("token_failed", f"token raised {error!r}") from error
+        if not isinstance(token, str) or not token or any(not "!" <= letter <= "~" for letter in token):
+            raise _TokenFault("token_rubbish", "token must return a token: a string")
+        return token
+
+    def _schedule_refresh(self, expires_at: str, server_time: str | None) -> None:
+        if self._refresher is not None and self._refresher is not asyncio.current_task():
+            self._refresher.cancel()
+        now = _moment(server_time) if server_time else datetime.now(_moment(expires_at).tzinfo)
+        left = (_moment(expires_at) - now).total_seconds()
+        self._refresher = asyncio.create_task(self._refresh_in(max(left, 0) * 0.8))
+
+    async def _refresh_in(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        attempt = 0
+        while self._stopped is None:
+            try:
+                await self.refresh()
+                return
+            except Refused as refused:
+                self._stop("refused", str(refused))
+            except _TokenFault as fault:
+                log.warning("%s", fault, extra={"code": fault.code})
+                attempt += 1
+                await asyncio.sleep(random.uniform(0, min(RETRY_MAX_S, 0.5 * 2**attempt)))
+
+    # --- the queue, and acks ----------------------------------------------------------------------
+
+    def _position(self) -> int | None:
+        if isinstance(self._at_hand, Message):
+            return self._at_hand.seq
+        return self._handled
+
+    def _rewind(self) -> None:
+        self._queue.clear()
+        if self._received is not None:
+            self._received = self._position()
+
+    def _put(self, item: Message | Gap) -> None:
+        self._queue.append(item)
+        self._filled.set()
+
+    def _handled_at_hand(self) -> None:
+        item, self._at_hand = self._at_hand, None
+        if item is None:
+            return
+        if isinstance(item, Gap):
+            seq, reset = item.before - 1, item.reason == "reset"
+        else:
+            seq, reset = item.seq, False
+        self._handled = seq if reset or self._handled is None else max(seq, self._handled)
+        if self._ack_when == "handled":
+            self._ack(self._handled)
+
+    def _ack(self, seq: int) -> None:
+        if self._acked is not None and seq <= self._acked:
+            return
+        self._acked = seq
+        if self._acker is None or self._acker.done():
+            self._acker = asyncio.create_task(self._ack_soon())
+
+    async def _ack_soon(self) -> None:
+        await asyncio.sleep(ACK_S)
+        await self._say_acks()
+
+    async def _say_acks(self, again: bool = False) -> None:
+        for line in (self._line, self._next):
+            if line is not None and self._acked is not None and (again or line.acked != self._acked):
+                line.acked = self._acked
+                await line.send({"type": "ack", "seq": self._acked})
+
+    # --- the rest ---------------------------------------------------------------------------------
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _set(self, name: str, cause: str | None = None) -> None:
+        if (self._stopped is not None and name != "stopped") or (self._state.name == name != "waiting"):
+            return
+        self._state = State(name, cause)
+        for queue in self._states:
+            queue.put_nowait(self._state)
+
+    def _stop(self, cause: str, detail: str = "") -> None:
+        if self._stopped is not None:
+            return
+        self._stopped = cause
+        if cause != "closed":
+            log.error("stopped: %s %s", cause, detail, extra={"code": cause})
+        self._set("stopped", cause)
+        self._woken.set()
+        self._filled.set()
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+
+
+def _message(frame: dict[str, Any], live: bool) -> Message:
+    return Message(frame["seq"], frame["id"], frame.get("payload"), frame.get("event"), _moment(frame["accepted_at"]),
+                   _moment(frame["expires_at"]), live)
+
+
+def _http_closed(status: int, headers: Any, body: bytes) -> _Closed:
+    try:
+        reason = json.loads(body).get("reason") or ""
+    except (ValueError, AttributeError):
+        reason = ""
+    after = headers.get("Retry-After") or ""
+    return _Closed(status, reason or f"answered {status}" if status not in (401, 403) else reason,
+                   float(after) if after.isdigit() else 0.0)
+
+
+def _place(url: str, token: str, device: str) -> dict[str, str] | None:
+    """Where to open a socket; ``None`` where the server has no such call or cannot be reached by it."""
+    request = urllib.request.Request(
+        f"{url}/v1/connect", method="POST", data=json.dumps({"device": device}).encode(),
+        headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=OPEN_S) as answer:
+            place = json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 405):
+            return None
+        raise _http_closed(error.code, error.headers, error.read()) from None
+    except (OSError, ValueError):
+        return None
+    return place if isinstance(place, dict) and isinstance(place.get("url"), str) else None

@@ -1,0 +1,142 @@
+"""Publishing. Each publish has an id, so that its repeats after a 503 or a lost answer are stored once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from ._errors import RingpushError
+
+#: Tries of one publish, and the longest wait between two in seconds.
+TRIES, RETRY_MAX_S = 8, 10.0
+DEADLINE_S = 15.0
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The outcome for one recipient: its number, or why it is not stored."""
+
+    user: str
+    seq: int | None
+    duplicate: bool
+    error: str | None
+
+
+class PublishFailed(RingpushError):
+    """The server refused a publish, or could not be reached. ``problem`` is its answer; a repeat under ``id`` is safe."""
+
+    def __init__(self, status: int, detail: str, id: str, problem: dict[str, Any] | None) -> None:
+        super().__init__(f"{status}: {detail}" if status else detail)
+        self.status, self.id, self.problem = status, id, problem
+
+
+def _body(users: str | Sequence[str], payload: Any, id: str | None, event: str | None, ttl_s: int | None) -> dict[str, Any]:
+    to: dict[str, Any] = {"user": users} if isinstance(users, str) else {"users": list(users)}
+    body: dict[str, Any] = {"to": to, "payload": payload, "id": id or uuid.uuid4().hex}
+    if event is not None:
+        body["event"] = event
+    if ttl_s is not None:
+        body["ttl_s"] = ttl_s
+    return body
+
+
+def _accepted(entry: dict[str, Any]) -> Accepted:
+    error = entry.get("error")
+    detail = None if error is None else f"{error.get('status')}: {error.get('detail', '')}"
+    return Accepted(entry["user"], entry.get("seq"), entry.get("duplicate", False), detail)
+
+
+class _Try:
+    """Decides after each try: the outcome, an error, or how long to wait."""
+
+    def __init__(self, id: str) -> None:
+        self.id, self.tries = id, 0
+
+    def after(self, answer: httpx.Response | httpx.HTTPError) -> list[Accepted] | float:
+        self.tries += 1
+        wait = random.uniform(0, min(RETRY_MAX_S, 0.1 * 2**self.tries))
+        if isinstance(answer, httpx.HTTPError):
+            if self.tries >= TRIES:
+                raise PublishFailed(0, f"cannot be reached: {answer!r}", self.id, None) from answer
+            return wait
+        if answer.status_code == 202:
+            return [_accepted(entry) for entry in answer.json()["accepted"]]
+        try:
+            problem = answer.json()
+        except ValueError:
+            problem = {"detail": answer.text[:200]}
+        if answer.status_code in (429, 502, 503, 504) and self.tries < TRIES:
+            after = answer.headers.get("retry-after", "")
+            return max(wait, float(after) if after.isdigit() else 0.0)
+        raise PublishFailed(answer.status_code, str(problem.get("detail", "")), self.id, problem)
+
+
+class Publisher:
+    """Publishes from asyncio. ``url`` is that of collect, ``key`` an API key."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self._http = httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=DEADLINE_S)
+
+    async def publish(self, users: str | Sequence[str], payload: Any, *, id: str | None = None, event: str | None = None,
+                      ttl_s: int | None = None) -> list[Accepted]:
+        """Stores a message for one user or several; tries again where that is safe. Raises :class:`PublishFailed`."""
+        body = _body(users, payload, id, event, ttl_s)
+        attempt = _Try(body["id"])
+        while True:
+            try:
+                answer: httpx.Response | httpx.HTTPError = await self._http.post("/v1/messages", json=body)
+            except httpx.HTTPError as error:
+                answer = error
+            outcome = attempt.after(answer)
+            if not isinstance(outcome, float):
+                return outcome
+            await asyncio.sleep(outcome)
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Publisher:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+class SyncPublisher:
+    """The same without asyncio."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=DEADLINE_S)
+
+    def publish(self, users: str | Sequence[str], payload: Any, *, id: str | None = None, event: str | None = None,
+                ttl_s: int | None = None) -> list[Accepted]:
+        """Stores a message for one user or several; tries again where that is safe. Raises :class:`PublishFailed`."""
+        body = _body(users, payload, id, event, ttl_s)
+        attempt = _Try(body["id"])
+        while True:
+            try:
+                answer: httpx.Response | httpx.HTTPError = self._http.post("/v1/messages", json=body)
+            except httpx.HTTPError as error:
+                answer = error
+            outcome = attempt.after(answer)
+            if not isinstance(outcome, float):
+                return outcome
+            time.sleep(outcome)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def __enter__(self) -> SyncPublisher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,192 @@
+//! The client libraries: the transcripts, their packages, and what their README promises against
+//! the real server.
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use serde_json::json;
+
+use ringpush_testing::{Options, Server, eventually, root, tool};
+
+fn node() -> Command {
+    let mut command = Command::new("node");
+    command.current_dir(root()).env("RINGPUSH_WS", tool("node_modules").parent().unwrap());
+    command
+}
+
+fn python() -> PathBuf {
+    tool("venv/bin/python")
+}
+
+/// Runs a command to its end, which must be a success; returns what it printed.
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{command:?}\n{said}{}", String::from_utf8_lossy(&output.stderr));
+    said
+}
+
+fn transcripts(testee: &[&std::ffi::OsStr]) {
+    let said = run(node()
+        .args(["clients/conformance/run.mjs", "--ws"])
+        .arg(tool("node_modules").parent().unwrap())
+        .arg("--")
+        .args(testee));
+    let passed = said.lines().filter(|line| line.starts_with("ok ")).count();
+    assert!(passed >= 25, "at least 25 transcripts: {said}");
+}
+
+#[test]
+fn the_javascript_library_passes_every_transcript() {
+    transcripts(&["node".as_ref(), "clients/javascript/testee.mjs".as_ref()]);
+}
+
+#[test]
+fn the_python_library_passes_every_transcript() {
+    transcripts(&[python().as_os_str(), "clients/python/testee.py".as_ref()]);
+}
+
+/// `esbuild --bundle --minify | gzip -9`: at most 9 KiB, with everything.
+#[test]
+fn the_javascript_library_stays_small() {
+    let directory = tempfile::tempdir().unwrap();
+    let bundled = directory.path().join("bundled.js");
+    let mut bundle = Command::new(tool("node_modules/.bin/esbuild"));
+    bundle.args(["src/index.js", "--bundle", "--minify", "--format=esm"]);
+    bundle.arg(format!("--outfile={}", bundled.display()));
+    run(bundle.current_dir(root().join("clients/javascript")));
+    let zipped = Command::new("gzip").arg("-9c").arg(&bundled).output().unwrap();
+    let size = zipped.stdout.len();
+    assert!((1_000..=9 * 1024).contains(&size), "{size} bytes");
+}
+
+#[test]
+fn the_types_and_the_packages_are_clean() {
+    let javascript = root().join("clients/javascript");
+    run(Command::new(tool("node_modules/.bin/tsc"))
+        .args(["-p", "test/tsconfig.json"])
+        .current_dir(&javascript));
+    run(Command::new(tool("node_modules/.bin/publint")).args(["--strict", "."]).current_dir(&javascript));
+    run(Command::new(python()).args(["-m", "mypy", "--strict", "clients/python/src"]).current_dir(root()));
+}
+
+/// Built, and installed into an empty project, each does what its README says.
+#[test]
+fn the_packages_install_into_empty_projects() {
+    let empty = tempfile::tempdir().unwrap();
+    let packed = run(Command::new("npm")
+        .args(["pack", "--silent", "--pack-destination"])
+        .arg(empty.path())
+        .current_dir(root().join("clients/javascript")));
+    let package = empty.path().join(packed.trim());
+    std::fs::write(empty.path().join("package.json"), r#"{"type":"module"}"#).unwrap();
+    let mut install = Command::new("npm");
+    install.args(["install", "--silent", "--offline", "--no-audit", "--no-fund"]).arg(&package);
+    run(install.current_dir(empty.path()));
+    let script =
+        "import { connect, Refused } from '@ringpush/client'; console.log(typeof connect, typeof Refused)";
+    let mut import = Command::new("node");
+    import.args(["--input-type=module", "-e", script]).current_dir(empty.path());
+    assert_eq!(run(&mut import).trim(), "function function");
+
+    let build = ["-m", "build", "--no-isolation", "--outdir"];
+    run(Command::new(python()).args(build).arg(empty.path()).arg("clients/python").current_dir(root()));
+    let wheel = empty.path().join("ringpush-0.1.0-py3-none-any.whl");
+    let site = empty.path().join("site");
+    let pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"];
+    run(Command::new(python()).args(pip).arg(&site).arg(&wheel));
+    let import = "import ringpush; print(ringpush.__version__)";
+    let mut command = Command::new(python());
+    assert_eq!(run(command.args(["-c", import]).env("PYTHONPATH", &site)).trim(), "0.1.0");
+}
+
+/// A client program that prints a line per message: its payload.
+struct Program {
+    child: Child,
+    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Program {
+    fn line(&mut self) -> String {
+        self.lines.next().expect("the client goes on").unwrap()
+    }
+}
+
+/// The example of a README, as it stands there: under 12 lines of code; it receives, and survives a
+/// restart of the server.
+async fn the_example_works(readme: &str, language: &str, suffix: &str, mut command: Command) {
+    let text = std::fs::read_to_string(root().join(readme)).unwrap();
+    let fence = format!("```{language}\n");
+    let (_, rest) = text.split_once(&fence).expect("an example");
+    let (example, _) = rest.split_once("```").unwrap();
+    let lines = example.lines().filter(|line| !line.trim().is_empty()).count();
+    assert!(lines < 12, "{readme}: {lines} lines");
+    let directory = tempfile::tempdir().unwrap();
+    let script = directory.path().join(format!("example{suffix}"));
+    std::fs::write(&script, example).unwrap();
+
+    let server = Server::with(Options::default().with("limits.reconnect_jitter_ms", "100")).await;
+    let mut server = server.kill_and_restart().await;
+    server.publish("alice", json!("before")).await;
+    command.arg(&script).current_dir(directory.path());
+    command.env("RINGPUSH_URL", format!("http://{}", server.at("push")));
+    command.env("RINGPUSH_TOKEN", server.token("alice").await);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut program = Program { child, lines };
+    assert_eq!(program.line(), "before");
+    server.publish_all("alice", (0..50).map(|n| json!(n))).await;
+    for n in 0..50 {
+        assert_eq!(program.line(), n.to_string());
+    }
+    server = server.kill_and_restart().await;
+    let seqs = server.publish_all("alice", (50..100).map(|n| json!(n))).await;
+    for n in 50..100 {
+        assert_eq!(program.line(), n.to_string(), "it went on where it was");
+    }
+    // The last message is handled when the loop asks for the next one.
+    eventually("its acks", async || {
+        server.get("/v1/users/alice").await.json()["devices"][0]["acked"] == seqs[49]
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_python_example_works_as_printed() {
+    let mut command = Command::new(python());
+    command.env("PYTHONPATH", root().join("clients/python/src"));
+    the_example_works("README.md", "python", ".py", command).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_javascript_example_works_as_printed() {
+    // Where `npm install @ringpush/client ws` has put them.
+    let modules = tempfile::tempdir().unwrap();
+    let scope = modules.path().join("node_modules/@ringpush");
+    std::fs::create_dir_all(&scope).unwrap();
+    std::os::unix::fs::symlink(
+        root().join("clients/javascript").canonicalize().unwrap(),
+        scope.join("client"),
+    )
+    .unwrap();
+    let ws = tool("node_modules/ws").canonicalize().unwrap();
+    std::os::unix::fs::symlink(ws, modules.path().join("node_modules/ws")).unwrap();
+    let loader = modules.path().join("run.mjs");
+    std::fs::write(
+        &loader,
+        "import { copyFileSync } from 'node:fs';\nconst own = new URL('./example.mjs', import.meta.url);\n\
+         copyFileSync(process.argv[2], own);\nawait import(own);\n",
+    )
+    .unwrap();
+    let mut command = Command::new("node");
+    command.arg(&loader);
+    the_example_works("README.md", "js", ".mjs", command).await;
+}
