@@ -63,11 +63,13 @@ fn the_javascript_library_stays_small() {
 
 #[test]
 fn the_types_and_the_packages_are_clean() {
-    let javascript = root().join("clients/javascript");
-    run(Command::new(tool("node_modules/.bin/tsc"))
-        .args(["-p", "test/tsconfig.json"])
-        .current_dir(&javascript));
-    run(Command::new(tool("node_modules/.bin/publint")).args(["--strict", "."]).current_dir(&javascript));
+    for package in ["clients/javascript", "clients/server-javascript"] {
+        let package = root().join(package);
+        let mut types = Command::new(tool("node_modules/.bin/tsc"));
+        run(types.args(["-p", "test/tsconfig.json"]).current_dir(&package));
+        let mut lint = Command::new(tool("node_modules/.bin/publint"));
+        run(lint.args(["--strict", "."]).current_dir(&package));
+    }
     run(Command::new(python()).args(["-m", "mypy", "--strict", "clients/python/src"]).current_dir(root()));
 }
 
@@ -99,6 +101,47 @@ fn the_packages_install_into_empty_projects() {
     let import = "import ringpush; print(ringpush.__version__)";
     let mut command = Command::new(python());
     assert_eq!(run(command.args(["-c", import]).env("PYTHONPATH", &site)).trim(), "0.1.0");
+}
+
+/// The example of the package that publishes, as printed; then a refusal, and a publish while the
+/// server is away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_publishing_package_stores_once_through_a_restart() {
+    const BEGIN: &str = "import { Ringpush, PublishError } from '@ringpush/server';\n\
+         const ringpush = new Ringpush({ url: process.env.RINGPUSH_COLLECT, key: process.env.RINGPUSH_KEY });\n";
+    let server = Server::start().await;
+    let mut server = server.kill_and_restart().await;
+    let directory = tempfile::tempdir().unwrap();
+    let scope = directory.path().join("node_modules/@ringpush");
+    std::fs::create_dir_all(&scope).unwrap();
+    let package = root().join("clients/server-javascript").canonicalize().unwrap();
+    std::os::unix::fs::symlink(&package, scope.join("server")).unwrap();
+    let text = std::fs::read_to_string(package.join("README.md")).unwrap();
+    let (_, rest) = text.split_once("```js\n").unwrap();
+    let (example, _) = rest.split_once("```").unwrap();
+    let (collect, key) = (format!("http://{}", server.at("collect")), server.key("api_key"));
+    let node = |script: &str| {
+        let path = directory.path().join("script.mjs");
+        std::fs::write(&path, script).unwrap();
+        let mut command = Command::new("node");
+        command.arg(path).env("RINGPUSH_COLLECT", &collect).env("RINGPUSH_KEY", &key);
+        command
+    };
+    assert_eq!(run(&mut node(example)).trim(), "alice false");
+    let refused = "const many = await ringpush.publishMany([{ to: 'bob', payload: 1 }, { to: '', payload: 2 }]);\n\
+         try { await ringpush.publish('bob', 1, { event: 'with space' }); }\n\
+         catch (error) { console.log(error instanceof PublishError, error.status, error.problem.errors[0].pointer, \
+         many[0].accepted[0].user, many[1].error.status); }";
+    assert_eq!(run(&mut node(&format!("{BEGIN}{refused}"))).trim(), "true 422 /event bob 422");
+    let later = "const { accepted } = await ringpush.publish('carol', 'through');\n\
+         console.log(accepted[0].user, accepted[0].duplicate);";
+    server.kill();
+    let publishing = node(&format!("{BEGIN}{later}")).stdout(Stdio::piped()).spawn().unwrap();
+    let server = server.kill_and_restart().await;
+    let output = tokio::task::spawn_blocking(move || publishing.wait_with_output()).await.unwrap().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "carol false");
+    let stored = server.get("/v1/users/carol/messages").await.json();
+    assert_eq!(stored["messages"].as_array().map(Vec::len), Some(1));
 }
 
 /// A client program that prints a line per message: its payload.

@@ -1,0 +1,17 @@
+// Compiled by `tsc --strict`, never run.
+import { PublishError, Ringpush, type Published } from '@ringpush/server';
+
+const ringpush = new Ringpush({ url: new URL('https://collect.example.com'), key: 'k' });
+export async function publish(): Promise<number> {
+  try {
+    const published: Published = await ringpush.publish(['alice', 'bob'], { n: 1 }, { event: 'x', signal: AbortSignal.timeout(1) });
+    for (const one of published.accepted) if ('seq' in one) return one.seq;
+    // @ts-expect-error there is no such recipient
+    await ringpush.publish({ topicc: 'x' }, 1);
+    const results = await ringpush.publishMany([{ to: 'alice', payload: 1, id: 'x' }]);
+    return results.filter((result) => 'error' in result).length;
+  } catch (error) {
+    if (error instanceof PublishError && error.retryable) return error.status;
+    throw error;
+  }
+}
