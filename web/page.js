@@ -1,21 +1,10 @@
-// A client of ringpush in plain JavaScript: it connects, follows moves, resumes after what it has,
-// and shows each message once, also through a restart of the server.
+// The demo page: what it receives comes by the client library, as this server serves it under /client.
+
+import { connect, Refused } from '/client/index.js';
 
 const LOG_LINES = 200;
+const WORDS = { live: 'live', 'catching-up': 'catching up', connecting: 'connecting', moving: 'moving', offline: 'offline' };
 const $ = (id) => document.getElementById(id);
-
-// What this tab has: kept in the session storage, so that a reload resumes too.
-const kept = {
-  get device() {
-    let device = sessionStorage.getItem('device');
-    if (!device) {
-      device = `web-${Math.random().toString(36).slice(2, 8)}`;
-      sessionStorage.setItem('device', device);
-    }
-    return device;
-  },
-  set device(name) { sessionStorage.setItem('device', name); },
-};
 
 // The server prints the page's URL with a code that lets it make tokens and publish. It is kept in this browser, out of the
 // address bar, and sent with each such request.
@@ -28,7 +17,7 @@ if (given) {
 let development = false;
 let client = null;
 
-function state(name, words) {
+function show(name, words) {
   $('state').dataset.state = name;
   $('state').textContent = words;
 }
@@ -43,151 +32,48 @@ function log(type, words) {
   while ($('log').children.length > LOG_LINES) $('log').lastChild.remove();
 }
 
-class Client {
-  constructor(token, device) {
-    this.token = token;          // () => Promise<string>
-    this.device = device;
-    this.last = null;            // the last seq shown, or known to be gone
-    this.received = 0;
-    this.connections = 0;
-    this.hint = { min_ms: 0, max_ms: 2000 };
-    this.failures = 0;
-    this.socket = null;          // the one in use
-    this.next = null;            // the one a move is opening
-    this.stopped = false;
-    this.order = null;           // the last move, and how often it was tried
-    this.tries = 0;
-  }
+/** One device per browser profile, unless the page names another. */
+function device() {
+  const name = $('device').value || localStorage.getItem('device') || `web-${Math.random().toString(36).slice(2, 8)}`;
+  localStorage.setItem('device', name);
+  $('device').value = name;
+  return name;
+}
 
-  async start() {
-    if (this.stopped) return;
-    state('catching-up', 'connecting');
-    try {
-      const token = await this.token();
-      const scheme = location.protocol === 'https:' ? 'wss' : 'ws';
-      this.socket = this.open(`${scheme}://${location.host}/v1/ws`, token);
-    } catch (error) {
-      if (error.refused) this.refused(error.message);
-      else this.comeBack(error.message);
-    }
-  }
+function begin(token, user) {
+  let received = 0;
+  let connections = 0;
+  const made = connect({
+    url: location.origin,
+    token,
+    device: device(),
+    ...(user && { user }),
+    onError: (fault) => log('fault', `${fault.code}: ${fault.message}`),
+  });
+  made.on('*', ({ seq, id, event, payload }) => {
+    received += 1;
+    $('last').textContent = seq;
+    $('count').textContent = received;
+    log('message', JSON.stringify({ seq, id, event, payload }));
+  });
+  made.onGap((gap) => log('gap', JSON.stringify(gap)));
+  made.onState((state) => {
+    const { name, node, cause } = state;
+    if (name === 'catching-up') $('connections').textContent = connections += 1;
+    if (node) $('node').textContent = node;
+    log(name, cause ?? node ?? '');
+    if (name === 'waiting') show(name, 'waiting');
+    else if (name !== 'stopped') show(name, WORDS[name]);
+    else ended(made, cause);
+  });
+  return made;
+}
 
-  stop() {
-    this.stopped = true;
-    clearTimeout(this.timer);
-    this.socket?.close(1000);
-    this.next?.close(1000);
-    state('off', 'not connected');
-  }
-
-  open(url, token) {
-    const socket = new WebSocket(url, 'ringpush.v1.json');
-    socket.onopen = () => {
-      const auth = { type: 'auth', token, device: this.device };
-      if (this.last !== null) auth.since = this.last;
-      socket.send(JSON.stringify(auth));
-    };
-    socket.onmessage = (event) => this.frame(socket, JSON.parse(event.data));
-    socket.onclose = (event) => this.closed(socket, event.code);
-    return socket;
-  }
-
-  closed(socket, code) {
-    if (this.stopped) return;
-    if (socket === this.next) {
-      this.next = null;
-      if (this.tries < 3) this.tryMove();
-      return;
-    }
-    if (socket !== this.socket) return;
-    if (this.next) { this.socket = this.next; this.next = null; return; }
-    if (code >= 4500 && code < 5000) this.refused(`closed with ${code}`);
-    else this.comeBack(`closed with ${code}`);
-  }
-
-  refused(why) {
-    this.stopped = true;
-    log('refused', why);
-    state('refused', 'refused');
-    $('toggle').textContent = 'Connect';
-    client = null;
-  }
-
-  // Back after a time drawn from the server's hint; the longer it stays away, the longer.
-  comeBack(why) {
-    if (this.stopped) return;
-    this.failures += 1;
-    const longest = Math.min(10000, Math.max(this.hint.max_ms, 200 * 2 ** Math.min(this.failures, 6)));
-    const rest = this.hint.min_ms + Math.random() * (longest - this.hint.min_ms);
-    log('waiting', `${why}; again in ${Math.round(rest)} ms`);
-    state('waiting', 'waiting');
-    this.timer = setTimeout(() => this.start(), rest);
-  }
-
-  frame(socket, frame) {
-    switch (frame.type) {
-      case 'welcome':
-        this.failures = 0;
-        this.connections += 1;
-        this.hint = frame.reconnect;
-        $('node').textContent = frame.node;
-        $('connections').textContent = this.connections;
-        if (socket === this.socket) state('catching-up', 'catching up');
-        break;
-      case 'message':
-        if (this.last !== null && frame.seq <= this.last) return;
-        this.last = frame.seq;
-        this.received += 1;
-        $('last').textContent = frame.seq;
-        $('count').textContent = this.received;
-        socket.send(JSON.stringify({ type: 'ack', seq: frame.seq }));
-        break;
-      case 'gap':
-        // During a move both sockets may tell of the same gap; only a reset goes back.
-        if (frame.reason === 'reset') this.last = frame.before - 1;
-        else this.last = Math.max(this.last ?? 0, frame.before - 1);
-        break;
-      case 'caught_up':
-        if (socket === this.next) {
-          const old = this.socket;
-          [this.socket, this.next] = [this.next, null];
-          old.close(1000);
-        }
-        state('live', 'live');
-        break;
-      case 'move':
-        this.move(frame);
-        break;
-      case 'error':
-        if (frame.reconnect) this.hint = frame.reconnect;
-        break;
-    }
-    const { type, ...rest } = frame;
-    log(type, JSON.stringify(rest));
-  }
-
-  move(frame) {
-    state('moving', `moving to ${frame.node}`);
-    this.order = frame;
-    this.tries = 0;
-    setTimeout(() => this.openNext(), frame.after_ms);
-  }
-
-  // The old socket serves until the new one has caught up; if none can be opened, until the next move.
-  async openNext() {
-    if (this.stopped || this.next) return;
-    this.tries += 1;
-    try {
-      this.next = this.open(this.order.url, await this.token());
-    } catch {
-      if (this.tries < 3) this.tryMove();
-    }
-  }
-
-  tryMove() {
-    const { min_ms: min, max_ms: max } = this.hint;
-    setTimeout(() => this.openNext(), min + Math.random() * (max - min));
-  }
+function ended(made, cause) {
+  show(cause === 'closed' ? 'off' : 'refused', cause === 'closed' ? 'not connected' : 'refused');
+  if (client !== made) return;
+  client = null;
+  $('toggle').textContent = 'Connect';
 }
 
 function code() {
@@ -205,24 +91,19 @@ async function post(path, body) {
 
 async function fetchToken(user) {
   const [answer, body] = await post('/dev/token', { user, ttl_s: 3600 });
-  if (!answer.ok) throw Object.assign(new Error(body.detail), { refused: answer.status < 500 });
+  if (!answer.ok) throw answer.status < 500 ? new Refused(body.detail) : new Error(body.detail);
   return body.token;
 }
 
 $('connect').addEventListener('submit', (event) => {
   event.preventDefault();
   if (client) {
-    client.stop();
-    client = null;
-    $('toggle').textContent = 'Connect';
+    client.close();
     return;
   }
-  kept.device = $('device').value || 'web';
-  const user = $('user').value;
-  const token = development ? () => fetchToken(user) : async () => $('token').value.trim();
-  client = new Client(token, kept.device);
+  const user = development ? $('user').value : undefined;
+  client = begin(development ? () => fetchToken(user) : () => $('token').value.trim(), user);
   $('toggle').textContent = 'Disconnect';
-  client.start();
 });
 
 $('publish').addEventListener('submit', async (event) => {
@@ -240,7 +121,7 @@ $('publish').addEventListener('submit', async (event) => {
   }
 });
 
-$('device').value = kept.device;
+device();
 const mode = await (await fetch('/dev', { headers: code() })).json();
 development = mode.development;
 if (development && !mode.code) log('code', 'open this page by the URL that ringpush printed at start: it has a code');

@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::header::{HOST, ORIGIN};
 use axum::http::{HeaderMap, Method, Request, Response, StatusCode};
 use axum::middleware::from_fn_with_state;
@@ -19,7 +19,8 @@ use axum::routing::{get, post};
 use super::auth_http::issue_body;
 use super::collect_http::{CollectEdge, publish_body};
 use super::edge::{
-    HttpError, Routes, asset, is_for_loopback, is_forwarded, json, options, own_host, refuse, same_secret,
+    HttpError, Routes, asset, is_for_loopback, is_forwarded, json, not_found, options, own_host, refuse,
+    same_secret,
 };
 use crate::role::auth::Auth;
 use crate::role::push::Push;
@@ -53,10 +54,8 @@ pub(super) fn routes(page: Page) -> Routes {
     let loopback = page.loopback;
     axum::Router::new()
         .route("/", get(index).options(index))
-        .route(
-            "/page.js",
-            get(async || asset("text/javascript; charset=utf-8", include_str!("../../web/page.js"))),
-        )
+        .route("/page.js", get(async || script(include_str!("../../web/page.js"))))
+        .route("/client/{module}", get(client_module))
         .route(
             "/page.css",
             get(async || asset("text/css; charset=utf-8", include_str!("../../web/page.css"))),
@@ -66,6 +65,22 @@ pub(super) fn routes(page: Page) -> Routes {
         .route("/dev/publish", post(publish))
         .layer(from_fn_with_state(loopback, own_host))
         .with_state(page)
+}
+
+fn script(text: &'static str) -> Response<Body> {
+    asset("text/javascript; charset=utf-8", text)
+}
+
+/// A module of the client library, as its package has it.
+async fn client_module(Path(module): Path<String>) -> Response<Body> {
+    match module.as_str() {
+        "index.js" => script(include_str!("../../clients/javascript/src/index.js")),
+        "errors.js" => script(include_str!("../../clients/javascript/src/errors.js")),
+        "line.js" => script(include_str!("../../clients/javascript/src/line.js")),
+        "positions.js" => script(include_str!("../../clients/javascript/src/positions.js")),
+        "pump.js" => script(include_str!("../../clients/javascript/src/pump.js")),
+        _ => not_found().await.into_response(),
+    }
 }
 
 /// The page for a browser. For a load balancer, whether the node takes sockets.

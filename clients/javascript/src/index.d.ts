@@ -63,7 +63,9 @@ export interface Gap {
 }
 
 export type State =
-  | { name: 'connecting' | 'catching-up' | 'live' | 'moving' | 'offline' }
+  | { name: 'connecting' | 'offline' }
+  /** `node`: the node that holds the socket. */
+  | { name: 'catching-up' | 'live' | 'moving'; node: string }
   /** `until`: ms since the epoch. */
   | { name: 'waiting'; until: number; cause: string }
   | { name: 'stopped'; cause: string };

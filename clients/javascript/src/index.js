@@ -501,6 +501,8 @@ class Client {
   #set(state) {
     if (this.#stopped && state.name !== 'stopped') return;
     if (state.name === this.#state.name && state.name !== 'waiting') return;
+    const node = this.#line?.welcome?.node;
+    if (node && ['catching-up', 'live', 'moving'].includes(state.name)) state = { ...state, node };
     this.#state = state;
     for (const handler of this.#stateHandlers) {
       try { handler(state); } catch (error) { this.#fault(RingpushError.from('handler', error)); }
