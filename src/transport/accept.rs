@@ -12,11 +12,15 @@
 use std::future::Future;
 use std::io;
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -75,44 +79,56 @@ pub(super) async fn on_thread(
     stop: &CancellationToken,
     begin: impl Fn(TcpStream) -> Life + Send + 'static,
 ) -> io::Result<()> {
-    let acceptors_runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let shutdown_event = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     // Also if the caller is dropped.
-    let closing = stop.child_token().drop_guard();
-    let (ended, mut end) = oneshot::channel::<io::Result<()>>();
-    let door = Acceptor { stop: closing.token().clone(), runtime: Handle::current() };
+    let closing = Closing { shutdown_event: Arc::clone(&shutdown_event), stop: stop.child_token() };
+    let (ended, mut end) = oneshot::channel::<()>();
+    let door = Acceptor { listener, shutdown_event, stop: closing.stop.clone(), runtime: Handle::current() };
     std::thread::Builder::new().name("accept".to_owned()).spawn(move || {
-        let _ = ended.send(acceptors_runtime.block_on(door.keep(listener, begin)));
+        door.keep(begin);
+        drop(ended);
     })?;
     tokio::select! {
         () = stop.cancelled() => {}
-        how = &mut end => {
-            how.unwrap_or(Ok(()))?;
-            return Err(io::Error::other("the thread that accepts has ended"));
-        }
+        _ = &mut end => return Err(io::Error::other("the thread that accepts has ended")),
     }
     drop(closing);
-    end.await.unwrap_or(Ok(()))
+    let _: Result<(), _> = end.await;
+    Ok(())
+}
+
+/// Tells the thread to end.
+struct Closing {
+    shutdown_event: Arc<OwnedFd>,
+    stop: CancellationToken,
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        // Writing fails only if the event is set already.
+        let _ = rustix::io::write(&*self.shutdown_event, &1u64.to_ne_bytes());
+    }
 }
 
 struct Acceptor {
+    listener: TcpListener,
+    /// Set when `stop` is cancelled.
+    shutdown_event: Arc<OwnedFd>,
     stop: CancellationToken,
-    /// The runtime of the connections; the thread that accepts has a small one of its own.
     runtime: Handle,
 }
 
 impl Acceptor {
-    async fn keep(self, listener: TcpListener, begin: impl Fn(TcpStream) -> Life) -> io::Result<()> {
-        let listener = tokio::net::TcpListener::from_std(listener)?;
+    fn keep(self, begin: impl Fn(TcpStream) -> Life) {
+        // Timers and connections that are created here belong to the runtime.
+        let _runtime = self.runtime.enter();
         let (mut came, mut begun) = (Vec::with_capacity(AT_ONCE), Vec::with_capacity(TOGETHER));
         let mut handed_over = Instant::now();
         while !self.stop.is_cancelled() {
-            let accepted = accept(&listener, &mut came);
-            {
-                // Timers and connections that are created here belong to that runtime.
-                let _runtime = self.runtime.enter();
-                for stream in came.drain(..) {
-                    begun.extend(first_turn(begin(stream)));
-                }
+            let accepted = self.accept(&mut came);
+            for stream in came.drain(..) {
+                begun.extend(first_turn(begin(stream)));
             }
             // A connection that comes alone does not wait.
             let patience = PATIENCE.saturating_sub(handed_over.elapsed());
@@ -122,29 +138,15 @@ impl Acceptor {
             }
             match accepted {
                 Ok(false) => {}
-                Ok(true) => tokio::select! {
-                    first = listener.accept() => match first {
-                        Ok((stream, _)) => came.push(stream.into_std()?),
-                        Err(error) => self.rest(&error, &mut begun).await,
-                    },
-                    () = tokio::time::sleep(patience), if !begun.is_empty() => {}
-                    () = self.stop.cancelled() => {}
-                },
-                Err(error) => self.rest(&error, &mut begun).await,
+                Ok(true) => self.wait(Some(&self.listener), (!begun.is_empty()).then_some(patience)),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    self.hand_over(&mut begun);
+                    self.wait(None, Some(REST));
+                }
             }
         }
         self.hand_over(&mut begun);
-        Ok(())
-    }
-
-    /// After a connection could not be accepted.
-    async fn rest(&self, error: &io::Error, begun: &mut Vec<Life>) {
-        if is_of_one_connection(error) {
-            return;
-        }
-        tracing::warn!(%error, "a connection could not be accepted");
-        self.hand_over(begun);
-        let _ = tokio::time::timeout(REST, self.stop.cancelled()).await;
     }
 
     /// Spawns one task for all: the runtime wakes a worker for each task that is spawned from
@@ -153,25 +155,30 @@ impl Acceptor {
         let begun = std::mem::replace(begun, Vec::with_capacity(TOGETHER));
         drop(self.runtime.spawn(async move { begun.into_iter().for_each(|life| drop(tokio::spawn(life))) }));
     }
-}
 
-/// Accepts pending connections. Returns whether that was all. They are taken from the system
-/// itself, because tokio would register each with the runtime of this thread.
-fn accept(listener: &tokio::net::TcpListener, came: &mut Vec<TcpStream>) -> io::Result<bool> {
-    while came.len() < AT_ONCE {
-        match accept_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC).map_err(io::Error::from) {
-            Ok(socket) => came.push(socket.into()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
-            Err(error) if is_of_one_connection(&error) => {}
-            Err(error) => return Err(error),
+    /// Accepts pending connections. Returns whether that was all.
+    fn accept(&self, came: &mut Vec<TcpStream>) -> Result<bool, Errno> {
+        while came.len() < AT_ONCE {
+            match accept_with(&self.listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
+                Ok(socket) => came.push(socket.into()),
+                Err(Errno::WOULDBLOCK) => return Ok(true),
+                // A connection that has gone already says nothing about the next one.
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(error) => return Err(error),
+            }
         }
+        Ok(false)
     }
-    Ok(false)
-}
 
-/// A connection that has gone already says nothing about the next one.
-fn is_of_one_connection(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted)
+    /// Waits for a connection, the event, or the end of `time`.
+    fn wait(&self, listener: Option<&TcpListener>, time: Option<Duration>) {
+        let time = time.map(|time| Timespec { tv_sec: 0, tv_nsec: time.subsec_nanos().into() });
+        let shutdown_event = PollFd::from_borrowed_fd(self.shutdown_event.as_fd(), PollFlags::IN);
+        let mut all = vec![shutdown_event];
+        all.extend(listener.map(|listener| PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)));
+        // Whatever it returns, the next turn finds out.
+        let _ = poll(&mut all, time.as_ref());
+    }
 }
 
 /// Polls a connection once and returns what is left of it. A panic ends the connection and not the
