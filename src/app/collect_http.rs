@@ -16,7 +16,9 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tower::ServiceExt;
 
-use super::edge::{HttpError, Routes, bearer, closed, json, json_body, json_of, refuse, root, same_secret};
+use super::edge::{
+    HttpError, Routes, asset, bearer, closed, json, json_body, json_of, refuse, root, same_secret,
+};
 use crate::inbox::InboxError;
 use crate::membership::{Counts, Membership};
 use crate::message::{DeviceId, NodeId, Seq, UserId};
@@ -129,6 +131,7 @@ pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
             .route("/v1/users/{user}", get(user))
             .route("/v1/users/{user}/sessions", axum::routing::delete(disconnect))
             .route("/v1/cluster", get(cluster))
+            .route("/openapi.yaml", get(openapi))
             .with_state(edge)
             .merge(root("ringpush collect: POST /v1/messages\n")),
     )
@@ -270,6 +273,11 @@ fn user_report(user: &UserId, report: &UserReport) -> UserResponse {
         devices: devices.into_values().collect(),
         head: report.profile.head.map(Seq::get),
     }
+}
+
+/// The description of the HTTP interfaces, without a key.
+async fn openapi() -> Response<Body> {
+    asset("application/yaml", include_str!("../../docs/openapi.yaml"))
 }
 
 async fn disconnect(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {

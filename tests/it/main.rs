@@ -16,6 +16,7 @@ mod handshakes;
 mod libraries;
 mod limits;
 mod manifests;
+mod openapi;
 mod outputs;
 mod peers;
 mod placement;
