@@ -116,8 +116,11 @@ impl Cluster {
 fn metric(at: SocketAddr, name: &str) -> Option<f64> {
     let mut stream = std::net::TcpStream::connect_timeout(&at, Duration::from_millis(500)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
-    std::io::Write::write_all(&mut stream, b"GET /metrics HTTP/1.1\r\nHost: b\r\nConnection: close\r\n\r\n")
-        .ok()?;
+    std::io::Write::write_all(
+        &mut stream,
+        b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n",
+    )
+    .ok()?;
     let mut text = String::new();
     stream.read_to_string(&mut text).ok()?;
     text.lines().find_map(|line| line.strip_prefix(&format!("{name} ")))?.trim().parse().ok()

@@ -410,6 +410,44 @@ pub enum ServerFrame {
     Pong,
 }
 
+/// A `welcome` frame as the server writes it, from what it has at hand: one is written for each new
+/// socket. [`ServerFrame::Welcome`] is the same frame as it is read, and says what the fields mean.
+#[derive(Debug, Serialize)]
+#[serde(tag = "type", rename = "welcome")]
+#[allow(missing_docs)]
+pub struct WelcomeFrame<'a> {
+    pub user: &'a str,
+    pub device: &'a str,
+    pub node: &'a str,
+    pub session: &'a str,
+    pub generation: &'a str,
+    pub epoch: u64,
+    pub since: u64,
+    pub ping_every_ms: u64,
+    pub reconnect: ReconnectHint,
+    pub token_expires_at: &'a str,
+    pub server_time: &'a str,
+    pub features: &'a [&'a str],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heartbeat_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub began: Option<u64>,
+}
+
+/// Room for a usual `welcome`, in bytes.
+const WELCOME_ROOM: usize = 512;
+
+impl WelcomeFrame<'_> {
+    /// Encodes the frame as text.
+    #[must_use]
+    pub fn encode(&self) -> Bytes {
+        let mut text = Vec::with_capacity(WELCOME_ROOM);
+        // Only strings and numbers: serialisation cannot fail.
+        let _ = serde_json::to_writer(&mut text, self);
+        Bytes::from(text)
+    }
+}
+
 impl ServerFrame {
     /// Encodes the frame as text.
     #[must_use]

@@ -11,7 +11,7 @@ use super::registry::SessionHandle;
 use super::tokens::Known;
 use crate::clock::Clock;
 use crate::message::{Millis, Seq};
-use crate::wire::frame::ServerFrame;
+use crate::wire::frame::WelcomeFrame;
 
 /// What this version understands beyond the first one (docs/protocol.md).
 const FEATURES: [&str; 5] = ["heartbeat", "window", "begin", "ticket", "history"];
@@ -38,19 +38,20 @@ impl Welcomer {
     ) -> Bytes {
         let (generation, epoch) = self.ownership.version();
         let ping_every_ms = u64::try_from(self.ping_every.as_millis()).unwrap_or(u64::MAX);
-        ServerFrame::Welcome {
-            user: handle.user.to_string(),
-            device: handle.device.to_string(),
-            node: self.ownership.node().to_string(),
-            session: handle.id.to_string(),
-            generation: generation.to_string(),
+        let mut session = [0; ulid::ULID_LEN];
+        WelcomeFrame {
+            user: handle.user.as_str(),
+            device: handle.device.as_str(),
+            node: self.ownership.node().as_str(),
+            session: handle.id.array_to_str(&mut session),
+            generation: &generation,
             epoch,
             since: start.get(),
             ping_every_ms,
             reconnect: self.window.hint(),
-            token_expires_at: Millis(known.expires_at_s.saturating_mul(1000)).rfc3339(),
-            server_time: self.clock.now().rfc3339(),
-            features: FEATURES.map(str::to_owned).to_vec(),
+            token_expires_at: &Millis(known.expires_at_s.saturating_mul(1000)).rfc3339(),
+            server_time: &self.clock.now().rfc3339(),
+            features: &FEATURES,
             heartbeat_ms: heartbeat.then_some(ping_every_ms),
             began: began.map(Seq::get),
         }

@@ -122,3 +122,31 @@ fn server_frames_carry_the_agreed_names() {
     let caught = ServerFrame::CaughtUp { seq: 43 };
     assert_eq!(caught.encode(), r#"{"type":"caught_up","seq":43}"#);
 }
+
+#[test]
+fn the_welcome_that_is_written_is_the_one_that_is_read() {
+    let reconnect = ReconnectHint { min_ms: 0, max_ms: 5_000 };
+    let written = WelcomeFrame {
+        user: "a\"用户",
+        device: "web-1",
+        node: "push-1",
+        session: "s",
+        generation: "g",
+        epoch: 7,
+        since: 41,
+        ping_every_ms: 25_000,
+        reconnect,
+        token_expires_at: "2026-11-28T00:00:00.000Z",
+        server_time: "2026-11-27T00:00:00.000Z",
+        features: &["heartbeat"],
+        heartbeat_ms: None,
+        began: Some(41),
+    };
+    let ReceivedFrame::Other(ServerFrame::Welcome { user, since, features, heartbeat_ms, began, .. }) =
+        ReceivedFrame::parse(&written.encode()).unwrap()
+    else {
+        panic!("another frame")
+    };
+    assert_eq!((user.as_str(), since, heartbeat_ms, began), ("a\"用户", 41, None, Some(41)));
+    assert_eq!(features, ["heartbeat"]);
+}
