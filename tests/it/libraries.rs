@@ -47,6 +47,13 @@ fn the_python_library_passes_every_transcript() {
     transcripts(&[python().as_os_str(), "clients/python/testee.py".as_ref()]);
 }
 
+/// Rules of the library's queue that no transcript can see.
+#[test]
+fn the_javascript_library_passes_its_own_tests() {
+    let said = run(node().args(["--test", "clients/javascript/test/pump.test.mjs"]));
+    assert!(said.contains("# fail 0") && !said.contains("# pass 0"), "{said}");
+}
+
 /// `esbuild --bundle --minify | gzip -9`: at most 9 KiB, with everything.
 #[test]
 fn the_javascript_library_stays_small() {

@@ -44,7 +44,8 @@ export class Pump {
     if (this.#known !== null && frame.seq <= this.#known) {
       this.#queue.push({ repeat: frame.seq });
     } else {
-      this.#queue.push({ message: this.message(frame, live) });
+      // Who has handled it already, if it must be given again.
+      this.#queue.push({ message: this.message(frame, live), done: new Set() });
     }
     if (this.#hooks.ack === 'received') this.#ack(frame.seq);
     this.#pump();
@@ -160,7 +161,7 @@ export class Pump {
           this.#done(item.repeat);
         } else {
           this.#atHand = item.message.seq;
-          const handled = await this.#give(item.message);
+          const handled = await this.#give(item);
           this.#atHand = null;
           if (this.#over) return;
           if (handled) this.#done(item.message.seq);
@@ -183,16 +184,20 @@ export class Pump {
   }
 
   /** Gives a message to each consumer that wants it. Returns false if it is to be given again. */
-  async #give(message) {
-    const validate = message.event === undefined ? null : this.#hooks.validate[message.event];
+  async #give({ message, done }) {
+    const validate = message.event === undefined || done.size > 0 ? null : this.#hooks.validate[message.event];
     if (validate) {
       try { message.payload = validate(message.payload); } catch (error) {
         this.#hooks.error(RingpushError.from('invalid_payload', error));
         return true;
       }
     }
-    const wanted = [...this.#consumers].filter((consumer) => consumer.wants(message));
-    const given = await Promise.all(wanted.map((consumer) => this.#try(() => consumer.give(message))));
+    const wanted = [...this.#consumers].filter((consumer) => !done.has(consumer) && consumer.wants(message));
+    const given = await Promise.all(wanted.map(async (consumer) => {
+      const handled = await this.#try(() => consumer.give(message));
+      if (handled) done.add(consumer);
+      return handled;
+    }));
     return !given.includes(false);
   }
 
