@@ -1,9 +1,11 @@
 //! The benchmark of the whole: ringpush beside its peers and beside the limit, all in one run on
 //! one machine.
 //!
-//!     cargo build --release --workspace
-//!     target/release/ringpush-bench [SCENARIO…] [--json FILE] [--svg DIR] [--runs 3] [--seconds 6]
-//!     [--sockets 15000] [--quick]
+//! ```text
+//! cargo build --release --workspace
+//! target/release/ringpush-bench [SCENARIO…] [--json FILE] [--svg DIR] [--runs 3] [--seconds 6]
+//! [--sockets 15000] [--quick]
+//! ```
 //!
 //! Scenarios: `peers` (B1 to B4), `mongo` (B5), `ring` (B6), `router` (B7, B8), `moves` (B9, B10),
 //! `growth` (B11), `slow` (B12);
