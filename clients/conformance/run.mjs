@@ -8,8 +8,8 @@ import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const HERE = dirname(fileURLToPath(import.meta.url));
-const WITHIN_MS = 4_000;
-const SIDE_BY_SIDE = 4;
+const WITHIN_MS = 15_000;
+const SIDE_BY_SIDE = 3;
 
 const words = process.argv.slice(2);
 const cut = words.indexOf('--');

@@ -151,6 +151,49 @@ async fn the_publishing_package_stores_once_through_a_restart() {
     assert_eq!(stored["messages"].as_array().map(Vec::len), Some(1));
 }
 
+/// Both publishers of the Python library: an outcome for each recipient, a refusal with its problem,
+/// and a publish while the server is away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_python_publishers_store_once_through_a_restart() {
+    const SCRIPT: &str = r#"
+import asyncio, os, ringpush
+
+url, key = os.environ["RINGPUSH_COLLECT"], os.environ["RINGPUSH_KEY"]
+if os.environ["RINGPUSH_STEP"] == "ways":
+    with ringpush.SyncPublisher(url, key) as publisher:
+        outcomes = publisher.publish(["alice", "bob"], {"n": 1}, event="order.paid", id="order-1")
+        print([(one.user, one.duplicate, one.error) for one in outcomes])
+        print(publisher.publish("alice", {"n": 1}, event="order.paid", id="order-1")[0].duplicate)
+        try:
+            publisher.publish("alice", {"n": 2}, event="with space")
+        except ringpush.PublishFailed as failed:
+            print(failed.status, failed.problem["errors"][0]["pointer"])
+else:
+    async def main():
+        async with ringpush.Publisher(url, key) as publisher:
+            print((await publisher.publish("carol", "through"))[0].duplicate)
+    asyncio.run(main())
+"#;
+    let server = Server::start().await;
+    let mut server = server.kill_and_restart().await;
+    let (collect, key) = (format!("http://{}", server.at("collect")), server.key("api_key"));
+    let script = |step: &str| {
+        let mut command = Command::new(python());
+        command.args(["-c", SCRIPT]).env("PYTHONPATH", root().join("clients/python/src"));
+        command.env("RINGPUSH_COLLECT", &collect).env("RINGPUSH_KEY", &key).env("RINGPUSH_STEP", step);
+        command
+    };
+    let said = run(&mut script("ways"));
+    assert_eq!(said.trim(), "[('alice', False, None), ('bob', False, None)]\nTrue\n422 /event");
+    server.kill();
+    let publishing = script("away").stdout(Stdio::piped()).spawn().unwrap();
+    let server = server.kill_and_restart().await;
+    let output = tokio::task::spawn_blocking(move || publishing.wait_with_output()).await.unwrap().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "False");
+    let stored = server.get("/v1/users/carol/messages").await.json();
+    assert_eq!(stored["messages"].as_array().map(Vec::len), Some(1));
+}
+
 /// A client program that prints a line per message: its payload.
 struct Program {
     child: Child,
