@@ -151,8 +151,8 @@ async fn the_publishing_package_stores_once_through_a_restart() {
     assert_eq!(stored["messages"].as_array().map(Vec::len), Some(1));
 }
 
-/// Both publishers of the Python library: an outcome for each recipient, a refusal with its problem,
-/// and a publish while the server is away.
+/// Both publishers of the Python library: an outcome for each recipient, a refusal with its
+/// problem, and a publish while the server is away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_python_publishers_store_once_through_a_restart() {
     const SCRIPT: &str = r#"
