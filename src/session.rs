@@ -125,6 +125,9 @@ enum Phase {
 pub struct Session {
     sent: Seq,
     acked: Seq,
+    /// The position before the last reset: an ack of a number up to here that was not sent since is
+    /// an old one, still on its way.
+    before_reset: Seq,
     phase: Phase,
     /// Something up to here may be missing from the read in flight: if it stays above `sent`, the
     /// session reads again. [`Seq::MAX`]: how far is unknown.
@@ -186,6 +189,7 @@ impl Session {
         let mut session = Self {
             sent: start_point.start,
             acked: Seq::BEGINNING,
+            before_reset: Seq::BEGINNING,
             phase: Phase::Live,
             unread: Seq::BEGINNING,
             full: false,
@@ -197,6 +201,7 @@ impl Session {
             let before = start_point.head.next();
             out(Output::Gap { after: start_point.start, before, reason: GapReason::Reset });
             session.sent = start_point.head;
+            session.before_reset = start_point.start;
         }
         if start_point.more {
             session.fall_behind(Seq::BEGINNING, &mut out);
@@ -220,6 +225,7 @@ impl Session {
                 if !self.untouched {
                     out(Output::Gap { after: position, before: to.next(), reason: GapReason::Reset });
                 }
+                self.before_reset = position;
                 self.sent = to;
                 self.acked = self.acked.min(to);
                 self.credit.iter_mut().for_each(|credit| credit.clear());
@@ -329,7 +335,7 @@ impl Session {
         out(Output::Send(item.frame));
     }
 
-    /// The inbox has something, up to `told`, that will not arrive as a live message.
+    /// The inbox has something, up to `announced`, that will not arrive as a live message.
     fn fall_behind<F>(&mut self, announced: Seq, out: &mut impl FnMut(Output<F>)) {
         self.unread = self.unread.max(announced);
         if self.phase == Phase::Live {
@@ -361,10 +367,15 @@ impl Session {
         }
     }
 
-    /// An ack above the last number sent counts as that number. One that goes back is ignored.
+    /// An ack above the last number sent counts as that number, unless it is of the numbers before
+    /// a reset. One that goes back is ignored.
     fn ack<F>(&mut self, seq: u64, out: &mut impl FnMut(Output<F>)) {
         let sent = if self.untouched { Seq::BEGINNING } else { self.sent };
-        let acked = Seq::new(seq).unwrap_or(sent).min(sent);
+        let named = Seq::new(seq).unwrap_or(Seq::MAX);
+        if named > sent && named <= self.before_reset {
+            return;
+        }
+        let acked = named.min(sent);
         if acked > self.acked {
             self.acked = acked;
             out(Output::Cursor(acked));

@@ -129,6 +129,9 @@ impl Appender {
             return Err(TooManyWaiting);
         }
         let (answer, receipt) = oneshot::channel();
+        if waiting.over {
+            return Ok(receipt);
+        }
         waiting.bytes += bytes;
         waiting.appends.push_back(Queued { append, answer, bytes });
         let count = waiting.appends.len();
@@ -261,7 +264,13 @@ struct EndsWriter(Arc<Writer>);
 
 impl Drop for EndsWriter {
     fn drop(&mut self) {
-        self.0.waiting.lock().over = true;
+        let mut waiting = self.0.waiting.lock();
+        waiting.over = true;
+        // Their receipts fail.
+        waiting.bytes = 0;
+        let left = std::mem::take(&mut waiting.appends);
+        drop(waiting);
+        drop(left);
         self.0.filled.notify_one();
     }
 }
@@ -348,7 +357,7 @@ mod tests {
         appender.submit(append("1", "1"), 1).unwrap().await.unwrap().unwrap();
         let waiting = appender.submit(append("2", "2"), 1).unwrap();
         tasks.shutdown().await;
-        drop(appender);
         waiting.await.unwrap_err();
+        appender.submit(append("3", "3"), 1).unwrap().await.unwrap_err();
     }
 }

@@ -88,6 +88,7 @@ struct World {
     client: Client,
     cursor: Seq,
     full: bool,
+    before_reset: u64,
 }
 
 /// What the client of one connection saw.
@@ -121,6 +122,7 @@ impl World {
             client: Client::default(),
             cursor: Seq::BEGINNING,
             full: false,
+            before_reset: 0,
         };
         world.connect(0);
         world
@@ -142,6 +144,7 @@ impl World {
     fn connect(&mut self, start: u64) {
         self.client = Client { start, at: start, fresh: start == 0, ..Client::default() };
         self.asked = None;
+        self.before_reset = 0;
         self.full = false;
         let head = self.head();
         let more = head > start.max(FIRST_HEAD);
@@ -196,6 +199,7 @@ impl World {
                         GapReason::Reset => {
                             assert!(before <= after && before.get() == self.head() + 1);
                             self.client.unacked.clear();
+                            self.before_reset = after.get();
                         }
                     }
                     self.client.at = before.get() - 1;
@@ -251,6 +255,15 @@ impl World {
             }
             self.step(Input::Page(page));
         }
+    }
+
+    fn ack(&mut self, seq: u64) {
+        let sent = self.session.position().get();
+        // An ack of the numbers before a reset says nothing about those after it.
+        let stale = seq > sent && seq <= self.before_reset;
+        let upto = if stale { 0 } else { seq.min(sent) };
+        self.client.unacked.retain(|unacked| *unacked > upto);
+        self.step(Input::Ack(seq));
     }
 
     fn apply(&mut self, op: Op) {
@@ -310,11 +323,7 @@ impl World {
                     }
                 }
             }
-            Op::Ack(seq) => {
-                let upto = seq.min(self.session.position().get());
-                self.client.unacked.retain(|unacked| *unacked > upto);
-                self.step(Input::Ack(seq));
-            }
+            Op::Ack(seq) => self.ack(seq),
             Op::Reconnect(from) => {
                 self.check_so_far();
                 self.in_flight = None;

@@ -43,6 +43,8 @@ class Client {
   #wakeUp = null;              // ends the wait of the loop
   #patient = false;            // only wake() ends that wait
   #move = null;
+  #reset = null;               // the last reset, and the line that said it
+  #ahead = 0;                  // how far the server's clock is ahead of this one, in ms
   #opening = new Set();        // lines without a welcome yet
   #caughtUp = null; #isCaughtUp = false;
   #ended; #end;
@@ -116,6 +118,7 @@ class Client {
     return new Promise((resolve, reject) => {
       const look = () => this.#isCaughtUp && this.#pump.idle;
       if (look()) return resolve();
+      if (signal?.aborted) return reject(signal.reason);
       const timer = setInterval(() => { if (look()) done(resolve); }, 20);
       const done = (how, with_) => { clearInterval(timer); how(with_); };
       this.#ended.then(() => done(reject, new RingpushError('closed', 'the client has ended', false)));
@@ -220,7 +223,7 @@ class Client {
   /** Opens a line where the server says. */
   async #open() {
     const token = await this.#anyToken();
-    const place = await placeOf(this.#httpUrl(), token, this.#device, this.#abort.signal);
+    const place = await placeOf(this.#httpUrl(), token, this.#device, this.#abort.signal, OPEN_MS);
     const url = place?.socket ?? place?.url ?? this.#socketUrl();
     const credential = place?.ticket ? { ticket: place.ticket } : place ? null : { token };
     return this.#openAt(url, credential, this.#pump.position);
@@ -304,13 +307,19 @@ class Client {
   // --- frames -----------------------------------------------------------------------------------
 
   #frame(line, frame) {
+    if (line !== this.#line && line !== this.#next) return; // it is being left
     switch (frame.type) {
       case 'welcome': return this.#welcome(line, frame);
       case 'message':
-        if (line !== this.#line && line !== this.#next) return;
         if (!this.#pump.put(frame, this.#isCaughtUp)) this.#sendAck(this.#pump.acked, true);
         return this.#reached();
       case 'gap':
+        if (frame.reason === 'reset') {
+          // During a move both lines may say it.
+          const told = this.#reset;
+          if (told && told.line !== line && told.before === frame.before) return;
+          this.#reset = { line, before: frame.before };
+        }
         this.#pump.gap(frame);
         return this.#reached();
       case 'caught_up':
@@ -341,7 +350,8 @@ class Client {
     const features = frame.features ?? [];
     line.watch(frame.heartbeat_ms ?? frame.ping_every_ms, GRACE_MS, !features.includes('heartbeat'));
     this.#pump.begin(frame.since, this.#positions?.known);
-    if (frame.token_expires_at) this.#scheduleRefresh(frame.token_expires_at, frame.server_time);
+    if (frame.server_time) this.#ahead = (Date.parse(frame.server_time) || Date.now()) - Date.now();
+    if (frame.token_expires_at) this.#scheduleRefresh(frame.token_expires_at);
     if (line === this.#line) this.#set({ name: 'catching-up' });
     this.#sendAck(this.#pump.acked, true);
   }
@@ -398,6 +408,8 @@ class Client {
     try {
       const next = await this.#open();
       if (this.#line !== line || this.#stopped) return next.close();
+      this.#next?.close();
+      this.#move = null;
       this.#next = next;
       next.begin((frame) => this.#frame(next, frame));
       if (this.#next === next) this.#take(next);
@@ -431,10 +443,12 @@ class Client {
       abort.signal.addEventListener('abort', () => reject(
         new RingpushError('token_timeout', '"token" did not answer in 30 s', true, true)), { once: true });
     });
-    this.#abort.signal.addEventListener('abort', () => abort.abort(), { once: true });
+    timeout.catch(() => {}); // it is also raced for
+    const ended = () => abort.abort();
+    this.#abort.signal.addEventListener('abort', ended, { once: true });
     try {
-      const token = await Promise.race([
-        Promise.resolve(this.#options.token({ reason, signal: abort.signal })), timeout]);
+      const asked = (async () => this.#options.token({ reason, signal: abort.signal }))();
+      const token = await Promise.race([asked, timeout]);
       if (typeof token !== 'string' || !token || !/^[\x21-\x7e]+$/.test(token)) {
         throw new RingpushError('token_rubbish', '"token" must return a token: a string', true, true);
       }
@@ -446,13 +460,14 @@ class Client {
       throw new RingpushError('token_failed', `"token" threw: ${error?.message ?? error}`, true, true);
     } finally {
       clearTimeout(late);
+      this.#abort.signal.removeEventListener('abort', ended);
     }
   }
 
   /** At four fifths of what is left of its life. */
-  #scheduleRefresh(expiresAt, serverTime) {
+  #scheduleRefresh(expiresAt) {
     clearTimeout(this.#refreshTimer);
-    const left = Date.parse(expiresAt) - (serverTime ? Date.parse(serverTime) : Date.now());
+    const left = Date.parse(expiresAt) - (Date.now() + this.#ahead);
     if (!Number.isFinite(left)) return;
     const wait = Math.min(Math.max(left * 0.8, 0), TIMER_MAX_MS);
     this.#refreshTimer = setTimeout(() => this.#refreshNow('expiring').catch((error) => this.#fault(error)), wait);
@@ -481,7 +496,7 @@ class Client {
 
   #refreshed(expiresAt) {
     this.#fresh = false;
-    this.#scheduleRefresh(expiresAt, null);
+    this.#scheduleRefresh(expiresAt);
   }
 
   // --- the rest ---------------------------------------------------------------------------------

@@ -3,23 +3,30 @@
 import { RingpushError } from './errors.js';
 
 /** Where to open a socket, by `POST /v1/connect`; null where the server has no such call or it cannot be read. */
-export async function placeOf(base, token, device, signal) {
+export async function placeOf(base, token, device, signal, patience) {
+  const abort = new AbortController();
+  const end = () => abort.abort();
+  const late = setTimeout(end, patience);
+  signal.addEventListener('abort', end, { once: true });
   let answer;
   try {
     answer = await fetch(new URL('v1/connect', base), {
       method: 'POST',
       headers: { authorization: `Bearer ${token}`, 'content-type': 'application/json' },
       body: JSON.stringify({ device }),
-      signal,
+      signal: abort.signal,
     });
+    if (answer.status === 404 || answer.status === 405) return null;
+    if (!answer.ok) throw await RingpushError.of(answer);
+    const place = await answer.json();
+    return typeof place?.url === 'string' || typeof place?.socket === 'string' ? place : null;
   } catch (error) {
-    if (signal?.aborted) throw error;
-    return null; // another origin's answer cannot be read; the socket itself will tell
+    if (signal.aborted || error instanceof RingpushError) throw error;
+    return null; // no answer, or one that cannot be read, as another origin's: the socket itself will tell
+  } finally {
+    clearTimeout(late);
+    signal.removeEventListener('abort', end);
   }
-  if (answer.status === 404 || answer.status === 405) return null;
-  if (!answer.ok) throw await RingpushError.of(answer);
-  const place = await answer.json().catch(() => null);
-  return typeof place?.url === 'string' || typeof place?.socket === 'string' ? place : null;
 }
 
 export class Line {

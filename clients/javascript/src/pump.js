@@ -12,6 +12,8 @@ export class Pump {
   acked = null;
   received = null;
   #handled = null; #known = null;
+  /** Resets so far: what was handled before the last one is not acked in the numbers after it. */
+  #resets = 0;
   #hooks; #queue = []; #busy = false; #over = false; #atHand = null;
   #consumers = new Set(); #gapHandlers = new Set();
   #timer = null; #retry = null;
@@ -42,10 +44,10 @@ export class Pump {
     if (this.received !== null && frame.seq <= this.received) return false;
     this.received = frame.seq;
     if (this.#known !== null && frame.seq <= this.#known) {
-      this.#queue.push({ repeat: frame.seq });
+      this.#queue.push({ repeat: frame.seq, resets: this.#resets });
     } else {
       // Who has handled it already, if it must be given again.
-      this.#queue.push({ message: this.message(frame, live), done: new Set() });
+      this.#queue.push({ message: this.message(frame, live), done: new Set(), resets: this.#resets });
     }
     if (this.#hooks.ack === 'received') this.#ack(frame.seq);
     this.#pump();
@@ -59,18 +61,21 @@ export class Pump {
     if (reset) {
       this.#known = null;
       this.acked = null;
+      this.said = undefined;
+      this.#resets += 1;
     }
-    this.#queue.push({ gap: { after, before, reason }, seq: before - 1, reset });
+    this.#queue.push({ gap: { after, before, reason }, seq: before - 1, reset, resets: this.#resets });
     this.#pump();
   }
 
   message(frame, live) {
     const { seq, id, event, payload, topic, traceparent } = frame;
+    const resets = this.#resets;
     const message = {
       event, payload, seq, id, topic, traceparent, live,
       acceptedAt: new Date(frame.accepted_at),
       expiresAt: new Date(frame.expires_at),
-      ack: () => { if (this.#hooks.ack === 'manual') this.#ack(seq); },
+      ack: () => { if (this.#hooks.ack === 'manual' && resets === this.#resets) this.#ack(seq); },
     };
     return message;
   }
@@ -121,6 +126,7 @@ export class Pump {
       consumer.end();
     };
     const remove = this.#add(consumer, null);
+    if (signal?.aborted) leave();
     signal?.addEventListener('abort', leave, { once: true });
     return {
       next: () => {
@@ -156,15 +162,15 @@ export class Pump {
         if (item.gap) {
           await this.#giveGap(item);
           if (this.#over) return;
-          this.#done(item.seq, item.reset);
+          this.#done(item.seq, item.resets, item.reset);
         } else if (item.repeat) {
-          this.#done(item.repeat);
+          this.#done(item.repeat, item.resets);
         } else {
           this.#atHand = item.message.seq;
           const handled = await this.#give(item);
           this.#atHand = null;
           if (this.#over) return;
-          if (handled) this.#done(item.message.seq);
+          if (handled) this.#done(item.message.seq, item.resets);
           else this.#queue.unshift(item);
         }
       }
@@ -180,7 +186,9 @@ export class Pump {
       this.#hooks.error(new RingpushError('gap', `messages ${gap.after + 1} to ${gap.before - 1} are gone (${gap.reason})`, true));
       return;
     }
-    for (const handler of [...this.#gapHandlers]) await this.#try(() => handler(gap));
+    for (const handler of [...this.#gapHandlers]) {
+      await this.#try(() => handler(gap), () => this.#gapHandlers.has(handler));
+    }
   }
 
   /** Gives a message to each consumer that wants it. Returns false if it is to be given again. */
@@ -194,16 +202,17 @@ export class Pump {
     }
     const wanted = [...this.#consumers].filter((consumer) => !done.has(consumer) && consumer.wants(message));
     const given = await Promise.all(wanted.map(async (consumer) => {
-      const handled = await this.#try(() => consumer.give(message));
+      const handled = await this.#try(() => consumer.give(message), () => this.#consumers.has(consumer));
       if (handled) done.add(consumer);
       return handled;
     }));
     return !given.includes(false);
   }
 
-  /** Tries until it succeeds, or the application says to skip it. */
-  async #try(act) {
+  /** Tries until it succeeds, the application says to skip it, or whoever failed is there no more. */
+  async #try(act, isThere) {
     for (let wait = RETRY_FIRST_MS; !this.#over; wait = Math.min(wait * 2, RETRY_MAX_MS)) {
+      if (!isThere()) return true;
       try { return await act(); } catch (error) {
         if (this.#hooks.error(RingpushError.from('handler', error)) === 'skip') return true;
         await new Promise((resolve) => { this.#retry = setTimeout(resolve, wait); });
@@ -212,7 +221,8 @@ export class Pump {
     return false;
   }
 
-  #done(seq, reset = false) {
+  #done(seq, resets, reset = false) {
+    if (resets !== this.#resets) return;
     if (reset) this.#handled = seq;
     else this.#handled = Math.max(seq, this.#handled ?? 0);
     this.#hooks.handled(this.#handled);

@@ -98,3 +98,31 @@ test('a payload that fails its check is told and passed over', async () => {
   await soon();
   assert.deepEqual([seen, told.faults, told.acked.at(-1)], [[2], ['invalid_payload'], 2]);
 });
+
+test('what is at hand when a reset comes is not acked in the new numbers, and these are', async () => {
+  const { made, told } = pump();
+  let release;
+  made.on('*', ({ seq }) => (seq === 990 ? new Promise((resolve) => { release = resolve; }) : undefined));
+  made.put(frame(990), true);
+  await soon();
+  made.gap({ after: 990, before: 501, reason: 'reset' });
+  made.put(frame(501), true);
+  release();
+  await soon();
+  await soon();
+  assert.deepEqual(told.acked.filter((seq) => seq > 501), []);
+  assert.equal(told.acked.at(-1), 501);
+});
+
+test('a handler that fails and is taken off holds up nothing', async () => {
+  const { made, told } = pump();
+  const off = made.on('*', () => { throw new Error('no'); });
+  const seen = [];
+  made.on('*', ({ seq }) => { seen.push(seq); });
+  made.put(frame(1), true);
+  await soon();
+  off();
+  made.put(frame(2), true);
+  await new Promise((resolve) => { setTimeout(resolve, 700); });
+  assert.deepEqual([seen, told.acked.at(-1)], [[1, 2], 2]);
+});

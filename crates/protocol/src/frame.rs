@@ -149,10 +149,14 @@ const SINCE_RULE: &str = "since is a seq (an integer from 0 to 2^53 - 1) or \"la
 struct Tagged<'a> {
     #[serde(rename = "type", borrow)]
     kind: std::borrow::Cow<'a, str>,
-    token: Option<String>,
-    device: Option<String>,
-    ticket: Option<String>,
-    client: Option<String>,
+    #[serde(borrow)]
+    token: Option<&'a RawValue>,
+    #[serde(borrow)]
+    device: Option<&'a RawValue>,
+    #[serde(borrow)]
+    ticket: Option<&'a RawValue>,
+    #[serde(borrow)]
+    client: Option<&'a RawValue>,
     #[serde(borrow)]
     since: Option<&'a RawValue>,
     #[serde(borrow)]
@@ -167,13 +171,17 @@ struct Tagged<'a> {
 
 impl Tagged<'_> {
     fn auth(self) -> Result<AuthFrame, String> {
-        let credential = match (self.token, self.ticket) {
+        let text = |name: &str, raw: Option<&RawValue>| {
+            let read = |raw: &RawValue| serde_json::from_str::<String>(raw.get());
+            raw.map(read).transpose().map_err(|_| format!("{name} is a string"))
+        };
+        let (token, ticket) = (text("token", self.token)?, text("ticket", self.ticket)?);
+        let credential = match (token, ticket) {
             (Some(_), Some(_)) => return Err("auth has \"token\" or \"ticket\", not both".to_owned()),
             (Some(token), None) => AuthCredential::Token(token),
             (None, Some(ticket)) => AuthCredential::Ticket(ticket),
             (None, None) => return Err("auth needs \"token\" or \"ticket\", a string".to_owned()),
         };
-        let text = |raw: &RawValue| serde_json::from_str::<String>(raw.get()).unwrap_or_default();
         let heartbeat = match self.heartbeat.map(RawValue::get) {
             None => None,
             Some("true") => Some(true),
@@ -183,12 +191,18 @@ impl Tagged<'_> {
         Ok(AuthFrame {
             credential,
             options: SessionOptions {
-                device: self.device.map(|d| DeviceId::parse(&d)).transpose().map_err(|f| f.to_string())?,
+                device: text("device", self.device)?
+                    .map(|name| DeviceId::parse(&name))
+                    .transpose()
+                    .map_err(|fault| fault.to_string())?,
                 since: self.since.map(|raw| Since::parse(raw.get().trim_matches('"'))).transpose()?,
-                begin: self.begin.map(|raw| Begin::parse(&text(raw))).transpose()?,
+                begin: text("begin", self.begin)?.map(|name| Begin::parse(&name)).transpose()?,
                 heartbeat,
                 window: self.window.map(|raw| parse_window(raw.get())).transpose()?,
-                client: self.client.map(|c| ClientName::parse(&c)).transpose().map_err(|f| f.to_string())?,
+                client: text("client", self.client)?
+                    .map(|name| ClientName::parse(&name))
+                    .transpose()
+                    .map_err(|fault| fault.to_string())?,
             },
         })
     }
@@ -215,7 +229,10 @@ impl ClientFrame {
                     .ok_or("ack needs \"seq\", an integer from 0 to 2^53 - 1")?,
             )),
             "ping" => Ok(Self::Ping),
-            "refresh" => Ok(Self::Refresh(frame.token.ok_or("refresh needs \"token\", a string")?)),
+            "refresh" => {
+                let token = frame.token.and_then(|raw| serde_json::from_str(raw.get()).ok());
+                Ok(Self::Refresh(token.ok_or("refresh needs \"token\", a string")?))
+            }
             "auth" => frame.auth().map(|auth| Self::Auth(Box::new(auth))),
             _ => Err("unknown type: a client sends auth, ack, refresh or ping".to_owned()),
         }

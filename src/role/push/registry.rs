@@ -134,7 +134,7 @@ impl SessionHandle {
     }
 
     pub(super) fn set_acked(&self, acked: Seq) {
-        self.acked.fetch_max(acked.get(), Ordering::Relaxed);
+        self.acked.store(acked.get(), Ordering::Relaxed);
     }
 
     /// Whether a ping of the server is unanswered.

@@ -399,6 +399,7 @@ impl<S: Socket> Serving<S> {
         // position that the reset names.
         if let Some((position, to)) = mail.reset {
             self.step(Input::Reset(position, to));
+            self.handle.set_acked(self.session.acked());
         }
         if let Some(page) = mail.page {
             self.step(Input::Page(page));

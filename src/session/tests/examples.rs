@@ -138,7 +138,8 @@ fn a_position_above_a_restored_store_is_told_and_left_also_while_a_page_is_read(
     assert_eq!(outputs(&mut session, restored()), [reset], "one read at a time");
     assert_eq!(outputs(&mut session, page(100, &[], 100)), [read(50)]);
     assert_eq!(outputs(&mut session, page(50, &[51], 51)), [Output::Send(51)]);
-    assert_eq!(outputs(&mut session, Input::Ack(100)), [Output::Cursor(Seq::at(51))]);
+    assert_eq!(outputs(&mut session, Input::Ack(100)), [], "it was on its way before the reset");
+    assert_eq!(outputs(&mut session, Input::Ack(51)), [Output::Cursor(Seq::at(51))]);
 }
 
 #[test]
@@ -157,4 +158,15 @@ fn a_client_with_a_window_is_sent_no_more_than_that_ahead_and_a_read_waits_for_h
     assert_eq!(outputs(&mut session, Input::Ack(44)), [Output::Cursor(Seq::at(44))], "one read at a time");
     assert_eq!(outputs(&mut session, page(44, &[45], 45)), [Output::Send(45), Output::CaughtUp(Seq::at(45))]);
     assert_eq!(outputs(&mut session, live(46)), [Output::Send(46)]);
+}
+
+#[test]
+fn an_ack_of_the_numbers_before_a_reset_says_nothing_about_those_after_it() {
+    let (mut session, _) = start(990, 990, false);
+    assert_eq!(outputs(&mut session, Input::Reset(Seq::at(990), Seq::at(500))).len(), 2);
+    let sent = [501, 502].map(Output::Send);
+    assert_eq!(outputs(&mut session, page(500, &[501, 502], 502)), sent);
+    assert_eq!(outputs(&mut session, Input::Ack(990)), []);
+    assert_eq!(outputs(&mut session, Input::Ack(501)), [Output::Cursor(Seq::at(501))]);
+    assert_eq!(outputs(&mut session, Input::Ack(2_000)), [Output::Cursor(Seq::at(502))]);
 }

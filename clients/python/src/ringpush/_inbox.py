@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import random
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -152,6 +153,7 @@ class _Line:
     async def close(self) -> None:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self.socket.close(1000), 1.0)
+        self.abort()
 
 
 def _parsed(text: str | bytes, abort: Callable[[], None]) -> dict[str, Any]:
@@ -172,9 +174,14 @@ class Inbox:
                  ack: str, gaps: str) -> None:
         self._url, self._ask, self._device, self._user = url.rstrip("/"), token, device, user
         self._begin, self._window, self._ack_when, self._gaps = begin, window, ack, gaps
-        self._queue: deque[Message | Gap] = deque()
+        # Items with the number of resets before them: what was handled before the last reset is not acked in the
+        # numbers after it.
+        self._queue: deque[tuple[int, Message | Gap]] = deque()
+        self._resets = 0
+        self._last_reset: tuple[_Line, int] | None = None
+        self._ahead = 0.0
         self._filled = asyncio.Event()
-        self._at_hand: Message | Gap | None = None
+        self._at_hand: tuple[int, Message | Gap] | None = None
         self._received: int | None = None
         self._handled: int | None = None
         self._acked: int | None = None
@@ -239,8 +246,8 @@ class Inbox:
                 raise Stopped(self._stopped)
             self._filled.clear()
             await self._filled.wait()
-        item = self._queue.popleft()
-        self._at_hand = item
+        self._at_hand = self._queue.popleft()
+        item = self._at_hand[1]
         if isinstance(item, Gap) and self._gaps == "raise":
             self._handled_at_hand()
             raise GapError(item)
@@ -293,6 +300,10 @@ class Inbox:
                 wait, cause = self._ended(closed)
             except (OSError, websockets.WebSocketException, asyncio.TimeoutError) as error:
                 cause = str(error) or type(error).__name__
+            except Exception as error:
+                # A fault of this library must not leave the application waiting for ever.
+                self._stop("internal", repr(error))
+                raise
             if self._stopped is not None:
                 break
             self._failures += 1
@@ -421,7 +432,9 @@ class Inbox:
         if line.ask_every is not None:
             self._spawn(self._ask_on(line, line.ask_every))
         if expires := welcome.get("token_expires_at"):
-            self._schedule_refresh(expires, welcome.get("server_time"))
+            if server_time := welcome.get("server_time"):
+                self._ahead = _moment(server_time).timestamp() - time.time()
+            self._schedule_refresh(expires)
         if line is self._line:
             self._set("catching-up")
         await self._say_acks(again=True)
@@ -445,10 +458,16 @@ class Inbox:
             self._reached()
         elif kind == "gap":
             reset = frame["reason"] == "reset"
+            if reset:
+                # During a move both lines may say it.
+                told, self._last_reset = self._last_reset, (line, frame["before"])
+                if told is not None and told[0] is not line and told[1] == frame["before"]:
+                    return
             if reset or self._received is None or frame["before"] > self._received + 1:
                 self._received = frame["before"] - 1
                 if reset:
                     self._acked = None
+                    self._resets += 1
                 self._put(Gap(frame["after"], frame["before"], frame["reason"]))
             self._reached()
         elif kind == "caught_up":
@@ -465,7 +484,7 @@ class Inbox:
             self._mover = asyncio.create_task(self._move(frame))
         elif kind == "refreshed":
             self._fresh = False
-            self._schedule_refresh(frame["expires_at"], None)
+            self._schedule_refresh(frame["expires_at"])
         elif kind == "error":
             line.reason = frame.get("reason") or ""
             if hint := frame.get("reconnect"):
@@ -554,11 +573,10 @@ class Inbox:
             raise _TokenFault("token_rubbish", "token must return a token: a string")
         return token
 
-    def _schedule_refresh(self, expires_at: str, server_time: str | None) -> None:
+    def _schedule_refresh(self, expires_at: str) -> None:
         if self._refresher is not None and self._refresher is not asyncio.current_task():
             self._refresher.cancel()
-        now = _moment(server_time) if server_time else datetime.now(_moment(expires_at).tzinfo)
-        left = (_moment(expires_at) - now).total_seconds()
+        left = _moment(expires_at).timestamp() - (time.time() + self._ahead)
         self._refresher = asyncio.create_task(self._refresh_in(max(left, 0) * 0.8))
 
     async def _refresh_in(self, seconds: float) -> None:
@@ -578,8 +596,8 @@ class Inbox:
     # --- the queue, and acks ----------------------------------------------------------------------
 
     def _position(self) -> int | None:
-        if isinstance(self._at_hand, Message):
-            return self._at_hand.seq
+        if self._at_hand is not None and isinstance(self._at_hand[1], Message):
+            return self._at_hand[1].seq
         return self._handled
 
     def _rewind(self) -> None:
@@ -588,13 +606,14 @@ class Inbox:
             self._received = self._position()
 
     def _put(self, item: Message | Gap) -> None:
-        self._queue.append(item)
+        self._queue.append((self._resets, item))
         self._filled.set()
 
     def _handled_at_hand(self) -> None:
-        item, self._at_hand = self._at_hand, None
-        if item is None:
+        held, self._at_hand = self._at_hand, None
+        if held is None or held[0] != self._resets:
             return
+        item = held[1]
         if isinstance(item, Gap):
             seq, reset = item.before - 1, item.reason == "reset"
         else:

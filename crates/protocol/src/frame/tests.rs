@@ -18,6 +18,8 @@ fn a_bad_value_in_auth_is_named() {
         ("heartbeat", "1"),
         ("since", "-1"),
         ("device", "\"a b\""),
+        ("device", "5"),
+        ("client", "[]"),
         ("client", "\"\""),
         ("ticket", "\"as well\""),
     ] {
