@@ -1,4 +1,5 @@
 use super::*;
+use crate::message::{ClientName, DeviceId, Seq};
 use crate::message::{MessageId, Millis};
 
 fn auth(credential: AuthCredential, options: SessionOptions) -> ClientFrame {
