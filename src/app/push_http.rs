@@ -7,7 +7,8 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
-    ACCESS_CONTROL_MAX_AGE, LOCATION, ORIGIN, SEC_WEBSOCKET_VERSION, UPGRADE, VARY,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, LOCATION, ORIGIN, SEC_WEBSOCKET_VERSION, UPGRADE,
+    VARY,
 };
 use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri};
 use axum::response::IntoResponse;
@@ -227,6 +228,9 @@ fn allow_origin(edge: &ConnectEdge, headers: &HeaderMap, response: &mut Response
     let allowed = edge.origins.allows(Some(origin));
     if allowed && let Ok(value) = HeaderValue::from_str(origin) {
         response.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, value);
+        // Or a page could not honour it.
+        let exposed = HeaderValue::from_static("retry-after");
+        response.headers_mut().insert(ACCESS_CONTROL_EXPOSE_HEADERS, exposed);
     }
     allowed
 }

@@ -54,7 +54,7 @@ pub type PendingReceipt = oneshot::Receiver<Result<Receipt, InboxError>>;
 #[error("too many messages wait to be stored")]
 pub struct TooManyWaiting;
 
-/// Is told of every write, on the writer's thread.
+/// Is told of every write, by whoever writes.
 pub trait WriteObserver: Send + Sync + 'static {
     /// A write of so many appends begins.
     fn writing(&self, count: usize);
@@ -177,6 +177,8 @@ type Answer = oneshot::Sender<Result<Receipt, InboxError>>;
 impl Writer {
     /// Writes what waits, batch after batch, and answers. Blocks its thread.
     fn run(self: Arc<Self>, runtime: &Handle) {
+        // Also if it panics: whoever waits is told.
+        let _ends = EndsWriter(Arc::clone(&self));
         let mut last_began = None;
         while let Some(batch) = self.next_batch(last_began) {
             last_began = Some(Instant::now());

@@ -135,6 +135,8 @@ async fn a_bad_value_is_named_before_the_upgrade_or_closes_with_4500() {
         let (status, body) = Socket::refusal(&format!("{}?{field}={text}", url(&server)), Some(&token)).await;
         assert_eq!((status, &body["errors"][0]["pointer"]), (422, &json!(format!("?{field}"))));
     }
+    let long = json!({"window": 0, "padding": "x".repeat(5_000)});
+    assert_eq!(authenticated(&server, "alice", long).await.closed().await.code, 4500, "also in a long frame");
     let both = authenticated(&server, "alice", json!({"ticket": "as well"})).await.closed().await;
     assert_eq!(both.code, 4500);
 }

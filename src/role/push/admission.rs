@@ -156,7 +156,9 @@ impl Admitter {
         };
         let user = identity.as_ref().map_or("not known yet", |known| known.user.as_str());
         tracing::debug!(target: WAY, step = 1, user, node = %self.ownership.node(), "asked for a socket");
+        // A ticket was made for this node, and is used up.
         if query.redirect_http
+            && query.ticket.is_none()
             && let Some(known) = &identity
             && let Some(url) = self.elsewhere(known, &query.options, arrival)
         {

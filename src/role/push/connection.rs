@@ -22,7 +22,7 @@ use super::serving::{Attached, Serving, ServingContext, Shared};
 use super::tokens::Known;
 use crate::telemetry::{Counted, WAY};
 use crate::wire::close::CloseCode;
-use crate::wire::frame::{AuthCredential, ClientFrame, OTHER_MAX_BYTES, SessionOptions};
+use crate::wire::frame::{AuthCredential, ClientFrame, SessionOptions};
 use crate::wire::refusal::RefusalReason;
 use crate::wire::socket::Incoming;
 
@@ -161,8 +161,8 @@ impl Connector {
 /// Reads a frame that is no larger than its kind may be.
 pub(super) fn read_frame(text: &[u8]) -> Result<ClientFrame, End> {
     let frame = ClientFrame::parse(text).map_err(|why| {
-        // What cannot be read has no kind.
-        let code = if text.len() > OTHER_MAX_BYTES { CloseCode::TooBig } else { CloseCode::BadFrame };
+        let fits = text.len() <= ClientFrame::max_bytes_of(text);
+        let code = if fits { CloseCode::BadFrame } else { CloseCode::TooBig };
         End::close(code, why)
     })?;
     if text.len() > frame.max_bytes() {

@@ -9,8 +9,6 @@ use crate::message::{Message, Seq, UserId};
 pub const OWN_HISTORY_PAGE: usize = 100;
 /// Most bytes of payload in one page; one message always fits.
 const PAGE_BYTES: usize = 1024 * 1024;
-/// Pages of the inbox that are read for one page backwards, when nearly all has expired.
-const WINDOWS: usize = 16;
 
 /// Which part of the history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,25 +42,23 @@ pub(super) async fn read(
     }
 }
 
-/// Numbers are dense, so the messages before a position are those of the window below it.
+/// Reads the window of numbers below a position. Numbers are dense, except where the store was
+/// restored: from an empty window it goes to the newest message below, which it searches for.
 async fn backwards(
     inbox: &Arc<dyn Inbox>,
     user: &UserId,
     before: Seq,
     limit: usize,
 ) -> Result<(Vec<Message>, Option<Seq>), InboxError> {
-    let page_limit = |messages| PageLimit { messages, bytes: PAGE_BYTES };
-    let oldest = inbox.page(user.clone(), Seq::BEGINNING, page_limit(1)).await?;
-    let Some(oldest) = oldest.messages.first().map(|message| message.seq) else {
-        return Ok((Vec::new(), None));
-    };
+    let Some(oldest) = first_after(inbox, user, 0).await? else { return Ok((Vec::new(), None)) };
     let query = PositionQuery { user: user.clone(), from: StartAt::Latest };
     let head = inbox.positions(vec![query]).await?.first().map_or(Seq::BEGINNING, |position| position.head);
     let mut top = head.get().min(before.get().saturating_sub(1));
-    for _ in 0..WINDOWS {
+    while top >= oldest {
         let mut low = top.saturating_sub(limit as u64);
         let mut messages = loop {
-            let page = inbox.page(user.clone(), Seq::at(low), page_limit(limit)).await?;
+            let limit = PageLimit { messages: limit, bytes: PAGE_BYTES };
+            let page = inbox.page(user.clone(), Seq::at(low), limit).await?;
             // A page that was cut has the older part: the window is made smaller.
             if page.more && page.upto.get() < top && low + 1 < top {
                 low += (top - low).div_ceil(2);
@@ -72,13 +68,45 @@ async fn backwards(
         };
         messages.retain(|message| message.seq.get() <= top);
         messages.reverse();
-        let more = oldest.get() <= low;
+        let more = oldest <= low;
         if !messages.is_empty() || !more {
             return Ok((messages, more.then_some(Seq::at(low + 1))));
         }
-        top = low;
+        top = newest_upto(inbox, user, oldest, low).await?;
     }
-    Ok((Vec::new(), Some(Seq::at(top + 1))))
+    Ok((Vec::new(), None))
+}
+
+/// The first unexpired message above `after`. A page passes over a limited number of expired ones.
+async fn first_after(inbox: &Arc<dyn Inbox>, user: &UserId, after: u64) -> Result<Option<u64>, InboxError> {
+    let mut after = Seq::at(after);
+    loop {
+        let page = inbox.page(user.clone(), after, PageLimit { messages: 1, bytes: PAGE_BYTES }).await?;
+        match page.messages.first() {
+            Some(message) => return Ok(Some(message.seq.get())),
+            None if page.more && page.upto > after => after = page.upto,
+            None => return Ok(None),
+        }
+    }
+}
+
+/// The newest unexpired message up to `top`, of which the oldest is `oldest`: bisected, in at most
+/// 53 steps.
+async fn newest_upto(
+    inbox: &Arc<dyn Inbox>,
+    user: &UserId,
+    oldest: u64,
+    top: u64,
+) -> Result<u64, InboxError> {
+    let (mut newest, mut none_above) = (oldest, top);
+    while newest < none_above {
+        let middle = newest + (none_above - newest) / 2;
+        match first_after(inbox, user, middle).await?.filter(|seq| *seq <= none_above) {
+            Some(found) => newest = found,
+            None => none_above = middle,
+        }
+    }
+    Ok(newest)
 }
 
 #[cfg(test)]
@@ -152,5 +180,10 @@ mod tests {
         all.push((1, 60));
         let (gap, user, first) = inbox(&all).await;
         assert_eq!(all_backwards(&gap, &user, first, 10).await, [2_502, 1]);
+        // Also where more have expired than one page passes over.
+        let mut all = vec![(1, 0); 12_000];
+        all.extend([(1, 60), (1, 0), (1, 60)]);
+        let (expired, user, first) = inbox(&all).await;
+        assert_eq!(all_backwards(&expired, &user, first, 10).await, [12_003, 12_001]);
     }
 }

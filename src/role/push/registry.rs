@@ -287,10 +287,14 @@ impl Registry {
         if handles.len() <= self.limits.per_user && of_device <= self.limits.per_device {
             return Room::Enough;
         }
-        let may_yield = |handle: &&Arc<SessionHandle>| {
-            handle.device == newcomer.device && handle.has_begun() && !Arc::ptr_eq(handle, newcomer)
-        };
-        let silent = handles.iter().filter(may_yield).find(|handle| handle.is_silent());
+        // It was made to yield itself, and will hear of it.
+        if !handles.iter().any(|handle| Arc::ptr_eq(handle, newcomer)) {
+            return Room::Enough;
+        }
+        let may_yield =
+            |handle: &&Arc<SessionHandle>| handle.device == newcomer.device && !Arc::ptr_eq(handle, newcomer);
+        let begun = || handles.iter().filter(may_yield).filter(|handle| handle.has_begun());
+        let silent = begun().find(|handle| handle.is_silent()).or_else(|| begun().next());
         let Some(other) = silent.or_else(|| handles.iter().find(may_yield)).cloned() else {
             return Room::None;
         };

@@ -244,6 +244,22 @@ impl ClientFrame {
         }
     }
 
+    /// The most bytes that a frame may have whose text says that it is of this type; what says
+    /// nothing may have as many as most types.
+    #[must_use]
+    pub fn max_bytes_of(text: &[u8]) -> usize {
+        #[derive(Deserialize)]
+        struct Kind<'a> {
+            #[serde(rename = "type", borrow)]
+            kind: std::borrow::Cow<'a, str>,
+        }
+        match serde_json::from_slice::<Kind<'_>>(text).as_ref().map(|kind| &*kind.kind) {
+            Ok("auth") => AUTH_MAX_BYTES,
+            Ok("refresh") => REFRESH_MAX_BYTES,
+            _ => OTHER_MAX_BYTES,
+        }
+    }
+
     /// The most bytes that a frame of this kind may have.
     #[must_use]
     pub fn max_bytes(&self) -> usize {
