@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 
 use super::{Append, Appended, Inbox, InboxError};
 use crate::message::{Message, Seq, UserId};
+use crate::tasks::raised;
 
 /// Most appends that wait in one process (docs/design.md, section 11).
 pub const WAITING_APPENDS: usize = 10_000;
@@ -187,11 +188,7 @@ impl Writer {
             if self.blocks {
                 runtime.block_on(writing);
             } else {
-                if let Err(error) = runtime.block_on(runtime.spawn(writing))
-                    && let Ok(panic) = error.try_into_panic()
-                {
-                    std::panic::resume_unwind(panic);
-                }
+                raised(runtime.block_on(runtime.spawn(writing)));
             }
         }
     }

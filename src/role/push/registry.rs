@@ -294,8 +294,8 @@ impl Registry {
         let may_yield =
             |handle: &&Arc<SessionHandle>| handle.device == newcomer.device && !Arc::ptr_eq(handle, newcomer);
         let begun = || handles.iter().filter(may_yield).filter(|handle| handle.has_begun());
-        let silent = begun().find(|handle| handle.is_silent()).or_else(|| begun().next());
-        let Some(other) = silent.or_else(|| handles.iter().find(may_yield)).cloned() else {
+        let silent_or_oldest = begun().find(|handle| handle.is_silent()).or_else(|| begun().next());
+        let Some(other) = silent_or_oldest.or_else(|| handles.iter().find(may_yield)).cloned() else {
             return Room::None;
         };
         handles.retain(|handle| !Arc::ptr_eq(handle, &other));
