@@ -239,12 +239,15 @@ async function play(file) {
   const world = new World(header);
   await world.start();
   try {
+    // How the handler begins is said first, or a message could come before it.
+    while (steps[0] && 'do' in steps[0]) STEPS.do(world, steps.shift());
     world.tell({ connect: { url: world.url, user: 'alice', device: 'd-1', ...header.options } });
+    const before = lines.length - steps.length;
     for (const [n, step] of steps.entries()) {
       const kind = Object.keys(STEPS).find((name) => name in step);
-      if (!kind) throw new Error(`step ${n + 2}: unknown: ${JSON.stringify(step)}`);
+      if (!kind) throw new Error(`step ${n + 1 + before}: unknown: ${JSON.stringify(step)}`);
       try { await STEPS[kind](world, step); } catch (error) {
-        throw new Error(`step ${n + 2} ${JSON.stringify(step)}: ${error.message}`);
+        throw new Error(`step ${n + 1 + before} ${JSON.stringify(step)}: ${error.message}`);
       }
     }
   } finally {

@@ -78,6 +78,7 @@ async fn client_module(Path(module): Path<String>) -> Response<Body> {
         "errors.js" => script(include_str!("../../clients/javascript/src/errors.js")),
         "line.js" => script(include_str!("../../clients/javascript/src/line.js")),
         "positions.js" => script(include_str!("../../clients/javascript/src/positions.js")),
+        "tabs.js" => script(include_str!("../../clients/javascript/src/tabs.js")),
         "pump.js" => script(include_str!("../../clients/javascript/src/pump.js")),
         _ => not_found().await.into_response(),
     }

@@ -24,11 +24,11 @@ use super::terminal::say;
 use crate::app::keys::Keys;
 use crate::backoff::between;
 use crate::client::http::HttpClient;
-use crate::client::{Client, ClientConfig, Event};
+use crate::client::{Item, Notice, State, connect};
 use crate::config::{Config, Faults};
-use crate::message::{DeviceId, UserId};
+use crate::message::UserId;
 use crate::wire::frame::Since;
-use book::{Accepted, Book, Moved, Received, UserBook};
+use book::{Accepted, Book, Happened, UserBook};
 
 /// Publishes in flight at once.
 const IN_FLIGHT: usize = 512;
@@ -42,8 +42,8 @@ const TOKEN_S: u64 = 24 * 3600;
 const CONNECTS_PER_S: u32 = 1_000;
 /// How long all clients may take to connect.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(120);
-/// A move that took longer than this does not count in the percentiles.
-const MOVE_LIFE: Duration = Duration::from_secs(15);
+/// The device of all users.
+const DEVICE: &str = "audit";
 /// Users whose unexpected moves are printed: a drain that comes back has all of them.
 const MOVES_PRINTED: usize = 20;
 
@@ -119,48 +119,40 @@ struct Bench {
 
 /// One user's client, for as long as the audit runs.
 async fn listen(bench: Arc<Bench>, n: usize, token: String) {
-    let Ok(device) = DeviceId::parse("audit") else { return };
-    let mut client = Client::start(ClientConfig {
-        target: bench.plan.target.clone(),
-        token: Arc::new(move || token.clone()),
-        device,
-        since: Some(Since::Latest),
-        ask_first: true,
-        http: bench.http.clone(),
-    });
-    while let Some(event) = client.next().await {
-        let mut users = bench.book.users.lock();
-        let own = &mut users[n];
-        match event {
-            Event::Message(message) => {
-                let in_move = own.moving_since.is_some_and(|since| since.elapsed() < MOVE_LIFE);
-                let received =
-                    Received { id: message.id.clone(), seq: message.seq, at: Instant::now(), in_move };
-                own.received.push(received);
-                drop(users);
-                client.ack(message.seq);
-            }
-            Event::Gap { after, before, .. } => own.gaps.push((after, before)),
-            Event::CaughtUp(_) => {
-                own.ready = true;
-                own.moving_since = None;
-                own.away.extend(own.away_since.take().map(|since| since.elapsed()));
-            }
-            Event::Moving { node, reason } => {
-                let at = Instant::now();
-                own.moving_since = Some(at);
-                own.moves.push(Moved { at, from: own.is_on.clone(), to: node, reason });
-            }
-            Event::Waiting { .. } => {
-                own.reconnects += 1;
-                own.away_since.get_or_insert_with(Instant::now);
-            }
-            Event::Refused { code } => own.refused = Some(code),
-            Event::Welcome { node, .. } => {
-                own.began_on.get_or_insert_with(|| node.clone());
-                own.is_on = node;
-            }
+    let options = connect(bench.plan.target.clone(), token).device(DEVICE).since(Since::Latest);
+    let Ok(mut inbox) = options.http(bench.http.clone()).start() else { return };
+    let mut notices = inbox.notices();
+    loop {
+        let happened = tokio::select! {
+            // A message is not counted before the move that it came through.
+            biased;
+            Some(notice) = notices.next() => match notice {
+                Notice::State(state) => happened(state),
+                Notice::Fault { .. } => None,
+            },
+            item = inbox.next() => match item {
+                Ok(Some(Item::Message(message))) => Some(Happened::Message(message.id, message.seq)),
+                Ok(Some(Item::Gap(gap))) => Some(Happened::Gap(gap.after, gap.before)),
+                Ok(None) => return,
+                Err(stopped) => {
+                    bench.book.note(n, Happened::Refused(stopped.code.unwrap_or_default()));
+                    return;
+                }
+            },
+        };
+        if let Some(happened) = happened {
+            bench.book.note(n, happened);
         }
+    }
+}
+
+fn happened(state: State) -> Option<Happened> {
+    match state {
+        State::CatchingUp { node, .. } => Some(Happened::Welcome(node)),
+        State::Live { node } => Some(Happened::Live(node)),
+        State::Moving { node, reason } => Some(Happened::Moving(node, reason)),
+        State::Waiting { .. } => Some(Happened::Waiting),
+        State::Connecting | State::Stopped(_) => None,
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -12,8 +11,7 @@ use serde_json::Value;
 use super::publish::{Collector, problem_of};
 use super::terminal::{print, print_line, say};
 use crate::app::keys::Keys;
-use crate::client::http::HttpClient;
-use crate::client::{Client, ClientConfig, Event, TokenSource};
+use crate::client::{Item, Message, Notice, State, TokenError, connect};
 use crate::clock::Clock;
 use crate::config::{Config, Faults};
 use crate::message::{DeviceId, UserId};
@@ -24,6 +22,8 @@ use crate::wire::rest::ClusterResponse;
 
 /// Deadline of one request: longer than the server's own deadline for a publish.
 pub(super) const REQUEST_DEADLINE: Duration = Duration::from_secs(15);
+/// The close code of a connection whose place a newer one has taken.
+const REPLACED: u16 = 4509;
 /// Life of the tokens that `listen` makes for itself, in seconds. Each connection gets a new one.
 const LISTEN_TOKEN_S: u64 = 24 * 3600;
 
@@ -121,61 +121,89 @@ pub async fn listen(
     device: &str,
 ) -> Result<ExitCode> {
     let user = user_id(user)?;
-    let device = DeviceId::parse(device).map_err(|rule| Faults(vec![format!("--device: {rule}")]))?;
+    DeviceId::parse(device).map_err(|rule| Faults(vec![format!("--device: {rule}")]))?;
     let target = at.url(&config, "push")?;
     let auth = signer(&mut config)?;
     auth.issue(&user, LISTEN_TOKEN_S)?;
-    let token: TokenSource = Arc::new({
-        let user = user.clone();
-        move || auth.issue(&user, LISTEN_TOKEN_S).map_or_else(|_| String::new(), |issued| issued.0)
-    });
-    let mut client = Client::start(ClientConfig {
-        target,
-        token,
-        device,
-        since,
-        ask_first: true,
-        http: HttpClient::default(),
-    });
+    let token = move |_| {
+        let issued = auth.issue(&user, LISTEN_TOKEN_S).map(|issued| issued.0);
+        std::future::ready(issued.map_err(|fault| TokenError::Refused(fault.to_string())))
+    };
+    let mut options = connect(target, token).device(device);
+    if let Some(since) = since {
+        options = options.since(since);
+    }
+    let mut inbox = options.start()?;
+    let mut notices = inbox.notices();
     let interrupted = tokio::signal::ctrl_c();
     tokio::pin!(interrupted);
     loop {
-        let event = tokio::select! {
-            event = client.next() => event,
-            _ = &mut interrupted => return Ok(ExitCode::SUCCESS),
-        };
-        match event {
-            None => return Ok(ExitCode::SUCCESS),
-            Some(event) => show(&client, event)?,
+        tokio::select! {
+            // In this order a message is not shown before the connection that brought it.
+            biased;
+            _ = &mut interrupted => {
+                inbox.handled();
+                inbox.close().await;
+                return Ok(ExitCode::SUCCESS);
+            }
+            Some(notice) = notices.next() => show_notice(&notice)?,
+            item = inbox.next() => match item {
+                Ok(Some(Item::Message(message))) => show(&message)?,
+                Ok(Some(Item::Gap(gap))) => say(format_args!(
+                    "ringpush: what was between {} and {} is gone ({:?})",
+                    gap.after, gap.before, gap.reason
+                )),
+                Ok(None) => return Ok(ExitCode::SUCCESS),
+                Err(stopped) => match stopped.code {
+                    Some(code) => bail!(
+                        "the server refused with {code} ({}); see the table of close codes",
+                        stopped.cause
+                    ),
+                    None => return Err(stopped.into()),
+                },
+            },
         }
     }
 }
 
-/// Prints one event: messages to standard output, everything else to standard error.
-fn show(client: &Client, event: Event) -> Result<()> {
-    match event {
-        Event::Message(message) => {
-            let line = format!(
-                r#"{{"seq":{},"id":{},"accepted_at":"{}","expires_at":"{}","payload":{}}}"#,
-                message.seq,
-                Value::from(message.id.as_str()),
-                message.accepted_at,
-                message.expires_at,
-                message.payload.get().replace(['\n', '\r'], " "),
-            );
-            print_line(line)?;
-            client.ack(message.seq);
+/// Prints a message to standard output.
+fn show(message: &Message) -> Result<()> {
+    let event = message.event.as_ref().map_or_else(String::new, |event| format!(r#""event":"{event}","#));
+    let line = format!(
+        r#"{{"seq":{},"id":{},{event}"accepted_at":"{}","expires_at":"{}","payload":{}}}"#,
+        message.seq,
+        Value::from(message.id.as_str()),
+        message.accepted_at,
+        message.expires_at,
+        message.payload.get().replace(['\n', '\r'], " "),
+    );
+    Ok(print_line(line)?)
+}
+
+/// Prints what happens beside the messages to standard error.
+///
+/// # Errors
+///
+/// There is no next try, because a newer connection of the device has taken the place of this one.
+fn show_notice(notice: &Notice) -> Result<()> {
+    match notice {
+        Notice::State(State::CatchingUp { node, since }) => {
+            say(format_args!("ringpush: connected to {node}, after {since}"));
         }
-        Event::Welcome { node, since } => say(format_args!("ringpush: connected to {node}, after {since}")),
-        Event::CaughtUp(seq) => say(format_args!("ringpush: caught up at {seq}; what follows is live")),
-        Event::Gap { after, before, reason } => {
-            say(format_args!("ringpush: what was between {after} and {before} is gone ({reason:?})"));
+        Notice::State(State::Live { node }) => {
+            say(format_args!("ringpush: caught up on {node}; what follows is live"));
         }
-        Event::Moving { node, reason } => say(format_args!("ringpush: moving to {node} ({reason:?})")),
-        Event::Waiting { why, rest } => {
-            say(format_args!("ringpush: {why}; next try in {} ms", rest.as_millis()))
+        Notice::State(State::Moving { node, reason }) => {
+            say(format_args!("ringpush: moving to {node} ({reason:?})"));
         }
-        Event::Refused { code } => bail!("the server refused with {code}; see the table of close codes"),
+        Notice::State(State::Waiting { cause, rest: Some(rest) }) => {
+            say(format_args!("ringpush: {cause}; next try in {} ms", rest.as_millis()));
+        }
+        Notice::State(State::Waiting { cause, rest: None }) => {
+            bail!("the server refused with {REPLACED} ({cause}); see the table of close codes");
+        }
+        Notice::State(State::Connecting | State::Stopped(_)) => {}
+        Notice::Fault { code, detail } => say(format_args!("ringpush: {code}: {detail}")),
     }
     Ok(())
 }

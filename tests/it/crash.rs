@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use ringpush::client::http::HttpClient;
-use ringpush::client::{Client, ClientConfig, Event};
-use ringpush::message::DeviceId;
+use ringpush::client::{Inbox, Item, connect};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -193,15 +192,10 @@ async fn clients_that_resume_miss_nothing_through_kills() {
     let clients: Vec<_> = (0..3)
         .map(|n| {
             let auth = signer(&server);
-            let config = ClientConfig {
-                target: format!("http://{}", server.at("push")),
-                token: Arc::new(move || auth.issue(&user_id(), 3600).unwrap().0),
-                device: DeviceId::parse(&format!("device-{n}")).unwrap(),
-                since: None,
-                ask_first: n == 0,
-                http: HttpClient::default(),
-            };
-            tokio::spawn(receive_all(Client::start(config), MESSAGES))
+            let token = move |_| std::future::ready(Ok(auth.issue(&user_id(), 3600).unwrap().0));
+            let client = connect(format!("http://{}", server.at("push")), token);
+            let client = client.device(format!("device-{n}")).ask_first(n == 0).start().unwrap();
+            tokio::spawn(receive_all(client, MESSAGES))
         })
         .collect();
     let published = Arc::new(AtomicU64::new(0));
@@ -239,19 +233,13 @@ fn signer(server: &Server) -> ringpush::role::auth::Auth {
     Auth::new(config, ringpush::clock::Clock::system()).unwrap()
 }
 
-async fn receive_all(mut client: Client, count: u64) -> Vec<u64> {
+async fn receive_all(mut client: Inbox, count: u64) -> Vec<u64> {
     let mut received = Vec::new();
     let reading = async {
         while (received.len() as u64) < count {
             match client.next().await {
-                Some(Event::Message(message)) => {
-                    received.push(message.payload.get().parse().unwrap());
-                    client.ack(message.seq);
-                }
-                Some(Event::Gap { .. } | Event::Refused { .. }) | None => {
-                    panic!("a gap, a refusal or an end")
-                }
-                Some(_) => {}
+                Ok(Some(Item::Message(message))) => received.push(message.json().unwrap()),
+                other => panic!("a gap, a refusal or an end: {other:?}"),
             }
         }
     };

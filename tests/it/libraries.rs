@@ -47,6 +47,19 @@ fn the_python_library_passes_every_transcript() {
     transcripts(&[python().as_os_str(), "clients/python/testee.py".as_ref()]);
 }
 
+/// An example of the Rust library, which `cargo test` builds beside the tests.
+fn built(example: &str) -> PathBuf {
+    let tests = std::env::current_exe().unwrap();
+    let path = tests.parent().and_then(|deps| deps.parent()).unwrap().join("examples").join(example);
+    assert!(path.exists(), "{} is not there: cargo build --workspace --examples", path.display());
+    path
+}
+
+#[test]
+fn the_rust_library_passes_every_transcript() {
+    transcripts(&[built("testee").as_os_str()]);
+}
+
 /// Rules of the library's queue that no transcript can see.
 #[test]
 fn the_javascript_library_passes_its_own_tests() {
@@ -208,8 +221,9 @@ impl Drop for Program {
 }
 
 impl Program {
+    /// The next payload. The Rust example prints it as it is, which is in quotes if it is a text.
     fn line(&mut self) -> String {
-        self.lines.next().expect("the client goes on").unwrap()
+        self.lines.next().expect("the client goes on").unwrap().trim_matches('"').to_owned()
     }
 }
 
@@ -229,7 +243,10 @@ async fn the_example_works(readme: &str, language: &str, suffix: &str, mut comma
     let server = Server::with(Options::default().with("limits.reconnect_jitter_ms", "100")).await;
     let mut server = server.kill_and_restart().await;
     server.publish("alice", json!("before")).await;
-    command.arg(&script).current_dir(directory.path());
+    if language != "rust" {
+        command.arg(&script);
+    }
+    command.current_dir(directory.path());
     command.env("RINGPUSH_URL", format!("http://{}", server.at("push")));
     command.env("RINGPUSH_TOKEN", server.token("alice").await);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
@@ -282,4 +299,19 @@ async fn the_javascript_example_works_as_printed() {
     let mut command = Command::new("node");
     command.arg(&loader);
     the_example_works("README.md", "js", ".mjs", command).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_rust_example_works_as_printed() {
+    let shown = |readme: &str| {
+        let text = std::fs::read_to_string(root().join(readme)).unwrap();
+        let (_, rest) = text.split_once("```rust").expect("an example");
+        let (_, example) = rest.split_once('\n').unwrap();
+        example.split_once("```").unwrap().0.to_owned()
+    };
+    let example = std::fs::read_to_string(root().join("crates/client/examples/readme.rs")).unwrap();
+    for readme in ["README.md", "crates/client/README.md"] {
+        assert!(example.ends_with(&shown(readme)), "{readme} shows another program than examples/readme.rs");
+    }
+    the_example_works("README.md", "rust", ".rs", Command::new(built("readme"))).await;
 }

@@ -1,12 +1,9 @@
 //! Several push nodes: connect names the right one, a socket elsewhere is told to move, and nothing
 //! is missed on the way.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use ringpush::client::http::HttpClient;
-use ringpush::client::{Client, ClientConfig, Event};
-use ringpush::message::DeviceId;
+use ringpush::client::{Item, State};
 use ringpush::ring::Ring;
 use serde_json::json;
 
@@ -174,14 +171,8 @@ async fn the_client_library_follows_moves_and_hands_each_message_on_once() {
     let mut clients = Vec::new();
     for user in &users {
         let token = server.token(user).await;
-        let client = Client::start(ClientConfig {
-            target: format!("http://{}", server.push(0)),
-            token: Arc::new(move || token.clone()),
-            device: DeviceId::default(),
-            since: None,
-            ask_first: false,
-            http: HttpClient::default(),
-        });
+        let client = ringpush::client::connect(format!("http://{}", server.push(0)), token);
+        let client = client.device("mover").ask_first(false).start().unwrap();
         clients.push(client);
     }
     let publishing = async {
@@ -192,21 +183,22 @@ async fn the_client_library_follows_moves_and_hands_each_message_on_once() {
         }
     };
     let receiving = futures_util::future::join_all(clients.iter_mut().map(async |client| {
-        let (mut seen, mut node, mut last) = (0u64, String::new(), 0);
+        let (mut seen, mut last) = (0u64, 0);
         while seen < 200 {
             match client.next().await.expect("the client goes on") {
-                Event::Message(message) => {
+                Some(Item::Message(message)) => {
                     assert_eq!(message.payload.get(), seen.to_string(), "each once and in order");
                     assert!(last == 0 || message.seq == last + 1);
                     last = message.seq;
                     seen += 1;
                 }
-                Event::Welcome { node: on, .. } => node = on,
-                Event::Moving { .. } | Event::CaughtUp(_) => {}
                 other => panic!("{other:?}"),
             }
         }
-        node
+        match client.state() {
+            State::CatchingUp { node, .. } | State::Live { node } | State::Moving { node, .. } => node,
+            other => panic!("{other:?}"),
+        }
     }));
     let (nodes, ()) = tokio::join!(receiving, publishing);
     for (user, node) in users.iter().zip(nodes) {

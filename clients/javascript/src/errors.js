@@ -1,6 +1,6 @@
 /** Thrown by `token`: there will be no token; the client stops. */
 export class Refused extends Error {
-  constructor(message = 'there will be no token', options) {
+  constructor(message = 'no token', options) {
     super(message, options);
     this.name = 'Refused';
   }
@@ -8,18 +8,16 @@ export class Refused extends Error {
 
 /** What went wrong; `retryable`: the client goes on by itself. */
 export class RingpushError extends Error {
-  constructor(code, message, retryable = true, own = false, options) {
+  constructor(code, message, retryable = true, options) {
     super(message, options);
     this.name = 'RingpushError';
     this.code = code;
     this.retryable = retryable;
-    /** Something that the application did, which it is to hear of. */
-    this.own = own;
   }
 
   static from(code, error) {
     if (error instanceof RingpushError) return error;
-    return new RingpushError(code, error?.message ?? String(error), false, false, { cause: error });
+    return new RingpushError(code, error?.message ?? String(error), false, { cause: error });
   }
 
   /** The problem that a server answered. */

@@ -3,8 +3,9 @@
 // One line (a socket) at a time, two during a move. What the lines bring goes, each number once and in order, into one
 // queue; the pump hands it to the application one message at a time, and acks what was handled.
 
-import { Line, placeOf } from './line.js';
+import { Line, pause, placeOf } from './line.js';
 import { Positions, memoryStore } from './positions.js';
+import { Tabs, isSupported } from './tabs.js';
 import { Pump } from './pump.js';
 import { Refused, RingpushError } from './errors.js';
 
@@ -22,10 +23,10 @@ const GRACE_MS = 5_000;
 const WAKE_MS = 3_000;
 const MOVE_TRIES = 3;
 /** A timer that comes so much too late slept with the machine. */
-const TICK_MS = 5_000;
+const TICK_MS = 1_000;
 const JUMP_MS = 10_000;
 /** The longest time that a timer takes. */
-const TIMER_MAX_MS = 2 ** 31 - 1;
+const TIMER_MAX_MS = 2e9;
 
 export function connect(options) {
   return new Client(options);
@@ -49,39 +50,33 @@ class Client {
   #caughtUp = null; #isCaughtUp = false;
   #ended; #end;
   #abort = new AbortController();
-  #unlisten = () => {};
+  #tabs = null;                // with `tabs: 'shared'`
+  #news = null;                // with separate tabs: where the others say `forget`
 
   constructor(options) {
-    if (!options?.url || typeof options.token !== 'function') {
-      throw new TypeError('connect: "url" and "token" are required');
-    }
     const { window: size = 256 } = options;
-    if (!Number.isInteger(size) || size < 1 || size > 10_000) {
-      throw new TypeError('connect: "window" is an integer from 1 to 10000');
+    const check = (holds, rule) => { if (!holds) throw new TypeError(`connect: ${rule}`); };
+    check(options.url && typeof options.token === 'function', '"url" and "token" are required');
+    check(Number.isInteger(size) && size >= 1 && size <= 10_000, '"window" is an integer from 1 to 10000');
+    for (const [name, ...values] of [['begin', 'oldest', 'latest'], ['ack', 'handled', 'received', 'manual'], ['tabs', 'separate', 'shared']]) {
+      check([undefined, ...values].includes(options[name]), `"${name}" is one of ${values}`);
     }
-    if (options.begin !== undefined && !['oldest', 'latest'].includes(options.begin)) {
-      throw new TypeError('connect: "begin" is "oldest" or "latest"');
-    }
-    if (options.ack !== undefined && !['handled', 'received', 'manual'].includes(options.ack)) {
-      throw new TypeError('connect: "ack" is "handled", "received" or "manual"');
-    }
-    if (options.tabs === 'shared') {
-      throw new TypeError('connect: "tabs": "shared" is not supported by this version');
-    }
+    check(options.tabs !== 'shared' || options.user, '"tabs": "shared" needs "user"');
     this.#WebSocket = options.WebSocket ?? globalThis.WebSocket;
-    if (!this.#WebSocket) throw new TypeError('connect: this platform has no WebSocket; hand one in as "WebSocket"');
+    check(this.#WebSocket, 'this platform has no WebSocket; hand one in as "WebSocket"');
     this.#options = { ...options, window: size };
     this.#url = new URL(options.url);
     this.#url.pathname = this.#url.pathname.replace(/\/*$/, '/');
+    this.#url.protocol = this.#url.protocol.replace('ws', 'http');
     this.#store = options.store ?? browserStore();
     this.#ended = new Promise((resolve) => { this.#end = resolve; });
     this.#pump = new Pump({
       ack: options.ack ?? 'handled',
       window: size,
       validate: options.validate ?? {},
-      error: (fault) => this.#fault(fault),
-      acked: (seq) => this.#sendAck(seq),
-      handled: (seq) => this.#positions?.note(seq),
+      error: (error, code) => this.#fault(error, code),
+      acked: (seq) => (this.#tabs ? this.#tabs.handled() : this.#sendAck(seq)),
+      handled: (seq) => { if (!this.#tabs) this.#positions?.note(seq); },
     });
     this.#listenToThePage();
     if (options.signal) {
@@ -103,32 +98,38 @@ class Client {
   [Symbol.asyncIterator]() { return this.messages()[Symbol.asyncIterator](); }
 
   async history({ before, after, limit, signal } = {}) {
-    const url = new URL('v1/inbox/messages', this.#httpUrl());
-    for (const [name, value] of Object.entries({ before, after, limit })) {
-      if (value !== undefined && value !== null) url.searchParams.set(name, value);
-    }
-    const token = await this.#anyToken();
-    const answer = await fetch(url, { headers: { authorization: `Bearer ${token}` }, signal });
-    if (!answer.ok) throw await RingpushError.of(answer);
-    const page = await answer.json();
+    const page = await this.#page({ before, after, limit }, signal);
     return { messages: page.messages.map((frame) => this.#pump.message(frame, false)), next: page.next };
   }
 
-  caughtUp({ signal } = {}) {
-    return new Promise((resolve, reject) => {
-      const look = () => this.#isCaughtUp && this.#pump.idle;
-      if (look()) return resolve();
-      if (signal?.aborted) return reject(signal.reason);
-      const timer = setInterval(() => { if (look()) done(resolve); }, 20);
-      const done = (how, with_) => { clearInterval(timer); how(with_); };
-      this.#ended.then(() => done(reject, new RingpushError('closed', 'the client has ended', false)));
-      signal?.addEventListener('abort', () => done(reject, signal.reason), { once: true });
-    });
+  async #page(range, signal) {
+    const url = new URL('v1/inbox/messages', this.#url);
+    for (const [name, value] of Object.entries(range)) {
+      if (value !== undefined && value !== null) url.searchParams.set(name, value);
+    }
+    for (let again = true; ; again = false) {
+      const token = await this.#anyToken();
+      const answer = await fetch(url, { headers: { authorization: `Bearer ${token}` }, signal });
+      if (answer.ok) return answer.json();
+      const error = await RingpushError.of(answer);
+      if (answer.status !== 401 || !again) throw error;
+      if (this.#token === token) this.#token = null;
+      this.#why = error.reason === 'token_revoked' ? 'revoked' : 'expired';
+    }
+  }
+
+  async caughtUp({ signal } = {}) {
+    while (!this.#isCaughtUp || !this.#pump.idle) {
+      signal?.throwIfAborted();
+      if (this.#stopped) throw new RingpushError('closed', 'the client has ended', false);
+      await pause(20);
+    }
   }
 
   /** Looks whether the line lives: now. */
   wake() {
     if (this.#stopped) return;
+    if (this.#tabs && !this.#tabs.leads) return this.#tabs.ask('wake');
     if (this.#wakeUp) return this.#wakeUp();
     const line = this.#line;
     if (!line || this.#next) return;
@@ -141,6 +142,7 @@ class Client {
 
   async refresh() {
     this.#token = null;
+    if (this.#tabs && !this.#tabs.leads) return this.#tabs.ask('refresh');
     await this.#refreshNow('expiring');
   }
 
@@ -150,9 +152,17 @@ class Client {
   }
 
   async forget() {
+    this.#tabs?.ask('forget');
+    this.#news?.postMessage({ forget: true });
     await this.close();
-    await this.#positions?.forget();
-    if (!this.#options.device) await this.#store.set(this.#deviceKey(), null);
+    const clear = async () => {
+      await this.#positions?.forget();
+      for (const key of ['term', 'era']) await this.#store.set(`${this.#name()}:${key}`, null);
+      if (!this.#options.device) await this.#store.set(this.#deviceKey(), null);
+    };
+    // The leading tab has let go of its socket when it lets go of its lock.
+    if (this.#tabs) await navigator.locks.request(this.#name(), clear);
+    else await clear();
   }
 
   [Symbol.asyncDispose]() { return this.close(); }
@@ -161,7 +171,17 @@ class Client {
 
   async #run() {
     await this.#prepare();
-    while (!this.#stopped) {
+    if (!this.#stopped && this.#options.tabs === 'shared') this.#share();
+    else await this.#lead();
+  }
+
+  /** Whether this tab is to have no line (any more). */
+  get #over() { return this.#stopped || (this.#tabs && !this.#tabs.leads); }
+
+  async #lead() {
+    // What another tab has handed over and is not handled yet comes by the line of this one.
+    if (this.#tabs) this.#pump.rewind();
+    while (!this.#over) {
       if (globalThis.navigator?.onLine === false) {
         this.#set({ name: 'offline' });
         await this.#rest(TIMER_MAX_MS);
@@ -169,41 +189,78 @@ class Client {
       }
       this.#set({ name: 'connecting' });
       const cause = await this.#connectOnce();
-      if (this.#stopped) break;
+      if (this.#over) break;
       this.#failures += 1;
       const until = this.#delay(cause);
       this.#set({ name: 'waiting', until: Date.now() + until, cause });
       await this.#rest(until);
     }
-    this.#finish();
+    this.#line = this.#next = this.#move = null;
+    if (this.#stopped) this.#finish();
   }
+
+  #name() { return `ringpush:1:${this.#url.host}:${this.#options.user}:${this.#device}`; }
+
+  #share() {
+    if (!isSupported()) {
+      this.#fault(new RingpushError('tabs_not_shared', 'no Web Locks: own socket', false));
+      return this.#lead();
+    }
+    this.#tabs = new Tabs(this.#name(), this.#store, this.#pump, {
+      lead: () => this.#lead(),
+      drop: () => {
+        clearTimeout(this.#refreshTimer);
+        this.#move = null;
+        this.#isCaughtUp = false;
+        for (const line of [this.#line, this.#next, ...this.#opening]) line?.close();
+        this.#wakeUp?.();
+      },
+      begin: (since) => this.#pump.begin(since, this.#positions?.known),
+      follow: (state) => {
+        this.#isCaughtUp = state.name === 'live';
+        this.#set(state);
+      },
+      ack: (seq) => { this.#positions?.note(seq); this.#sendAck(seq); },
+      page: (after) => this.#page({ after, limit: 100 }, this.#abort.signal),
+      asked: ({ wake }) => (wake ? this.wake() : this.refresh().catch((error) => this.#fault(error))),
+      forget: () => this.close(),
+      standing: () => ({ state: this.#state, beat: this.#line?.welcome?.heartbeat_ms }),
+      error: (error, code) => this.#fault(error, code),
+    });
+    return this.#tabs.join();
+  }
+
+  /** What may be acked. */
+  get #ackable() { return this.#tabs ? this.#tabs.floor : this.#pump.acked; }
 
   async #prepare() {
     const { device, user } = this.#options;
     this.#device = device ?? await this.#keptDevice();
     if (user) {
-      this.#positions = new Positions(this.#store, `ringpush:${this.#url.host}:${user}:${this.#device}`);
-      await this.#positions.load().catch((error) => this.#fault(RingpushError.from('store', error)));
+      this.#positions = new Positions(this.#store, `${this.#name()}:seq`);
+      if (this.#options.tabs !== 'shared' && globalThis.window && globalThis.BroadcastChannel) {
+        this.#news = new BroadcastChannel(this.#name());
+        this.#news.onmessage = ({ data }) => { if (data?.forget) this.close(); };
+      }
+      await this.#positions.load().catch((error) => this.#fault(error, 'store'));
     }
   }
 
   #deviceKey() { return `ringpush:${this.#url.host}:${this.#options.user ?? ''}:device`; }
 
   async #keptDevice() {
+    let device = `js-${crypto.randomUUID().slice(0, 13)}`;
     try {
       const kept = await this.#store.get(this.#deviceKey());
-      if (kept) return kept;
-      const made = `js-${crypto.randomUUID().slice(0, 13)}`;
-      await this.#store.set(this.#deviceKey(), made);
+      if (kept) device = kept;
+      else await this.#store.set(this.#deviceKey(), device);
       if (this.#store.volatile) {
-        this.#fault(new RingpushError('device_not_kept',
-          'no "device" is named and nothing here is kept: the next start is another device', false));
+        this.#fault(new RingpushError('device_not_kept', 'name a "device"', false));
       }
-      return made;
     } catch (error) {
-      this.#fault(RingpushError.from('store', error));
-      return `js-${crypto.randomUUID().slice(0, 13)}`;
+      this.#fault(error, 'store');
     }
+    return device;
   }
 
   /** One line, from the token to its end. Returns why it ended. */
@@ -214,7 +271,7 @@ class Client {
     } catch (error) {
       return this.#refusedToOpen(error);
     }
-    if (this.#stopped) { line.close(); return 'closed'; }
+    if (this.#over) { line.close(); return 'closed'; }
     this.#line = line;
     line.begin((frame) => this.#frame(line, frame));
     return this.#serve();
@@ -223,7 +280,7 @@ class Client {
   /** Opens a line where the server says. */
   async #open() {
     const token = await this.#anyToken();
-    const place = await placeOf(this.#httpUrl(), token, this.#device, this.#abort.signal, OPEN_MS);
+    const place = await placeOf(this.#url, token, this.#device, this.#abort.signal, OPEN_MS);
     const url = place?.socket ?? place?.url ?? this.#socketUrl();
     const credential = place?.ticket ? { ticket: place.ticket } : place ? null : { token };
     return this.#openAt(url, credential, this.#pump.position);
@@ -245,7 +302,7 @@ class Client {
     for (;;) {
       const line = this.#line;
       const { code, reason } = await line.ended;
-      if (this.#stopped) return 'closed';
+      if (this.#over) return 'closed';
       if (this.#line !== line) continue;
       if (this.#next?.welcome) { this.#take(this.#next); continue; }
       this.#next?.close();
@@ -257,24 +314,26 @@ class Client {
     }
   }
 
-  #closed(code, reason) {
+  /** What a close code asks for. Returns why the line ended. */
+  #closed(code, reason, error) {
     if (code === 4501) return this.#refused(reason);
-    if (code === 4509) { this.#patient = true; return 'replaced'; }
-    if (code >= 4500 && code < 5000) { this.#stop(reason || `closed with ${code}`); return 'stopped'; }
-    return reason || `closed with ${code}`;
+    const why = reason || `closed with ${code}`;
+    if (code === 4509) {
+      this.#patient = true;
+      return 'replaced';
+    }
+    if (code >= 4500 && code < 5000) this.#stop(why, error);
+    return why;
   }
 
   #refusedToOpen(error) {
     if (error instanceof Refused) { this.#stop('refused', error); return 'refused'; }
-    if (error?.retryAfterMs) this.#notBefore = Date.now() + error.retryAfterMs;
-    if (error?.status === 401 || error?.code === 4501) return this.#refused(error.reason);
-    if (error?.code === 4509) { this.#patient = true; return 'replaced'; }
-    if (error?.status === 403 || (error?.code >= 4500 && error?.code < 5000)) {
-      this.#stop(error.reason ?? 'forbidden', error);
-      return 'stopped';
-    }
-    if (error?.own) this.#fault(error);
-    return error?.reason ?? error?.message ?? 'unreachable';
+    const { code, reason, status } = error;
+    if (error.retryAfterMs) this.#notBefore = Date.now() + error.retryAfterMs;
+    if (status === 401 || status === 403) return this.#closed(4100 + status, reason, error);
+    if (code >= 4500) return this.#closed(code, reason, error);
+    if (!status && /^token_/.test(code)) this.#fault(error);
+    return reason ?? error.message;
   }
 
   /** A token or ticket was refused. Two fresh tokens in a row: it is no use. */
@@ -310,9 +369,13 @@ class Client {
     if (line !== this.#line && line !== this.#next) return; // it is being left
     switch (frame.type) {
       case 'welcome': return this.#welcome(line, frame);
-      case 'message':
-        if (!this.#pump.put(frame, this.#isCaughtUp)) this.#sendAck(this.#pump.acked, true);
+      case 'message': {
+        const after = this.#pump.received;
+        const live = this.#isCaughtUp;
+        if (this.#pump.put(frame, live)) this.#tabs?.relay({ message: frame, after, live });
+        else this.#sendAck(this.#ackable, true);
         return this.#reached();
+      }
       case 'gap':
         if (frame.reason === 'reset') {
           // During a move both lines may say it.
@@ -320,19 +383,24 @@ class Client {
           if (told && told.line !== line && told.before === frame.before) return;
           this.#reset = { line, before: frame.before };
         }
-        this.#pump.gap(frame);
+        {
+          const after = this.#pump.received;
+          const { before, reason } = frame;
+          if (this.#pump.gap(frame)) this.#tabs?.relayGap({ after: frame.after, before, reason }, after);
+        }
         return this.#reached();
       case 'caught_up':
         line.caughtUp = true;
         if (line === this.#next) return this.#take(line);
         this.#isCaughtUp = true;
-        return this.#set({ name: 'live' });
+        return this.#set(this.#served);
       case 'move': return line === this.#line && this.#beginMove(frame);
       case 'refreshed': return this.#refreshed(frame.expires_at);
       case 'error':
         if (frame.reconnect) this.#hint = frame.reconnect;
         return;
-      default: // pong, heartbeat, and what a newer server says
+      case 'heartbeat': return this.#tabs?.beat();
+      default: // pong, and what a newer server says
     }
   }
 
@@ -350,10 +418,11 @@ class Client {
     const features = frame.features ?? [];
     line.watch(frame.heartbeat_ms ?? frame.ping_every_ms, GRACE_MS, !features.includes('heartbeat'));
     this.#pump.begin(frame.since, this.#positions?.known);
+    this.#tabs?.announce();
     if (frame.server_time) this.#ahead = (Date.parse(frame.server_time) || Date.now()) - Date.now();
     if (frame.token_expires_at) this.#scheduleRefresh(frame.token_expires_at);
-    if (line === this.#line) this.#set({ name: 'catching-up' });
-    this.#sendAck(this.#pump.acked, true);
+    if (line === this.#line) this.#set(this.#served);
+    this.#sendAck(this.#ackable, true);
   }
 
   /** A move also ends when the new line has brought all that the old one had. */
@@ -367,47 +436,48 @@ class Client {
     this.#line = line;
     this.#next = this.#move = null;
     this.#isCaughtUp = line.caughtUp || this.#isCaughtUp;
-    this.#set({ name: this.#isCaughtUp ? 'live' : 'catching-up' });
-    if (old && old !== line) { this.#sendAck(this.#pump.acked, true, old); old.close(); }
+    this.#set(this.#served);
+    if (old && old !== line) { this.#sendAck(this.#ackable, true, old); old.close(); }
   }
 
   #beginMove(order) {
     this.#move?.opening?.close();
     this.#next = null;
     const move = this.#move = { order, tries: 0 };
-    this.#set({ name: 'moving' });
+    this.#set({ name: 'moving', to: order.node, reason: order.reason });
     setTimeout(() => this.#tryMove(move), order.after_ms ?? 0);
   }
 
   async #tryMove(move) {
-    if (this.#move !== move || this.#stopped || !this.#line) return;
+    if (this.#move !== move || this.#over || !this.#line) return;
     move.tries += 1;
     try {
       const line = await this.#openAt(move.order.url, { token: await this.#anyToken() }, this.#pump.received, move);
-      if (this.#move !== move || this.#stopped) return line.close();
+      if (this.#move !== move || this.#over) return line.close();
       this.#next = line;
       line.begin((frame) => this.#frame(line, frame));
-      const { code } = await line.ended;
-      if (this.#line === line || this.#next !== line) return;
-      throw new RingpushError('closed', `closed with ${code}`, true);
-    } catch {
-      if (this.#move !== move || this.#stopped) return;
-      this.#next = null;
-      if (move.tries < MOVE_TRIES) {
-        const { min_ms: min, max_ms: max } = this.#hint;
-        setTimeout(() => this.#tryMove(move), min + Math.random() * (max - min));
-      } else {
-        this.#move = null;
-        this.#set({ name: this.#isCaughtUp ? 'live' : 'catching-up' });
-      }
+      await line.ended;
+      if (this.#next !== line) return;
+    } catch { /* the old line goes on */ }
+    if (this.#move !== move || this.#over) return;
+    this.#next = null;
+    if (move.tries < MOVE_TRIES) {
+      const { min_ms: min, max_ms: max } = this.#hint;
+      setTimeout(() => this.#tryMove(move), min + Math.random() * (max - min));
+    } else {
+      this.#move = null;
+      this.#set(this.#served);
     }
   }
+
+  /** The state while a line is served. */
+  get #served() { return { name: this.#isCaughtUp ? 'live' : 'catching-up' }; }
 
   /** The line does not answer: another one first, then it goes. */
   async #replace(line) {
     try {
       const next = await this.#open();
-      if (this.#line !== line || this.#stopped) return next.close();
+      if (this.#line !== line || this.#over) return next.close();
       this.#next?.close();
       this.#move = null;
       this.#next = next;
@@ -437,30 +507,25 @@ class Client {
   }
 
   async #fetchToken(reason) {
-    const abort = new AbortController();
-    const late = setTimeout(() => abort.abort(), PATIENCE_MS);
+    const late = AbortSignal.timeout(PATIENCE_MS);
+    const signal = AbortSignal.any([this.#abort.signal, late]);
     const timeout = new Promise((_, reject) => {
-      abort.signal.addEventListener('abort', () => reject(
-        new RingpushError('token_timeout', '"token" did not answer in 30 s', true, true)), { once: true });
+      signal.addEventListener('abort', () => reject(
+        new RingpushError('token_timeout', '"token" did not answer in 30 s')), { once: true });
     });
     timeout.catch(() => {}); // it is also raced for
-    const ended = () => abort.abort();
-    this.#abort.signal.addEventListener('abort', ended, { once: true });
     try {
-      const asked = (async () => this.#options.token({ reason, signal: abort.signal }))();
+      const asked = (async () => this.#options.token({ reason, signal }))();
       const token = await Promise.race([asked, timeout]);
-      if (typeof token !== 'string' || !token || !/^[\x21-\x7e]+$/.test(token)) {
-        throw new RingpushError('token_rubbish', '"token" must return a token: a string', true, true);
+      if (typeof token !== 'string' || !/^[\x21-\x7e]+$/.test(token)) {
+        throw new RingpushError('token_rubbish', '"token" must return a token: a string');
       }
       this.#token = token;
       this.#fresh = true;
       return token;
     } catch (error) {
       if (error instanceof Refused || error instanceof RingpushError) throw error;
-      throw new RingpushError('token_failed', `"token" threw: ${error?.message ?? error}`, true, true);
-    } finally {
-      clearTimeout(late);
-      this.#abort.signal.removeEventListener('abort', ended);
+      throw new RingpushError('token_failed', `"token" threw: ${error?.message ?? error}`);
     }
   }
 
@@ -487,7 +552,7 @@ class Client {
         } catch (error) {
           if (error instanceof Refused) { this.#stop('refused', error); return; }
           this.#fault(error);
-          await new Promise((resolve) => setTimeout(resolve, Math.random() * Math.min(RETRY_MAX_MS, 500 * 2 ** tries)));
+          await pause(Math.random() * Math.min(RETRY_MAX_MS, 500 * 2 ** tries));
         }
       }
     })().finally(() => { this.#refreshing = null; });
@@ -501,17 +566,7 @@ class Client {
 
   // --- the rest ---------------------------------------------------------------------------------
 
-  #httpUrl() {
-    const url = new URL(this.#url);
-    url.protocol = url.protocol.replace('ws', 'http');
-    return url;
-  }
-
-  #socketUrl() {
-    const url = new URL('v1/ws', this.#url);
-    url.protocol = url.protocol.replace('http', 'ws');
-    return url.href;
-  }
+  #socketUrl() { return new URL('v1/ws', this.#url).href.replace('http', 'ws'); }
 
   #set(state) {
     if (this.#stopped && state.name !== 'stopped') return;
@@ -519,18 +574,20 @@ class Client {
     const node = this.#line?.welcome?.node;
     if (node && ['catching-up', 'live', 'moving'].includes(state.name)) state = { ...state, node };
     this.#state = state;
+    this.#tabs?.relay({ state });
     for (const handler of this.#stateHandlers) {
-      try { handler(state); } catch (error) { this.#fault(RingpushError.from('handler', error)); }
+      try { handler(state); } catch (error) { this.#fault(error, 'handler'); }
     }
   }
 
-  #fault(fault) {
+  #fault(error, code) {
+    const fault = RingpushError.from(code, error);
     const { onError } = this.#options;
     try {
       if (onError) return onError(fault);
       console.error(`ringpush: ${fault.code}: ${fault.message}`);
     } catch (error) {
-      console.error('ringpush: onError threw', error);
+      console.error('ringpush:', error);
     }
     return undefined;
   }
@@ -538,18 +595,20 @@ class Client {
   #stop(cause, error) {
     if (this.#stopped) return;
     this.#stopped = cause;
-    if (error) this.#fault(RingpushError.from(cause, error));
+    if (error) this.#fault(error, cause);
     clearTimeout(this.#refreshTimer);
     this.#abort.abort();
     this.#wakeUp?.();
     this.#pump.flush();
     const lines = [this.#line, this.#next, ...this.#opening].filter(Boolean);
     for (const line of lines) line.close();
+    this.#tabs?.stop();
     if (!this.#line) this.#finish();
   }
 
   #finish() {
-    this.#unlisten();
+    this.#news?.close();
+    this.#tabs?.stop();
     this.#pump.end();
     this.#positions?.flush();
     this.#set({ name: 'stopped', cause: this.#stopped });
@@ -557,28 +616,41 @@ class Client {
   }
 
   #listenToThePage() {
-    const wake = () => this.wake();
-    const visible = () => { if (document.visibilityState === 'visible') this.wake(); };
-    const hide = () => { this.#pump.flush(); this.#positions?.flush(); };
+    const wake = () => {
+      // A tab that was frozen has not heard `forget`.
+      try { this.#positions?.ifForgotten((forgotten) => forgotten && this.close()); } catch { /* it was told */ }
+      this.#tabs?.join();
+      this.wake();
+    };
+    const hide = () => {
+      this.#pump.flush();
+      this.#positions?.flush();
+      this.#tabs?.leave();
+    };
+    const seen = () => {
+      this.#tabs?.handled();
+      if (document.visibilityState === 'visible') wake();
+    };
     let last = Date.now();
     const tick = setInterval(() => {
-      const now = Date.now();
-      if (now - last > TICK_MS + JUMP_MS || now < last - JUMP_MS) this.wake();
-      last = now;
+      const passed = Date.now() - last;
+      last += passed;
+      const slept = passed > JUMP_MS || passed < -JUMP_MS;
+      this.#tabs?.look(slept);
+      if (slept) wake();
     }, TICK_MS);
     tick.unref?.();
-    const page = [['online', wake], ['pageshow', wake], ['resume', wake], ['pagehide', hide]];
-    const target = typeof window === 'undefined' ? null : window;
-    if (target) {
-      for (const [name, handler] of page) target.addEventListener(name, handler);
-      document.addEventListener('visibilitychange', visible);
-    }
-    this.#unlisten = () => {
-      clearInterval(tick);
-      if (!target) return;
-      for (const [name, handler] of page) target.removeEventListener(name, handler);
-      document.removeEventListener('visibilitychange', visible);
+    const { signal } = this.#abort;
+    signal.addEventListener('abort', () => clearInterval(tick));
+    if (!globalThis.window) return;
+    const on = (target, names, handler) => {
+      for (const name of names) target.addEventListener(name, handler, { signal });
     };
+    on(window, ['online', 'pageshow'], wake);
+    on(window, ['pagehide'], hide);
+    on(document, ['visibilitychange'], seen);
+    on(document, ['freeze'], hide);
+    on(document, ['resume'], wake);
   }
 }
 
@@ -586,7 +658,7 @@ class Client {
 function browserStore() {
   try {
     const { localStorage } = globalThis;
-    if (typeof window === 'undefined' || !localStorage) return memoryStore();
+    if (!globalThis.window || !localStorage) return memoryStore();
     const probe = 'ringpush:probe';
     localStorage.setItem(probe, '1');
     localStorage.removeItem(probe);

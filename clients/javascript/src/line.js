@@ -2,19 +2,16 @@
 
 import { RingpushError } from './errors.js';
 
+export const pause = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
+
 /** Where to open a socket, by `POST /v1/connect`; null where the server has no such call or it cannot be read. */
 export async function placeOf(base, token, device, signal, patience) {
-  const abort = new AbortController();
-  const end = () => abort.abort();
-  const late = setTimeout(end, patience);
-  signal.addEventListener('abort', end, { once: true });
-  let answer;
   try {
-    answer = await fetch(new URL('v1/connect', base), {
+    const answer = await fetch(new URL('v1/connect', base), {
       method: 'POST',
       headers: { authorization: `Bearer ${token}`, 'content-type': 'application/json' },
       body: JSON.stringify({ device }),
-      signal: abort.signal,
+      signal: AbortSignal.any([signal, AbortSignal.timeout(patience)]),
     });
     if (answer.status === 404 || answer.status === 405) return null;
     if (!answer.ok) throw await RingpushError.of(answer);
@@ -23,9 +20,6 @@ export async function placeOf(base, token, device, signal, patience) {
   } catch (error) {
     if (signal.aborted || error instanceof RingpushError) throw error;
     return null; // no answer, or one that cannot be read, as another origin's: the socket itself will tell
-  } finally {
-    clearTimeout(late);
-    signal.removeEventListener('abort', end);
   }
 }
 

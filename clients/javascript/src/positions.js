@@ -13,18 +13,23 @@ export function memoryStore() {
   };
 }
 
+/** Calls `then` with a value, or with what it promises: at once where it is there at once. */
+export const withValue = (value, then) => (value?.then ? value.then(then) : then(value));
+
 export class Positions {
   known = null;
   #store; #key; #timer = null; #gone = false;
 
   constructor(store, key) {
     this.#store = store;
-    this.#key = `${key}:seq`;
+    this.#key = key;
   }
 
   async load() {
     const kept = Number(await this.#store.get(this.#key));
-    this.known = Number.isSafeInteger(kept) && kept > 0 ? kept : null;
+    this.known = Number.isInteger(kept) && kept > 0 ? kept : null;
+    // That there is one shows that the user was not forgotten since.
+    await this.#store.set(this.#key, String(this.known ?? 0));
   }
 
   note(seq) {
@@ -32,19 +37,23 @@ export class Positions {
     this.#timer ??= setTimeout(() => this.flush(), WRITE_MS);
   }
 
+  /** Calls `then` with whether another tab has forgotten the user: at once, where the store answers at once. */
+  ifForgotten(then) {
+    return withValue(this.#store.get(this.#key), (kept) => then(this.#gone || (kept ?? null) === null));
+  }
+
   flush() {
     clearTimeout(this.#timer);
     this.#timer = null;
-    if (this.#gone || this.known === null) return;
+    if (this.known === null) return;
     try {
-      Promise.resolve(this.#store.set(this.#key, String(this.known))).catch(() => {});
+      this.ifForgotten((forgotten) => forgotten || this.#store.set(this.#key, String(this.known)))?.catch?.(() => {});
     } catch { /* a full quota: repeats after a reload */ }
   }
 
   async forget() {
     this.#gone = true;
     clearTimeout(this.#timer);
-    this.known = null;
     await this.#store.set(this.#key, null);
   }
 }

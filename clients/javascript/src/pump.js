@@ -22,6 +22,9 @@ export class Pump {
 
   get idle() { return !this.#busy && this.#queue.length === 0; }
 
+  /** What was handled in this page; null before the first line. */
+  get handled() { return this.#handled; }
+
   /** Where the next line of this page starts: after what was handled, or is at hand; null: after the device's cursor. */
   get position() { return this.#atHand ?? this.#handled; }
 
@@ -54,9 +57,10 @@ export class Pump {
     return true;
   }
 
+  /** Queues a gap. Returns false where it is known. */
   gap({ after, before, reason }) {
     const reset = reason === 'reset';
-    if (!reset && this.received !== null && before <= this.received + 1) return;
+    if (!reset && this.received !== null && before <= this.received + 1) return false;
     this.received = before - 1;
     if (reset) {
       this.#known = null;
@@ -66,6 +70,7 @@ export class Pump {
     }
     this.#queue.push({ gap: { after, before, reason }, seq: before - 1, reset, resets: this.#resets });
     this.#pump();
+    return true;
   }
 
   message(frame, live) {
@@ -94,61 +99,42 @@ export class Pump {
   }
 
   /** An iterable of messages. One is handled when the next is asked for; leaving the loop handles nothing. */
-  messages({ events, topic, signal } = {}) {
-    const wants = (message) => (!events || events.includes(message.event)) && (!topic || message.topic === topic);
-    return { [Symbol.asyncIterator]: () => this.#iterate(wants, signal) };
-  }
-
-  #iterate(wants, signal) {
-    let given = null;   // { message, resolve }: waits to be taken, or is at hand
-    let asked = null;   // resolves the pending next()
-    let taken = false;
+  async *messages({ events, topic, signal } = {}) {
+    let given = null;   // what waits to be taken: the message, and what says whether it was handled
+    let wake = null;
+    let over = this.#over || signal?.aborted;
     const consumer = {
-      wants,
-      give: (message) => new Promise((resolve) => {
-        given = { message, resolve };
-        taken = false;
-        hand();
-      }),
-      end: () => { asked?.({ done: true, value: undefined }); asked = null; },
-    };
-    const hand = () => {
-      if (!asked || !given || taken) return;
-      taken = true;
-      const resolve = asked;
-      asked = null;
-      resolve({ done: false, value: given.message });
-    };
-    const leave = () => {
-      remove();
-      given?.resolve(false);
-      given = null;
-      consumer.end();
-    };
-    const remove = this.#add(consumer, null);
-    if (signal?.aborted) leave();
-    signal?.addEventListener('abort', leave, { once: true });
-    return {
-      next: () => {
-        if (taken && given) {
-          const { resolve } = given;
-          given = null;
-          taken = false;
-          resolve(true);
-        }
-        if (this.#over || !this.#consumers.has(consumer)) return Promise.resolve({ done: true, value: undefined });
-        return new Promise((resolve) => { asked = resolve; hand(); });
+      wants: (message) => (!events || events.includes(message.event)) && (!topic || message.topic === topic),
+      give: (message) => new Promise((tell) => { given = { message, tell }; wake?.(); }),
+      end: () => {
+        over = true;
+        remove();
+        given?.tell(false);
+        wake?.();
       },
-      return: () => { leave(); return Promise.resolve({ done: true, value: undefined }); },
-      [Symbol.asyncIterator]() { return this; },
     };
+    const remove = this.#add(consumer, signal);
+    signal?.addEventListener('abort', consumer.end);
+    try {
+      while (!over) {
+        if (given) {
+          yield given.message;
+          const { tell } = given;
+          given = null;
+          tell(true);
+        }
+        if (!given && !over) await new Promise((resolve) => { wake = resolve; });
+      }
+    } finally {
+      consumer.end();
+    }
   }
 
   #add(consumer, signal) {
     if (signal?.aborted) return () => {};
     this.#consumers.add(consumer);
     const remove = () => { this.#consumers.delete(consumer); };
-    signal?.addEventListener('abort', remove, { once: true });
+    signal?.addEventListener('abort', remove);
     this.#pump();
     return remove;
   }
@@ -183,7 +169,7 @@ export class Pump {
 
   async #giveGap({ gap }) {
     if (this.#gapHandlers.size === 0) {
-      this.#hooks.error(new RingpushError('gap', `messages ${gap.after + 1} to ${gap.before - 1} are gone (${gap.reason})`, true));
+      this.#hooks.error(new RingpushError('gap', `messages ${gap.after + 1} to ${gap.before - 1} are gone (${gap.reason})`));
       return;
     }
     for (const handler of [...this.#gapHandlers]) {
@@ -196,7 +182,7 @@ export class Pump {
     const validate = message.event === undefined || done.size > 0 ? null : this.#hooks.validate[message.event];
     if (validate) {
       try { message.payload = validate(message.payload); } catch (error) {
-        this.#hooks.error(RingpushError.from('invalid_payload', error));
+        this.#hooks.error(error, 'invalid_payload');
         return true;
       }
     }
@@ -214,7 +200,7 @@ export class Pump {
     for (let wait = RETRY_FIRST_MS; !this.#over; wait = Math.min(wait * 2, RETRY_MAX_MS)) {
       if (!isThere()) return true;
       try { return await act(); } catch (error) {
-        if (this.#hooks.error(RingpushError.from('handler', error)) === 'skip') return true;
+        if (this.#hooks.error(error, 'handler') === 'skip') return true;
         await new Promise((resolve) => { this.#retry = setTimeout(resolve, wait); });
       }
     }

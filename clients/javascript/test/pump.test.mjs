@@ -7,7 +7,7 @@ function pump(more = {}) {
   const told = { acked: [], faults: [] };
   const made = new Pump({
     ack: 'handled', window: 256, validate: {}, handled: () => {},
-    error: (fault) => { told.faults.push(fault.code); }, acked: (seq) => told.acked.push(seq), ...more,
+    error: (fault, code = fault.code) => { told.faults.push(code); }, acked: (seq) => told.acked.push(seq), ...more,
   });
   made.begin(0, null);
   return { made, told };
@@ -55,7 +55,7 @@ test('a message that a loop left comes again in the next one', async () => {
 });
 
 test('only the handler that failed is called again, and skip goes on', async () => {
-  const { made, told } = pump({ error: (fault) => { told.faults.push(fault.code); return told.faults.length > 1 ? 'skip' : undefined; } });
+  const { made, told } = pump({ error: (fault, code) => { told.faults.push(code); return told.faults.length > 1 ? 'skip' : undefined; } });
   let [good, bad] = [0, 0];
   made.on('*', () => { good += 1; });
   made.on('*', () => { bad += 1; throw new Error('no'); });

@@ -2,28 +2,20 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
-use std::sync::Arc;
-
-use ringpush_client::{Client, ClientConfig, Event, http::HttpClient};
+use ringpush_client::{Item, connect};
 
 #[tokio::main]
-async fn main() {
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
-    let (Some(target), Some(token)) = (arguments.next(), arguments.next()) else {
-        return eprintln!("usage: listen http://127.0.0.1:8080 TOKEN");
+    let (Some(url), Some(token)) = (arguments.next(), arguments.next()) else {
+        return Err("usage: listen http://127.0.0.1:8080 TOKEN".into());
     };
-    let mut client = Client::start(ClientConfig {
-        target,
-        token: Arc::new(move || token.clone()),
-        device: Default::default(),
-        since: None,
-        ask_first: true,
-        http: HttpClient::default(),
-    });
-    while let Some(event) = client.next().await {
-        if let Event::Message(message) = event {
-            println!("{} {}", message.seq, message.payload);
-            client.ack(message.seq);
+    let mut inbox = connect(url, token).device("listen-example").start()?;
+    while let Some(item) = inbox.next().await? {
+        match item {
+            Item::Message(message) => println!("{} {}", message.seq, message.payload),
+            Item::Gap(gap) => eprintln!("{} to {} will never come", gap.after + 1, gap.before - 1),
         }
     }
+    Ok(())
 }

@@ -1,336 +1,576 @@
-//! The task that holds the socket: connects, follows moves, and hands events to the application.
+//! The task that holds the lines: connects, follows moves, acks, renews the token.
 
+use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use ringpush_protocol::address::escape;
+use rand::Rng;
 use ringpush_protocol::backoff::between;
-use ringpush_protocol::close::CloseCode;
-use ringpush_protocol::frame::{ClientFrame, GapReason, ReceivedFrame, ReconnectHint, ServerFrame, Since};
-use ringpush_protocol::message::Seq;
-use ringpush_protocol::rest::{ConnectRequest, ConnectResponse};
-use tokio::sync::{mpsc, watch};
+use ringpush_protocol::frame::{ClientFrame, GapReason, ReceivedFrame, ReconnectHint, ServerFrame};
+use ringpush_protocol::message::Millis;
+use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::socket::{ClientSocket, ConnectionError, Heard, open};
-use crate::{Acked, ClientConfig, Event};
-
-/// How long opening a socket, or asking where to, may take.
-const OPEN_DEADLINE: Duration = Duration::from_secs(10);
+use crate::dial::{DialError, Dialer};
+use crate::inbox::{Gap, Item, Life, Message, Shared, State, Stopped};
+use crate::ledger::LineId;
+use crate::line::{Heard, Line};
+use crate::tokens::TokenFault;
 
 /// How often a move is tried before its next one is waited for.
 const MOVE_TRIES: u32 = 3;
-
-/// How much later than announced a ping may come.
-const PING_GRACE: Duration = Duration::from_secs(5);
-
+/// How long a line has to answer after a wake-up.
+const WAKE: Duration = Duration::from_secs(3);
+/// Acks are gathered for so long.
+const ACK_DELAY: Duration = Duration::from_millis(50);
+/// The part of a token's life after which another one is asked for.
+const REFRESH_AT: f64 = 0.8;
 /// Where no server has said otherwise yet.
 const FIRST_HINT: ReconnectHint = ReconnectHint { min_ms: 0, max_ms: 2_000 };
-
-/// Longest wait between two tries of a server that cannot be reached.
+/// Longest wait between two tries, unless the server names a longer one.
 const RETRY_MAX: Duration = Duration::from_secs(10);
 
-pub(super) struct Actor {
-    config: ClientConfig,
-    /// The last number handed on, or told to be gone.
-    last: Option<u64>,
-    /// Resets that were handed on.
-    resets: u64,
-    hint: ReconnectHint,
-    events: mpsc::Sender<Event>,
-    acks: watch::Receiver<Acked>,
-}
-
-/// How serving one socket, and those it moved to, ended.
+/// How serving lines, or opening the first one, ended.
 enum Ending {
-    /// Come back, after the hint.
-    Lost(String),
-    /// Do not.
-    Refused(u16),
-    /// The application has gone.
-    Dropped,
+    /// For good.
+    Stop(Stopped),
+    /// Come back: why it ended, and when.
+    Rest(String, Pause),
 }
 
-/// A move under way: the new socket is being opened, or has yet to catch up.
+/// When to come back.
+enum Pause {
+    /// After a delay drawn from the hint.
+    Drawn,
+    /// The same, but not before this has passed.
+    AtLeast(Duration),
+    /// At once: the next token may do.
+    None,
+    /// When the application wakes the client.
+    UntilWoken,
+}
+
+/// A line that is being opened while another one is served.
+struct Opening {
+    future: BoxFuture<'static, Result<Line, DialError>>,
+    /// The old line does not answer: it goes as soon as the new one is there, or cannot be had.
+    replaces: bool,
+}
+
+/// A move under way, until its line is taken.
 struct Moving {
-    opening: BoxFuture<'static, Result<ClientSocket, ConnectionError>>,
+    url: String,
+    tries: u32,
+}
+
+/// A line that was asked for a sign of life.
+struct Probe {
+    line: LineId,
+    heard: u64,
+    until: Instant,
+}
+
+pub(crate) struct Actor {
+    dialer: Arc<Dialer>,
+    shared: Arc<Shared>,
+    device_is_kept: bool,
+    line: Option<Line>,
+    /// The line that takes over.
+    next: Option<Line>,
+    opening: Option<Opening>,
+    moving: Option<Moving>,
+    refreshing: Option<BoxFuture<'static, Result<String, TokenFault>>>,
+    refresh_failures: u32,
+    hint: ReconnectHint,
+    failures: u32,
+    is_caught_up: bool,
+    probe: Option<Probe>,
+    ack_at: Option<Instant>,
+    ask_at: Option<Instant>,
+    refresh_at: Option<Instant>,
+    /// The server's time at this moment, to tell when a token expires.
+    server_time: Option<(Instant, Millis)>,
 }
 
 impl Actor {
-    /// The task of a client, before it runs.
-    pub(super) fn new(
-        config: ClientConfig,
-        events: mpsc::Sender<Event>,
-        acks: watch::Receiver<Acked>,
-    ) -> Self {
-        Self { last: None, resets: 0, hint: FIRST_HINT, config, events, acks }
+    pub(crate) fn new(dialer: Arc<Dialer>, shared: Arc<Shared>, device_is_kept: bool) -> Self {
+        Self {
+            dialer,
+            shared,
+            device_is_kept,
+            line: None,
+            next: None,
+            opening: None,
+            moving: None,
+            refreshing: None,
+            refresh_failures: 0,
+            hint: FIRST_HINT,
+            failures: 0,
+            is_caught_up: false,
+            probe: None,
+            ack_at: None,
+            ask_at: None,
+            refresh_at: None,
+            server_time: None,
+        }
     }
 
-    pub(super) async fn run(mut self) {
-        let mut failures = 0u32;
+    pub(crate) async fn run(mut self) {
+        if !self.device_is_kept {
+            let device = &self.dialer.device;
+            let detail = format!("no device is named: this is {device}, and the next start is another one");
+            self.shared.tell("device_not_kept", detail);
+        }
+        let mut life = self.shared.life.subscribe();
+        let stopped = tokio::select! {
+            biased;
+            _ = life.wait_for(|life| *life == Life::Closing) => Stopped::new("closed", None, ""),
+            stopped = self.cycle() => stopped,
+        };
+        self.say_acks(false).await;
+        // Whoever waits for the end need not wait for the server's close frame.
+        self.shared.set(State::Stopped(stopped));
+        for line in self.line.take().into_iter().chain(self.next.take()) {
+            line.close().await;
+        }
+        self.shared.life.send_replace(Life::Ended);
+    }
+
+    /// Connects and serves until it is over for good.
+    async fn cycle(&mut self) -> Stopped {
         loop {
-            let (ending, served) = match self.connect().await {
-                Ok(socket) => (self.serve(socket).await, true),
-                Err(ending) => (ending, false),
+            self.shared.set(State::Connecting);
+            let position = self.shared.with(|ledger| ledger.position());
+            let ending = match self.dialer.open(position).await {
+                Ok(line) => {
+                    self.line = Some(line);
+                    self.serve().await
+                }
+                Err(fault) => self.not_opened(fault).await,
             };
-            failures = if served { 0 } else { failures + 1 };
-            match ending {
-                Ending::Dropped => return,
-                Ending::Refused(code) => {
-                    let _ = self.events.send(Event::Refused { code }).await;
-                    return;
-                }
-                Ending::Lost(why) => {
-                    let rest = self.rest(failures);
-                    if self.events.send(Event::Waiting { why, rest }).await.is_err() {
-                        return;
-                    }
-                    tokio::time::sleep(rest).await;
-                }
+            let (cause, pause) = match ending {
+                Ending::Stop(stopped) => return stopped,
+                Ending::Rest(cause, pause) => (cause, pause),
+            };
+            self.failures += 1;
+            let rest = match pause {
+                Pause::Drawn => Some(self.drawn()),
+                Pause::AtLeast(rest) => Some(self.drawn().max(rest)),
+                Pause::None => Some(Duration::ZERO),
+                Pause::UntilWoken => None,
+            };
+            self.shared.set(State::Waiting { cause, rest });
+            // A wake-up of an earlier time is none.
+            let _ = self.shared.wake.notified().now_or_never();
+            tokio::select! {
+                () = self.shared.wake.notified() => {}
+                () = rest_for(rest) => {}
             }
         }
     }
 
     /// Drawn from the server's hint; the longer it cannot be reached, the longer.
-    fn rest(&self, failures: u32) -> Duration {
-        let hint = self.hint;
-        let longest = Duration::from_millis(hint.max_ms).max(Duration::from_millis(200 << failures.min(6)));
-        between(Duration::from_millis(hint.min_ms), longest.min(RETRY_MAX), &mut rand::rng())
+    fn drawn(&self) -> Duration {
+        let (min, max) = (Duration::from_millis(self.hint.min_ms), Duration::from_millis(self.hint.max_ms));
+        let longer = Duration::from_millis(200 << self.failures.min(10)).min(RETRY_MAX);
+        between(min, longer.max(max), &mut rand::rng())
     }
 
-    /// Where this connection is to start: after what was handed on, or where the application said.
-    fn since(&self) -> Option<Since> {
-        self.last.and_then(Seq::new).map(Since::After).or(self.config.since)
-    }
-
-    async fn connect(&mut self) -> Result<ClientSocket, Ending> {
-        let token = (self.config.token)();
-        if self.config.ask_first {
-            let url = self.ask_where(&token).await?;
-            return self.open(self.with_place(&url), None).await;
-        }
-        let base = self.config.target.trim_end_matches('/').replacen("http", "ws", 1);
-        let url = self.with_place(&format!("{base}/v1/ws?device={}", escape(self.config.device.as_str())));
-        self.open(url, Some(&token)).await
-    }
-
-    async fn open(&self, url: String, token: Option<&str>) -> Result<ClientSocket, Ending> {
-        match open(&url, token, OPEN_DEADLINE).await {
-            Ok(socket) => Ok(socket),
-            // A ticket that was used or ran out is no reason to give up: the next try asks for
-            // another.
-            Err(ConnectionError::Answered(401)) if token.is_some() => Err(Ending::Refused(4501)),
-            Err(ConnectionError::Answered(403)) => Err(Ending::Refused(4503)),
-            Err(fault) => Err(Ending::Lost(fault.to_string())),
+    async fn not_opened(&mut self, fault: DialError) -> Ending {
+        match fault {
+            DialError::Token(TokenFault::Refused(why)) => Ending::Stop(Stopped::new("refused", None, why)),
+            DialError::Token(TokenFault::Later(code, detail)) => {
+                self.shared.tell(code, detail);
+                Ending::Rest(code.to_owned(), Pause::Drawn)
+            }
+            DialError::Unreachable(why) => Ending::Rest(why, Pause::Drawn),
+            DialError::Refused { code, reason, retry_after, hint } => {
+                let hinted = hint.map(|hint| Duration::from_millis(hint.min_ms));
+                self.ended(code, &reason, retry_after.or(hinted)).await
+            }
         }
     }
 
-    async fn ask_where(&self, token: &str) -> Result<String, Ending> {
-        let url = format!("{}/v1/connect", self.config.target.trim_end_matches('/'));
-        let request = ConnectRequest { device: self.config.device.as_str().to_owned() };
-        let body = Bytes::from(serde_json::to_vec(&request).unwrap_or_default());
-        match self.config.http.send("POST", &url, Some(token), body, OPEN_DEADLINE).await {
-            Ok((200, body)) => serde_json::from_slice::<ConnectResponse>(&body)
-                .map(|answer| answer.url)
-                .map_err(|error| Ending::Lost(format!("the answer to connect cannot be read: {error}"))),
-            Ok((401, _)) => Err(Ending::Refused(4501)),
-            Ok((status, _)) => Err(Ending::Lost(format!("connect was answered {status}"))),
-            Err(why) => Err(Ending::Lost(why)),
+    /// What a close code or an HTTP status asks for.
+    async fn ended(&mut self, code: u16, reason: &str, retry_after: Option<Duration>) -> Ending {
+        let cause = if reason.is_empty() { format!("closed with {code}") } else { reason.to_owned() };
+        match code {
+            401 | 4501 if reason == "ticket_invalid" => Ending::Rest(cause, Pause::Drawn),
+            401 | 4501 if self.dialer.tokens.refused(reason).await => Ending::Rest(cause, Pause::None),
+            401 | 4501 => Ending::Stop(Stopped::new("unauthorized", Some(4501), cause)),
+            4509 => Ending::Rest(cause, Pause::UntilWoken),
+            403 => Ending::Stop(Stopped::new("forbidden_origin", Some(4503), "")),
+            4500..=4999 => Ending::Stop(Stopped::new(&cause, Some(code), "")),
+            _ => Ending::Rest(cause, retry_after.map_or(Pause::Drawn, Pause::AtLeast)),
         }
     }
 
-    /// Adds `since` to a URL that has a query already.
-    fn with_place(&self, url: &str) -> String {
-        match self.since() {
-            Some(Since::After(seq)) => format!("{url}&since={seq}"),
-            Some(Since::Latest) => format!("{url}&since=latest"),
-            None => url.to_owned(),
+    /// Serves a line, and during a move two of them.
+    async fn serve(&mut self) -> Ending {
+        if let ControlFlow::Break(ending) = self.welcomed(false).await {
+            return ending;
         }
-    }
-
-    /// Serves a socket, and during a move two of them.
-    async fn serve(&mut self, mut socket: ClientSocket) -> Ending {
-        let mut moving: Option<Moving> = None;
-        let mut next: Option<ClientSocket> = None;
         loop {
-            tokio::select! {
-                heard = socket.hear() => match self.take(heard).await {
-                    Ok(Taken::Move(order)) if next.is_none() => moving = Some(self.begin_move(&order)),
-                    Ok(Taken::Welcome(ping_every)) => socket.expect_life_within(silence(ping_every)),
-                    Ok(_) => {}
-                    // The old socket ended while the new one is there: go on with that.
-                    Err(Ending::Lost(_)) if next.is_some() => {
-                        if let Some(new) = next.take() {
-                            socket = new;
-                        }
-                    }
-                    Err(ending) => return ending,
-                },
-                heard = hear(&mut next) => match self.take(heard).await {
-                    Ok(Taken::CaughtUp) => {
-                        if let Some(new) = next.take() {
-                            std::mem::replace(&mut socket, new).close().await;
-                            self.repeat_ack(&mut socket).await;
-                        }
-                    }
-                    Ok(Taken::Welcome(ping_every)) => {
-                        if let Some(new) = &mut next {
-                            new.expect_life_within(silence(ping_every));
-                        }
-                    }
-                    Ok(_) => {}
-                    Err(Ending::Dropped) => return Ending::Dropped,
-                    Err(_) => next = None,
-                },
-                opened = opened(&mut moving) => {
-                    moving = None;
-                    next = opened.ok();
-                }
-                changed = self.acks.changed() => {
-                    if changed.is_err() {
-                        socket.close().await;
-                        return Ending::Dropped;
-                    }
-                    self.repeat_ack(&mut socket).await;
-                }
+            let has_room = self.shared.has_room();
+            let timer = self.earliest_timer();
+            let flow = tokio::select! {
+                heard = hear(&mut self.line), if has_room => self.heard(false, heard).await,
+                heard = hear(&mut self.next), if has_room => self.heard(true, heard).await,
+                () = self.shared.room.notified(), if !has_room => ControlFlow::Continue(()),
+                opened = opened(&mut self.opening) => self.opened(opened).await,
+                token = renewed(&mut self.refreshing) => self.renewed(token).await,
+                () = self.shared.acks.notified() => self.ack_soon().await,
+                () = self.shared.wake.notified() => self.look().await,
+                () = self.shared.renew.notified() => self.renew(),
+                () = timed(timer) => self.tick().await,
+            };
+            if let ControlFlow::Break(ending) = flow {
+                return ending;
             }
         }
     }
 
-    /// Acks are cumulative: the newest says it all, also to a socket that has not heard the earlier
-    /// ones.
-    async fn repeat_ack(&mut self, socket: &mut ClientSocket) {
-        let newest = *self.acks.borrow_and_update();
-        // What was acked before a reset was of other numbers.
-        if newest.resets == self.resets && newest.seq > 0 {
-            socket.say(ClientFrame::Ack(newest.seq).encode()).await;
-        }
+    fn earliest_timer(&self) -> Option<Instant> {
+        let probe = self.probe.as_ref().map(|probe| probe.until);
+        [self.ack_at, self.ask_at, self.refresh_at, probe].into_iter().flatten().min()
     }
 
-    /// Waits as told, then opens the new socket; the old one is served meanwhile.
-    fn begin_move(&self, order: &MoveOrder) -> Moving {
-        let url = format!("{}&device={}", order.url, escape(self.config.device.as_str()));
-        // What is handed on until the new socket opens is sent twice, and told apart by its number.
-        let url = self.with_place(&url);
-        let (token, hint, after) = ((self.config.token)(), self.hint, Duration::from_millis(order.after_ms));
-        let opening = async move {
-            tokio::time::sleep(after).await;
-            let mut tries = 1;
-            loop {
-                match open(&url, Some(&token), OPEN_DEADLINE).await {
-                    Ok(socket) => return Ok(socket),
-                    Err(fault) if tries >= MOVE_TRIES => return Err(fault),
-                    Err(_) => tries += 1,
-                }
-                let (min, max) = (Duration::from_millis(hint.min_ms), Duration::from_millis(hint.max_ms));
-                let rest = between(min, max, &mut rand::rng());
-                tokio::time::sleep(rest).await;
+    async fn tick(&mut self) -> ControlFlow<Ending> {
+        let now = Instant::now();
+        let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        if is_due(self.ack_at) {
+            self.say_acks(false).await;
+        }
+        if is_due(self.ask_at) {
+            for line in self.line.iter_mut().chain(&mut self.next) {
+                line.say(ClientFrame::Ping.encode()).await;
             }
+            let every = self.line.as_ref().and_then(|line| line.welcome.ask_every);
+            self.ask_at = every.map(|every| now + every);
+        }
+        if is_due(self.refresh_at) {
+            self.refresh_at = None;
+            return self.renew();
+        }
+        if is_due(self.probe.as_ref().map(|probe| probe.until)) {
+            self.probed();
+        }
+        ControlFlow::Continue(())
+    }
+
+    // --- lines --------------------------------------------------------------------------------
+
+    /// A line has begun: the current one, or the one that takes over.
+    async fn welcomed(&mut self, is_next: bool) -> ControlFlow<Ending> {
+        let line = if is_next { &self.next } else { &self.line };
+        let Some(welcome) = line.as_ref().map(|line| line.welcome.clone()) else {
+            return ControlFlow::Continue(());
         };
-        Moving { opening: opening.boxed() }
+        if let Some(meant) = self.dialer.user.as_ref().filter(|meant| **meant != welcome.user) {
+            let detail = format!("the token is of {}, not of {meant}", welcome.user);
+            return ControlFlow::Break(Ending::Stop(Stopped::new("wrong_user", None, detail)));
+        }
+        self.dialer.tokens.accepted().await;
+        self.failures = 0;
+        self.hint = welcome.hint;
+        self.shared.with(|ledger| ledger.begin(welcome.since));
+        self.ask_at = welcome.ask_every.map(|every| Instant::now() + every);
+        if let Some((server_time, expires_at)) = welcome.times {
+            self.server_time = Some((Instant::now(), server_time));
+            self.refresh_before(expires_at);
+        }
+        if !is_next {
+            self.shared.set(State::CatchingUp { node: welcome.node, since: welcome.since });
+        }
+        self.say_acks(true).await;
+        ControlFlow::Continue(())
     }
 
-    async fn take(&mut self, heard: Heard) -> Result<Taken, Ending> {
+    async fn heard(&mut self, is_next: bool, heard: Heard) -> ControlFlow<Ending> {
         match heard {
-            Heard::Lost => Err(Ending::Lost("the connection was lost".to_owned())),
-            Heard::Closed(code) if CloseCode::may_reconnect(code) => {
-                Err(Ending::Lost(format!("the server closed with {code}")))
+            Heard::Frame(frame) => self.frame(is_next, *frame).await,
+            Heard::Ended(..) if is_next => {
+                self.next = None;
+                self.move_again();
+                ControlFlow::Continue(())
             }
-            Heard::Closed(code) => Err(Ending::Refused(code)),
-            Heard::Text(text) => match ReceivedFrame::parse(&text) {
-                Ok(frame) => self.take_frame(frame).await,
-                Err(error) => {
-                    Err(Ending::Lost(format!("the server sent something else than a frame: {error}")))
-                }
-            },
+            Heard::Ended(..) if self.next.is_some() => {
+                self.take_next();
+                ControlFlow::Continue(())
+            }
+            Heard::Ended(code, reason) => {
+                (self.line, self.opening, self.moving, self.probe) = (None, None, None, None);
+                (self.ack_at, self.ask_at, self.refresh_at, self.refreshing) = (None, None, None, None);
+                self.is_caught_up = false;
+                self.shared.rewind();
+                ControlFlow::Break(self.ended(code, &reason, None).await)
+            }
         }
     }
 
-    async fn take_frame(&mut self, frame: ReceivedFrame) -> Result<Taken, Ending> {
-        let event = match frame {
-            ReceivedFrame::Unknown => return Ok(Taken::Nothing),
-            ReceivedFrame::Message(message) => {
-                if self.last.is_some_and(|last| message.seq <= last) {
-                    return Ok(Taken::Nothing);
+    async fn frame(&mut self, is_next: bool, frame: ReceivedFrame) -> ControlFlow<Ending> {
+        match frame {
+            ReceivedFrame::Message(frame) => {
+                let seq = frame.seq;
+                let item = Item::Message(Message::new(frame, self.is_caught_up));
+                if !self.shared.put(item, |ledger| ledger.take(seq)) {
+                    // The ack of a repeat gives its credit back.
+                    self.say_acks(true).await;
                 }
-                self.last = Some(message.seq);
-                Event::Message(message)
+                self.take_next_if_level();
             }
             ReceivedFrame::Other(ServerFrame::Gap { after, before, reason }) => {
-                let known = reason != GapReason::Reset && self.last.is_some_and(|last| before <= last + 1);
-                if known {
-                    return Ok(Taken::Nothing);
+                let line = if is_next { &self.next } else { &self.line };
+                let id = line.as_ref().map_or(0, |line| line.id);
+                self.shared.put(Item::Gap(Gap { after, before, reason }), |ledger| match reason {
+                    GapReason::Reset => ledger.take_reset(id, before),
+                    _ => ledger.take_gap(before),
+                });
+                self.take_next_if_level();
+            }
+            ReceivedFrame::Other(ServerFrame::CaughtUp { .. }) => self.caught_up(is_next),
+            ReceivedFrame::Other(ServerFrame::Move { url, node, after_ms, reason, .. }) if !is_next => {
+                self.next = None;
+                self.shared.set(State::Moving { node, reason });
+                self.moving = Some(Moving { url, tries: 0 });
+                self.open_moved(Duration::from_millis(after_ms));
+            }
+            ReceivedFrame::Other(ServerFrame::Refreshed { expires_at }) => {
+                self.dialer.tokens.accepted().await;
+                if let Some(expires_at) = Millis::parse_rfc3339(&expires_at) {
+                    self.refresh_before(expires_at);
                 }
-                self.last = Some(before.saturating_sub(1));
-                self.resets += u64::from(reason == GapReason::Reset);
-                Event::Gap { after, before, reason }
             }
-            ReceivedFrame::Other(ServerFrame::CaughtUp { seq }) => {
-                self.tell(Event::CaughtUp(seq)).await?;
-                return Ok(Taken::CaughtUp);
-            }
-            ReceivedFrame::Other(ServerFrame::Welcome { node, since, reconnect, ping_every_ms, .. }) => {
-                self.hint = reconnect;
-                // Where this client began holds for all its sockets: `latest` would mean another
-                // moment on each.
-                self.last.get_or_insert(since);
-                self.tell(Event::Welcome { node, since }).await?;
-                return Ok(Taken::Welcome(Duration::from_millis(ping_every_ms)));
-            }
-            ReceivedFrame::Other(ServerFrame::Move { url, node, after_ms, reason, .. }) => {
-                self.tell(Event::Moving { node, reason }).await?;
-                return Ok(Taken::Move(MoveOrder { url, after_ms }));
-            }
-            ReceivedFrame::Other(ServerFrame::Error { reconnect, .. }) => {
-                self.hint = reconnect.unwrap_or(self.hint);
-                return Ok(Taken::Nothing);
-            }
-            ReceivedFrame::Other(
-                ServerFrame::Refreshed { .. } | ServerFrame::Pong | ServerFrame::Heartbeat,
-            ) => {
-                return Ok(Taken::Nothing);
-            }
+            ReceivedFrame::Other(ServerFrame::Error { reconnect: Some(hint), .. }) => self.hint = hint,
+            ReceivedFrame::Other(_) | ReceivedFrame::Unknown => {}
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn caught_up(&mut self, is_next: bool) {
+        let line = if is_next { &mut self.next } else { &mut self.line };
+        if let Some(line) = line {
+            line.is_caught_up = true;
+        }
+        if is_next {
+            self.take_next();
+        } else {
+            self.is_caught_up = true;
+            self.set_served();
+        }
+    }
+
+    /// The state while a line is served and no move is under way.
+    fn set_served(&self) {
+        let Some(line) = &self.line else { return };
+        let node = line.welcome.node.clone();
+        self.shared.set(match self.is_caught_up {
+            true => State::Live { node },
+            false => State::CatchingUp { node, since: line.welcome.since },
+        });
+    }
+
+    /// A move also ends when the new line has brought all that the old one had.
+    fn take_next_if_level(&mut self) {
+        let old = self.line.as_ref().map_or(0, |line| line.seq);
+        if self.next.as_ref().is_some_and(|next| next.seq > 0 && next.seq >= old) {
+            self.take_next();
+        }
+    }
+
+    fn take_next(&mut self) {
+        let Some(next) = self.next.take() else { return };
+        self.is_caught_up |= next.is_caught_up;
+        let old = self.line.replace(next);
+        (self.moving, self.probe) = (None, None);
+        self.set_served();
+        if let Some(mut old) = old {
+            let acked = self.shared.with(|ledger| ledger.acked());
+            tokio::spawn(async move {
+                if let Some(seq) = acked {
+                    old.say(ClientFrame::Ack(seq).encode()).await;
+                }
+                old.close().await;
+            });
+        }
+    }
+
+    // --- moves, and lines that do not answer ----------------------------------------------------
+
+    fn open_moved(&mut self, after: Duration) {
+        let Some(moving) = &mut self.moving else { return };
+        moving.tries += 1;
+        let (url, dialer, shared) = (moving.url.clone(), Arc::clone(&self.dialer), Arc::clone(&self.shared));
+        let future = async move {
+            sleep(after).await;
+            // What comes until the new line begins is sent twice, and told apart by its number.
+            let position = shared.with(|ledger| ledger.received());
+            dialer.open_moved(&url, position).await
         };
-        self.tell(event).await?;
-        Ok(Taken::Nothing)
+        self.opening = Some(Opening { future: future.boxed(), replaces: false });
     }
 
-    async fn tell(&self, event: Event) -> Result<(), Ending> {
-        self.events.send(event).await.map_err(|_| Ending::Dropped)
+    fn move_again(&mut self) {
+        let Some(moving) = &self.moving else { return };
+        if moving.tries < MOVE_TRIES {
+            let (min, max) = (self.hint.min_ms, self.hint.max_ms);
+            let rest = if max <= min { min } else { rand::rng().random_range(min..=max) };
+            return self.open_moved(Duration::from_millis(rest));
+        }
+        self.moving = None;
+        self.set_served();
+    }
+
+    async fn opened(&mut self, opened: Result<Line, DialError>) -> ControlFlow<Ending> {
+        let replaces = self.opening.take().is_some_and(|opening| opening.replaces);
+        match opened {
+            Ok(line) => {
+                self.next = Some(line);
+                self.welcomed(true).await?;
+                if replaces {
+                    self.take_next();
+                }
+            }
+            Err(_) if replaces => {
+                return self.heard(false, Heard::Ended(crate::line::LOST, "silent".to_owned())).await;
+            }
+            Err(_) => self.move_again(),
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// The application asks whether the line lives.
+    async fn look(&mut self) -> ControlFlow<Ending> {
+        if self.next.is_none()
+            && let Some(line) = &mut self.line
+        {
+            line.say(ClientFrame::Ping.encode()).await;
+            self.probe = Some(Probe { line: line.id, heard: line.heard, until: Instant::now() + WAKE });
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn probed(&mut self) {
+        let Some(probe) = self.probe.take() else { return };
+        let is_silent =
+            self.line.as_ref().is_some_and(|line| line.id == probe.line && line.heard == probe.heard);
+        if !is_silent || self.next.is_some() {
+            return;
+        }
+        self.moving = None;
+        let (dialer, position) = (Arc::clone(&self.dialer), self.shared.with(|ledger| ledger.received()));
+        let future = async move { dialer.open(position).await };
+        self.opening = Some(Opening { future: future.boxed(), replaces: true });
+    }
+
+    // --- tokens ---------------------------------------------------------------------------------
+
+    fn refresh_before(&mut self, expires_at: Millis) {
+        let Some((at, then)) = self.server_time else { return };
+        let life = Duration::from_millis(expires_at.0.saturating_sub(then.0)).saturating_sub(at.elapsed());
+        self.refresh_at = Some(Instant::now() + life.mul_f64(REFRESH_AT));
+    }
+
+    fn renew(&mut self) -> ControlFlow<Ending> {
+        let dialer = Arc::clone(&self.dialer);
+        let rest = match self.refresh_failures {
+            0 => Duration::ZERO,
+            n => between(
+                Duration::ZERO,
+                Duration::from_millis(500 << n.min(10)).min(RETRY_MAX),
+                &mut rand::rng(),
+            ),
+        };
+        let future = async move {
+            sleep(rest).await;
+            dialer.tokens.renew().await;
+            dialer.tokens.get().await
+        };
+        self.refreshing = Some(future.boxed());
+        ControlFlow::Continue(())
+    }
+
+    async fn renewed(&mut self, token: Result<String, TokenFault>) -> ControlFlow<Ending> {
+        self.refreshing = None;
+        match token {
+            Ok(token) => {
+                self.refresh_failures = 0;
+                if let Some(line) = self.next.as_mut().or(self.line.as_mut()) {
+                    line.say(ClientFrame::Refresh(token).encode()).await;
+                }
+            }
+            Err(TokenFault::Refused(why)) => {
+                return ControlFlow::Break(Ending::Stop(Stopped::new("refused", None, why)));
+            }
+            Err(TokenFault::Later(code, detail)) => {
+                self.shared.tell(code, detail);
+                self.refresh_failures += 1;
+                return self.renew();
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    // --- acks -----------------------------------------------------------------------------------
+
+    async fn ack_soon(&mut self) -> ControlFlow<Ending> {
+        let acked = self.shared.with(|ledger| ledger.acked()).unwrap_or(0);
+        let said = self.line.as_ref().and_then(|line| line.acked).unwrap_or(0);
+        if acked.saturating_sub(said) >= u64::from(self.dialer.window / 2).max(1) && said > 0 {
+            self.say_acks(false).await;
+        } else {
+            self.ack_at.get_or_insert_with(|| Instant::now() + ACK_DELAY);
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Acks are cumulative: the newest says it all. It goes to both lines of a move.
+    async fn say_acks(&mut self, again: bool) {
+        self.ack_at = None;
+        let Some(seq) = self.shared.with(|ledger| ledger.acked()) else { return };
+        for line in self.line.iter_mut().chain(&mut self.next) {
+            if again || line.acked != Some(seq) {
+                line.acked = Some(seq);
+                line.say(ClientFrame::Ack(seq).encode()).await;
+            }
+        }
     }
 }
 
-/// What a frame asks of the one who serves.
-enum Taken {
-    Nothing,
-    /// The server will ping this often.
-    Welcome(Duration),
-    CaughtUp,
-    Move(MoveOrder),
-}
-
-/// The server pings on schedule, whatever else it sends: one ping that does not come means that its
-/// host, or the network, has gone without a word.
-fn silence(ping_every: Duration) -> Duration {
-    ping_every + PING_GRACE
-}
-
-struct MoveOrder {
-    url: String,
-    after_ms: u64,
-}
-
-async fn hear(socket: &mut Option<ClientSocket>) -> Heard {
-    match socket {
-        Some(socket) => socket.hear().await,
+async fn hear(line: &mut Option<Line>) -> Heard {
+    match line {
+        Some(line) => line.hear().await,
         None => std::future::pending().await,
     }
 }
 
-async fn opened(moving: &mut Option<Moving>) -> Result<ClientSocket, ConnectionError> {
-    match moving {
-        Some(moving) => (&mut moving.opening).await,
+async fn opened(opening: &mut Option<Opening>) -> Result<Line, DialError> {
+    match opening {
+        Some(opening) => (&mut opening.future).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn renewed(
+    refreshing: &mut Option<BoxFuture<'static, Result<String, TokenFault>>>,
+) -> Result<String, TokenFault> {
+    match refreshing {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn timed(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn rest_for(rest: Option<Duration>) {
+    match rest {
+        Some(rest) => sleep(rest).await,
         None => std::future::pending().await,
     }
 }

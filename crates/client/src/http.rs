@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::Request;
+use http::{Request, Response};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -58,7 +58,7 @@ impl HttpClient {
         Self { answer_max: bytes, ..self }
     }
 
-    /// Sends one request and reads the response. `body` is JSON.
+    /// Sends one request and reads the response. `body` is JSON. Returns the status and the body.
     ///
     /// # Errors
     ///
@@ -71,6 +71,23 @@ impl HttpClient {
         body: Bytes,
         deadline: Duration,
     ) -> Result<(u16, Bytes), String> {
+        let answer = self.exchange(method, url, bearer, body, deadline).await?;
+        Ok((answer.status().as_u16(), answer.into_body()))
+    }
+
+    /// Sends one request and reads the response with its headers. `body` is JSON.
+    ///
+    /// # Errors
+    ///
+    /// What went wrong, in words.
+    pub async fn exchange(
+        &self,
+        method: &str,
+        url: &str,
+        bearer: Option<&str>,
+        body: Bytes,
+        deadline: Duration,
+    ) -> Result<Response<Bytes>, String> {
         let mut request =
             Request::builder().method(method).uri(url).header("content-type", "application/json");
         if let Some(bearer) = bearer {
@@ -79,13 +96,13 @@ impl HttpClient {
         let request = request.body(Full::new(body)).map_err(|error| error.to_string())?;
         let exchange = async {
             let response = self.client.request(request).await.map_err(|error| words(&error))?;
-            let status = response.status().as_u16();
-            let body = Limited::new(response.into_body(), self.answer_max).collect().await;
+            let (head, body) = response.into_parts();
+            let body = Limited::new(body, self.answer_max).collect().await;
             let body = body.map_err(|error| match error.downcast_ref::<LengthLimitError>() {
                 Some(_) => format!("the answer is larger than {} bytes", self.answer_max),
                 None => words(&*error),
             })?;
-            Ok((status, body.to_bytes()))
+            Ok(Response::from_parts(head, body.to_bytes()))
         };
         tokio::time::timeout(deadline, exchange).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))
     }

@@ -8,6 +8,27 @@ use tokio::time::Instant;
 
 use crate::wire::frame::MoveReason;
 
+/// A move that took longer than this does not count in the percentiles.
+const MOVE_LIFE: Duration = Duration::from_secs(15);
+
+/// What happened to a client.
+pub(super) enum Happened {
+    /// A message came: its id and its number.
+    Message(String, u64),
+    /// Numbers between these two will never come.
+    Gap(u64, u64),
+    /// It has a line on this node, and the backlog is on its way.
+    Welcome(String),
+    /// The backlog of its line on this node is delivered.
+    Live(String),
+    /// It was told to move to this node.
+    Moving(String, MoveReason),
+    /// It has lost its line, or could not have one.
+    Waiting,
+    /// The server closed with this code for good; 0 if it was not the server.
+    Refused(u16),
+}
+
 /// What all tasks record.
 #[derive(Default)]
 pub(super) struct Book {
@@ -15,6 +36,38 @@ pub(super) struct Book {
     pub(super) accepted: Mutex<HashMap<String, Accepted>>,
     pub(super) refused: Mutex<BTreeMap<String, u64>>,
     pub(super) users: Mutex<Vec<UserBook>>,
+}
+
+impl Book {
+    /// Writes down what happened to the client of a user.
+    pub(super) fn note(&self, user: usize, happened: Happened) {
+        let mut users = self.users.lock();
+        let Some(own) = users.get_mut(user) else { return };
+        match happened {
+            Happened::Message(id, seq) => {
+                let in_move = own.moving_since.is_some_and(|since| since.elapsed() < MOVE_LIFE);
+                own.received.push(Received { id, seq, at: Instant::now(), in_move });
+            }
+            Happened::Gap(after, before) => own.gaps.push((after, before)),
+            Happened::Welcome(node) => own.is_on(node),
+            Happened::Live(node) => {
+                own.is_on(node);
+                own.ready = true;
+                own.moving_since = None;
+                own.away.extend(own.away_since.take().map(|since| since.elapsed()));
+            }
+            Happened::Moving(to, reason) => {
+                let at = Instant::now();
+                own.moving_since = Some(at);
+                own.moves.push(Moved { at, from: own.is_on.clone(), to, reason });
+            }
+            Happened::Waiting => {
+                own.reconnects += 1;
+                own.away_since.get_or_insert_with(Instant::now);
+            }
+            Happened::Refused(code) => own.refused = Some(code),
+        }
+    }
 }
 
 pub(super) struct Accepted {
@@ -50,6 +103,11 @@ pub(super) struct Moved {
 }
 
 impl UserBook {
+    fn is_on(&mut self, node: String) {
+        self.began_on.get_or_insert_with(|| node.clone());
+        self.is_on = node;
+    }
+
     pub(super) fn moved_by(&self, reason: MoveReason) -> bool {
         self.moves.iter().any(|one| one.reason == reason)
     }

@@ -1,0 +1,438 @@
+//! What the application holds: the stream of messages, and what happens beside it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ringpush_protocol::frame::{GapReason, MessageFrame, MoveReason};
+use ringpush_protocol::message::DeviceId;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
+use tokio::sync::{Notify, broadcast, watch};
+
+use crate::actor::Actor;
+use crate::dial::Dialer;
+use crate::ledger::{Ledger, Mark};
+use crate::options::{AckWhen, Options};
+
+/// Notices that wait for whoever reads them; older ones are dropped.
+const NOTICES: usize = 32;
+
+/// A message.
+#[derive(Debug, Clone)]
+pub struct Message {
+    /// Its number in the user's inbox.
+    pub seq: u64,
+    /// Its id.
+    pub id: String,
+    /// What it tells, if its sender named that.
+    pub event: Option<String>,
+    /// The payload as the sender wrote it: JSON.
+    pub payload: Box<RawValue>,
+    /// When it was accepted, RFC 3339.
+    pub accepted_at: String,
+    /// When it expires, RFC 3339.
+    pub expires_at: String,
+    /// Whether it was sent as it came, and not from the backlog.
+    pub live: bool,
+}
+
+impl Message {
+    /// The payload as a value of the application's own type.
+    ///
+    /// # Errors
+    ///
+    /// The error of the JSON parser.
+    pub fn json<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
+        serde_json::from_str(self.payload.get())
+    }
+
+    pub(crate) fn new(frame: MessageFrame, live: bool) -> Self {
+        let MessageFrame { seq, id, event, accepted_at, expires_at, payload } = frame;
+        Self { seq, id, event, payload, accepted_at, expires_at, live }
+    }
+}
+
+/// Numbers that will never come. Reload the state that the messages would have changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap {
+    /// The last number before the gap.
+    pub after: u64,
+    /// The next number that can come.
+    pub before: u64,
+    /// Why they are missing.
+    pub reason: GapReason,
+}
+
+/// An item of the stream.
+#[derive(Debug, Clone)]
+pub enum Item {
+    /// A message.
+    Message(Message),
+    /// Numbers that will never come.
+    Gap(Gap),
+}
+
+/// The state of the connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// A line is being opened.
+    Connecting,
+    /// The backlog is on its way.
+    CatchingUp {
+        /// The node that holds the line.
+        node: String,
+        /// The number after which this line started.
+        since: u64,
+    },
+    /// What comes now is sent as it comes.
+    Live {
+        /// The node that holds the line.
+        node: String,
+    },
+    /// Another line is being opened, on the node that the server named.
+    Moving {
+        /// That node.
+        node: String,
+        /// Why the client must move.
+        reason: MoveReason,
+    },
+    /// The next try comes after `rest`.
+    Waiting {
+        /// What happened.
+        cause: String,
+        /// The time until then. `None`: only [`InboxHandle::wake`] ends it.
+        rest: Option<Duration>,
+    },
+    /// The client has ended.
+    Stopped(Stopped),
+}
+
+impl State {
+    /// The state as the other client libraries name it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::CatchingUp { .. } => "catching-up",
+            Self::Live { .. } => "live",
+            Self::Moving { .. } => "moving",
+            Self::Waiting { .. } => "waiting",
+            Self::Stopped(_) => "stopped",
+        }
+    }
+
+    /// Why the client waits or has stopped; `None` in the other states.
+    #[must_use]
+    pub fn cause(&self) -> Option<&str> {
+        match self {
+            Self::Waiting { cause, .. } | Self::Stopped(Stopped { cause, .. }) => Some(cause),
+            _ => None,
+        }
+    }
+}
+
+/// Why the client has ended for good.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("stopped: {cause}{}", self.described())]
+pub struct Stopped {
+    /// `closed` by the application; `refused` by the token source; `unauthorized` after two fresh
+    /// tokens were refused; `wrong_user`; otherwise the reason that the server gave.
+    pub cause: String,
+    /// The close code or HTTP status of the server, if it was the server.
+    pub code: Option<u16>,
+    /// More words.
+    pub detail: String,
+}
+
+impl Stopped {
+    pub(crate) fn new(cause: &str, code: Option<u16>, detail: impl Into<String>) -> Self {
+        Self { cause: cause.to_owned(), code, detail: detail.into() }
+    }
+
+    fn described(&self) -> String {
+        let code = self.code.map_or_else(String::new, |code| format!(" ({code})"));
+        if self.detail.is_empty() { code } else { format!("{code}: {}", self.detail) }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.cause == "closed"
+    }
+}
+
+/// What happens beside the stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// The state changed.
+    State(State),
+    /// Something went wrong that the client lives with.
+    Fault {
+        /// A name, such as `token_failed` or `device_not_kept`.
+        code: &'static str,
+        /// What happened.
+        detail: String,
+    },
+}
+
+/// The notices of one client, from [`Inbox::notices`].
+pub struct Notices(broadcast::Receiver<Notice>);
+
+impl Notices {
+    /// The next notice; `None` after the last. A reader that is 32 behind misses the oldest.
+    pub async fn next(&mut self) -> Option<Notice> {
+        loop {
+            match self.0.recv().await {
+                Ok(notice) => return Some(notice),
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return None,
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Life {
+    Open,
+    Closing,
+    Ended,
+}
+
+/// What the application and the actor share.
+pub(crate) struct Shared {
+    inner: Mutex<Inner>,
+    /// An item is there, or the end.
+    filled: Notify,
+    /// There is room for items again.
+    pub(crate) room: Notify,
+    /// More may be acked.
+    pub(crate) acks: Notify,
+    pub(crate) wake: Notify,
+    pub(crate) renew: Notify,
+    pub(crate) life: watch::Sender<Life>,
+    notices: broadcast::Sender<Notice>,
+    room_max: usize,
+}
+
+struct Inner {
+    ledger: Ledger,
+    queue: VecDeque<(Mark, Item)>,
+    state: State,
+    ack: AckWhen,
+}
+
+impl Shared {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the positions.
+    pub(crate) fn with<T>(&self, change: impl FnOnce(&mut Ledger) -> T) -> T {
+        change(&mut self.inner().ledger)
+    }
+
+    /// Queues an item if `take` says that it is new. Returns whether it is.
+    pub(crate) fn put(&self, item: Item, take: impl FnOnce(&mut Ledger) -> Option<Mark>) -> bool {
+        let mut inner = self.inner();
+        let Some(mark) = take(&mut inner.ledger) else { return false };
+        if inner.ack == AckWhen::Received && mark.is_message && inner.ledger.ack(mark.seq) {
+            self.acks.notify_one();
+        }
+        inner.queue.push_back((mark, item));
+        self.filled.notify_one();
+        true
+    }
+
+    /// Whether another item may be queued. With a window the server keeps this itself.
+    pub(crate) fn has_room(&self) -> bool {
+        self.inner().queue.len() < self.room_max
+    }
+
+    /// All lines are gone: what was not handed on comes again.
+    pub(crate) fn rewind(&self) {
+        let mut inner = self.inner();
+        inner.queue.clear();
+        inner.ledger.rewind();
+    }
+
+    pub(crate) fn set(&self, state: State) {
+        {
+            let mut inner = self.inner();
+            let is_same = inner.state == state && !matches!(state, State::Waiting { .. });
+            if is_same || matches!(inner.state, State::Stopped(_)) {
+                return;
+            }
+            if matches!(state, State::Stopped(_)) {
+                inner.queue.clear();
+            }
+            inner.state = state.clone();
+        }
+        self.filled.notify_one();
+        let _ = self.notices.send(Notice::State(state));
+    }
+
+    pub(crate) fn tell(&self, code: &'static str, detail: String) {
+        let _ = self.notices.send(Notice::Fault { code, detail });
+    }
+
+    fn handled(&self) {
+        let mut inner = self.inner();
+        let Some(handled) = inner.ledger.handle() else { return };
+        if inner.ack == AckWhen::Handled && inner.ledger.ack(handled) {
+            self.acks.notify_one();
+        }
+    }
+
+    /// Hands an item on, or says why there is none.
+    fn pop(&self) -> Result<Option<Item>, Stopped> {
+        let mut inner = self.inner();
+        if let Some((mark, item)) = inner.queue.pop_front() {
+            inner.ledger.hand(mark);
+            drop(inner);
+            self.room.notify_one();
+            return Ok(Some(item));
+        }
+        match &inner.state {
+            State::Stopped(stopped) => Err(stopped.clone()),
+            _ => Ok(None),
+        }
+    }
+}
+
+/// Receives the messages of a user, each once and in order. Dropping it closes the connection in
+/// the background.
+pub struct Inbox {
+    shared: Arc<Shared>,
+    /// The notices from the beginning, for the first one who asks.
+    first: Option<broadcast::Receiver<Notice>>,
+}
+
+/// Speaks to a client from elsewhere than the loop that receives.
+#[derive(Clone)]
+pub struct InboxHandle {
+    shared: Arc<Shared>,
+}
+
+impl Inbox {
+    pub(crate) fn start(
+        options: Options,
+        device: DeviceId,
+        is_kept: bool,
+        runtime: &tokio::runtime::Handle,
+    ) -> Self {
+        let inner = Inner {
+            ledger: Ledger::default(),
+            queue: VecDeque::new(),
+            state: State::Connecting,
+            ack: options.ack,
+        };
+        let (notices, first) = broadcast::channel(NOTICES);
+        let shared = Arc::new(Shared {
+            inner: Mutex::new(inner),
+            filled: Notify::new(),
+            room: Notify::new(),
+            acks: Notify::new(),
+            wake: Notify::new(),
+            renew: Notify::new(),
+            life: watch::channel(Life::Open).0,
+            notices,
+            room_max: 2 * options.window as usize + 16,
+        });
+        let dialer = Arc::new(Dialer::new(options, device));
+        let actor = Actor::new(dialer, Arc::clone(&shared), is_kept);
+        runtime.spawn(actor.run());
+        Self { shared, first: Some(first) }
+    }
+
+    /// Waits for the next item. The one before counts as handled, and is acked. `Ok(None)`: closed
+    /// by [`InboxHandle::close`]. It may be dropped while it waits: nothing is lost by that.
+    ///
+    /// # Errors
+    ///
+    /// The client has stopped for good.
+    pub async fn next(&mut self) -> Result<Option<Item>, Stopped> {
+        self.handled();
+        loop {
+            match self.shared.pop() {
+                Ok(Some(item)) => return Ok(Some(item)),
+                Ok(None) => self.shared.filled.notified().await,
+                Err(stopped) if stopped.is_closed() => return Ok(None),
+                Err(stopped) => return Err(stopped),
+            }
+        }
+    }
+
+    /// The last item is handled: it is acked without waiting for the next one.
+    pub fn handled(&mut self) {
+        self.shared.handled();
+    }
+
+    /// Gives the last item back: [`next`](Self::next) returns it again. Nothing is acked over it.
+    pub fn put_back(&mut self, item: Item) {
+        let mut inner = self.shared.inner();
+        if let Some(mark) = inner.ledger.give_back()
+            && !matches!(inner.state, State::Stopped(_))
+        {
+            inner.queue.push_front((mark, item));
+        }
+    }
+
+    /// The state now.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.shared.inner().state.clone()
+    }
+
+    /// What happens beside the stream: from the start at the first call, later from now on.
+    #[must_use]
+    pub fn notices(&mut self) -> Notices {
+        Notices(self.first.take().unwrap_or_else(|| self.shared.notices.subscribe()))
+    }
+
+    /// A handle for use beside the loop that receives.
+    #[must_use]
+    pub fn handle(&self) -> InboxHandle {
+        InboxHandle { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Says the acks that are due and closes, within a few seconds. The item at hand is acked only
+    /// if [`handled`](Self::handled) was called.
+    pub async fn close(self) {
+        self.handle().close().await;
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        self.handle().begin_to_close();
+    }
+}
+
+impl InboxHandle {
+    /// Looks at once whether the line lives, and tries again at once where the client waits. Call
+    /// it when the network has come back.
+    pub fn wake(&self) {
+        self.shared.wake.notify_one();
+    }
+
+    /// Asks the token source for another token, and shows it to the server.
+    pub fn refresh(&self) {
+        self.shared.renew.notify_one();
+    }
+
+    /// Says the acks that are due and closes: [`Inbox::next`] returns `Ok(None)` then.
+    pub async fn close(&self) {
+        self.begin_to_close();
+        let mut life = self.shared.life.subscribe();
+        let _ = life.wait_for(|life| *life == Life::Ended).await;
+    }
+
+    fn begin_to_close(&self) {
+        self.shared.life.send_if_modified(|life| {
+            let was_open = *life == Life::Open;
+            if was_open {
+                *life = Life::Closing;
+            }
+            was_open
+        });
+    }
+}

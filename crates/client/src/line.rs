@@ -1,0 +1,228 @@
+//! One socket to the server, from its `welcome` on.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{SinkExt, StreamExt};
+use http::HeaderValue;
+use http::header::SEC_WEBSOCKET_PROTOCOL;
+use ringpush_protocol::frame::{ReceivedFrame, ReconnectHint, SUBPROTOCOL, ServerFrame};
+use ringpush_protocol::message::Millis;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+
+use crate::dial::DialError;
+use crate::ledger::LineId;
+
+/// How long opening a line may take, its `welcome` included.
+pub(crate) const OPEN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How much later than announced a sign of life may come.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// How long a close may take.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
+
+/// The code of a line that broke without a close frame.
+pub(crate) const LOST: u16 = 1006;
+
+/// What the server said when the line began.
+#[derive(Debug, Clone)]
+pub(crate) struct Welcome {
+    pub(crate) user: String,
+    pub(crate) node: String,
+    pub(crate) since: u64,
+    pub(crate) hint: ReconnectHint,
+    /// The server's time now, and when the token expires: `None` from an earlier version.
+    pub(crate) times: Option<(Millis, Millis)>,
+    /// A server without heartbeats is asked for a sign of life this often.
+    pub(crate) ask_every: Option<Duration>,
+    /// After this silence the line is lost.
+    silence: Duration,
+}
+
+/// A socket that has had its `welcome`.
+pub(crate) struct Line {
+    pub(crate) id: LineId,
+    pub(crate) welcome: Welcome,
+    pub(crate) is_caught_up: bool,
+    /// The last number that came here.
+    pub(crate) seq: u64,
+    /// The last ack that was said here.
+    pub(crate) acked: Option<u64>,
+    /// Frames and pings so far.
+    pub(crate) heard: u64,
+    /// The `reason` of an `error` frame, which precedes a close.
+    reason: String,
+    stream: WebSocketStream<MaybeTlsStream<TcpStream>>,
+    heard_at: Instant,
+}
+
+/// What a line brings.
+#[derive(Debug)]
+pub(crate) enum Heard {
+    /// A frame.
+    Frame(Box<ReceivedFrame>),
+    /// The line has ended: the close code, [`LOST`] if there was none, and why.
+    Ended(u16, String),
+}
+
+impl Line {
+    /// Opens a socket at `url`, says `auth` if one is given, and waits for `welcome`.
+    ///
+    /// # Errors
+    ///
+    /// The server refused, or did not answer within [`OPEN_DEADLINE`].
+    pub(crate) async fn open(id: LineId, url: &str, auth: Option<String>) -> Result<Self, DialError> {
+        let opening = async {
+            let mut request =
+                url.into_client_request().map_err(|error| DialError::Unreachable(error.to_string()))?;
+            request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
+            let config = WebSocketConfig::default().read_buffer_size(16 * 1024).write_buffer_size(0);
+            let opened = tokio_tungstenite::connect_async_with_config(request, Some(config), true).await;
+            let (mut stream, _) = opened.map_err(refused_upgrade)?;
+            if let Some(auth) = auth {
+                let said = stream.send(Message::Text(auth.into())).await;
+                said.map_err(|error| DialError::Unreachable(error.to_string()))?;
+            }
+            let welcome = until_welcome(&mut stream).await?;
+            Ok(Self {
+                id,
+                is_caught_up: false,
+                seq: 0,
+                acked: None,
+                heard: 0,
+                reason: String::new(),
+                welcome,
+                stream,
+                heard_at: Instant::now(),
+            })
+        };
+        let late = |_| DialError::Unreachable("no answer in time".to_owned());
+        timeout(OPEN_DEADLINE, Box::pin(opening)).await.map_err(late)?
+    }
+
+    /// The next frame, or the end. Pings are answered; they count as a sign of life.
+    pub(crate) async fn hear(&mut self) -> Heard {
+        loop {
+            // Counts from when something was received last, however often this is called anew.
+            let deadline = self.heard_at + self.welcome.silence;
+            let Ok(next) = timeout_at(deadline, self.stream.next()).await else {
+                return Heard::Ended(LOST, "silent".to_owned());
+            };
+            self.heard_at = Instant::now();
+            self.heard += 1;
+            match next {
+                Some(Ok(Message::Text(text))) => return self.parsed(text.as_bytes()),
+                Some(Ok(Message::Close(frame))) => return self.closed(frame),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Heard::Ended(LOST, error.to_string()),
+                None => return Heard::Ended(LOST, std::mem::take(&mut self.reason)),
+            }
+        }
+    }
+
+    fn parsed(&mut self, text: &[u8]) -> Heard {
+        match ReceivedFrame::parse(text) {
+            Ok(frame) => {
+                if let ReceivedFrame::Message(message) = &frame {
+                    self.seq = self.seq.max(message.seq);
+                }
+                if let ReceivedFrame::Other(ServerFrame::Error { reason, .. }) = &frame {
+                    self.reason.clone_from(reason);
+                }
+                Heard::Frame(Box::new(frame))
+            }
+            Err(error) => Heard::Ended(LOST, format!("rubbish: {error}")),
+        }
+    }
+
+    fn closed(&mut self, frame: Option<tokio_tungstenite::tungstenite::protocol::CloseFrame>) -> Heard {
+        let (code, said) = frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
+        let reason = std::mem::take(&mut self.reason);
+        Heard::Ended(code, if reason.is_empty() { said } else { reason })
+    }
+
+    /// Sends a text. A line that is gone is noticed by [`hear`](Self::hear).
+    pub(crate) async fn say(&mut self, text: String) {
+        let _ = timeout(OPEN_DEADLINE, self.stream.send(Message::Text(text.into()))).await;
+    }
+
+    /// Closes in good order, within a second.
+    pub(crate) async fn close(mut self) {
+        let closing = async {
+            let _ = self.stream.close(None).await;
+            while let Some(Ok(_)) = self.stream.next().await {}
+        };
+        let _ = timeout(CLOSE_DEADLINE, closing).await;
+    }
+}
+
+async fn until_welcome(
+    stream: &mut WebSocketStream<MaybeTlsStream<TcpStream>>,
+) -> Result<Welcome, DialError> {
+    let (mut reason, mut hint) = (String::new(), None);
+    loop {
+        let text = match stream.next().await {
+            Some(Ok(Message::Text(text))) => text,
+            Some(Ok(Message::Close(frame))) => {
+                let (code, said) =
+                    frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
+                let reason = if reason.is_empty() { said } else { reason };
+                return Err(DialError::Refused { code, reason, retry_after: None, hint });
+            }
+            Some(Ok(_)) => continue,
+            Some(Err(error)) => return Err(DialError::Unreachable(error.to_string())),
+            None => return Err(DialError::Unreachable("the connection was lost".to_owned())),
+        };
+        match ReceivedFrame::parse(text.as_bytes()) {
+            Ok(ReceivedFrame::Other(ServerFrame::Error { reason: why, reconnect, .. })) => {
+                (reason, hint) = (why, reconnect);
+            }
+            Ok(ReceivedFrame::Other(frame)) => {
+                if let Some(welcome) = Welcome::of(frame) {
+                    return Ok(welcome);
+                }
+            }
+            Ok(_) => {}
+            Err(error) => return Err(DialError::Unreachable(format!("rubbish: {error}"))),
+        }
+    }
+}
+
+impl Welcome {
+    fn of(frame: ServerFrame) -> Option<Self> {
+        let ServerFrame::Welcome {
+            user,
+            node,
+            since,
+            ping_every_ms,
+            reconnect,
+            token_expires_at,
+            server_time,
+            heartbeat_ms,
+            ..
+        } = frame
+        else {
+            return None;
+        };
+        let every = Duration::from_millis(heartbeat_ms.unwrap_or(ping_every_ms).max(1));
+        let times = Millis::parse_rfc3339(&server_time).zip(Millis::parse_rfc3339(&token_expires_at));
+        let ask_every = heartbeat_ms.is_none().then_some(every);
+        Some(Self { user, node, since, hint: reconnect, times, ask_every, silence: every + GRACE })
+    }
+}
+
+fn refused_upgrade(error: Error) -> DialError {
+    match error {
+        Error::Http(response) => {
+            let (head, body) = response.into_parts();
+            DialError::answered(head.status.as_u16(), &head.headers, &Bytes::from(body.unwrap_or_default()))
+        }
+        error => DialError::Unreachable(error.to_string()),
+    }
+}
