@@ -1,44 +1,12 @@
 // The page and the dashboard as a person meets them, in headless Chromium, against a real server.
 
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
-import { mkdtemp, readFile, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { setTimeout as pause } from 'node:timers/promises';
 
 import { DEADLINE, launch } from './launch.mjs';
+import { Server } from './server.mjs';
 
-const data = await mkdtemp(join(tmpdir(), 'ringpush-page-'));
 let server;
-// Of the page's URL, as the greeting prints it.
-let code;
-
-async function start(ports) {
-  await rm(join(data, 'listen.json'), { force: true });
-  const env = { ...process.env, RINGPUSH_LIMITS__RECONNECT_JITTER_MS: '200' };
-  for (const role of ['push', 'collect', 'auth', 'dispatch', 'ops']) {
-    env[`RINGPUSH_${role.toUpperCase()}__LISTEN`] = ports?.[role] ?? '127.0.0.1:0';
-  }
-  server = spawn(process.env.RINGPUSH_PROGRAM, ['serve', '--data', data], { env, stdio: ['ignore', 'pipe', 'inherit'] });
-  let greeting = '';
-  server.stdout.on('data', (text) => { greeting += text; });
-  for (const end = Date.now() + DEADLINE; Date.now() < end; await pause(20)) {
-    try {
-      const ports = JSON.parse(await readFile(join(data, 'listen.json'), 'utf8'));
-      code = greeting.match(/^ *page +http:\S+\?code=(\S+)$/m)?.[1];
-      if (code) return ports;
-    } catch { /* not ready yet */ }
-  }
-  throw new Error('the server did not start');
-}
-
-function stop(signal) {
-  return new Promise((resolve) => {
-    server.once('exit', resolve);
-    server.kill(signal);
-  });
-}
 
 const live = (page) => page.waitForSelector('#state[data-state="live"]', { timeout: DEADLINE });
 const seen = (page, text) => page.waitForFunction(
@@ -55,7 +23,7 @@ async function publish(page, user, payload) {
 }
 
 async function connect(page, user, address) {
-  await page.goto(`http://${address}/?code=${code}`);
+  await page.goto(`http://${address}/?code=${server.code}`);
   await page.waitForSelector('html[data-ready]', { timeout: DEADLINE });
   await page.fill('#user', user);
   await page.click('#toggle');
@@ -82,9 +50,9 @@ const steps = {
     await connect(other, 'other', ports.push);
     for (let n = 0; n < 5; n += 1) await publish(other, 'carol', { n });
     await seen(carol, '"n":4');
-    await stop('SIGKILL');
+    await server.down('SIGKILL');
     await carol.waitForSelector('#state[data-state="waiting"]', { timeout: DEADLINE });
-    await start(ports);
+    await server.up();
     for (let n = 5; n < 10; n += 1) await publish(other, 'carol', { n });
     await live(carol);
     await seen(carol, '"n":9');
@@ -146,13 +114,12 @@ const steps = {
 let browser;
 try {
   browser = await launch();
-  const ports = await start();
+  server = await Server.start();
   for (const [name, step] of Object.entries(steps)) {
-    await step(browser, ports);
+    await step(browser, server.ports);
     console.log(`ok ${name}`);
   }
 } finally {
   await browser?.close();
-  if (server.exitCode === null) await stop('SIGTERM');
-  await rm(data, { recursive: true, force: true });
+  await server?.stop();
 }

@@ -129,6 +129,19 @@ async fn the_page_works_in_a_real_browser() {
     in_chromium("page.mjs", &[("RINGPUSH_PROGRAM", program().to_owned())]).await;
 }
 
+/// The client library in the tabs of a browser, separate and shared: closed, killed, frozen, hidden
+/// and offline ones, and one from the back/forward cache.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_library_works_in_the_tabs_of_a_real_browser() {
+    in_chromium("tabs.mjs", &[("RINGPUSH_PROGRAM", program().to_owned())]).await;
+}
+
+/// The hooks of `@ringpush/client/react` in StrictMode.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_library_works_in_react() {
+    in_chromium("react.mjs", &[("RINGPUSH_PROGRAM", program().to_owned())]).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_dashboard_shows_a_cluster_that_is_scaled() {
     let cluster = Cluster::up(&[]).await;

@@ -18,8 +18,11 @@ export interface Options<E extends object = Record<string, unknown>> {
   store?: Store;
   /** Where a device without a cursor begins. Default: `oldest`. */
   begin?: 'oldest' | 'latest';
-  /** One socket per tab. */
-  tabs?: 'separate';
+  /**
+   * `shared`: one socket for all tabs of a profile and user, in the tab that Web Locks elect; it needs `user`. A message is
+   * acked when that tab and every visible tab have handled it. Default: `separate`, one socket per tab. Not for service workers.
+   */
+  tabs?: 'separate' | 'shared';
   /** Default `handled`: when the promise of every handler has resolved. */
   ack?: 'handled' | 'received' | 'manual';
   /** How many messages may be ahead of the acks, 1 to 10,000. Default: 256. */
@@ -65,7 +68,9 @@ export interface Gap {
 export type State =
   | { name: 'connecting' | 'offline' }
   /** `node`: the node that holds the socket. */
-  | { name: 'catching-up' | 'live' | 'moving'; node: string }
+  | { name: 'catching-up' | 'live'; node: string }
+  /** `to`: the node that the server named, and why: the user's owner changed, or the node here is leaving. */
+  | { name: 'moving'; node: string; to: string; reason: 'owner' | 'drain' }
   /** `until`: ms since the epoch. */
   | { name: 'waiting'; until: number; cause: string }
   | { name: 'stopped'; cause: string };
@@ -107,7 +112,7 @@ export interface Client<E extends object = Record<string, unknown>> extends Asyn
   refresh(): Promise<void>;
   /** Says the pending acks and closes. */
   close(): Promise<void>;
-  /** Logs out: closes, and removes the device's name and position of this user. */
+  /** Logs out: stops all tabs of this user, and removes the device's name and position. */
   forget(): Promise<void>;
   [Symbol.asyncDispose](): Promise<void>;
 }

@@ -333,7 +333,7 @@ class Client {
     if (status === 401 || status === 403) return this.#closed(4100 + status, reason, error);
     if (code >= 4500) return this.#closed(code, reason, error);
     if (!status && /^token_/.test(code)) this.#fault(error);
-    return reason ?? error.message;
+    return reason || error.message;
   }
 
   /** A token or ticket was refused. Two fresh tokens in a row: it is no use. */

@@ -85,7 +85,8 @@ export class Tabs {
 
   beat() {
     this.#beaten = Date.now();
-    this.relay({ beat: true });
+    // With it a tab sees what it has missed.
+    this.relay({ beat: true, after: this.#pump.received });
   }
 
   ask(what) { this.#say({ [what]: true }); }
@@ -238,7 +239,7 @@ export class Tabs {
   }
 
   /** As another tab, from the leader. */
-  async #follow({ lead, message, gap, after, live, state, era, beat }) {
+  async #follow({ lead, message, gap, after, live, state, era }) {
     if (lead) {
       this.#silence = (lead.beat || 25_000) + GRACE_MS;
       if (lead.state) this.#hooks.follow(lead.state);
@@ -252,7 +253,7 @@ export class Tabs {
       this.#report();
     } else if (state) {
       this.#hooks.follow(state);
-    } else if ((message || gap) && !beat) {
+    } else {
       if (this.#pump.received === null) { this.#report(true); return; }
       if (gap?.reason === 'reset' && era === this.#era + 1) {
         this.#era = era;
@@ -262,7 +263,7 @@ export class Tabs {
       this.#missed(era, after);
       await this.#level(after);
       if (message) this.#pump.put(message, live);
-      else this.#pump.gap(gap);
+      if (gap) this.#pump.gap(gap);
     }
   }
 

@@ -34,3 +34,17 @@ export async function read(): Promise<number> {
 }
 // @ts-expect-error the token is required
 connect({ url: 'https://push.example.com' });
+
+// A consumer with React, without JSX.
+import { createElement } from 'react';
+import { RingpushProvider, useEvent, useGap, usePushState } from '@ringpush/client/react';
+
+function Bell(): null {
+  useEvent<Events, 'order.paid'>('order.paid', (message) => message.payload.order.toFixed());
+  useEvent('*', (message) => message.seq);
+  useGap((gap) => gap.reason);
+  const state: State = usePushState();
+  console.log(state.name);
+  return null;
+}
+export const app = createElement(RingpushProvider, { options: { url: '/', token: () => 't', tabs: 'shared', user: 'alice' } }, createElement(Bell));
