@@ -29,6 +29,7 @@
 //! - [`transport`]: hyper, tungstenite, tonic, Redis, and a TCP stream of our own.
 //! - [`client`]: the client library.
 //! - [`clock`], [`telemetry`]: the time of day; logs, metrics, health.
+//! - `library`: the client libraries in JavaScript and Python, as text.
 //! - `tasks`: panics of tasks are raised again.
 //!
 //! Tier 2 says what should happen: [`role`], four roles that never import one another, and what
@@ -44,6 +45,7 @@ pub mod clock;
 pub mod config;
 pub mod fallback;
 pub mod inbox;
+mod library;
 pub mod membership;
 pub mod peer_proof;
 pub mod redis_url;

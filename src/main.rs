@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use ringpush::app::{App, Ended, PUSH_NODES_MAX};
-use ringpush::cli::audit::{AuditPlan, audit};
+use ringpush::cli::audit::{AuditPlan, ClientLibrary, audit};
 use ringpush::cli::commands::{self, Addressed};
 use ringpush::cli::publish;
 use ringpush::cli::terminal::{OutputError, print, print_line, say, say_last};
@@ -152,6 +152,12 @@ struct AuditOptions {
     /// Print one line of JSON.
     #[arg(long)]
     json: bool,
+    /// Which client library receives: rust, js (needs Node 22), python (needs Python 3.10 and `websockets`).
+    #[arg(long, default_value = "rust", value_name = "LIBRARY", value_parser = ClientLibrary::parse)]
+    clients: ClientLibrary,
+    /// The Node or Python that runs it [default: node, python3].
+    #[arg(long, value_name = "PROGRAM")]
+    client_program: Option<String>,
 }
 
 #[derive(Args, Default)]
@@ -285,6 +291,8 @@ async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<Exit
         max_delay: options.max_delay.as_deref().map(|text| time("--max-delay", text)).transpose()?,
         seed: options.seed.unwrap_or_else(rand::random),
         json: options.json,
+        clients: options.clients,
+        client_program: options.client_program,
     };
     audit(config, plan).await
 }

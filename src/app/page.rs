@@ -22,6 +22,7 @@ use super::edge::{
     HttpError, Routes, asset, is_for_loopback, is_forwarded, json, not_found, options, own_host, refuse,
     same_secret,
 };
+use crate::library;
 use crate::role::auth::Auth;
 use crate::role::push::Push;
 
@@ -73,14 +74,9 @@ fn script(text: &'static str) -> Response<Body> {
 
 /// A module of the client library, as its package has it.
 async fn client_module(Path(module): Path<String>) -> Response<Body> {
-    match module.as_str() {
-        "index.js" => script(include_str!("../../clients/javascript/src/index.js")),
-        "errors.js" => script(include_str!("../../clients/javascript/src/errors.js")),
-        "line.js" => script(include_str!("../../clients/javascript/src/line.js")),
-        "positions.js" => script(include_str!("../../clients/javascript/src/positions.js")),
-        "tabs.js" => script(include_str!("../../clients/javascript/src/tabs.js")),
-        "pump.js" => script(include_str!("../../clients/javascript/src/pump.js")),
-        _ => not_found().await.into_response(),
+    match library::JAVASCRIPT.iter().find(|(name, _)| *name == module) {
+        Some((_, text)) => script(text),
+        None => not_found().await.into_response(),
     }
 }
 

@@ -3,7 +3,10 @@
 //! to the application, or out of order.
 
 mod book;
+mod fleet;
 mod verdict;
+
+pub use fleet::ClientLibrary;
 
 use std::collections::HashSet;
 use std::process::ExitCode;
@@ -29,6 +32,7 @@ use crate::config::{Config, Faults};
 use crate::message::UserId;
 use crate::wire::frame::Since;
 use book::{Accepted, Book, Happened, UserBook};
+use fleet::Fleet;
 
 /// Publishes in flight at once.
 const IN_FLIGHT: usize = 512;
@@ -68,6 +72,10 @@ pub struct AuditPlan {
     pub seed: u64,
     /// One line of JSON instead of a table.
     pub json: bool,
+    /// Which library receives.
+    pub clients: ClientLibrary,
+    /// What runs it. `None`: `node` or `python3`.
+    pub client_program: Option<String>,
 }
 
 /// Runs the audit.
@@ -87,20 +95,28 @@ pub async fn audit(mut config: Config, plan: AuditPlan) -> Result<ExitCode> {
     let bench = Arc::new(Bench { plan, run, key, users, http: HttpClient::default(), book: Book::default() });
     bench.book.users.lock().resize(bench.users.len(), UserBook::default());
     let before = bench.cluster().await.context("collect cannot be asked for the cluster")?;
+    let issue = |user| tokens.issue(user, TOKEN_S).map(|issued| issued.0);
+    let tokens = bench.users.iter().map(issue).collect::<Result<Vec<_>, _>>()?;
     let mut clients = JoinSet::new();
-    for n in 0..bench.users.len() {
-        let token = tokens.issue(&bench.users[n], TOKEN_S)?.0;
-        clients.spawn(listen(Arc::clone(&bench), n, token));
-        if n % 20 == 19 {
-            tokio::time::sleep(Duration::from_secs(20) / CONNECTS_PER_S).await;
+    let mut fleet = match bench.plan.clients {
+        ClientLibrary::Rust => {
+            for (n, token) in tokens.into_iter().enumerate() {
+                clients.spawn(listen(Arc::clone(&bench), n, token));
+                if n % 20 == 19 {
+                    tokio::time::sleep(Duration::from_secs(20) / CONNECTS_PER_S).await;
+                }
+            }
+            None
         }
-    }
-    bench.until_connected().await?;
+        ClientLibrary::JavaScript | ClientLibrary::Python => Some(Fleet::start(&bench, &tokens).await?),
+    };
+    bench.until_connected(fleet.as_mut()).await?;
     say(format_args!("audit {}: {} users connected, seed {}", bench.run, bench.users.len(), bench.plan.seed));
     let began = Instant::now();
     publish_all(&bench).await;
     let settled = bench.settle().await;
     let after = bench.cluster().await.unwrap_or_default();
+    drop(fleet);
     let verdict = bench.verdict().await?;
     let report = bench.report(&verdict, settled, &bench.placement(began, &before, &after));
     bench.show(&report)?;
@@ -179,12 +195,15 @@ async fn publish_all(bench: &Arc<Bench>) {
 }
 
 impl Bench {
-    async fn until_connected(&self) -> Result<()> {
+    async fn until_connected(&self, mut fleet: Option<&mut Fleet>) -> Result<()> {
         let began = Instant::now();
         loop {
             let ready = self.book.users.lock().iter().filter(|user| user.ready).count();
             if ready == self.users.len() {
                 return Ok(());
+            }
+            if fleet.as_mut().is_some_and(|fleet| fleet.has_ended()) {
+                return Err(anyhow!("the clients' process has ended before all were connected"));
             }
             if began.elapsed() > CONNECT_DEADLINE {
                 return Err(anyhow!(

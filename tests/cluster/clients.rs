@@ -2,11 +2,40 @@
 
 use std::time::Duration;
 
-use ringpush_testing::Socket;
-use ringpush_testing::cluster::Cluster;
+use ringpush_testing::cluster::{Audit, Cluster};
+use ringpush_testing::{Socket, tool};
 use serde_json::json;
 
 use crate::{SWEPT, load, rest};
+
+/// 200 clients of a library in a process of its own, accounted for like the Rust ones.
+async fn library(cluster: &Cluster, clients: &str, program: &str) -> Audit {
+    let plan = ["--users", "200", "--rate", "100", "--for", "15s", "--max-delay", SWEPT];
+    cluster.audit(&[&plan[..], &["--clients", clients, "--client-program", program]].concat()).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_javascript_library_loses_and_repeats_nothing_when_a_node_joins() {
+    let mut cluster = Cluster::up(&[]).await;
+    let audit = library(&cluster, "js", "node").await;
+    rest(2).await;
+    cluster.run(&["scale", "4"]).await;
+    let report = audit.passes().await;
+    assert!(report["moved_users"].as_u64().unwrap() > 10, "{report}");
+    cluster.nothing_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_python_library_loses_and_repeats_nothing_when_a_node_is_killed() {
+    let mut cluster = Cluster::up(&[]).await;
+    let python = tool("venv/bin/python");
+    let audit = library(&cluster, "python", python.to_str().unwrap()).await;
+    rest(2).await;
+    cluster.run(&["kill", "push-1"]).await;
+    let report = audit.passes().await;
+    assert!(report["reconnects"].as_u64().unwrap() > 10, "{report}");
+    cluster.nothing_is_left().await;
+}
 
 /// With `scripts/test --all`.
 mod more {

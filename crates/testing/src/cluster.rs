@@ -159,6 +159,9 @@ impl Cluster {
         let mut command = Command::new(program());
         command.args(["audit", "--json", "--target", &target, "--publish", &publish]).args(options);
         command.env_clear().envs(self.environment()).stdin(Stdio::null());
+        // For the audits whose clients are a library in another language.
+        command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.env("RINGPUSH_WS", super::tool("node_modules").parent().unwrap());
         let mut child =
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
         let mut said = BufReader::new(child.stderr.take().unwrap()).lines();

@@ -67,10 +67,12 @@ class Gap:
 
 @dataclass(frozen=True)
 class State:
-    """``connecting``, ``catching-up``, ``live``, ``moving``, ``waiting`` or ``stopped``, and the cause of the last two."""
+    """``connecting``, ``catching-up``, ``live``, ``moving``, ``waiting`` or ``stopped``; the cause of the last three; the node
+    that holds the line, and when moving the node that the server named."""
 
     name: str
     cause: str | None = None
+    node: str | None = None
 
 
 def connect(
@@ -480,7 +482,7 @@ class Inbox:
         elif kind == "move" and line is self._line:
             if self._mover is not None:
                 self._mover.cancel()
-            self._set("moving")
+            self._set("moving", frame.get("reason"), frame.get("node"))
             self._mover = asyncio.create_task(self._move(frame))
         elif kind == "refreshed":
             self._fresh = False
@@ -646,10 +648,12 @@ class Inbox:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _set(self, name: str, cause: str | None = None) -> None:
+    def _set(self, name: str, cause: str | None = None, node: str | None = None) -> None:
         if (self._stopped is not None and name != "stopped") or (self._state.name == name != "waiting"):
             return
-        self._state = State(name, cause)
+        if node is None and name in ("catching-up", "live") and self._line is not None:
+            node = self._line.welcome.get("node")
+        self._state = State(name, cause, node)
         for queue in self._states:
             queue.put_nowait(self._state)
 
