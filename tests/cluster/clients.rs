@@ -41,6 +41,51 @@ async fn the_python_library_loses_and_repeats_nothing_when_a_node_is_killed() {
 mod more {
     use super::*;
 
+    /// A host that vanishes closes nothing and answers nothing; here it is a process that stands
+    /// still. The clients ask a living node where to go: this balancer has no health checks, and
+    /// would hand some of them to the one that stands still.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn after_a_host_has_vanished_the_clients_of_every_library_are_back_within_40_s() {
+        let cluster = Cluster::up(&[]).await;
+        let python = tool("venv/bin/python");
+        let plan = ["--users", "60", "--rate", "30", "--for", "60s", "--settle", "60s"];
+        let mut audits = Vec::new();
+        for library in [
+            &["--clients", "rust"][..],
+            &["--clients", "js", "--client-program", "node"],
+            &["--clients", "python", "--client-program", python.to_str().unwrap()],
+        ] {
+            let asked = cluster.address("push-0", "at");
+            audits.push(cluster.audit_at(&asked, &[&plan[..], library].concat()).await);
+        }
+        let sessions = async |nodes: &[&str]| {
+            let mut sum = 0.0;
+            for node in nodes {
+                sum += cluster.metric(node, "ringpush_sessions").await;
+            }
+            sum
+        };
+        assert_eq!(sessions(&["push-0", "push-1", "push-2"]).await, 180.0);
+        assert!(sessions(&["push-1"]).await > 30.0);
+        cluster.command(&["signal", "push-1", "STOP"]).status().await.unwrap();
+        let began = std::time::Instant::now();
+        while sessions(&["push-0", "push-2"]).await < 180.0 {
+            let gone = began.elapsed();
+            assert!(
+                gone < Duration::from_secs(40),
+                "{} are elsewhere",
+                sessions(&["push-0", "push-2"]).await
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        eprintln!("all are elsewhere after {:?}", began.elapsed());
+        cluster.command(&["signal", "push-1", "CONT"]).status().await.unwrap();
+        for audit in audits {
+            audit.passes().await;
+        }
+        cluster.nothing_is_left().await;
+    }
+
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_client_that_never_follows_a_move_is_served_where_it_is() {
         let cluster = Cluster::up(&[]).await;

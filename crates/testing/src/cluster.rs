@@ -153,9 +153,14 @@ impl Cluster {
 
     /// Starts an audit, and returns when all its users are connected and it publishes.
     pub async fn audit(&self, options: &[&str]) -> Audit {
+        self.audit_at(&self.balancer(), options).await
+    }
+
+    /// The same, with clients that ask at this address where to go.
+    pub async fn audit_at(&self, address: &str, options: &[&str]) -> Audit {
         let publish =
             format!("http://{},http://{}", self.address("collect-0", "at"), self.address("collect-1", "at"));
-        let target = format!("http://{}", self.balancer());
+        let target = format!("http://{address}");
         let mut command = Command::new(program());
         command.args(["audit", "--json", "--target", &target, "--publish", &publish]).args(options);
         command.env_clear().envs(self.environment()).stdin(Stdio::null());
