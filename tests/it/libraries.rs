@@ -89,6 +89,13 @@ fn the_types_and_the_packages_are_clean() {
         run(types.args(["-p", "test/tsconfig.json"]).current_dir(&package));
         let mut lint = Command::new(tool("node_modules/.bin/publint"));
         run(lint.args(["--strict", "."]).current_dir(&package));
+        let packed = tempfile::tempdir().unwrap();
+        let mut pack = Command::new("npm");
+        pack.args(["pack", "--silent", "--pack-destination"]).arg(packed.path()).current_dir(&package);
+        let tarball = packed.path().join(run(&mut pack).trim());
+        let mut check = Command::new(tool("node_modules/.bin/attw"));
+        let said = run(check.args(["--profile", "esm-only", "--format", "ascii"]).arg(tarball));
+        assert!(said.contains("(ESM)"), "{said}");
     }
     run(Command::new(python()).args(["-m", "mypy", "--strict", "clients/python/src"]).current_dir(root()));
 }
