@@ -343,6 +343,40 @@ const steps = {
     await context.close();
   },
 
+  async 'a tab that cannot read what it missed hinders neither acks nor forget'() {
+    const context = await profile();
+    const [first, second] = await pair(context, 'stuck');
+    await second.route('**/v1/inbox/messages*', (route) => route.abort());
+    const thaw = await freeze(second);
+    await server.publish('stuck', range(0, 3));
+    await has(first, 3);
+    await thaw();
+    await until('it tries', () => second.evaluate(() => window.faults.some((fault) => fault.startsWith('history'))));
+    assert.equal((await device('stuck'))[0].acked, 0, 'a visible tab has not handled them');
+    await show(second, false);
+    await until('acks', async () => (await device('stuck'))[0].acked > 0);
+    await first.evaluate(() => window.client.forget());
+    await until('the other tab has stopped', async () => (await state(second)) === 'stopped');
+    await context.close();
+  },
+
+  async 'a page without HTTPS has its own socket, and says so'() {
+    const context = await profile();
+    const page = await context.newPage();
+    // What such a page lacks.
+    await page.addInitScript(() => {
+      Object.defineProperty(navigator, 'locks', { value: undefined });
+      Object.defineProperty(crypto, 'randomUUID', { value: undefined });
+    });
+    await page.goto(BLANK);
+    await begin(page, 'plain');
+    await live(page);
+    await server.publish('plain', range(0, 2));
+    await has(page, 2);
+    assert.deepEqual(await page.evaluate(() => window.faults), ['tabs_not_shared: no Web Locks']);
+    await context.close();
+  },
+
   async 'a store that throws is told, and the stream goes on'() {
     const context = await profile();
     const page = await context.newPage();
@@ -354,7 +388,7 @@ const steps = {
     await live(page);
     await server.publish('private', range(0, 3));
     await has(page, 3);
-    assert.match((await page.evaluate(() => window.faults))[0], /device/);
+    assert.match((await page.evaluate(() => window.faults))[0], /store/);
     await context.close();
   },
 

@@ -17,6 +17,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     // Tier 1: one door per foreign system.
     ("clock", &["message"]),
     ("telemetry", &[]),
+    ("library", &[]),
     ("tasks", &[]),
     ("membership", &["message", "ring", "clock", "backoff", "wire", "transport", "peer_proof"]),
     ("fallback", &["message", "clock", "backoff", "transport"]),

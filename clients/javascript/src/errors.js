@@ -27,7 +27,6 @@ export class RingpushError extends Error {
       answer.status === 429 || answer.status >= 500);
     error.status = answer.status;
     error.reason = problem.reason;
-    error.problem = problem;
     const seconds = Number(answer.headers.get('retry-after'));
     if (seconds > 0) error.retryAfterMs = seconds * 1000;
     return error;

@@ -5,7 +5,7 @@
 
 import { Line, pause, placeOf } from './line.js';
 import { Positions, memoryStore } from './positions.js';
-import { Tabs, isSupported } from './tabs.js';
+import { Tabs, isSupported, isVisible } from './tabs.js';
 import { Pump } from './pump.js';
 import { Refused, RingpushError } from './errors.js';
 
@@ -27,6 +27,8 @@ const TICK_MS = 1_000;
 const JUMP_MS = 10_000;
 /** The longest time that a timer takes. */
 const TIMER_MAX_MS = 2e9;
+
+const between = ({ min_ms: min, max_ms: max }) => min + Math.random() * (max - min);
 
 export function connect(options) {
   return new Client(options);
@@ -55,7 +57,7 @@ class Client {
 
   constructor(options) {
     const { window: size = 256 } = options;
-    const check = (holds, rule) => { if (!holds) throw new TypeError(`connect: ${rule}`); };
+    const check = (holds, rule) => { if (!holds) throw new TypeError(`ringpush: ${rule}`); };
     check(options.url && typeof options.token === 'function', '"url" and "token" are required');
     check(Number.isInteger(size) && size >= 1 && size <= 10_000, '"window" is an integer from 1 to 10000');
     for (const [name, ...values] of [['begin', 'oldest', 'latest'], ['ack', 'handled', 'received', 'manual'], ['tabs', 'separate', 'shared']]) {
@@ -75,8 +77,7 @@ class Client {
       window: size,
       validate: options.validate ?? {},
       error: (error, code) => this.#fault(error, code),
-      acked: (seq) => (this.#tabs ? this.#tabs.handled() : this.#sendAck(seq)),
-      handled: (seq) => { if (!this.#tabs) this.#positions?.note(seq); },
+      acked: (seq) => (this.#tabs ? this.#tabs.handled() : this.#acked(seq)),
     });
     this.#listenToThePage();
     if (options.signal) {
@@ -121,7 +122,7 @@ class Client {
   async caughtUp({ signal } = {}) {
     while (!this.#isCaughtUp || !this.#pump.idle) {
       signal?.throwIfAborted();
-      if (this.#stopped) throw new RingpushError('closed', 'the client has ended', false);
+      if (this.#stopped) throw new RingpushError('closed', 'closed', false);
       await pause(20);
     }
   }
@@ -183,8 +184,9 @@ class Client {
     if (this.#tabs) this.#pump.rewind();
     while (!this.#over) {
       if (globalThis.navigator?.onLine === false) {
+        const online = this.#rest(TIMER_MAX_MS);
         this.#set({ name: 'offline' });
-        await this.#rest(TIMER_MAX_MS);
+        await online;
         continue;
       }
       this.#set({ name: 'connecting' });
@@ -192,18 +194,22 @@ class Client {
       if (this.#over) break;
       this.#failures += 1;
       const until = this.#delay(cause);
+      const rested = this.#rest(until);
       this.#set({ name: 'waiting', until: Date.now() + until, cause });
-      await this.#rest(until);
+      await rested;
+      this.#patient = false;
     }
     this.#line = this.#next = this.#move = null;
     if (this.#stopped) this.#finish();
   }
 
-  #name() { return `ringpush:1:${this.#url.host}:${this.#options.user}:${this.#device}`; }
+  #name() { return `${this.#where}:1:${this.#options.user}:${this.#device}`; }
+
+  get #where() { return `ringpush:${this.#url.host}${this.#url.pathname}`; }
 
   #share() {
     if (!isSupported()) {
-      this.#fault(new RingpushError('tabs_not_shared', 'no Web Locks: own socket', false));
+      this.#fault(new RingpushError('tabs_not_shared', 'no Web Locks', false));
       return this.#lead();
     }
     this.#tabs = new Tabs(this.#name(), this.#store, this.#pump, {
@@ -215,19 +221,22 @@ class Client {
         for (const line of [this.#line, this.#next, ...this.#opening]) line?.close();
         this.#wakeUp?.();
       },
-      begin: (since) => this.#pump.begin(since, this.#positions?.known),
       follow: (state) => {
         this.#isCaughtUp = state.name === 'live';
         this.#set(state);
       },
-      ack: (seq) => { this.#positions?.note(seq); this.#sendAck(seq); },
-      page: (after) => this.#page({ after, limit: 100 }, this.#abort.signal),
-      asked: ({ wake }) => (wake ? this.wake() : this.refresh().catch((error) => this.#fault(error))),
-      forget: () => this.close(),
+      ack: (seq) => this.#acked(seq),
+      page: (after) => this.#page({ after, limit: 100 }, AbortSignal.any([this.#abort.signal, AbortSignal.timeout(OPEN_MS)])),
+      asked: (what) => (what.forget ? this.close() : what.wake ? this.wake() : this.refresh()),
       standing: () => ({ state: this.#state, beat: this.#line?.welcome?.heartbeat_ms }),
-      error: (error, code) => this.#fault(error, code),
+      error: (error, code) => (error instanceof Refused ? this.#stop('refused', error) : this.#fault(error, code)),
     });
     return this.#tabs.join();
+  }
+
+  #acked(seq) {
+    this.#positions?.note(Math.min(seq, this.#pump.handled), this.#pump.at);
+    this.#sendAck(seq);
   }
 
   /** What may be acked. */
@@ -246,10 +255,10 @@ class Client {
     }
   }
 
-  #deviceKey() { return `ringpush:${this.#url.host}:${this.#options.user ?? ''}:device`; }
+  #deviceKey() { return `${this.#where}:${this.#options.user ?? ''}:device`; }
 
   async #keptDevice() {
-    let device = `js-${crypto.randomUUID().slice(0, 13)}`;
+    let device = `js-${crypto.getRandomValues(new Uint32Array(2)).join('-')}`;
     try {
       const kept = await this.#store.get(this.#deviceKey());
       if (kept) device = kept;
@@ -306,7 +315,7 @@ class Client {
       if (this.#line !== line) continue;
       if (this.#next?.welcome) { this.#take(this.#next); continue; }
       this.#next?.close();
-      this.#next = this.#move = this.#line = null;
+      this.#next = this.#move = this.#line = this.#reset = null;
       clearTimeout(this.#refreshTimer);
       this.#isCaughtUp = false;
       this.#pump.rewind();
@@ -329,6 +338,7 @@ class Client {
   #refusedToOpen(error) {
     if (error instanceof Refused) { this.#stop('refused', error); return 'refused'; }
     const { code, reason, status } = error;
+    if (error.hint) this.#hint = error.hint;
     if (error.retryAfterMs) this.#notBefore = Date.now() + error.retryAfterMs;
     if (status === 401 || status === 403) return this.#closed(4100 + status, reason, error);
     if (code >= 4500) return this.#closed(code, reason, error);
@@ -348,12 +358,11 @@ class Client {
   }
 
   #delay(cause) {
-    if (this.#patient) { this.#patient = false; return TIMER_MAX_MS; }
+    if (this.#patient) return TIMER_MAX_MS;
     const { min_ms: min, max_ms: max } = this.#hint;
     const longest = Math.max(max, Math.min(RETRY_MAX_MS, 200 * 2 ** Math.min(this.#failures, 10)), min);
     const fresh = !this.#token && this.#refusals < 2 && /^token_/.test(cause) && this.#failures < 3;
-    const drawn = fresh ? 0 : min + Math.random() * (longest - min);
-    return Math.max(drawn, this.#notBefore - Date.now());
+    return (fresh ? 0 : between({ min_ms: min, max_ms: longest })) + Math.max(0, this.#notBefore - Date.now());
   }
 
   #rest(ms) {
@@ -366,7 +375,7 @@ class Client {
   // --- frames -----------------------------------------------------------------------------------
 
   #frame(line, frame) {
-    if (line !== this.#line && line !== this.#next) return; // it is being left
+    if (this.#over || (line !== this.#line && line !== this.#next)) return; // it is being left
     switch (frame.type) {
       case 'welcome': return this.#welcome(line, frame);
       case 'message': {
@@ -376,19 +385,17 @@ class Client {
         else this.#sendAck(this.#ackable, true);
         return this.#reached();
       }
-      case 'gap':
-        if (frame.reason === 'reset') {
+      case 'gap': {
+        const { before, reason } = frame;
+        if (reason === 'reset') {
           // During a move both lines may say it.
-          const told = this.#reset;
-          if (told && told.line !== line && told.before === frame.before) return;
-          this.#reset = { line, before: frame.before };
+          if (this.#reset?.line !== line && this.#reset?.before === before) return undefined;
+          this.#reset = { line, before };
         }
-        {
-          const after = this.#pump.received;
-          const { before, reason } = frame;
-          if (this.#pump.gap(frame)) this.#tabs?.relayGap({ after: frame.after, before, reason }, after);
-        }
+        const after = this.#pump.received;
+        if (this.#pump.gap(frame)) this.#tabs?.relay({ gap: { after: frame.after, before, reason }, after });
         return this.#reached();
+      }
       case 'caught_up':
         line.caughtUp = true;
         if (line === this.#next) return this.#take(line);
@@ -396,9 +403,7 @@ class Client {
         return this.#set(this.#served);
       case 'move': return line === this.#line && this.#beginMove(frame);
       case 'refreshed': return this.#refreshed(frame.expires_at);
-      case 'error':
-        if (frame.reconnect) this.#hint = frame.reconnect;
-        return;
+      case 'error': this.#hint = frame.reconnect ?? this.#hint; return undefined;
       case 'heartbeat': return this.#tabs?.beat();
       default: // pong, and what a newer server says
     }
@@ -415,8 +420,7 @@ class Client {
     this.#fresh = false;
     this.#hint = frame.reconnect ?? this.#hint;
     line.welcome = frame;
-    const features = frame.features ?? [];
-    line.watch(frame.heartbeat_ms ?? frame.ping_every_ms, GRACE_MS, !features.includes('heartbeat'));
+    line.watch(frame.heartbeat_ms ?? frame.ping_every_ms, GRACE_MS, !frame.features?.includes('heartbeat'));
     this.#pump.begin(frame.since, this.#positions?.known);
     this.#tabs?.announce();
     if (frame.server_time) this.#ahead = (Date.parse(frame.server_time) || Date.now()) - Date.now();
@@ -434,40 +438,33 @@ class Client {
   #take(line) {
     const old = this.#line;
     this.#line = line;
-    this.#next = this.#move = null;
+    this.#next = this.#move = this.#reset = null;
     this.#isCaughtUp = line.caughtUp || this.#isCaughtUp;
     this.#set(this.#served);
     if (old && old !== line) { this.#sendAck(this.#ackable, true, old); old.close(); }
   }
 
-  #beginMove(order) {
+  async #beginMove({ url, node, reason, after_ms: after = 0 }) {
     this.#move?.opening?.close();
     this.#next = null;
-    const move = this.#move = { order, tries: 0 };
-    this.#set({ name: 'moving', to: order.node, reason: order.reason });
-    setTimeout(() => this.#tryMove(move), order.after_ms ?? 0);
-  }
-
-  async #tryMove(move) {
-    if (this.#move !== move || this.#over || !this.#line) return;
-    move.tries += 1;
-    try {
-      const line = await this.#openAt(move.order.url, { token: await this.#anyToken() }, this.#pump.received, move);
-      if (this.#move !== move || this.#over) return line.close();
-      this.#next = line;
-      line.begin((frame) => this.#frame(line, frame));
-      await line.ended;
-      if (this.#next !== line) return;
-    } catch { /* the old line goes on */ }
-    if (this.#move !== move || this.#over) return;
-    this.#next = null;
-    if (move.tries < MOVE_TRIES) {
-      const { min_ms: min, max_ms: max } = this.#hint;
-      setTimeout(() => this.#tryMove(move), min + Math.random() * (max - min));
-    } else {
-      this.#move = null;
-      this.#set(this.#served);
+    const move = this.#move = {};
+    const isOver = () => this.#move !== move || this.#over;
+    this.#set({ name: 'moving', to: node, reason });
+    for (let tries = 0; tries < MOVE_TRIES; tries += 1) {
+      await pause(tries ? between(this.#hint) : after);
+      if (isOver()) return;
+      try {
+        const line = await this.#openAt(url, { token: await this.#anyToken() }, this.#pump.received, move);
+        if (isOver()) { line.close(); return; }
+        this.#next = line;
+        line.begin((frame) => this.#frame(line, frame));
+        await line.ended;
+      } catch { /* the old line goes on */ }
+      if (isOver()) return;
+      this.#next = null;
     }
+    this.#move = null;
+    this.#set(this.#served);
   }
 
   /** The state while a line is served. */
@@ -511,14 +508,14 @@ class Client {
     const signal = AbortSignal.any([this.#abort.signal, late]);
     const timeout = new Promise((_, reject) => {
       signal.addEventListener('abort', () => reject(
-        new RingpushError('token_timeout', '"token" did not answer in 30 s')), { once: true });
+        new RingpushError('token_timeout', '"token" did not answer')), { once: true });
     });
     timeout.catch(() => {}); // it is also raced for
     try {
       const asked = (async () => this.#options.token({ reason, signal }))();
       const token = await Promise.race([asked, timeout]);
       if (typeof token !== 'string' || !/^[\x21-\x7e]+$/.test(token)) {
-        throw new RingpushError('token_rubbish', '"token" must return a token: a string');
+        throw new RingpushError('token_rubbish', '"token" must return a string');
       }
       this.#token = token;
       this.#fresh = true;
@@ -552,7 +549,7 @@ class Client {
         } catch (error) {
           if (error instanceof Refused) { this.#stop('refused', error); return; }
           this.#fault(error);
-          await pause(Math.random() * Math.min(RETRY_MAX_MS, 500 * 2 ** tries));
+          await pause(between({ min_ms: 0, max_ms: Math.min(RETRY_MAX_MS, 500 * 2 ** tries) }));
         }
       }
     })().finally(() => { this.#refreshing = null; });
@@ -585,7 +582,7 @@ class Client {
     const { onError } = this.#options;
     try {
       if (onError) return onError(fault);
-      console.error(`ringpush: ${fault.code}: ${fault.message}`);
+      console.error('ringpush:', fault);
     } catch (error) {
       console.error('ringpush:', error);
     }
@@ -600,6 +597,7 @@ class Client {
     this.#abort.abort();
     this.#wakeUp?.();
     this.#pump.flush();
+    this.#pump.end();
     const lines = [this.#line, this.#next, ...this.#opening].filter(Boolean);
     for (const line of lines) line.close();
     this.#tabs?.stop();
@@ -609,7 +607,6 @@ class Client {
   #finish() {
     this.#news?.close();
     this.#tabs?.stop();
-    this.#pump.end();
     this.#positions?.flush();
     this.#set({ name: 'stopped', cause: this.#stopped });
     this.#end();
@@ -618,7 +615,7 @@ class Client {
   #listenToThePage() {
     const wake = () => {
       // A tab that was frozen has not heard `forget`.
-      try { this.#positions?.ifForgotten((forgotten) => forgotten && this.close()); } catch { /* it was told */ }
+      try { this.#positions?.ifForgotten((forgotten) => forgotten && this.close())?.catch?.(() => {}); } catch { /* it was told */ }
       this.#tabs?.join();
       this.wake();
     };
@@ -629,7 +626,7 @@ class Client {
     };
     const seen = () => {
       this.#tabs?.handled();
-      if (document.visibilityState === 'visible') wake();
+      if (isVisible()) wake();
     };
     let last = Date.now();
     const tick = setInterval(() => {
@@ -637,7 +634,8 @@ class Client {
       last += passed;
       const slept = passed > JUMP_MS || passed < -JUMP_MS;
       this.#tabs?.look(slept);
-      if (slept) wake();
+      // In a hidden tab a browser is late with every timer.
+      if (slept && (isVisible() || !this.#wakeUp)) wake();
     }, TICK_MS);
     tick.unref?.();
     const { signal } = this.#abort;
@@ -646,7 +644,8 @@ class Client {
     const on = (target, names, handler) => {
       for (const name of names) target.addEventListener(name, handler, { signal });
     };
-    on(window, ['online', 'pageshow'], wake);
+    on(window, ['online'], () => { if (isVisible() || !this.#patient) wake(); });
+    on(window, ['pageshow'], wake);
     on(window, ['pagehide'], hide);
     on(document, ['visibilitychange'], seen);
     on(document, ['freeze'], hide);
@@ -657,16 +656,12 @@ class Client {
 /** The browser's own store, or memory where there is none. */
 function browserStore() {
   try {
-    const { localStorage } = globalThis;
-    if (!globalThis.window || !localStorage) return memoryStore();
-    const probe = 'ringpush:probe';
-    localStorage.setItem(probe, '1');
-    localStorage.removeItem(probe);
+    const { localStorage } = window;
     return {
       get: (key) => localStorage.getItem(key),
       set: (key, value) => (value === null ? localStorage.removeItem(key) : localStorage.setItem(key, value)),
     };
   } catch {
-    return memoryStore(); // private mode, or a full quota
+    return memoryStore(); // no browser, or one that forbids it
   }
 }

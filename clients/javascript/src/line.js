@@ -16,7 +16,7 @@ export async function placeOf(base, token, device, signal, patience) {
     if (answer.status === 404 || answer.status === 405) return null;
     if (!answer.ok) throw await RingpushError.of(answer);
     const place = await answer.json();
-    return typeof place?.url === 'string' || typeof place?.socket === 'string' ? place : null;
+    return place?.url || place?.socket ? place : null;
   } catch (error) {
     if (signal.aborted || error instanceof RingpushError) throw error;
     return null; // no answer, or one that cannot be read, as another origin's: the socket itself will tell
@@ -30,7 +30,7 @@ export class Line {
   seq = 0;
   acked = null;
   heard = 0;
-  #socket; #watching = null; #end; #open = false; #handler = null; #kept = [];
+  #socket; #watching = null; #asking = null; #end; #open = false; #handler = null; #kept = [];
 
   constructor(WebSocket, url, credential, ask, patience) {
     this.ended = new Promise((resolve) => { this.#end = resolve; });
@@ -64,8 +64,7 @@ export class Line {
       socket.onclose = ({ code, reason }) => {
         const why = this.refusal?.reason || reason;
         const error = new RingpushError('closed', why || `closed with ${code}`, true);
-        Object.assign(error, { code, reason: why });
-        if (this.refusal?.reconnect?.min_ms) error.retryAfterMs = this.refusal.reconnect.min_ms;
+        Object.assign(error, { code, reason: why, hint: this.refusal?.reconnect });
         settle(reject, error);
         this.#over(code, why);
       };
@@ -94,14 +93,12 @@ export class Line {
   /** From now on a silence of `every` and `grace` ends the line. A server that sends no heartbeat is asked. */
   watch(every, grace, ask) {
     if (!(every > 0)) return;
-    let asking = null;
-    if (ask) asking = setInterval(() => this.send({ type: 'ping' }), every);
+    if (ask) this.#asking = setInterval(() => this.send({ type: 'ping' }), every);
     this.#rest = () => {
       clearTimeout(this.#watching);
       this.#watching = setTimeout(() => this.fail('silent'), every + grace);
     };
     this.#rest();
-    this.ended.then(() => { clearInterval(asking); clearTimeout(this.#watching); });
   }
 
   /** The line is lost: nothing that still comes counts. */
@@ -120,6 +117,7 @@ export class Line {
 
   #over(code, reason) {
     clearTimeout(this.#watching);
+    clearInterval(this.#asking);
     this.#rest = null;
     this.#end({ code, reason });
   }

@@ -17,8 +17,9 @@ export function memoryStore() {
 export const withValue = (value, then) => (value?.then ? value.then(then) : then(value));
 
 export class Positions {
+  /** `{ seq, at }`: what was handled, and when the newest of it was accepted. */
   known = null;
-  #store; #key; #timer = null; #gone = false;
+  #store; #key; #timer = null; #gone = false; #loaded = false;
 
   constructor(store, key) {
     this.#store = store;
@@ -26,28 +27,31 @@ export class Positions {
   }
 
   async load() {
-    const kept = Number(await this.#store.get(this.#key));
-    this.known = Number.isInteger(kept) && kept > 0 ? kept : null;
+    const [seq, at] = String(await this.#store.get(this.#key)).split(':').map(Number);
+    if (seq > 0 && at > 0) this.known = { seq, at };
     // That there is one shows that the user was not forgotten since.
-    await this.#store.set(this.#key, String(this.known ?? 0));
+    await this.#store.set(this.#key, this.#text);
+    this.#loaded = true;
   }
 
-  note(seq) {
-    this.known = seq;
+  get #text() { return this.known ? `${this.known.seq}:${this.known.at}` : '0'; }
+
+  note(seq, at) {
+    this.known = { seq, at };
     this.#timer ??= setTimeout(() => this.flush(), WRITE_MS);
   }
 
   /** Calls `then` with whether another tab has forgotten the user: at once, where the store answers at once. */
   ifForgotten(then) {
+    if (!this.#loaded) return undefined;
     return withValue(this.#store.get(this.#key), (kept) => then(this.#gone || (kept ?? null) === null));
   }
 
-  flush() {
+  async flush() {
     clearTimeout(this.#timer);
     this.#timer = null;
-    if (this.known === null) return;
     try {
-      this.ifForgotten((forgotten) => forgotten || this.#store.set(this.#key, String(this.known)))?.catch?.(() => {});
+      await this.ifForgotten((forgotten) => forgotten || this.#store.set(this.#key, this.#text));
     } catch { /* a full quota: repeats after a reload */ }
   }
 

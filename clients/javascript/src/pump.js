@@ -11,9 +11,13 @@ export class Pump {
   /** Up to here it was handled, and acked; null before the first line. */
   acked = null;
   received = null;
+  /** When the newest message that was handled was accepted. */
+  at = 0;
   #handled = null; #known = null;
   /** Resets so far: what was handled before the last one is not acked in the numbers after it. */
   #resets = 0;
+  /** A reset that is not handled yet: where its numbers begin. */
+  #base = null;
   #hooks; #queue = []; #busy = false; #over = false; #atHand = null;
   #consumers = new Set(); #gapHandlers = new Set();
   #timer = null; #retry = null;
@@ -22,13 +26,13 @@ export class Pump {
 
   get idle() { return !this.#busy && this.#queue.length === 0; }
 
-  /** What was handled in this page; null before the first line. */
-  get handled() { return this.#handled; }
+  /** What was handled in this page, in the numbers that hold; null before the first line. */
+  get handled() { return this.#base ?? this.#handled; }
 
   /** Where the next line of this page starts: after what was handled, or is at hand; null: after the device's cursor. */
-  get position() { return this.#atHand ?? this.#handled; }
+  get position() { return this.#base ?? this.#atHand ?? this.#handled; }
 
-  /** A line has begun after `since`; `known`: what an earlier page has handled. */
+  /** A line has begun after `since`; `known`: what an earlier page has handled, `{ seq, at }`. */
   begin(since, known) {
     if (this.received === null) {
       this.received = this.#handled = since;
@@ -36,21 +40,25 @@ export class Pump {
     }
   }
 
-  /** The lines are gone: what was not begun comes again. */
+  /** The lines are gone: what was not begun comes again, save a reset, which is told once. */
   rewind() {
-    this.#queue.length = 0;
-    if (this.received !== null) this.received = this.position;
+    this.#queue = this.#queue.filter((item) => item.reset && item.resets === this.#resets);
+    if (this.received === null) return;
+    this.received = this.position;
+    // What was acked as received and comes again is acked again, or its credit would be gone.
+    if (this.acked > this.received) this.acked = this.said = this.received;
   }
 
   /** Queues a message. Returns false for a repeat. */
   put(frame, live) {
     if (this.received !== null && frame.seq <= this.received) return false;
     this.received = frame.seq;
-    if (this.#known !== null && frame.seq <= this.#known) {
-      this.#queue.push({ repeat: frame.seq, resets: this.#resets });
+    // One that was accepted later has the number of another: the server's store is not the one of then.
+    if (frame.seq <= this.#known?.seq && Date.parse(frame.accepted_at) <= this.#known.at) {
+      this.#queue.push({ seq: frame.seq, resets: this.#resets });
     } else {
       // Who has handled it already, if it must be given again.
-      this.#queue.push({ message: this.message(frame, live), done: new Set(), resets: this.#resets });
+      this.#queue.push({ message: this.message(frame, live), seq: frame.seq, done: new Set(), resets: this.#resets });
     }
     if (this.#hooks.ack === 'received') this.#ack(frame.seq);
     this.#pump();
@@ -64,6 +72,7 @@ export class Pump {
     this.received = before - 1;
     if (reset) {
       this.#known = null;
+      this.#base = before - 1;
       this.acked = null;
       this.said = undefined;
       this.#resets += 1;
@@ -144,27 +153,29 @@ export class Pump {
     this.#busy = true;
     try {
       while (!this.#over && this.#queue.length > 0 && this.#consumers.size > 0) {
-        const item = this.#queue.shift();
+        const item = this.#queue[0];
+        // Whoever had it has left: it waits for somebody else who wants it.
+        if (item.left && ![...this.#consumers].some((consumer) => consumer.wants(item.message))) return;
+        this.#queue.shift();
         if (item.gap) {
           await this.#giveGap(item);
           if (this.#over) return;
-          this.#done(item.seq, item.resets, item.reset);
-        } else if (item.repeat) {
-          this.#done(item.repeat, item.resets);
-        } else {
-          this.#atHand = item.message.seq;
+        } else if (item.message) {
+          this.#atHand = item.seq;
           const handled = await this.#give(item);
           this.#atHand = null;
           if (this.#over) return;
-          if (handled) this.#done(item.message.seq, item.resets);
-          else this.#queue.unshift(item);
+          if (!handled) {
+            item.left = item.done.size === 0;
+            this.#queue.unshift(item);
+            continue;
+          }
         }
+        this.#done(item);
       }
     } finally {
       this.#busy = false;
     }
-    if (this.idle) return;
-    if (!this.#over && this.#consumers.size > 0) queueMicrotask(() => this.#pump());
   }
 
   async #giveGap({ gap }) {
@@ -178,9 +189,11 @@ export class Pump {
   }
 
   /** Gives a message to each consumer that wants it. Returns false if it is to be given again. */
-  async #give({ message, done }) {
-    const validate = message.event === undefined || done.size > 0 ? null : this.#hooks.validate[message.event];
+  async #give(item) {
+    const { message, done } = item;
+    const validate = !item.valid && message.event !== undefined && this.#hooks.validate[message.event];
     if (validate) {
+      item.valid = true;
       try { message.payload = validate(message.payload); } catch (error) {
         this.#hooks.error(error, 'invalid_payload');
         return true;
@@ -207,11 +220,13 @@ export class Pump {
     return false;
   }
 
-  #done(seq, resets, reset = false) {
+  #done({ seq, resets, reset, message }) {
     if (resets !== this.#resets) return;
-    if (reset) this.#handled = seq;
-    else this.#handled = Math.max(seq, this.#handled ?? 0);
-    this.#hooks.handled(this.#handled);
+    if (reset) {
+      this.#handled = seq;
+      this.#base = null;
+    } else this.#handled = Math.max(seq, this.#handled ?? 0);
+    this.at = Math.max(this.at, message?.acceptedAt || 0);
     if (this.#hooks.ack === 'handled') this.#ack(this.#handled);
   }
 

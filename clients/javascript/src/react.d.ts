@@ -23,5 +23,5 @@ export function useGap(handler: (gap: Gap) => unknown): void;
 /** The state of the client; the component is rendered anew when it changes. */
 export function usePushState(): State;
 
-/** The client, for `history`, `wake`, `refresh` and `forget`; null before the first component is mounted. */
+/** The client, for `history`, `wake`, `refresh` and `forget`; null in the first rendering. */
 export function useClient<E extends object = Record<string, unknown>>(): Client<E> | null;

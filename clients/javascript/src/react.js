@@ -86,14 +86,15 @@ export function useGap(handler) {
   useEffect(() => shared.use((client) => client.onGap((gap) => newest.current(gap))), [shared]);
 }
 
-/** The state of the client; the component is rendered anew when it changes. */
-export function usePushState() {
+/** What `look` gives of the shared client; the component is rendered anew when the state changes. */
+function useLook(look, atFirst) {
   const shared = useShared();
   const subscribe = useMemo(() => (changed) => shared.use((client) => client.onState(changed)), [shared]);
-  return useSyncExternalStore(subscribe, () => shared.state, () => CONNECTING);
+  return useSyncExternalStore(subscribe, () => look(shared), () => atFirst);
 }
 
-/** The client, for `history`, `wake`, `refresh` and `forget`; null before the first component is mounted. */
-export function useClient() {
-  return useShared().client;
-}
+/** The state of the client; the component is rendered anew when it changes. */
+export const usePushState = () => useLook((shared) => shared.state, CONNECTING);
+
+/** The client, for `history`, `wake`, `refresh` and `forget`; null in the first rendering. */
+export const useClient = () => useLook((shared) => shared.client, null);

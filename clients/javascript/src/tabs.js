@@ -36,10 +36,7 @@ export class Tabs {
   join() {
     if (this.#channel || this.#over) return;
     const channel = this.#channel = new BroadcastChannel(this.#name);
-    channel.onmessage = ({ data }) => {
-      this.#chain = this.#chain.then(() => (channel === this.#channel ? this.#heard(data) : undefined))
-        .catch((error) => this.#hooks.error(error, 'tabs'));
-    };
+    channel.onmessage = ({ data }) => this.#heard(data);
     this.#asking = new AbortController();
     // Shows the others that this tab lives.
     navigator.locks.request(`${this.#name}:${this.#id}`, { signal: this.#asking.signal },
@@ -70,17 +67,15 @@ export class Tabs {
   /** The leader's line has begun, or its positions have changed. */
   announce() { if (this.leads) this.#say({ lead: this.#lead() }); }
 
-  relay(what) { if (this.leads) this.#say({ ...what, term: this.#term, era: this.#era }); }
-
-  /** A gap that the leader's line told. */
-  relayGap(gap, after) {
+  /** Hands on what the leader's line has brought. */
+  relay(what) {
     if (!this.leads) return;
-    if (gap.reason === 'reset') {
+    if (what.gap?.reason === 'reset') {
       this.#era += 1;
       this.#keep('era', this.#era);
       for (const tab of this.#tabs.values()) tab.handled = null;
     }
-    this.relay({ gap, after });
+    this.#say({ ...what, term: this.#term, era: this.#era });
   }
 
   beat() {
@@ -123,9 +118,8 @@ export class Tabs {
   }
 
   async #begin() {
-    const kept = Number(await this.#store.get(`${this.#name}:term`)) || 0;
-    this.#term = Math.max(kept, this.#term) + 1;
-    this.#era = Math.max(Number(await this.#store.get(`${this.#name}:era`)) || 0, this.#era);
+    this.#term = Math.max(await this.#kept('term'), this.#term) + 1;
+    this.#era = Math.max(await this.#kept('era'), this.#era);
     this.#keep('term', this.#term);
     this.#tabs.clear();
     for (const id of await this.#living()) this.#tabs.set(id, { visible: true, handled: null });
@@ -133,7 +127,7 @@ export class Tabs {
     this.leads = true;
     this.announce();
     setTimeout(() => {
-      for (const [id, tab] of this.#tabs) if (tab.handled === null && !tab.said) this.#tabs.delete(id);
+      for (const [id, tab] of this.#tabs) if (!tab.said) this.#tabs.delete(id);
       this.handled();
     }, REPORT_MS);
     this.#leading = this.#leading.then(() => (this.leads ? this.#hooks.lead() : undefined));
@@ -157,11 +151,10 @@ export class Tabs {
     const { floor } = this;
     if (floor === null) return undefined;
     // A tab that was frozen may have lost its lock without having heard of it.
-    const confirm = (kept) => {
+    return withValue(this.#store.get(`${this.#name}:term`), (kept) => {
       if (Number(kept) > this.#term) this.#depose();
       else if (this.leads) this.#hooks.ack(floor);
-    };
-    return withValue(this.#store.get(`${this.#name}:term`), confirm);
+    });
   }
 
   async #living() {
@@ -211,15 +204,17 @@ export class Tabs {
 
   #heard(said) {
     if (said === null || typeof said !== 'object') return undefined;
-    if (said.forget) return this.#hooks.forget();
     if (typeof said.tab === 'string') return this.leads ? this.#hear(said) : undefined;
-    if (said.wake || said.refresh) return this.leads ? this.#hooks.asked(said) : undefined;
+    if (said.forget || (this.leads && (said.wake || said.refresh))) return this.#hooks.asked(said);
     const term = said.lead?.term ?? said.term;
     if (!Number.isInteger(term) || term < this.#term || (this.leads && term === this.#term)) return undefined;
     if (this.leads) this.#depose();
     this.#term = term;
     this.#sign = Date.now();
-    return this.#follow(said);
+    const channel = this.#channel;
+    this.#chain = this.#chain.then(() => (channel === this.#channel && !this.leads ? this.#follow(said) : undefined))
+      .catch((error) => this.#hooks.error(error, 'tabs'));
+    return undefined;
   }
 
   /** As the leader, from a tab. */
@@ -235,7 +230,7 @@ export class Tabs {
         this.#say({ lead });
       }
     }
-    return this.#ack();
+    this.#ack();
   }
 
   /** As another tab, from the leader. */
@@ -245,12 +240,12 @@ export class Tabs {
       if (lead.state) this.#hooks.follow(lead.state);
       if (!Number.isInteger(lead.since)) return;
       if (this.#pump.received === null) {
-        this.#hooks.begin(lead.since);
+        this.#pump.begin(lead.since);
         this.#era = lead.era;
       }
       this.#missed(lead.era, lead.since);
-      await this.#level(lead.received);
       this.#report();
+      await this.#level(lead.received);
     } else if (state) {
       this.#hooks.follow(state);
     } else {
@@ -276,11 +271,11 @@ export class Tabs {
 
   /** Reads what was missed, up to `to`. */
   async #level(to) {
-    for (let wait = 200; this.#channel && this.#pump.received < to; wait = Math.min(wait * 2, 5_000)) {
+    while (this.#channel && !this.leads && this.#pump.received < to) {
       let page;
       try { page = await this.#hooks.page(this.#pump.received); } catch (error) {
         this.#hooks.error(error, 'history');
-        await pause(wait);
+        await pause(1_000);
         continue;
       }
       const gap = (before) => {
@@ -295,9 +290,13 @@ export class Tabs {
     }
   }
 
+  async #kept(what) {
+    try { return Number(await this.#store.get(`${this.#name}:${what}`)) || 0; } catch { return 0; }
+  }
+
   async #keep(what, value) {
     try { await this.#store.set(`${this.#name}:${what}`, String(value)); } catch { /* a full quota */ }
   }
 }
 
-const isVisible = () => globalThis.document?.visibilityState !== 'hidden';
+export const isVisible = () => globalThis.document?.visibilityState !== 'hidden';

@@ -6,7 +6,7 @@ import { Pump } from '../src/pump.js';
 function pump(more = {}) {
   const told = { acked: [], faults: [] };
   const made = new Pump({
-    ack: 'handled', window: 256, validate: {}, handled: () => {},
+    ack: 'handled', window: 256, validate: {},
     error: (fault, code = fault.code) => { told.faults.push(code); }, acked: (seq) => told.acked.push(seq), ...more,
   });
   made.begin(0, null);
@@ -81,7 +81,7 @@ test('a gap is waited for, and a reset lets lower numbers pass', async () => {
 test('what an earlier page has handled is dropped and acked', async () => {
   const { made, told } = pump();
   made.received = null;
-  made.begin(5, 7);
+  made.begin(5, { seq: 7, at: 1e15 });
   const seen = [];
   made.on('*', ({ seq }) => { seen.push(seq); });
   for (const seq of [6, 7, 8]) made.put(frame(seq), false);
@@ -125,4 +125,66 @@ test('a handler that fails and is taken off holds up nothing', async () => {
   made.put(frame(2), true);
   await new Promise((resolve) => { setTimeout(resolve, 700); });
   assert.deepEqual([seen, told.acked.at(-1)], [[1, 2], 2]);
+});
+
+test('what was accepted after an earlier page had handled its number is another message', async () => {
+  const { made } = pump();
+  made.received = null;
+  made.begin(5, { seq: 7, at: 1_000 });
+  const seen = [];
+  made.on('*', ({ seq }) => { seen.push(seq); });
+  made.put(frame(6, { accepted_at: '1970-01-01T00:00:00.900Z' }), false);
+  made.put(frame(7, { accepted_at: '1970-01-01T00:00:05.000Z' }), false);
+  await soon();
+  assert.deepEqual(seen, [7]);
+});
+
+test('a reset that is not handled yet outlives its line, and the next line starts in its numbers', async () => {
+  const { made, told } = pump();
+  made.put(frame(990), true);
+  made.gap({ after: 990, before: 501, reason: 'reset' });
+  made.put(frame(501), true);
+  made.rewind();
+  assert.equal(made.position, 500);
+  assert.equal(made.put(frame(501), false), true);
+  const seen = [];
+  made.onGap(({ before }) => { seen.push(`gap ${before}`); });
+  made.on('*', ({ seq }) => { seen.push(seq); });
+  await soon();
+  assert.deepEqual([seen, told.acked.at(-1)], [['gap 501', 501], 501]);
+});
+
+test('what was acked as received, and comes again, is acked again', async () => {
+  const { made, told } = pump({ ack: 'received' });
+  made.on('*', () => new Promise(() => {}));
+  for (let seq = 1; seq <= 5; seq += 1) made.put(frame(seq), true);
+  await soon();
+  made.rewind();
+  for (let seq = 2; seq <= 4; seq += 1) made.put(frame(seq), false);
+  await soon();
+  assert.deepEqual(told.acked, [5, 4]);
+});
+
+test('a payload is checked once, however often it is given', async () => {
+  const { made, told } = pump({ validate: { at: (text) => { if (typeof text !== 'string') throw new Error('no text'); return new Date(text); } } });
+  made.put(frame(1, { event: 'at', payload: '2026-01-01' }), true);
+  for await (const message of made.messages()) { assert.ok(message.payload instanceof Date); break; }
+  for await (const message of made.messages()) { assert.ok(message.payload instanceof Date); break; }
+  assert.deepEqual([told.faults, told.acked], [[], []]);
+});
+
+test('what was at hand when a loop was left waits for somebody who wants it', async () => {
+  const { made, told } = pump();
+  made.on('chat', () => {});
+  const loop = made.messages({ events: ['order.paid'] });
+  const next = loop.next();
+  made.put(frame(7, { event: 'order.paid' }), true);
+  assert.equal((await next).value.seq, 7);
+  await loop.return();
+  made.put(frame(8, { event: 'chat' }), true);
+  await soon();
+  assert.deepEqual(told.acked, []);
+  made.on('order.paid', () => {});
+  await soon();
+  assert.deepEqual(told.acked, [8]);
 });

@@ -43,7 +43,7 @@ enum Ending {
 enum Pause {
     /// After a delay drawn from the hint.
     Drawn,
-    /// The same, but not before this has passed.
+    /// The same, once this has passed.
     AtLeast(Duration),
     /// At once: the next token may do.
     None,
@@ -82,6 +82,8 @@ pub(crate) struct Actor {
     moving: Option<Moving>,
     refreshing: Option<BoxFuture<'static, Result<String, TokenFault>>>,
     refresh_failures: u32,
+    /// A token was shown to the server, which has not answered yet: it takes one at a time.
+    refresh_is_shown: bool,
     hint: ReconnectHint,
     failures: u32,
     is_caught_up: bool,
@@ -91,6 +93,17 @@ pub(crate) struct Actor {
     refresh_at: Option<Instant>,
     /// The server's time at this moment, to tell when a token expires.
     server_time: Option<(Instant, Millis)>,
+}
+
+/// Tells the end, also where the task panics (the application's token source runs in it) or is
+/// dropped with its runtime.
+struct End(Arc<Shared>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.set(State::Stopped(Stopped::new("internal", None, "the client's task has ended")));
+        self.0.life.send_replace(Life::Ended);
+    }
 }
 
 impl Actor {
@@ -105,6 +118,7 @@ impl Actor {
             moving: None,
             refreshing: None,
             refresh_failures: 0,
+            refresh_is_shown: false,
             hint: FIRST_HINT,
             failures: 0,
             is_caught_up: false,
@@ -117,6 +131,7 @@ impl Actor {
     }
 
     pub(crate) async fn run(mut self) {
+        let _end = End(Arc::clone(&self.shared));
         if !self.device_is_kept {
             let device = &self.dialer.device;
             let detail = format!("no device is named: this is {device}, and the next start is another one");
@@ -134,7 +149,6 @@ impl Actor {
         for line in self.line.take().into_iter().chain(self.next.take()) {
             line.close().await;
         }
-        self.shared.life.send_replace(Life::Ended);
     }
 
     /// Connects and serves until it is over for good.
@@ -156,13 +170,13 @@ impl Actor {
             self.failures += 1;
             let rest = match pause {
                 Pause::Drawn => Some(self.drawn()),
-                Pause::AtLeast(rest) => Some(self.drawn().max(rest)),
+                Pause::AtLeast(rest) => Some(self.drawn() + rest),
                 Pause::None => Some(Duration::ZERO),
                 Pause::UntilWoken => None,
             };
-            self.shared.set(State::Waiting { cause, rest });
             // A wake-up of an earlier time is none.
             let _ = self.shared.wake.notified().now_or_never();
+            self.shared.set(State::Waiting { cause, rest });
             tokio::select! {
                 () = self.shared.wake.notified() => {}
                 () = rest_for(rest) => {}
@@ -186,8 +200,8 @@ impl Actor {
             }
             DialError::Unreachable(why) => Ending::Rest(why, Pause::Drawn),
             DialError::Refused { code, reason, retry_after, hint } => {
-                let hinted = hint.map(|hint| Duration::from_millis(hint.min_ms));
-                self.ended(code, &reason, retry_after.or(hinted)).await
+                self.hint = hint.unwrap_or(self.hint);
+                self.ended(code, &reason, retry_after).await
             }
         }
     }
@@ -269,9 +283,13 @@ impl Actor {
         };
         if let Some(meant) = self.dialer.user.as_ref().filter(|meant| **meant != welcome.user) {
             let detail = format!("the token is of {}, not of {meant}", welcome.user);
+            // Nothing is said on it any more, an ack least of all.
+            let line = if is_next { &mut self.next } else { &mut self.line };
+            *line = None;
             return ControlFlow::Break(Ending::Stop(Stopped::new("wrong_user", None, detail)));
         }
         self.dialer.tokens.accepted().await;
+        self.refresh_is_shown = false;
         self.failures = 0;
         self.hint = welcome.hint;
         self.shared.with(|ledger| ledger.begin(welcome.since));
@@ -337,6 +355,7 @@ impl Actor {
                 self.open_moved(Duration::from_millis(after_ms));
             }
             ReceivedFrame::Other(ServerFrame::Refreshed { expires_at }) => {
+                self.refresh_is_shown = false;
                 self.dialer.tokens.accepted().await;
                 if let Some(expires_at) = Millis::parse_rfc3339(&expires_at) {
                     self.refresh_before(expires_at);
@@ -383,6 +402,7 @@ impl Actor {
         let Some(next) = self.next.take() else { return };
         self.is_caught_up |= next.is_caught_up;
         let old = self.line.replace(next);
+        self.shared.with(|ledger| ledger.end_of_move());
         (self.moving, self.probe) = (None, None);
         self.set_served();
         if let Some(mut old) = old {
@@ -473,6 +493,9 @@ impl Actor {
     }
 
     fn renew(&mut self) -> ControlFlow<Ending> {
+        if self.refresh_is_shown {
+            return ControlFlow::Continue(());
+        }
         let dialer = Arc::clone(&self.dialer);
         let rest = match self.refresh_failures {
             0 => Duration::ZERO,
@@ -498,6 +521,7 @@ impl Actor {
                 self.refresh_failures = 0;
                 if let Some(line) = self.next.as_mut().or(self.line.as_mut()) {
                     line.say(ClientFrame::Refresh(token).encode()).await;
+                    self.refresh_is_shown = true;
                 }
             }
             Err(TokenFault::Refused(why)) => {

@@ -175,18 +175,26 @@ pub enum Notice {
 }
 
 /// The notices of one client, from [`Inbox::notices`].
-pub struct Notices(broadcast::Receiver<Notice>);
+pub struct Notices {
+    notices: broadcast::Receiver<Notice>,
+    /// [`State::Stopped`] was given: nothing follows.
+    is_over: bool,
+}
 
 impl Notices {
     /// The next notice; `None` after the last. A reader that is 32 behind misses the oldest.
     pub async fn next(&mut self) -> Option<Notice> {
-        loop {
-            match self.0.recv().await {
-                Ok(notice) => return Some(notice),
+        while !self.is_over {
+            match self.notices.recv().await {
+                Ok(notice) => {
+                    self.is_over = matches!(notice, Notice::State(State::Stopped(_)));
+                    return Some(notice);
+                }
                 Err(broadcast::error::RecvError::Lagged(_)) => {}
-                Err(broadcast::error::RecvError::Closed) => return None,
+                Err(broadcast::error::RecvError::Closed) => self.is_over = true,
             }
         }
+        None
     }
 }
 
@@ -250,8 +258,9 @@ impl Shared {
     /// All lines are gone: what was not handed on comes again.
     pub(crate) fn rewind(&self) {
         let mut inner = self.inner();
-        inner.queue.clear();
-        inner.ledger.rewind();
+        let Inner { ledger, queue, .. } = &mut *inner;
+        queue.retain(|(mark, _)| ledger.outlives_lines(mark));
+        ledger.rewind();
     }
 
     pub(crate) fn set(&self, state: State) {
@@ -385,7 +394,9 @@ impl Inbox {
     /// What happens beside the stream: from the start at the first call, later from now on.
     #[must_use]
     pub fn notices(&mut self) -> Notices {
-        Notices(self.first.take().unwrap_or_else(|| self.shared.notices.subscribe()))
+        let is_over = self.first.is_none() && matches!(self.state(), State::Stopped(_));
+        let notices = self.first.take().unwrap_or_else(|| self.shared.notices.subscribe());
+        Notices { notices, is_over }
     }
 
     /// A handle for use beside the loop that receives.
@@ -434,5 +445,27 @@ impl InboxHandle {
             }
             was_open
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::connect;
+    use crate::tokens::{TokenError, TokenReason};
+
+    #[tokio::test]
+    async fn a_token_source_that_panics_ends_the_client_and_says_so() {
+        #[allow(clippy::panic)]
+        async fn broken(_: TokenReason) -> Result<String, TokenError> {
+            panic!("the application's own fault")
+        }
+        let mut inbox = connect("http://127.0.0.1:1", broken).device("d").start().unwrap();
+        let (mut notices, handle) = (inbox.notices(), inbox.handle());
+        assert_eq!(inbox.next().await.unwrap_err().cause, "internal");
+        handle.close().await;
+        while let Some(notice) = notices.next().await {
+            assert!(matches!(notice, Notice::State(_)), "{notice:?}");
+        }
     }
 }

@@ -24,6 +24,9 @@ pub(crate) struct Ledger {
     acked: Option<u64>,
     at_hand: Option<Mark>,
     resets: u64,
+    /// A reset that is not handled yet: where its numbers begin.
+    base: Option<u64>,
+    /// The last reset, and the line that told it, while a second line may tell the same.
     last_reset: Option<(LineId, u64)>,
 }
 
@@ -63,6 +66,7 @@ impl Ledger {
         }
         let seq = before.saturating_sub(1);
         self.received = Some(seq);
+        self.base = Some(seq);
         self.acked = None;
         self.resets += 1;
         Some(Mark { seq, is_reset: true, is_message: false, resets: self.resets })
@@ -86,7 +90,21 @@ impl Ledger {
             _ => mark.seq,
         };
         self.handled = Some(handled);
+        if mark.is_reset {
+            self.base = None;
+        }
         Some(handled)
+    }
+
+    /// One line is left of two: what it tells from now on is new.
+    pub(crate) fn end_of_move(&mut self) {
+        self.last_reset = None;
+    }
+
+    /// Whether an item that waits is to be kept when all lines are gone: a reset, which is told
+    /// once.
+    pub(crate) fn outlives_lines(&self, mark: &Mark) -> bool {
+        mark.is_reset && mark.resets == self.resets
     }
 
     /// Everything up to `seq` may be acked. Returns whether that is news.
@@ -108,9 +126,11 @@ impl Ledger {
         self.received
     }
 
-    /// Where a reconnect starts: after what was handled, or is at hand.
+    /// Where a reconnect starts: after what was handled, or is at hand. If a reset is not handled
+    /// yet: where its numbers begin.
     pub(crate) fn position(&self) -> Option<u64> {
         match self.at_hand {
+            _ if self.base.is_some() => self.base,
             Some(mark) if mark.is_message && mark.resets == self.resets => Some(mark.seq),
             _ => self.handled,
         }
@@ -118,8 +138,11 @@ impl Ledger {
 
     /// All lines are gone: what was not handed on comes again.
     pub(crate) fn rewind(&mut self) {
+        self.last_reset = None;
         if self.received.is_some() {
             self.received = self.position();
+            // What was acked as received comes again, and is acked again: it has taken credit.
+            self.acked = self.acked.min(self.received);
         }
     }
 }
@@ -150,7 +173,25 @@ mod tests {
         assert!(ledger.take(11).is_some());
         assert_eq!(ledger.take_reset(2, 11), None);
         assert_eq!(ledger.received(), Some(11));
-        assert!(ledger.take_reset(2, 11).is_some(), "the same line says it again: it is another one");
+        ledger.end_of_move();
+        assert!(ledger.take_reset(2, 11).is_some(), "the store was emptied again");
+    }
+
+    #[test]
+    fn a_reset_that_is_not_handled_yet_outlives_its_line() {
+        let mut ledger = Ledger::default();
+        ledger.begin(900);
+        let message = ledger.take(990).unwrap();
+        ledger.hand(message);
+        let reset = ledger.take_reset(1, 501).unwrap();
+        let stale = ledger.take(501).unwrap();
+        ledger.rewind();
+        assert_eq!((ledger.position(), ledger.received()), (Some(500), Some(500)));
+        assert!(ledger.outlives_lines(&reset) && !ledger.outlives_lines(&stale));
+        assert!(ledger.take(501).is_some(), "it comes again");
+        assert_eq!(ledger.handle(), None);
+        ledger.hand(reset);
+        assert_eq!(ledger.handle(), Some(500));
     }
 
     proptest! {

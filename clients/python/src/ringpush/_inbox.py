@@ -181,6 +181,8 @@ class Inbox:
         self._queue: deque[tuple[int, Message | Gap]] = deque()
         self._resets = 0
         self._last_reset: tuple[_Line, int] | None = None
+        # A reset that is not handled yet: where its numbers begin.
+        self._base: int | None = None
         self._ahead = 0.0
         self._filled = asyncio.Event()
         self._at_hand: tuple[int, Message | Gap] | None = None
@@ -329,7 +331,7 @@ class Inbox:
             return float("inf"), "replaced"
         if closed.code == 403 or 4500 <= closed.code < 5000:
             self._stop(cause)
-        return max(self._delay(), closed.retry_after) if closed.retry_after else None, cause
+        return self._delay() + closed.retry_after if closed.retry_after else None, cause
 
     def _refused(self, reason: str) -> float | None:
         if reason == "ticket_invalid":
@@ -383,8 +385,8 @@ class Inbox:
                     reason, hint = frame.get("reason") or "", frame.get("reconnect")
         except websockets.ConnectionClosed as error:
             code = error.rcvd.code if error.rcvd else 1006
-            after = (hint or {}).get("min_ms", 0) / 1000
-            raise _Closed(code, reason or (error.rcvd.reason if error.rcvd else ""), after) from None
+            self._hint = hint or self._hint
+            raise _Closed(code, reason or (error.rcvd.reason if error.rcvd else "")) from None
         except BaseException:
             if socket.transport is not None:
                 socket.transport.abort()
@@ -394,8 +396,7 @@ class Inbox:
         """Reads lines, the next where one is replaced, until none is left."""
         assert self._line is not None
         await self._welcome(self._line)
-        while True:
-            line = self._line
+        while (line := self._line) is not None:
             try:
                 while self._stopped is None and self._line is line:
                     await self._frame(line, await line.frame())
@@ -419,11 +420,17 @@ class Inbox:
                     self._mover.cancel()
                 self._rewind()
                 raise closed
+        return "closed"
 
     async def _welcome(self, line: _Line) -> None:
         welcome = line.welcome
         if self._user is not None and welcome.get("user") != self._user:
             self._stop("wrong_user", f"the token is of {welcome.get('user')}, not of {self._user}")
+            # Nothing is said on it any more, an ack least of all.
+            if line is self._line:
+                self._line = None
+            if line is self._next:
+                self._next = None
             await line.close()
             return
         self._failures = self._refusals = 0
@@ -470,6 +477,7 @@ class Inbox:
                 if reset:
                     self._acked = None
                     self._resets += 1
+                    self._base = frame["before"] - 1
                 self._put(Gap(frame["after"], frame["before"], frame["reason"]))
             self._reached()
         elif kind == "caught_up":
@@ -499,6 +507,7 @@ class Inbox:
 
     def _take(self, line: _Line) -> None:
         old, self._line, self._next = self._line, line, None
+        self._last_reset = None
         self._caught_up = line.caught_up or self._caught_up
         self._set("live" if self._caught_up else "catching-up")
         if old is not None and old is not line:
@@ -598,14 +607,22 @@ class Inbox:
     # --- the queue, and acks ----------------------------------------------------------------------
 
     def _position(self) -> int | None:
+        if self._base is not None:
+            return self._base
         if self._at_hand is not None and isinstance(self._at_hand[1], Message):
             return self._at_hand[1].seq
         return self._handled
 
     def _rewind(self) -> None:
-        self._queue.clear()
+        # What was not handed over comes again, save a reset, which is told once.
+        self._queue = deque(held for held in self._queue if held[0] == self._resets and isinstance(held[1], Gap)
+                            and held[1].reason == "reset")
+        self._last_reset = None
         if self._received is not None:
             self._received = self._position()
+            # What was acked as received and comes again is acked again, or its credit would be gone.
+            if self._acked is not None and self._received is not None:
+                self._acked = min(self._acked, self._received)
 
     def _put(self, item: Message | Gap) -> None:
         self._queue.append((self._resets, item))
@@ -621,6 +638,8 @@ class Inbox:
         else:
             seq, reset = item.seq, False
         self._handled = seq if reset or self._handled is None else max(seq, self._handled)
+        if reset:
+            self._base = None
         if self._ack_when == "handled":
             self._ack(self._handled)
 
