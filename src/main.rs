@@ -152,7 +152,7 @@ struct AuditOptions {
     /// Print one line of JSON.
     #[arg(long)]
     json: bool,
-    /// Which client library receives: rust, js (by Node 22), python (3.10 or later, with websockets).
+    /// Which client library receives: rust, js (Node 22), python (3.10 or later, with websockets).
     #[arg(long, default_value = "rust", value_name = "LIBRARY", value_parser = ClientLibrary::parse)]
     clients: ClientLibrary,
     /// The Node or Python that runs it [default: node, python3].
