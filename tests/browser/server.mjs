@@ -11,9 +11,9 @@ import { DEADLINE } from './launch.mjs';
 const ROLES = ['push', 'collect', 'auth', 'dispatch', 'ops'];
 
 export class Server {
-  /** Addresses by role, and the code of the page's URL. */
-  ports; code;
-  #data; #process; #env; #key; #adminKey;
+  /** Addresses by role, the code of the page's URL, and the admin key. */
+  ports; code; adminKey;
+  #data; #process; #env; #key;
 
   static async start(env = {}) {
     const server = new Server();
@@ -36,7 +36,7 @@ export class Server {
         this.ports = JSON.parse(await readFile(join(this.#data, 'listen.json'), 'utf8'));
         this.code = greeting.match(/^ *page +http:\S+\?code=(\S+)$/m)?.[1];
         const keys = await readFile(join(this.#data, 'dev-keys.toml'), 'utf8');
-        [this.#key, this.#adminKey] = ['api_key', 'admin_key'].map((name) => keys.match(new RegExp(`^${name} = "(.*)"$`, 'm'))[1]);
+        [this.#key, this.adminKey] = ['api_key', 'admin_key'].map((name) => keys.match(new RegExp(`^${name} = "(.*)"$`, 'm'))[1]);
         if (this.code) return;
       } catch { /* not ready yet */ }
     }
@@ -52,7 +52,7 @@ export class Server {
 
   /** A call of collect's API, or of auth's. */
   async call(method, path, body, role = 'collect') {
-    const key = role === 'auth' ? this.#adminKey : this.#key;
+    const key = role === 'auth' ? this.adminKey : this.#key;
     const answer = await fetch(`http://${this.ports[role]}${path}`, {
       method,
       headers: { authorization: `Bearer ${key}`, 'content-type': 'application/json' },

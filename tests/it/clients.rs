@@ -136,6 +136,12 @@ async fn the_library_works_in_the_tabs_of_a_real_browser() {
     in_chromium("tabs.mjs", &[("RINGPUSH_PROGRAM", program().to_owned())]).await;
 }
 
+/// The example of a notification bell: badge, list, history, tabs, log out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_example_of_a_bell_works_as_its_readme_says() {
+    in_chromium("bell.mjs", &[("RINGPUSH_PROGRAM", program().to_owned())]).await;
+}
+
 /// The hooks of `@ringpush/client/react` in StrictMode.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_library_works_in_react() {

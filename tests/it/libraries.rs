@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::json;
 
-use ringpush_testing::{Options, Server, eventually, root, tool};
+use ringpush_testing::{Options, Server, eventually, http, root, tool};
 
 fn node() -> Command {
     let mut command = Command::new("node");
@@ -321,4 +321,71 @@ async fn the_rust_example_works_as_printed() {
         assert!(example.ends_with(&shown(readme)), "{readme} shows another program than examples/readme.rs");
     }
     the_example_works("README.md", "rust", ".rs", Command::new(built("readme"))).await;
+}
+
+/// The example of a worker, killed in the middle of its work three times: each order is shipped
+/// once, and what is no order is passed over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_example_of_a_worker_handles_each_message_once_through_kills() {
+    let server = Server::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("orders.db");
+    let token = server.token("warehouse").await;
+    let url = format!("http://{}", server.at("push"));
+    let start = || {
+        let mut command = Command::new(python());
+        command.arg(root().join("examples/worker/worker.py")).arg(&database);
+        command.env("PYTHONPATH", root().join("clients/python/src"));
+        command.env("RINGPUSH_URL", &url).env("RINGPUSH_TOKEN", &token);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Program { child, lines }
+    };
+    let orders = (1..=200).map(|n| json!({"order": n, "items": 2}));
+    let payloads = std::iter::once(json!("no order")).chain(orders).collect::<Vec<_>>();
+    server.publish_all("warehouse", payloads.into_iter()).await;
+    for until in [40, 80, 120] {
+        let mut worker = start();
+        while !worker.line().contains(&format!("order {until}:")) {}
+    }
+    let mut worker = start();
+    while !worker.line().contains("order 200:") {}
+    drop(worker);
+    let count = "import sqlite3, sys; \
+         print(sqlite3.connect(sys.argv[1]).execute('SELECT count(*), count(DISTINCT customer_order) FROM shipment').fetchone())";
+    assert_eq!(run(Command::new(python()).args(["-c", count]).arg(&database)).trim(), "(200, 200)");
+}
+
+/// The example of a service that publishes: an order that is sent twice is told once, and a bad one
+/// is refused.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_example_of_a_publisher_tells_each_order_once() {
+    let server = Server::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let scope = directory.path().join("node_modules/@ringpush");
+    std::fs::create_dir_all(&scope).unwrap();
+    let package = root().join("clients/server-javascript").canonicalize().unwrap();
+    std::os::unix::fs::symlink(package, scope.join("server")).unwrap();
+    let script = directory.path().join("service.mjs");
+    std::fs::copy(root().join("examples/publisher/service.mjs"), &script).unwrap();
+    let mut command = Command::new("node");
+    command.arg(&script).env("PORT", "0").env("RINGPUSH_API_KEY", server.key("api_key"));
+    command.env("RINGPUSH_COLLECT", format!("http://{}", server.at("collect")));
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut service = Program { child, lines };
+    let at = service.line().trim_start_matches("http://").to_owned();
+    let order = async |body: &str| http::request(&at, "POST", "/orders", None, &[], body.as_bytes()).await;
+    for _ in 0..2 {
+        let answer = order(r#"{"order":17,"customer":"alice","items":3}"#).await;
+        assert_eq!((answer.status, answer.json()), (202, json!({"order": 17})));
+    }
+    assert_eq!(order(r#"{"order":17,"customer":"alice","items":4}"#).await.status, 409);
+    for bad in ["{", r#"{"order":"x"}"#, r#"{"order":18,"customer":"","items":3}"#] {
+        assert_eq!(order(bad).await.status, 400, "{bad}");
+    }
+    for user in ["alice", "warehouse"] {
+        let stored = server.get(&format!("/v1/users/{user}/messages")).await.json();
+        assert_eq!(stored["messages"].as_array().map(Vec::len), Some(1), "{user}: {stored}");
+    }
 }

@@ -31,3 +31,4 @@ mod session_options;
 mod sizes;
 mod sockets;
 mod tokens;
+mod versions;

@@ -25,6 +25,10 @@ fn resident_mb(server: &Server) -> usize {
     line.trim().trim_end_matches(" kB").trim().parse::<usize>().unwrap() / 1024
 }
 
+/// In place of a `grpc-status`: the server has closed the connection, as HTTP/2 lets it with one
+/// whose streams it must end by the hundred.
+const CLOSED: u16 = 999;
+
 /// A connection's worth of calls that begin a message and never end it; how each was answered, as
 /// `grpc-status`.
 async fn calls_that_never_end(at: &str, path: &str, key: Option<&str>) -> Vec<u16> {
@@ -46,8 +50,10 @@ async fn calls_that_never_end(at: &str, path: &str, key: Option<&str>) -> Vec<u1
             if let Some(key) = key {
                 request = request.header("authorization", format!("Bearer {key}"));
             }
-            let answer = client.send_request(request.body(body).unwrap()).await.unwrap();
-            grpc_status(answer).await
+            match client.send_request(request.body(body).unwrap()).await {
+                Ok(answer) => grpc_status(answer).await,
+                Err(_) => CLOSED,
+            }
         }
     };
     let all = stream::iter(0..STREAMS).map(call).buffer_unordered(STREAMS).collect().await;
@@ -62,8 +68,10 @@ async fn grpc_status(answer: Response<hyper::body::Incoming>) -> u16 {
     if let Some(status) = of(answer.headers()) {
         return status;
     }
-    let body = answer.into_body().collect().await.unwrap();
-    body.trailers().and_then(of).expect("every call has a status")
+    match answer.into_body().collect().await {
+        Ok(body) => body.trailers().and_then(of).expect("every call has a status"),
+        Err(_) => CLOSED,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -79,7 +87,11 @@ async fn nothing_of_a_strangers_call_is_read_before_the_key() {
             )
         };
         let (one, two) = tokio::time::timeout(DEADLINE, both).await.expect("answered at once");
-        assert!(one.iter().chain(&two).all(|status| *status == 16), "unauthenticated");
+        let count = |code: u16| one.iter().chain(&two).filter(|status| **status == code).count();
+        assert!(
+            count(16) > 0 && count(16) + count(CLOSED) == 2 * STREAMS,
+            "unauthenticated: {one:?} {two:?}"
+        );
     }
     let grown = resident_mb(&server) - before;
     assert!(grown < 100, "{grown} MB");

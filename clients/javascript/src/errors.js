@@ -15,9 +15,9 @@ export class RingpushError extends Error {
     this.retryable = retryable;
   }
 
-  static from(code, error) {
+  static from(code, error, retryable) {
     if (error instanceof RingpushError) return error;
-    return new RingpushError(code, error?.message ?? String(error), false, { cause: error });
+    return new RingpushError(code, error?.message ?? String(error), retryable, { cause: error });
   }
 
   /** The problem that a server answered. */

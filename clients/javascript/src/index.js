@@ -59,13 +59,13 @@ class Client {
     const { window: size = 256 } = options;
     const check = (holds, rule) => { if (!holds) throw new TypeError(`ringpush: ${rule}`); };
     check(options.url && typeof options.token === 'function', '"url" and "token" are required');
-    check(Number.isInteger(size) && size >= 1 && size <= 10_000, '"window" is an integer from 1 to 10000');
+    check(Number.isInteger(size) && size >= 1 && size <= 10_000, '"window" is 1 to 10000');
     for (const [name, ...values] of [['begin', 'oldest', 'latest'], ['ack', 'handled', 'received', 'manual'], ['tabs', 'separate', 'shared']]) {
       check([undefined, ...values].includes(options[name]), `"${name}" is one of ${values}`);
     }
     check(options.tabs !== 'shared' || options.user, '"tabs": "shared" needs "user"');
     this.#WebSocket = options.WebSocket ?? globalThis.WebSocket;
-    check(this.#WebSocket, 'this platform has no WebSocket; hand one in as "WebSocket"');
+    check(this.#WebSocket, 'hand in a "WebSocket"');
     this.#options = { ...options, window: size };
     this.#url = new URL(options.url);
     this.#url.pathname = this.#url.pathname.replace(/\/*$/, '/');
@@ -209,24 +209,22 @@ class Client {
 
   #share() {
     if (!isSupported()) {
-      this.#fault(new RingpushError('tabs_not_shared', 'no Web Locks', false));
+      this.#fault('no Web Locks', 'tabs_not_shared', false);
       return this.#lead();
     }
     this.#tabs = new Tabs(this.#name(), this.#store, this.#pump, {
       lead: () => this.#lead(),
       drop: () => {
-        clearTimeout(this.#refreshTimer);
         this.#move = null;
         this.#isCaughtUp = false;
-        for (const line of [this.#line, this.#next, ...this.#opening]) line?.close();
-        this.#wakeUp?.();
+        this.#closeLines();
       },
       follow: (state) => {
         this.#isCaughtUp = state.name === 'live';
         this.#set(state);
       },
       ack: (seq) => this.#acked(seq),
-      page: (after) => this.#page({ after, limit: 100 }, AbortSignal.any([this.#abort.signal, AbortSignal.timeout(OPEN_MS)])),
+      page: (after) => this.#page({ after, limit: 100 }, this.#within(OPEN_MS)),
       asked: (what) => (what.forget ? this.close() : what.wake ? this.wake() : this.refresh()),
       standing: () => ({ state: this.#state, beat: this.#line?.welcome?.heartbeat_ms }),
       error: (error, code) => (error instanceof Refused ? this.#stop('refused', error) : this.#fault(error, code)),
@@ -264,7 +262,7 @@ class Client {
       if (kept) device = kept;
       else await this.#store.set(this.#deviceKey(), device);
       if (this.#store.volatile) {
-        this.#fault(new RingpushError('device_not_kept', 'name a "device"', false));
+        this.#fault('name a "device"', 'device_not_kept', false);
       }
     } catch (error) {
       this.#fault(error, 'store');
@@ -289,7 +287,7 @@ class Client {
   /** Opens a line where the server says. */
   async #open() {
     const token = await this.#anyToken();
-    const place = await placeOf(this.#url, token, this.#device, this.#abort.signal, OPEN_MS);
+    const place = await placeOf(this.#url, token, this.#device, this.#within(OPEN_MS));
     const url = place?.socket ?? place?.url ?? this.#socketUrl();
     const credential = place?.ticket ? { ticket: place.ticket } : place ? null : { token };
     return this.#openAt(url, credential, this.#pump.position);
@@ -350,7 +348,7 @@ class Client {
   #refused(reason) {
     if (reason === 'ticket_invalid') return reason;
     if (this.#fresh) this.#refusals += 1;
-    if (this.#refusals >= 2) { this.#stop('unauthorized', new RingpushError('unauthorized', reason, false)); return reason; }
+    if (this.#refusals >= 2) { this.#stop('unauthorized', reason || 'refused'); return reason; }
     this.#token = null;
     this.#why = reason === 'token_revoked' ? 'revoked' : 'expired';
     this.#notBefore = 0;
@@ -412,7 +410,7 @@ class Client {
   #welcome(line, frame) {
     const { user } = this.#options;
     if (user && frame.user !== user) {
-      this.#stop('wrong_user', new RingpushError('wrong_user', `the token is of ${frame.user}, not of ${user}`, false));
+      this.#stop('wrong_user', `the token is of ${frame.user}, not of ${user}`);
       return;
     }
     this.#failures = this.#refusals = 0;
@@ -449,7 +447,7 @@ class Client {
     this.#next = null;
     const move = this.#move = {};
     const isOver = () => this.#move !== move || this.#over;
-    this.#set({ name: 'moving', to: node, reason });
+    this.#set({ ...this.#served, name: 'moving', to: node, reason });
     for (let tries = 0; tries < MOVE_TRIES; tries += 1) {
       await pause(tries ? between(this.#hint) : after);
       if (isOver()) return;
@@ -468,7 +466,7 @@ class Client {
   }
 
   /** The state while a line is served. */
-  get #served() { return { name: this.#isCaughtUp ? 'live' : 'catching-up' }; }
+  get #served() { return { name: this.#isCaughtUp ? 'live' : 'catching-up', node: this.#line?.welcome?.node }; }
 
   /** The line does not answer: another one first, then it goes. */
   async #replace(line) {
@@ -504,8 +502,7 @@ class Client {
   }
 
   async #fetchToken(reason) {
-    const late = AbortSignal.timeout(PATIENCE_MS);
-    const signal = AbortSignal.any([this.#abort.signal, late]);
+    const signal = this.#within(PATIENCE_MS);
     const timeout = new Promise((_, reject) => {
       signal.addEventListener('abort', () => reject(
         new RingpushError('token_timeout', '"token" did not answer')), { once: true });
@@ -521,8 +518,7 @@ class Client {
       this.#fresh = true;
       return token;
     } catch (error) {
-      if (error instanceof Refused || error instanceof RingpushError) throw error;
-      throw new RingpushError('token_failed', `"token" threw: ${error?.message ?? error}`);
+      throw error instanceof Refused ? error : RingpushError.from('token_failed', error);
     }
   }
 
@@ -563,13 +559,14 @@ class Client {
 
   // --- the rest ---------------------------------------------------------------------------------
 
+  /** Aborts after so long, and when the client stops. */
+  #within(ms) { return AbortSignal.any([this.#abort.signal, AbortSignal.timeout(ms)]); }
+
   #socketUrl() { return new URL('v1/ws', this.#url).href.replace('http', 'ws'); }
 
   #set(state) {
     if (this.#stopped && state.name !== 'stopped') return;
     if (state.name === this.#state.name && state.name !== 'waiting') return;
-    const node = this.#line?.welcome?.node;
-    if (node && ['catching-up', 'live', 'moving'].includes(state.name)) state = { ...state, node };
     this.#state = state;
     this.#tabs?.relay({ state });
     for (const handler of this.#stateHandlers) {
@@ -577,8 +574,8 @@ class Client {
     }
   }
 
-  #fault(error, code) {
-    const fault = RingpushError.from(code, error);
+  #fault(error, code, retryable) {
+    const fault = RingpushError.from(code, error, retryable);
     const { onError } = this.#options;
     try {
       if (onError) return onError(fault);
@@ -592,21 +589,23 @@ class Client {
   #stop(cause, error) {
     if (this.#stopped) return;
     this.#stopped = cause;
-    if (error) this.#fault(error, cause);
-    clearTimeout(this.#refreshTimer);
+    if (error) this.#fault(error, cause, false);
     this.#abort.abort();
-    this.#wakeUp?.();
     this.#pump.flush();
     this.#pump.end();
-    const lines = [this.#line, this.#next, ...this.#opening].filter(Boolean);
-    for (const line of lines) line.close();
+    this.#closeLines();
     this.#tabs?.stop();
     if (!this.#line) this.#finish();
   }
 
+  #closeLines() {
+    clearTimeout(this.#refreshTimer);
+    for (const line of [this.#line, this.#next, ...this.#opening]) line?.close();
+    this.#wakeUp?.();
+  }
+
   #finish() {
     this.#news?.close();
-    this.#tabs?.stop();
     this.#positions?.flush();
     this.#set({ name: 'stopped', cause: this.#stopped });
     this.#end();
@@ -624,10 +623,6 @@ class Client {
       this.#positions?.flush();
       this.#tabs?.leave();
     };
-    const seen = () => {
-      this.#tabs?.handled();
-      if (isVisible()) wake();
-    };
     let last = Date.now();
     const tick = setInterval(() => {
       const passed = Date.now() - last;
@@ -641,15 +636,16 @@ class Client {
     const { signal } = this.#abort;
     signal.addEventListener('abort', () => clearInterval(tick));
     if (!globalThis.window) return;
-    const on = (target, names, handler) => {
-      for (const name of names) target.addEventListener(name, handler, { signal });
-    };
-    on(window, ['online'], () => { if (isVisible() || !this.#patient) wake(); });
-    on(window, ['pageshow'], wake);
-    on(window, ['pagehide'], hide);
-    on(document, ['visibilitychange'], seen);
-    on(document, ['freeze'], hide);
-    on(document, ['resume'], wake);
+    const on = (target, name, handler) => target.addEventListener(name, handler, { signal });
+    on(window, 'online', () => { if (isVisible() || !this.#patient) wake(); });
+    on(window, 'pageshow', wake);
+    on(window, 'pagehide', hide);
+    on(document, 'visibilitychange', () => {
+      this.#tabs?.handled();
+      if (isVisible()) wake();
+    });
+    on(document, 'freeze', hide);
+    on(document, 'resume', wake);
   }
 }
 

@@ -5,20 +5,20 @@ import { RingpushError } from './errors.js';
 export const pause = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
 
 /** Where to open a socket, by `POST /v1/connect`; null where the server has no such call or it cannot be read. */
-export async function placeOf(base, token, device, signal, patience) {
+export async function placeOf(base, token, device, signal) {
   try {
     const answer = await fetch(new URL('v1/connect', base), {
       method: 'POST',
       headers: { authorization: `Bearer ${token}`, 'content-type': 'application/json' },
       body: JSON.stringify({ device }),
-      signal: AbortSignal.any([signal, AbortSignal.timeout(patience)]),
+      signal,
     });
     if (answer.status === 404 || answer.status === 405) return null;
     if (!answer.ok) throw await RingpushError.of(answer);
     const place = await answer.json();
     return place?.url || place?.socket ? place : null;
   } catch (error) {
-    if (signal.aborted || error instanceof RingpushError) throw error;
+    if (error.status) throw error;
     return null; // no answer, or one that cannot be read, as another origin's: the socket itself will tell
   }
 }
@@ -30,7 +30,7 @@ export class Line {
   seq = 0;
   acked = null;
   heard = 0;
-  #socket; #watching = null; #asking = null; #end; #open = false; #handler = null; #kept = [];
+  #socket; #watching = null; #asking = null; #heardAt = 0; #end; #open = false; #handler = null; #kept = [];
 
   constructor(WebSocket, url, credential, ask, patience) {
     this.ended = new Promise((resolve) => { this.#end = resolve; });
@@ -49,7 +49,7 @@ export class Line {
       };
       socket.onmessage = ({ data }) => {
         this.heard += 1;
-        this.#rest?.();
+        this.#heardAt = performance.now();
         let frame;
         try { frame = JSON.parse(data); } catch { return this.fail('rubbish'); }
         if (frame === null || typeof frame !== 'object' || typeof frame.type !== 'string') return this.fail('rubbish');
@@ -73,8 +73,6 @@ export class Line {
     this.opened.catch(() => {});
   }
 
-  #rest = null;
-
   /** From now on `handler` has the frames, those first that came before. */
   begin(handler) {
     this.#handler = handler;
@@ -94,11 +92,13 @@ export class Line {
   watch(every, grace, ask) {
     if (!(every > 0)) return;
     if (ask) this.#asking = setInterval(() => this.send({ type: 'ping' }), every);
-    this.#rest = () => {
-      clearTimeout(this.#watching);
-      this.#watching = setTimeout(() => this.fail('silent'), every + grace);
+    // One timer for all frames: what is heard meanwhile only puts it off.
+    const look = () => {
+      const left = this.#heardAt + every + grace - performance.now();
+      if (left > 0) this.#watching = setTimeout(look, left);
+      else this.fail('silent');
     };
-    this.#rest();
+    look();
   }
 
   /** The line is lost: nothing that still comes counts. */
@@ -118,7 +118,6 @@ export class Line {
   #over(code, reason) {
     clearTimeout(this.#watching);
     clearInterval(this.#asking);
-    this.#rest = null;
     this.#end({ code, reason });
   }
 }

@@ -1,18 +1,23 @@
 // The queue between the lines and the application: each number once and in order, one message at a time, acked when
 // handled.
 
-import { RingpushError } from './errors.js';
-
 const ACK_MS = 50;
 const RETRY_FIRST_MS = 200;
 const RETRY_MAX_MS = 10_000;
+/** What a consumer answers that has left with the message at hand. */
+const LEFT = Symbol('left');
 
 export class Pump {
   /** Up to here it was handled, and acked; null before the first line. */
   acked = null;
   received = null;
   /** When the newest message that was handled was accepted. */
-  at = 0;
+  get at() { return Date.parse(this.#accepted) || 0; }
+  #accepted;
+  /** The message at hand when its loop was left: it waits for whoever wants it. */
+  #left = null;
+  /** Where the first line began: nothing below it is to be acked. */
+  start = null;
   #handled = null; #known = null;
   /** Resets so far: what was handled before the last one is not acked in the numbers after it. */
   #resets = 0;
@@ -35,7 +40,7 @@ export class Pump {
   /** A line has begun after `since`; `known`: what an earlier page has handled, `{ seq, at }`. */
   begin(since, known) {
     if (this.received === null) {
-      this.received = this.#handled = since;
+      this.received = this.#handled = this.start = since;
       this.#known = known ?? null;
     }
   }
@@ -55,10 +60,9 @@ export class Pump {
     this.received = frame.seq;
     // One that was accepted later has the number of another: the server's store is not the one of then.
     if (frame.seq <= this.#known?.seq && Date.parse(frame.accepted_at) <= this.#known.at) {
-      this.#queue.push({ seq: frame.seq, resets: this.#resets });
+      this.#queue.push({ seq: frame.seq, accepted: frame.accepted_at, resets: this.#resets });
     } else {
-      // Who has handled it already, if it must be given again.
-      this.#queue.push({ message: this.message(frame, live), seq: frame.seq, done: new Set(), resets: this.#resets });
+      this.#queue.push({ message: this.message(frame, live), seq: frame.seq, accepted: frame.accepted_at, resets: this.#resets });
     }
     if (this.#hooks.ack === 'received') this.#ack(frame.seq);
     this.#pump();
@@ -73,7 +77,7 @@ export class Pump {
     if (reset) {
       this.#known = null;
       this.#base = before - 1;
-      this.acked = null;
+      this.acked = this.start = this.#left = null;
       this.said = undefined;
       this.#resets += 1;
     }
@@ -83,21 +87,20 @@ export class Pump {
   }
 
   message(frame, live) {
-    const { seq, id, event, payload, topic, traceparent } = frame;
+    const { seq, id, event, payload, topic, traceparent, accepted_at: acceptedAt, expires_at: expiresAt } = frame;
     const resets = this.#resets;
-    const message = {
+    return {
       event, payload, seq, id, topic, traceparent, live,
-      acceptedAt: new Date(frame.accepted_at),
-      expiresAt: new Date(frame.expires_at),
+      acceptedAt: new Date(acceptedAt),
+      expiresAt: new Date(expiresAt),
       ack: () => { if (this.#hooks.ack === 'manual' && resets === this.#resets) this.#ack(seq); },
     };
-    return message;
   }
 
   on(event, handler, signal) {
     const consumer = {
       wants: (message) => event === '*' || message.event === event,
-      give: async (message) => { await handler(message); return true; },
+      give: handler,
     };
     return this.#add(consumer, signal);
   }
@@ -118,7 +121,7 @@ export class Pump {
       end: () => {
         over = true;
         remove();
-        given?.tell(false);
+        given?.tell(LEFT);
         wake?.();
       },
     };
@@ -130,7 +133,7 @@ export class Pump {
           yield given.message;
           const { tell } = given;
           given = null;
-          tell(true);
+          tell();
         }
         if (!given && !over) await new Promise((resolve) => { wake = resolve; });
       }
@@ -144,7 +147,8 @@ export class Pump {
     this.#consumers.add(consumer);
     const remove = () => { this.#consumers.delete(consumer); };
     signal?.addEventListener('abort', remove);
-    this.#pump();
+    // Whoever comes in the same turn has what is queued, too.
+    queueMicrotask(() => this.#pump());
     return remove;
   }
 
@@ -155,18 +159,20 @@ export class Pump {
       while (!this.#over && this.#queue.length > 0 && this.#consumers.size > 0) {
         const item = this.#queue[0];
         // Whoever had it has left: it waits for somebody else who wants it.
-        if (item.left && ![...this.#consumers].some((consumer) => consumer.wants(item.message))) return;
+        if (this.#left === item.seq && ![...this.#consumers].some((consumer) => consumer.wants(item.message))) return;
         this.#queue.shift();
         if (item.gap) {
           await this.#giveGap(item);
           if (this.#over) return;
         } else if (item.message) {
           this.#atHand = item.seq;
-          const handled = await this.#give(item);
+          let handled = this.#give(item);
+          // Most handlers are done when they return: a promise for each would cost more than all the rest.
+          if (handled.then) handled = await handled;
           this.#atHand = null;
           if (this.#over) return;
           if (!handled) {
-            item.left = item.done.size === 0;
+            this.#left = item.done ? null : item.seq;
             this.#queue.unshift(item);
             continue;
           }
@@ -180,17 +186,18 @@ export class Pump {
 
   async #giveGap({ gap }) {
     if (this.#gapHandlers.size === 0) {
-      this.#hooks.error(new RingpushError('gap', `messages ${gap.after + 1} to ${gap.before - 1} are gone (${gap.reason})`));
+      this.#hooks.error(new Error(`${gap.after + 1} to ${gap.before - 1} are gone: ${gap.reason}`), 'gap');
       return;
     }
     for (const handler of [...this.#gapHandlers]) {
-      await this.#try(() => handler(gap), () => this.#gapHandlers.has(handler));
+      const isThere = () => !this.#over && this.#gapHandlers.has(handler);
+      if (isThere()) await this.#try(() => handler(gap), isThere);
     }
   }
 
-  /** Gives a message to each consumer that wants it. Returns false if it is to be given again. */
-  async #give(item) {
-    const { message, done } = item;
+  /** Gives a message to each consumer that wants it. Returns, or promises, false if it is to be given again. */
+  #give(item) {
+    const { message } = item;
     const validate = !item.valid && message.event !== undefined && this.#hooks.validate[message.event];
     if (validate) {
       item.valid = true;
@@ -199,34 +206,47 @@ export class Pump {
         return true;
       }
     }
-    const wanted = [...this.#consumers].filter((consumer) => !done.has(consumer) && consumer.wants(message));
-    const given = await Promise.all(wanted.map(async (consumer) => {
-      const handled = await this.#try(() => consumer.give(message), () => this.#consumers.has(consumer));
-      if (handled) done.add(consumer);
-      return handled;
-    }));
-    return !given.includes(false);
+    let handled = true;
+    const waits = [];
+    for (const consumer of [...this.#consumers]) {
+      if (this.#over) return false;
+      // Who has handled it is not given it again, and another one may have taken this one off.
+      if (item.done?.includes(consumer) || !this.#consumers.has(consumer) || !consumer.wants(message)) continue;
+      const tell = (left) => {
+        if (left === LEFT) handled = false;
+        else (item.done ??= []).push(consumer);
+      };
+      const given = this.#try(() => consumer.give(message), () => this.#consumers.has(consumer));
+      if (given?.then) waits.push(given.then(tell));
+      else tell();
+    }
+    return waits[0] ? Promise.all(waits).then(() => handled) : handled;
   }
 
   /** Tries until it succeeds, the application says to skip it, or whoever failed is there no more. */
-  async #try(act, isThere) {
-    for (let wait = RETRY_FIRST_MS; !this.#over; wait = Math.min(wait * 2, RETRY_MAX_MS)) {
-      if (!isThere()) return true;
-      try { return await act(); } catch (error) {
-        if (this.#hooks.error(error, 'handler') === 'skip') return true;
-        await new Promise((resolve) => { this.#retry = setTimeout(resolve, wait); });
-      }
+  #try(act, isThere, wait = RETRY_FIRST_MS) {
+    const again = async (error) => {
+      if (this.#hooks.error(error, 'handler') === 'skip') return undefined;
+      await new Promise((resolve) => { this.#retry = setTimeout(resolve, wait); });
+      if (this.#over) return LEFT;
+      return isThere() ? this.#try(act, isThere, Math.min(wait * 2, RETRY_MAX_MS)) : undefined;
+    };
+    try {
+      const given = act();
+      return given?.then?.(null, again);
+    } catch (error) {
+      return again(error);
     }
-    return false;
   }
 
-  #done({ seq, resets, reset, message }) {
+  #done({ seq, resets, reset, accepted }) {
     if (resets !== this.#resets) return;
     if (reset) {
       this.#handled = seq;
       this.#base = null;
     } else this.#handled = Math.max(seq, this.#handled ?? 0);
-    this.at = Math.max(this.at, message?.acceptedAt || 0);
+    if (accepted && !(accepted <= this.#accepted)) this.#accepted = accepted;
+    this.#left = null;
     if (this.#hooks.ack === 'handled') this.#ack(this.#handled);
   }
 

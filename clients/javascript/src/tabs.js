@@ -94,7 +94,7 @@ export class Tabs {
 
   /** What may be acked: what the leader and every visible tab have handled. */
   get floor() {
-    let floor = this.#pump.acked;
+    let floor = this.#pump.acked ?? this.#pump.start;
     for (const { visible, handled } of this.#tabs.values()) {
       if (visible) floor = floor === null || handled === null ? null : Math.min(floor, handled);
     }
@@ -199,7 +199,7 @@ export class Tabs {
   #say(what) { try { this.#channel?.postMessage(what); } catch { /* it is closed */ } }
 
   #report(hello) {
-    this.#say({ tab: this.#id, hello, visible: isVisible(), handled: this.#pump.acked ?? this.#pump.handled, era: this.#era });
+    this.#say({ tab: this.#id, hello, visible: isVisible(), handled: this.#pump.acked ?? this.#pump.start, era: this.#era });
   }
 
   #heard(said) {

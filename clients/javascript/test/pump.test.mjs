@@ -188,3 +188,40 @@ test('what was at hand when a loop was left waits for somebody who wants it', as
   await soon();
   assert.deepEqual(told.acked, [8]);
 });
+
+test('two handlers that come in one turn both have what is queued', async () => {
+  const { made, told } = pump();
+  for (const seq of [1, 2, 3, 4]) made.put(frame(seq, { event: seq % 2 ? 'a' : 'b' }), false);
+  const seen = [];
+  const off = made.on('a', ({ seq }) => { seen.push(seq); if (seq === 3) off(); });
+  made.on('b', ({ seq }) => { seen.push(seq); });
+  await soon();
+  assert.deepEqual([seen, told.acked.at(-1), told.faults], [[1, 2, 3, 4], 4, []]);
+});
+
+test('who was taken off by the handler before is not called, and nothing hangs', async () => {
+  const { made } = pump();
+  const seen = [];
+  const abort = new AbortController();
+  made.on('*', ({ seq }) => { seen.push(seq); abort.abort(); off(); });
+  const next = made.messages({ signal: abort.signal }).next();
+  const off = made.on('*', () => { seen.push('off'); });
+  made.put(frame(1), true);
+  made.put(frame(2), true);
+  await soon();
+  assert.deepEqual([seen, (await next).done], [[1, 2], true]);
+});
+
+test('a message whose loop was left waits also when it comes again by another line', async () => {
+  const { made, told } = pump();
+  made.on('chat', () => {});
+  const loop = made.messages({ events: ['order.paid'] });
+  const next = loop.next();
+  made.put(frame(7, { event: 'order.paid' }), true);
+  await next;
+  await loop.return();
+  made.rewind();
+  made.put(frame(7, { event: 'order.paid' }), false);
+  await soon();
+  assert.deepEqual(told.acked, []);
+});

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import inspect
 import json
 import logging
@@ -217,10 +218,14 @@ class Inbox:
     async def states(self) -> AsyncIterator[State]:
         """The states from now on."""
         queue: asyncio.Queue[State] = asyncio.Queue()
+        if self._state.name == "stopped":
+            return
         self._states.append(queue)
         try:
-            while True:
-                yield await queue.get()
+            state = self._state
+            while state.name != "stopped":
+                state = await queue.get()
+                yield state
         finally:
             self._states.remove(queue)
 
@@ -236,8 +241,12 @@ class Inbox:
     def __aiter__(self) -> Inbox:
         # Whoever left a loop has not handled what was at hand.
         if self._at_hand is not None:
-            self._queue.appendleft(self._at_hand)
-            self._at_hand = None
+            if isinstance(self._at_hand[1], Gap) and self._gaps == "raise":
+                # It was raised, and the application is back: it has reloaded its state.
+                self._handled_at_hand()
+            else:
+                self._queue.appendleft(self._at_hand)
+                self._at_hand = None
         return self
 
     async def __anext__(self) -> Any:
@@ -253,7 +262,6 @@ class Inbox:
         self._at_hand = self._queue.popleft()
         item = self._at_hand[1]
         if isinstance(item, Gap) and self._gaps == "raise":
-            self._handled_at_hand()
             raise GapError(item)
         return item
 
@@ -304,8 +312,8 @@ class Inbox:
                 wait, cause = self._ended(closed)
             except (OSError, websockets.WebSocketException, asyncio.TimeoutError) as error:
                 cause = str(error) or type(error).__name__
-            except Exception as error:
-                # A fault of this library must not leave the application waiting for ever.
+            except BaseException as error:
+                # A fault of this library, or a cancelled token, must not leave the application waiting for ever.
                 self._stop("internal", repr(error))
                 raise
             if self._stopped is not None:
@@ -554,6 +562,10 @@ class Inbox:
         except Exception:  # noqa: BLE001 - the loop will see what is wrong
             line.abort()
             return
+        if self._stopped is not None or self._line is not line or self._next is not None:
+            # The loop, or a move, was faster.
+            await following.close()
+            return
         self._next = following
         await self._welcome(following)
         self._take(following)
@@ -680,6 +692,8 @@ class Inbox:
         if self._stopped is not None:
             return
         self._stopped = cause
+        # What was not handed over comes again at the next start.
+        self._queue.clear()
         if cause != "closed":
             log.error("stopped: %s %s", cause, detail, extra={"code": cause})
         self._set("stopped", cause)
@@ -717,7 +731,10 @@ def _place(url: str, token: str, device: str) -> dict[str, str] | None:
     except urllib.error.HTTPError as error:
         if error.code in (404, 405):
             return None
-        raise _http_closed(error.code, error.headers, error.read()) from None
-    except (OSError, ValueError):
+        body = b""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            body = error.read()
+        raise _http_closed(error.code, error.headers, body) from None
+    except (OSError, ValueError, http.client.HTTPException):
         return None
     return place if isinstance(place, dict) and isinstance(place.get("url"), str) else None
