@@ -61,6 +61,7 @@ async function receive(kind) {
 
 async function measure(server, kind, burst) {
   const child = spawn('node', [import.meta.filename, kind], { stdio: ['pipe', 'pipe', 'inherit'] });
+  const exited = new Promise((go) => { child.once('exit', go); });
   const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
   child.stdin.write(`${JSON.stringify({ url: server.url, tokens: server.tokens })}\n`);
   await lines.next();
@@ -71,7 +72,7 @@ async function measure(server, kind, burst) {
     }
   }
   const cpu = Number((await lines.next()).value) / (CLIENTS * MESSAGES);
-  await new Promise((go) => { child.once('exit', go); });
+  await exited;
   return cpu;
 }
 
