@@ -39,11 +39,13 @@ try {
   const titles = (page) => page.$$eval('li', (items) => items.map((item) => item.childNodes[0].textContent));
 
   const first = await open();
-  await server.publish('alice', [{ title: 'before' }]);
+  const [before] = await server.publish('alice', [{ title: 'before' }]);
   await first.fill('#name', 'alice');
   await first.click('#login button');
   await is(first, 'live');
   await badge(first, '1');
+  // A new tab begins after what is acked.
+  for (const end = Date.now() + DEADLINE; (await server.call('GET', '/v1/users/alice')).devices[0]?.acked !== before;) assert.ok(Date.now() < end);
   const second = await open();
   await is(second, 'live');
   await server.publish('alice', [{ title: 'one' }, { title: '<b>two</b>' }]);
@@ -57,7 +59,8 @@ try {
   await first.screenshot({ path: join(process.env.RINGPUSH_SHOTS, 'bell.png') });
   console.log('ok two tabs share a socket, the badge counts, the list shows');
 
-  await server.publish('alice', Array.from({ length: 30 }, (_, n) => ({ title: `later ${n}` })));
+  const later = await server.publish('alice', Array.from({ length: 30 }, (_, n) => ({ title: `later ${n}` })));
+  for (const end = Date.now() + DEADLINE; (await server.call('GET', '/v1/users/alice')).devices[0]?.acked !== later[29];) assert.ok(Date.now() < end);
   const third = await open();
   await is(third, 'live');
   await third.click('#bell');
