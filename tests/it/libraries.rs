@@ -214,6 +214,15 @@ else:
     assert_eq!(stored["messages"].as_array().map(Vec::len), Some(1));
 }
 
+/// A `Retry-After` of a hostile or broken server is bounded.
+#[test]
+fn the_python_library_believes_no_retry_after_without_end() {
+    let check = "from ringpush._errors import retry_after_s as seconds\n\
+         assert [seconds(text) for text in (None, '', '7', '9' * 400, 'tomorrow')] == [0, 0, 7, 86400, 0]";
+    let mut command = Command::new(python());
+    run(command.args(["-c", check]).env("PYTHONPATH", root().join("clients/python/src")));
+}
+
 /// A client program that prints a line per message: its payload.
 struct Program {
     child: Child,

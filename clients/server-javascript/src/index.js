@@ -3,6 +3,8 @@
 const TRIES = 8;
 const RETRY_MAX_MS = 10_000;
 const DEADLINE_MS = 15_000;
+/** Longest `Retry-After` that is believed: a day. */
+const RETRY_AFTER_MAX_S = 86_400;
 /** Answers after which the same request may succeed. */
 const AGAIN = new Set([429, 502, 503, 504]);
 
@@ -86,7 +88,7 @@ export class Ringpush {
         if (answer.ok) return await answer.json();
         const problem = await answer.json().catch(() => ({}));
         fault = new PublishError(problem.detail ?? `answered ${answer.status}`, { status: answer.status, id, problem });
-        const after = Number(answer.headers.get('retry-after'));
+        const after = Math.min(Number(answer.headers.get('retry-after')), RETRY_AFTER_MAX_S);
         if (after > 0) wait = Math.max(wait, after * 1000);
       } catch (cause) {
         signal?.throwIfAborted();

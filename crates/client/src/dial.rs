@@ -20,6 +20,9 @@ use crate::tokens::{TokenFault, Tokens};
 /// How this library names itself in `auth`.
 const CLIENT: &str = concat!("ringpush-rust/", env!("CARGO_PKG_VERSION"));
 
+/// Longest `Retry-After` that is believed, in seconds: a day.
+const RETRY_AFTER_MAX_S: u64 = 86_400;
+
 /// Why there is no line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum DialError {
@@ -40,14 +43,15 @@ impl DialError {
             reason: String,
         }
         let refusal: Refusal = serde_json::from_slice(body).unwrap_or_default();
-        let after =
+        let after: Option<u64> =
             headers.get(http::header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        let after = after.map(|seconds| Duration::from_secs(seconds.min(RETRY_AFTER_MAX_S)));
         let reason = match status {
             401 | 403 => refusal.reason,
             _ if refusal.reason.is_empty() => format!("answered {status}"),
             _ => refusal.reason,
         };
-        Self::Refused { code: status, reason, retry_after: after.map(Duration::from_secs), hint: None }
+        Self::Refused { code: status, reason, retry_after: after, hint: None }
     }
 }
 
@@ -160,4 +164,25 @@ fn query_of(options: &SessionOptions) -> String {
     }
     query.push_str(&format!("&client={}", escape(CLIENT)));
     query
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+
+    #[test]
+    fn a_retry_after_without_end_is_no_wait_without_end() {
+        let after = |text: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(http::header::RETRY_AFTER, HeaderValue::from_static(text));
+            match DialError::answered(503, &headers, &Bytes::new()) {
+                DialError::Refused { retry_after, .. } => retry_after,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(after("7"), Some(Duration::from_secs(7)));
+        assert_eq!(after("18446744073709551615"), Some(Duration::from_secs(RETRY_AFTER_MAX_S)));
+        assert_eq!(after("tomorrow"), None);
+    }
 }

@@ -8,6 +8,15 @@ if TYPE_CHECKING:
     from ._inbox import Gap
 
 
+#: Longest ``Retry-After`` that is believed, in seconds: a day.
+RETRY_AFTER_MAX_S = 86_400.0
+
+
+def retry_after_s(header: str | None) -> float:
+    """The seconds of a ``Retry-After``; 0 where there is none, or one that is no number of seconds."""
+    return min(float(header), RETRY_AFTER_MAX_S) if header and header.isascii() and header.isdigit() else 0.0
+
+
 class RingpushError(Exception):
     """The base of this library's errors."""
 

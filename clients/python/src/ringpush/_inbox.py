@@ -24,7 +24,7 @@ import websockets
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as open_socket
 
-from ._errors import GapError, Refused, Stopped
+from ._errors import GapError, Refused, Stopped, retry_after_s
 
 log = logging.getLogger("ringpush")
 
@@ -715,9 +715,8 @@ def _http_closed(status: int, headers: Any, body: bytes) -> _Closed:
         reason = json.loads(body).get("reason") or ""
     except (ValueError, AttributeError):
         reason = ""
-    after = headers.get("Retry-After") or ""
     return _Closed(status, reason or f"answered {status}" if status not in (401, 403) else reason,
-                   float(after) if after.isdigit() else 0.0)
+                   retry_after_s(headers.get("Retry-After")))
 
 
 def _place(url: str, token: str, device: str) -> dict[str, str] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from ._errors import RingpushError
+from ._errors import RingpushError, retry_after_s
 
 #: Tries of one publish, and the longest wait between two in seconds.
 TRIES, RETRY_MAX_S = 8, 10.0
@@ -73,8 +73,7 @@ class _Try:
         except ValueError:
             problem = {"detail": answer.text[:200]}
         if answer.status_code in (429, 502, 503, 504) and self.tries < TRIES:
-            after = answer.headers.get("retry-after", "")
-            return max(wait, float(after) if after.isdigit() else 0.0)
+            return max(wait, retry_after_s(answer.headers.get("retry-after")))
         raise PublishFailed(answer.status_code, str(problem.get("detail", "")), self.id, problem)
 
 
