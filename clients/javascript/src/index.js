@@ -155,15 +155,20 @@ class Client {
   async forget() {
     this.#tabs?.ask('forget');
     this.#news?.postMessage({ forget: true });
-    await this.close();
+    await this.#forgotten();
     const clear = async () => {
-      await this.#positions?.forget();
-      for (const key of ['term', 'era']) await this.#store.set(`${this.#name()}:${key}`, null);
+      for (const key of ['seq', 'term', 'era']) await this.#store.set(`${this.#name()}:${key}`, null);
       if (!this.#options.device) await this.#store.set(this.#deviceKey(), null);
     };
     // The leading tab has let go of its socket when it lets go of its lock.
     if (this.#tabs) await navigator.locks.request(this.#name(), clear);
     else await clear();
+  }
+
+  /** This tab or another one forgets the user: nothing is written any more, or it would stand in the store for good. */
+  #forgotten() {
+    if (this.#positions) this.#positions.gone = true;
+    return this.close();
   }
 
   [Symbol.asyncDispose]() { return this.close(); }
@@ -225,7 +230,7 @@ class Client {
       },
       ack: (seq) => this.#acked(seq),
       page: (after) => this.#page({ after, limit: 100 }, this.#within(OPEN_MS)),
-      asked: (what) => (what.forget ? this.close() : what.wake ? this.wake() : this.refresh()),
+      asked: (what) => (what.forget ? this.#forgotten() : what.wake ? this.wake() : this.refresh()),
       standing: () => ({ state: this.#state, beat: this.#line?.welcome?.heartbeat_ms }),
       error: (error, code) => (error instanceof Refused ? this.#stop('refused', error) : this.#fault(error, code)),
     });
@@ -247,7 +252,7 @@ class Client {
       this.#positions = new Positions(this.#store, `${this.#name()}:seq`);
       if (this.#options.tabs !== 'shared' && globalThis.window && globalThis.BroadcastChannel) {
         this.#news = new BroadcastChannel(this.#name());
-        this.#news.onmessage = ({ data }) => { if (data?.forget) this.close(); };
+        this.#news.onmessage = ({ data }) => { if (data?.forget) this.#forgotten(); };
       }
       await this.#positions.load().catch((error) => this.#fault(error, 'store'));
     }
@@ -484,7 +489,7 @@ class Client {
   }
 
   #sendAck(seq, again = false, only = null) {
-    if (seq === null || (only ?? this.#line) === null) return;
+    if (seq === null) return;
     for (const line of only ? [only] : [this.#line, this.#next]) {
       if (line?.welcome && (again || line.acked !== seq)) {
         line.acked = seq;

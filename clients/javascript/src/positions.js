@@ -19,7 +19,9 @@ export const withValue = (value, then) => (value?.then ? value.then(then) : then
 export class Positions {
   /** `{ seq, at }`: what was handled, and when the newest of it was accepted. */
   known = null;
-  #store; #key; #timer = null; #gone = false; #loaded = false;
+  /** The user is forgotten. */
+  gone = false;
+  #store; #key; #timer = null; #loaded = false;
 
   constructor(store, key) {
     this.#store = store;
@@ -44,7 +46,7 @@ export class Positions {
   /** Calls `then` with whether another tab has forgotten the user: at once, where the store answers at once. */
   ifForgotten(then) {
     if (!this.#loaded) return undefined;
-    return withValue(this.#store.get(this.#key), (kept) => then(this.#gone || (kept ?? null) === null));
+    return withValue(this.#store.get(this.#key), (kept) => then(this.gone || !kept));
   }
 
   async flush() {
@@ -53,11 +55,5 @@ export class Positions {
     try {
       await this.ifForgotten((forgotten) => forgotten || this.#store.set(this.#key, this.#text));
     } catch { /* a full quota: repeats after a reload */ }
-  }
-
-  async forget() {
-    this.#gone = true;
-    clearTimeout(this.#timer);
-    await this.#store.set(this.#key, null);
   }
 }

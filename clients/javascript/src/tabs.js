@@ -118,12 +118,13 @@ export class Tabs {
   }
 
   async #begin() {
+    const living = await this.#living();
     this.#term = Math.max(await this.#kept('term'), this.#term) + 1;
     this.#era = Math.max(await this.#kept('era'), this.#era);
+    if (!this.#release) return;
     this.#keep('term', this.#term);
     this.#tabs.clear();
-    for (const id of await this.#living()) this.#tabs.set(id, { visible: true, handled: null });
-    if (!this.#release) return;
+    for (const id of living) this.#tabs.set(id, { visible: true, handled: null });
     this.leads = true;
     this.announce();
     setTimeout(() => {

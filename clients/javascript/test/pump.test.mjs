@@ -2,6 +2,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { Pump } from '../src/pump.js';
+import { Positions } from '../src/positions.js';
 
 function pump(more = {}) {
   const told = { acked: [], faults: [] };
@@ -224,4 +225,16 @@ test('a message whose loop was left waits also when it comes again by another li
   made.put(frame(7, { event: 'order.paid' }), false);
   await soon();
   assert.deepEqual(told.acked, []);
+});
+
+test('once the user is forgotten no position is written, whatever the store still shows of another tab', async () => {
+  const written = [];
+  const positions = new Positions({ get: () => '7:1', set: (key, value) => { written.push(value); } }, 'key');
+  await positions.load();
+  positions.note(8, 2);
+  await positions.flush();
+  positions.note(9, 3);
+  positions.gone = true;
+  await positions.flush();
+  assert.deepEqual(written, ['7:1', '8:2']);
 });
