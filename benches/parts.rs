@@ -58,6 +58,7 @@ fn message(seq: u64) -> Message {
         accepted_at: Millis(1_795_380_000_000),
         expires_at: Millis(1_795_980_000_000),
         event: None,
+        via: None,
         payload: Bytes::from_static(
             br#"{"text":"a message of usual length, for one user","at":100000000000}"#,
         ),
@@ -110,6 +111,7 @@ fn append(c: &mut Criterion) {
                                     accepted_at,
                                     expires_at,
                                     event: None,
+                                    via: None,
                                     payload,
                                 }
                             })

@@ -1,17 +1,17 @@
-//! Arguments, signals, exit codes: 0 done, 1 failed at work, 64 bad usage or configuration.
+//! Signals and exit codes: 0 done, 1 failed at work, 64 bad usage or configuration.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
-use ringpush::app::{App, Ended, PUSH_NODES_MAX};
-use ringpush::cli::audit::{AuditPlan, ClientLibrary, audit};
+use clap::Parser;
+use ringpush::app::{App, Ended};
+use ringpush::cli::audit::{AuditPlan, audit};
 use ringpush::cli::commands::{self, Addressed};
-use ringpush::cli::publish;
+use ringpush::cli::options::{AuditOptions, Cli, Command, Common, ConfigCommand, Serve};
+use ringpush::cli::publish::{self, Recipient};
 use ringpush::cli::terminal::{OutputError, print, print_line, say, say_last};
+use ringpush::cli::topic;
 use ringpush::config::{Config, Faults, Sources};
 use ringpush::telemetry::{LogFormat, start_logging};
-use ringpush::wire::frame::Since;
 use rustix::fs::Mode;
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
@@ -27,166 +27,17 @@ const FILES_AT_FIRST: u64 = 65_536;
 /// `EX_USAGE` of `sysexits.h`: bad usage or configuration.
 const USAGE: u8 = 64;
 
-#[derive(Parser)]
-#[command(name = "ringpush", version, about, long_about = LONG_ABOUT, after_help = EXAMPLES)]
-struct Cli {
-    #[command(flatten)]
-    common: Common,
-    #[command(subcommand)]
-    command: Option<Command>,
-}
-
-const LONG_ABOUT: &str = "A WebSocket push cluster: post a message for a user, and the user's browser or app has it a \
-moment later. Without a command it serves: all roles in one process, an embedded store under ./data, loopback only.";
-
-const EXAMPLES: &str = "Examples:
-  ringpush                                   serve, with nothing configured
-  ringpush token alice                       print a token for alice
-  ringpush listen alice                      print alice's messages as they come
-  ringpush publish alice '{\"text\":\"hello\"}'  send one
-  ringpush serve --push-nodes 3              three push nodes in one process";
-
-#[derive(Args)]
-struct Common {
-    /// Configuration file (TOML); see config/local.toml for every key.
-    #[arg(long, global = true, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Where the embedded store and the development keys are [default: ./data, or RINGPUSH_DATA].
-    #[arg(long, global = true, value_name = "DIR")]
-    data: Option<PathBuf>,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Run the roles.
-    #[command(after_help = "Examples:
-  ringpush serve --push-nodes 3
-  ringpush serve --config config/cluster.toml --roles push,dispatch")]
-    Serve(Serve),
-    /// Print a token for a user, alone on its line.
-    #[command(after_help = "Example:\n  TOKEN=$(ringpush token alice --ttl 1h)")]
-    Token {
-        /// The user id.
-        user: String,
-        /// How long it lives, such as 90s, 15m, 1h, 7d.
-        #[arg(long, default_value = "1h")]
-        ttl: String,
-    },
-    /// Publish one JSON payload, or many from standard input.
-    #[command(after_help = "Examples:
-  ringpush publish alice '{\"text\":\"hello\"}'
-  seq 1000 | ringpush publish alice -          one payload per line (NDJSON)")]
-    Publish {
-        /// The user id.
-        user: String,
-        /// JSON text, or - to read one payload per line from standard input.
-        #[arg(allow_hyphen_values = true)]
-        payload: String,
-        /// Collect's URL [default: the server of the data directory].
-        #[arg(long, value_name = "URL")]
-        target: Option<String>,
-    },
-    /// Connect as a user and print a JSON line per message; follows moves, resumes.
-    #[command(after_help = "Examples:
-  ringpush listen alice                 what this device has not acked yet, then what comes
-  ringpush listen alice --since latest  only what comes from now on")]
-    Listen {
-        /// The user id.
-        user: String,
-        /// Start after this seq, or at `latest` [default: the device's own cursor].
-        #[arg(long, value_name = "SEQ", value_parser = parse_since)]
-        since: Option<Since>,
-        /// The device, with a cursor of its own.
-        #[arg(long, default_value = "cli")]
-        device: String,
-        /// A push node's URL, or the load balancer's [default: the server of the data directory].
-        #[arg(long, value_name = "URL")]
-        target: Option<String>,
-    },
-    /// Show members, shares and epoch; with a user, its owner.
-    Ring {
-        /// The user id.
-        user: Option<String>,
-        /// Collect's URL [default: the server of the data directory].
-        #[arg(long, value_name = "URL")]
-        target: Option<String>,
-    },
-    /// Publish to many users, hold their sockets, and account for every message: exits 1 if one is
-    /// lost.
-    #[command(after_help = "Example:
-  ringpush audit --target https://push.example.com --publish http://collect:8081 --users 2000 --rate 500 --for 60s")]
-    Audit(AuditOptions),
-    /// Work with configurations.
-    Config {
-        #[command(subcommand)]
-        command: ConfigCommand,
-    },
-}
-
-#[derive(Args)]
-struct AuditOptions {
-    /// The load balancer's URL, or a push node's [default: the server of the data directory].
-    #[arg(long, value_name = "URL")]
-    target: Option<String>,
-    /// Collect's URL, once or several times [default: the server of the data directory].
-    #[arg(long, value_name = "URL", value_delimiter = ',')]
-    publish: Vec<String>,
-    /// Users, each with one socket.
-    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=20_000))]
-    users: u32,
-    /// Messages per second, to users at random.
-    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    rate: u32,
-    /// How long it publishes, such as 60s or 5m.
-    #[arg(long = "for", default_value = "60s", value_name = "TIME")]
-    time: String,
-    /// How long accepted messages may take to arrive after the last publish; longer than a sweep.
-    #[arg(long, default_value = "50s", value_name = "TIME")]
-    settle: String,
-    /// Fail when a message takes longer than this.
-    #[arg(long, value_name = "TIME")]
-    max_delay: Option<String>,
-    /// Seed of the random choice of users [default: random].
-    #[arg(long)]
-    seed: Option<u64>,
-    /// Print one line of JSON.
-    #[arg(long)]
-    json: bool,
-    /// Which client library receives: rust, js (Node 22), python (3.10 or later, with websockets).
-    #[arg(long, default_value = "rust", value_name = "LIBRARY", value_parser = ClientLibrary::parse)]
-    clients: ClientLibrary,
-    /// The Node or Python that runs it [default: node, python3].
-    #[arg(long, value_name = "PROGRAM")]
-    client_program: Option<String>,
-}
-
-#[derive(Args, Default)]
-struct Serve {
-    /// Which roles run here: auth, collect, dispatch, push.
-    #[arg(long, value_name = "ROLES")]
-    roles: Option<String>,
-    /// Run this many push nodes in this process: push-0, push-1, …
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=PUSH_NODES_MAX as i64))]
-    push_nodes: Option<u16>,
-    /// How log lines look: text or json.
-    #[arg(long, default_value = "text", value_parser = ["text", "json"])]
-    log: String,
-    /// What is logged, as in RUST_LOG: info, debug, ringpush=debug [default: RUST_LOG, or info].
-    #[arg(long, value_name = "FILTER")]
-    log_filter: Option<String>,
-}
-
-#[derive(Subcommand)]
-enum ConfigCommand {
-    /// Validate, and print what is in force, without secrets.
-    Check {
-        /// The file [default: --config, or none].
-        file: Option<PathBuf>,
-    },
-}
-
-fn parse_since(text: &str) -> Result<Since, String> {
-    Since::parse(text).map_err(str::to_owned)
+/// Whom a publish is for, and its payload.
+fn recipient(mut words: Vec<String>, topics: Vec<String>) -> Result<(Recipient, String), Faults> {
+    match (words.pop(), words.pop(), topics.is_empty()) {
+        (Some(payload), Some(user), true) => Ok((Recipient::User(user), payload)),
+        (Some(payload), None, false) => Ok((Recipient::Topics(topics), payload)),
+        (_, _, true) => Err(Faults(vec!["PAYLOAD: is missing: ringpush publish USER PAYLOAD".to_owned()])),
+        (_, _, false) => {
+            let rule = "USER: is not for --topic: ringpush publish --topic TOPIC PAYLOAD";
+            Err(Faults(vec![rule.to_owned()]))
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -249,8 +100,12 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         None => serve(&common, Serve { log: "text".to_owned(), ..Serve::default() }).await,
         Some(Command::Serve(options)) => serve(&common, options).await,
         Some(Command::Token { user, ttl }) => commands::token(command_config(&common)?, &user, &ttl),
-        Some(Command::Publish { user, payload, target }) => {
-            publish::publish(command_config(&common)?, at(target), &user, &payload).await
+        Some(Command::Publish { words, topic, target }) => {
+            let (recipient, payload) = recipient(words, topic)?;
+            publish::publish(command_config(&common)?, at(target), &recipient, &payload).await
+        }
+        Some(Command::Topic { command, target }) => {
+            topic::topic(command_config(&common)?, at(target), command.command()?).await
         }
         Some(Command::Listen { user, since, device, target }) => {
             commands::listen(command_config(&common)?, at(target), &user, since, &device).await

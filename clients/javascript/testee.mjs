@@ -17,8 +17,8 @@ const token = (url) => async ({ reason, signal }) => {
   return answer.text();
 };
 
-async function handle({ seq, event, payload, live }) {
-  say({ message: { seq, event, payload, live } });
+async function handle({ seq, event, payload, topic, live }) {
+  say({ message: { seq, event, payload, topic, live } });
   if (handler === 'fail') throw new Error('as it was told');
   if (handler === 'hold') await new Promise((resolve) => { released = resolve; });
 }

@@ -60,6 +60,8 @@ async def read(inbox):
                     shown = {"seq": item.seq, "payload": item.payload, "live": item.live}
                     if item.event is not None:
                         shown["event"] = item.event
+                    if item.topic is not None:
+                        shown["topic"] = item.topic
                     say({"message": shown})
                     if mode == "fail":
                         say({"error": "handler"})

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use ringpush_protocol::http::{PublishLimits, is_shallow, parse_batch, parse_connect, parse_publish};
 
-const LIMITS: PublishLimits = PublishLimits { message_bytes: 4_096, recipients: 8, batch: 8, ttl_s: 60 };
+const LIMITS: PublishLimits = PublishLimits { message_bytes: 4_096, recipients: 8, batch: 8 };
 
 fuzz_target!(|data: &[u8]| {
     let body = Bytes::copy_from_slice(data);

@@ -156,7 +156,8 @@ impl App {
         let views = shared.membership.views();
         let dispatch = dispatch.unwrap_or_else(|| routers(views.clone(), Arc::clone(&shared.proofs)));
         let collect = Collect::start(
-            Arc::clone(&opened.inbox),
+            (Arc::clone(&opened.inbox), Arc::clone(&opened.topics)),
+            config.collect,
             dispatch,
             views,
             shared.clock.clone(),

@@ -17,9 +17,12 @@ use tower::{ServiceExt, service_fn};
 
 use super::collect_http::CollectEdge;
 use super::edge::{BODY_DEADLINE, Routes};
-use crate::message::{EventName, MessageId, Recipients, UserId};
+use crate::message::{EventName, MessageId, NameError, Recipients, TopicName, UserId};
 use crate::transport::held::Held;
-use crate::wire::http::{FieldError, Problem, Publish, Published, TOO_DEEP, TTL_S, is_shallow};
+use crate::wire::http::{
+    EXCEPT_PER_PUBLISH, FieldError, Problem, Publish, PublishError, Published, TOO_DEEP, TOPICS_PER_PUBLISH,
+    TTL_S, TopicOutcome, is_shallow,
+};
 use crate::wire::proto::collect as message;
 
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
@@ -102,7 +105,10 @@ async fn publish(edge: &CollectEdge, request: message::PublishRequest) -> messag
         return failed(&Problem::new(503, spent.to_string()));
     }
     match read(edge, request) {
-        Ok(publish) => result(&edge.collect.publish(publish).await),
+        Ok(publish) => match edge.publish(publish).await {
+            Ok(published) => result(&published),
+            Err(problem) => failed(&problem),
+        },
         Err(problem) => failed(&problem),
     }
 }
@@ -226,12 +232,52 @@ impl Prefix {
     }
 }
 
+fn fault(pointer: &str, detail: String) -> Problem {
+    Problem::fields(vec![FieldError { pointer: pointer.to_owned(), detail }])
+}
+
+/// The recipients of a request: users or topics.
+fn recipients(request: &message::PublishRequest, most: usize) -> Result<Recipients, Problem> {
+    if request.topics.is_empty() {
+        if !request.except.is_empty() {
+            return Err(fault("/except", "is only for topics".to_owned()));
+        }
+        return Ok(match <[UserId; 1]>::try_from(names(&request.users, "/users", most, UserId::parse)?) {
+            Ok([user]) => Recipients::User(user),
+            Err(users) => Recipients::Users(users),
+        });
+    }
+    if !request.users.is_empty() {
+        return Err(fault("/users", "must be empty beside topics".to_owned()));
+    }
+    let topics = names(&request.topics, "/topics", TOPICS_PER_PUBLISH, TopicName::parse)?;
+    let except = if request.except.is_empty() {
+        Vec::new()
+    } else {
+        names(&request.except, "/except", EXCEPT_PER_PUBLISH, UserId::parse)?
+    };
+    Ok(Recipients::Topics { topics, except })
+}
+
+/// The names of a list, which has 1 to `most`.
+fn names<T>(
+    list: &[String],
+    pointer: &str,
+    most: usize,
+    parse: impl Fn(&str) -> Result<T, NameError>,
+) -> Result<Vec<T>, Problem> {
+    if list.is_empty() || list.len() > most {
+        return Err(fault(pointer, format!("must have 1 to {most} names")));
+    }
+    let read = |(n, name): (usize, &String)| {
+        parse(name).map_err(|rule| fault(&format!("{pointer}/{n}"), rule.to_string()))
+    };
+    list.iter().enumerate().map(read).collect()
+}
+
 /// Applies the rules of `POST /v1/messages`, with the names of this request.
 fn read(edge: &CollectEdge, request: message::PublishRequest) -> Result<Publish, Problem> {
     let limits = &edge.limits;
-    let fault = |pointer: &str, detail: String| {
-        Problem::fields(vec![FieldError { pointer: pointer.to_owned(), detail }])
-    };
     if request.payload_json.len() > limits.message_bytes {
         return Err(Problem::new(413, format!("the payload is larger than {} bytes", limits.message_bytes)));
     }
@@ -241,22 +287,12 @@ fn read(edge: &CollectEdge, request: message::PublishRequest) -> Result<Publish,
     if !is_shallow(&request.payload_json) {
         return Err(fault("/payload_json", TOO_DEEP.to_owned()));
     }
-    if request.users.is_empty() || request.users.len() > limits.recipients {
-        return Err(fault("/users", format!("must be 1 to {} users", limits.recipients)));
-    }
-    let mut users = Vec::with_capacity(request.users.len());
-    for (n, user) in request.users.iter().enumerate() {
-        users.push(UserId::parse(user).map_err(|rule| fault(&format!("/users/{n}"), rule.to_string()))?);
-    }
-    let ttl_s = if request.ttl_s == 0 { limits.ttl_s } else { u64::from(request.ttl_s) };
-    if !TTL_S.contains(&ttl_s) {
+    let to = recipients(&request, limits.recipients)?;
+    let ttl_s = (request.ttl_s != 0).then_some(u64::from(request.ttl_s));
+    if ttl_s.is_some_and(|ttl_s| !TTL_S.contains(&ttl_s)) {
         return Err(fault("/ttl_s", format!("must be {} to {}, or 0", TTL_S.start(), TTL_S.end())));
     }
     let id = (!request.id.is_empty()).then(|| MessageId::parse(&request.id)).transpose();
-    let to = match <[UserId; 1]>::try_from(users) {
-        Ok([user]) => Recipients::User(user),
-        Err(users) => Recipients::Users(users),
-    };
     let event = (!request.event.is_empty()).then(|| EventName::parse(&request.event)).transpose();
     Ok(Publish {
         to,
@@ -273,22 +309,40 @@ fn told(problem: &Problem) -> message::Problem {
     message::Problem { status: problem.status.into(), title: problem.title.clone(), detail }
 }
 
+fn error_of(refusal: &PublishError) -> message::Problem {
+    told(&Problem::new(refusal.status, refusal.detail.clone()))
+}
+
 fn result(published: &Published) -> message::PublishResult {
-    let accepted = published.accepted.iter().map(|(user, outcome)| {
+    let users = published.accepted.iter().map(|(user, outcome)| {
         let user = user.as_str().to_owned();
+        let (seq, duplicate) =
+            outcome.as_ref().map_or((0, false), |stored| (stored.seq.get(), stored.duplicate));
+        let error = outcome.as_ref().err().map(error_of);
+        message::Accepted { user, seq, duplicate, error, ..Default::default() }
+    });
+    let topics = published.topics.iter().map(|(topic, outcome)| {
+        let topic = topic.as_str().to_owned();
         match outcome {
-            Ok(stored) => {
-                message::Accepted { user, seq: stored.seq.get(), duplicate: stored.duplicate, error: None }
-            }
-            Err(refusal) => {
-                let problem = Problem::new(refusal.status, refusal.detail.clone());
-                message::Accepted { user, seq: 0, duplicate: false, error: Some(told(&problem)) }
-            }
+            Ok(TopicOutcome { members, failed }) => message::Accepted {
+                topic,
+                members: *members as u64,
+                stored: (members - failed.len()) as u64,
+                failed: failed
+                    .iter()
+                    .map(|(user, error)| message::Failed {
+                        user: user.as_str().to_owned(),
+                        error: Some(error_of(error)),
+                    })
+                    .collect(),
+                ..Default::default()
+            },
+            Err(refusal) => message::Accepted { topic, error: Some(error_of(refusal)), ..Default::default() },
         }
     });
     message::PublishResult {
         id: published.id.as_str().to_owned(),
-        accepted: accepted.collect(),
+        accepted: users.chain(topics).collect(),
         error: published.problem().as_ref().map(told),
     }
 }

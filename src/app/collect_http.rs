@@ -11,6 +11,7 @@ use axum::http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use bytes::BytesMut;
+use futures_util::StreamExt;
 use hyper::body::Incoming;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -21,8 +22,8 @@ use super::edge::{
 };
 use crate::inbox::InboxError;
 use crate::membership::{Counts, Membership};
-use crate::message::{DeviceId, NodeId, Seq, UserId};
-use crate::role::collect::{Collect, HISTORY_PAGE, UserReport};
+use crate::message::{DeviceId, NodeId, Recipients, Seq, UserId};
+use crate::role::collect::{Addressed, Collect, HISTORY_PAGE, REQUEST_RECIPIENTS, UserReport};
 use crate::role::connect::PublicUrls;
 use crate::telemetry::{Credential, Refusals};
 use crate::transport::held::Budget;
@@ -49,6 +50,8 @@ const BATCH_WAIT: Duration = Duration::from_secs(5);
 const PART_RECIPIENTS: usize = 1_000;
 const _: () =
     assert!(BATCHES_AT_ONCE * PART_RECIPIENTS <= crate::inbox::group_commit::WAITING_APPENDS / 5 * 4);
+/// Lists of members that are read at the same time for one batch.
+const LISTS_AT_ONCE: usize = 16;
 /// Default page size of history, in messages.
 const HISTORY_LIMIT: usize = 100;
 
@@ -94,15 +97,31 @@ impl CollectEdge {
         Err(why)
     }
 
-    fn authorize(&self, headers: &HeaderMap) -> Result<(), HttpError> {
+    /// Stores one publish.
+    ///
+    /// # Errors
+    ///
+    /// 422 if its topics have too many members.
+    pub(super) async fn publish(&self, publish: Publish) -> Result<Published, Problem> {
+        if !matches!(publish.to, Recipients::Topics { .. }) {
+            return Ok(self.collect.publish(publish).await);
+        }
+        let addressed = self.collect.address(publish).await;
+        match addressed.recipients() {
+            count if count > REQUEST_RECIPIENTS => Err(Addressed::too_many(count)),
+            _ => Ok(self.collect.publish_to(addressed).await),
+        }
+    }
+
+    pub(super) fn authorize(&self, headers: &HeaderMap) -> Result<(), HttpError> {
         self.check_key(bearer(headers)).map_err(|why| refuse(401, why))
     }
 }
 
-type Edge = State<Arc<CollectEdge>>;
+pub(super) type Edge = State<Arc<CollectEdge>>;
 /// Percent-decoded; axum refuses what is not UTF-8.
-type Path = Result<RawPathParams, RawPathParamsRejection>;
-type Answer = Result<Response<Body>, HttpError>;
+pub(super) type Path = Result<RawPathParams, RawPathParamsRejection>;
+pub(super) type Answer = Result<Response<Body>, HttpError>;
 
 /// The service on collect's port. A publish bypasses the router: what the router boxes and clones
 /// for a request costs as much as everything else that a small publish needs before it waits to be
@@ -131,6 +150,7 @@ pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
             .route("/v1/users/{user}", get(user))
             .route("/v1/users/{user}/sessions", axum::routing::delete(disconnect))
             .route("/v1/cluster", get(cluster))
+            .merge(super::topics_http::routes())
             .route("/openapi.yaml", get(openapi))
             .with_state(edge)
             .merge(root("ringpush collect: POST /v1/messages\n")),
@@ -149,14 +169,15 @@ pub(super) async fn publish_body<B: RequestBody>(edge: &CollectEdge, request: Re
     let publish = parse_publish(&body, &edge.limits)?;
     // A large payload is a slice of the body; nothing else may keep the body alive.
     drop(body);
-    Ok(published(&edge.collect.publish(publish).await))
+    Ok(published(&edge.publish(publish).await?))
 }
 
 fn published(published: &Published) -> Response<Body> {
     match published.problem() {
         Some(problem) => HttpError(problem).into_response(),
         None => {
-            let mut body = BytesMut::with_capacity(96 + published.accepted.len() * 48);
+            let count = published.accepted.len() + published.topics.len();
+            let mut body = BytesMut::with_capacity(96 + count * 48);
             published.put(&mut body);
             json(StatusCode::ACCEPTED, body.freeze())
         }
@@ -172,10 +193,10 @@ async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
     let body = json_body(request, BATCH_BODY, &mut held).await?;
     let items = parse_batch(&body, &edge.limits)?;
     let mut results = Vec::with_capacity(items.len());
-    for part in parts(items) {
+    for part in parts(addressed(&edge, items).await) {
         let under_way = part.into_iter().map(|item| async {
             match item {
-                Ok(publish) => Ok(edge.collect.publish(publish).await),
+                Ok(publish) => Ok(edge.collect.publish_to(publish).await),
                 Err(problem) => Err(problem),
             }
         });
@@ -184,15 +205,33 @@ async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
     Ok(json(StatusCode::ACCEPTED, batch_body(&results)))
 }
 
+/// Finds out whom each publish of a batch reaches. From the one on that would be beyond what a
+/// request may reach, none is stored.
+async fn addressed(edge: &CollectEdge, items: Vec<Result<Publish, Problem>>) -> Vec<Item> {
+    let found = futures_util::stream::iter(items).map(|item| async {
+        match item {
+            Ok(publish) => Ok(edge.collect.address(publish).await),
+            Err(problem) => Err(problem),
+        }
+    });
+    let found: Vec<Item> = found.buffered(LISTS_AT_ONCE).collect().await;
+    let mut count = 0;
+    let within = |item: Item| {
+        count += item.as_ref().map_or(0, Addressed::recipients);
+        if count > REQUEST_RECIPIENTS { Err(Addressed::too_many(count)) } else { item }
+    };
+    found.into_iter().map(within).collect()
+}
+
 /// A publish of a batch, or why it is not one.
-type Item = Result<Publish, Problem>;
+type Item = Result<Addressed, Problem>;
 
 /// Splits a batch into parts of at most [`PART_RECIPIENTS`] recipients.
 fn parts(items: Vec<Item>) -> Vec<Vec<Item>> {
     let mut parts: Vec<Vec<Item>> = Vec::new();
     let mut left = 0usize;
     for item in items {
-        let count = item.as_ref().map_or(0, |publish| publish.to.users().len());
+        let count = item.as_ref().map_or(0, Addressed::recipients);
         match parts.last_mut() {
             Some(part) if count <= left => {
                 part.push(item);
@@ -321,13 +360,17 @@ pub(super) fn cluster_report(membership: &dyn Membership, urls: &PublicUrls) -> 
     }
 }
 
-fn user_of(path: &Path) -> Result<UserId, HttpError> {
-    let path = path.as_ref().map_err(|_| refuse(422, "the user id in the path is not UTF-8"))?;
-    let raw = path.iter().find(|(name, _)| *name == "user").map(|(_, raw)| raw).unwrap_or_default();
-    UserId::parse(raw).map_err(|rule| refuse(422, rule.to_string()))
+pub(super) fn user_of(path: &Path) -> Result<UserId, HttpError> {
+    UserId::parse(part_of(path, "user")?).map_err(|rule| refuse(422, rule.to_string()))
 }
 
-fn unavailable(error: InboxError) -> HttpError {
+/// A part of the path, by its name in the route.
+pub(super) fn part_of<'a>(path: &'a Path, part: &str) -> Result<&'a str, HttpError> {
+    let path = path.as_ref().map_err(|_| refuse(422, format!("the {part} in the path is not UTF-8")))?;
+    Ok(path.iter().find(|(name, _)| *name == part).map(|(_, raw)| raw).unwrap_or_default())
+}
+
+pub(super) fn unavailable(error: InboxError) -> HttpError {
     tracing::warn!(%error, "the inbox could not be asked");
     refuse(503, "the inbox cannot be asked now")
 }

@@ -16,6 +16,7 @@ mod push_http;
 mod serve;
 mod start;
 mod stores;
+mod topics_http;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -21,7 +21,7 @@ use crate::fallback::local::LocalFallback;
 use crate::fallback::redis::RedisFallback;
 use crate::inbox::embedded::EmbeddedInbox;
 use crate::inbox::mongo::{MongoInbox, MongoTimes, OpenError};
-use crate::inbox::{Inbox, Janitor};
+use crate::inbox::{Inbox, Janitor, Topics};
 use crate::membership::Membership;
 use crate::membership::keeper::Times;
 use crate::membership::local::LocalMembership;
@@ -108,9 +108,10 @@ async fn show_skew(membership: RedisMembership, skew: Gauge) {
     }
 }
 
-/// The inbox, both its ports, and whether it has failed for good.
+/// The inbox, its three ports, and whether it has failed for good.
 pub(super) struct Opened {
     pub(super) inbox: Arc<dyn Inbox>,
+    pub(super) topics: Arc<dyn Topics>,
     pub(super) upkeep: Arc<dyn Janitor>,
     pub(super) poisoned: watch::Receiver<bool>,
     /// Identity of the store.
@@ -127,7 +128,7 @@ pub(super) async fn inbox(
         let inbox = embedded(&config.data_dir, clock.clone())?;
         tasks.spawn(inbox.clone().free_memory());
         let (poisoned, identity) = (inbox.poisoned(), inbox.identity().into());
-        return Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned, identity });
+        return Ok(opened(inbox, poisoned, identity));
     }
     let times = MongoTimes { head_trust: config.head_trust };
     let fault = |fault: OpenError| refused(fault.to_string());
@@ -149,7 +150,16 @@ pub(super) async fn inbox(
     tasks.spawn(watch_inbox(inbox.clone(), health.clone()));
     let (_, poisoned) = watch::channel(false);
     let identity = identity.into();
-    Ok(Opened { inbox: Arc::new(inbox.clone()), upkeep: Arc::new(inbox), poisoned, identity })
+    Ok(opened(inbox, poisoned, identity))
+}
+
+fn opened<T: Inbox + Janitor + Topics + Clone>(
+    inbox: T,
+    poisoned: watch::Receiver<bool>,
+    identity: Arc<str>,
+) -> Opened {
+    let (topics, upkeep) = (Arc::new(inbox.clone()), Arc::new(inbox.clone()));
+    Opened { inbox: Arc::new(inbox), topics, upkeep, poisoned, identity }
 }
 
 /// Shows whether MongoDB answers. Readiness does not depend on it, because another process would

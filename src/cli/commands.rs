@@ -14,7 +14,7 @@ use crate::app::keys::Keys;
 use crate::client::{Item, Message, Notice, State, TokenError, connect};
 use crate::clock::Clock;
 use crate::config::{Config, Faults};
-use crate::message::{DeviceId, UserId};
+use crate::message::{DeviceId, TopicName, UserId};
 use crate::ring::Ring;
 use crate::role::auth::{Auth, TOKEN_TTL_S};
 use crate::wire::frame::Since;
@@ -64,6 +64,10 @@ impl Addressed {
 
 pub(super) fn user_id(text: &str) -> Result<UserId> {
     UserId::parse(text).map_err(|rule| Faults(vec![format!("USER: {rule}")]).into())
+}
+
+pub(super) fn topic_name(argument: &str, text: &str) -> Result<TopicName> {
+    TopicName::parse(text).map_err(|rule| Faults(vec![format!("{argument}: {text:?}: {rule}")]).into())
 }
 
 /// This program as one would type it here, for lines that are printed to be tried.
@@ -169,8 +173,9 @@ pub async fn listen(
 /// Prints a message to standard output.
 fn show(message: &Message) -> Result<()> {
     let event = message.event.as_ref().map_or_else(String::new, |event| format!(r#""event":"{event}","#));
+    let topic = message.topic.as_ref().map_or_else(String::new, |topic| format!(r#""via":"{topic}","#));
     let line = format!(
-        r#"{{"seq":{},"id":{},{event}"accepted_at":"{}","expires_at":"{}","payload":{}}}"#,
+        r#"{{"seq":{},"id":{},{event}{topic}"accepted_at":"{}","expires_at":"{}","payload":{}}}"#,
         message.seq,
         Value::from(message.id.as_str()),
         message.accepted_at,

@@ -3,5 +3,7 @@
 
 pub mod audit;
 pub mod commands;
+pub mod options;
 pub mod publish;
 pub mod terminal;
+pub mod topic;

@@ -10,12 +10,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
-use super::commands::{Addressed, REQUEST_DEADLINE, user_id};
+use super::commands::{Addressed, REQUEST_DEADLINE, topic_name, user_id};
 use super::terminal::{print_line, say};
 use crate::app::keys::Keys;
 use crate::client::http::HttpClient;
 use crate::config::{Config, Faults};
-use crate::message::UserId;
 use crate::wire::http::Problem;
 
 /// How often a request is tried that fails or is answered 503.
@@ -82,23 +81,52 @@ pub(super) fn problem_of(status: u16, body: &[u8]) -> String {
     }
 }
 
+/// Whom a command publishes to.
+pub enum Recipient {
+    /// A user.
+    User(String),
+    /// The members of topics.
+    Topics(Vec<String>),
+}
+
+impl Recipient {
+    /// `to` of a publish, as JSON.
+    fn to_json(&self) -> Result<String> {
+        match self {
+            Self::User(user) => Ok(serde_json::json!({ "user": user_id(user)?.as_str() }).to_string()),
+            Self::Topics(topics) => {
+                let names = topics.iter().map(|topic| Ok(topic_name("--topic", topic)?.to_string()));
+                match names.collect::<Result<Vec<String>>>()?.as_slice() {
+                    [one] => Ok(serde_json::json!({ "topic": one }).to_string()),
+                    several => Ok(serde_json::json!({ "topics": several }).to_string()),
+                }
+            }
+        }
+    }
+}
+
 /// Publishes one payload, or one per line of standard input.
 ///
 /// # Errors
 ///
 /// What was refused or could not be delivered.
-pub async fn publish(mut config: Config, at: Addressed, user: &str, payload: &str) -> Result<ExitCode> {
-    let user = user_id(user)?;
+pub async fn publish(
+    mut config: Config,
+    at: Addressed,
+    recipient: &Recipient,
+    payload: &str,
+) -> Result<ExitCode> {
+    let to = recipient.to_json()?;
     let collector = Collector::new(&mut config, &at)?;
     if payload == "-" {
-        return publish_lines(&collector, &user).await;
+        return publish_lines(&collector, &to).await;
     }
     if serde_json::from_str::<&serde_json::value::RawValue>(payload).is_err() {
         let hint = "PAYLOAD: must be JSON, such as '{\"text\":\"hello\"}' or '\"hello\"'";
         return Err(Faults(vec![hint.to_owned()]).into());
     }
     // An id makes a repeat after a lost response harmless.
-    let body = publish_json(&user, payload, &new_id());
+    let body = publish_json(&to, payload, &new_id());
     match collector.send("POST", "/v1/messages", body.into()).await? {
         (202, answer) => {
             print_line(String::from_utf8_lossy(&answer))?;
@@ -112,12 +140,11 @@ fn new_id() -> String {
     ulid::Ulid::generate().to_string()
 }
 
-fn publish_json(user: &UserId, payload: &str, id: &str) -> String {
-    let user = Value::from(user.as_str());
-    format!(r#"{{"to":{{"user":{user}}},"payload":{payload},"id":"{id}"}}"#)
+fn publish_json(to: &str, payload: &str, id: &str) -> String {
+    format!(r#"{{"to":{to},"payload":{payload},"id":"{id}"}}"#)
 }
 
-async fn publish_lines(collector: &Collector, user: &UserId) -> Result<ExitCode> {
+async fn publish_lines(collector: &Collector, to: &str) -> Result<ExitCode> {
     let progress = progress("published");
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     let (mut batch, mut bytes, mut number, mut refused) = (Vec::new(), 0, 0u64, 0u64);
@@ -146,7 +173,7 @@ async fn publish_lines(collector: &Collector, user: &UserId) -> Result<ExitCode>
                 continue;
             }
             bytes += line.len();
-            batch.push((number, publish_json(user, &line, &new_id())));
+            batch.push((number, publish_json(to, &line, &new_id())));
         }
         if !batch.is_empty() && (last || batch.len() == BATCH || bytes >= BATCH_BYTES) {
             refused += send_batch(collector, &batch, &progress).await?;

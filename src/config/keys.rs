@@ -58,6 +58,7 @@ pub(super) const KEYS: &[Key] = &[
     key("limits.recipients", Kind::Number, "1000"),
     key("limits.batch", Kind::Number, "1000"),
     key("limits.message_ttl_s", Kind::Number, "604800"),
+    key("limits.member_lists_mib", Kind::Number, "64"),
     key("limits.sessions_per_user", Kind::Number, "64"),
     key("limits.sessions_per_device", Kind::Number, "16"),
     key("limits.auth_deadline_ms", Kind::Number, "5000"),

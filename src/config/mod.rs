@@ -14,6 +14,7 @@ use std::time::Duration;
 use crate::message::NodeId;
 use crate::redis_url::RedisUrl;
 use crate::role::auth::AuthConfig;
+use crate::role::collect::CollectLimits;
 use crate::role::push::{Origins, PushLimits};
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::PublishLimits;
@@ -108,6 +109,8 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// Limits of publishes.
     pub publish: PublishLimits,
+    /// Limits of collect.
+    pub collect: CollectLimits,
     /// Limits of sessions.
     pub push: PushLimits,
     /// Time between two runs of the janitor.

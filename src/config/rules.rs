@@ -11,6 +11,7 @@ use crate::clock::Clock;
 use crate::message::NodeId;
 use crate::redis_url::RedisUrl;
 use crate::role::auth::{Auth, AuthConfig};
+use crate::role::collect::CollectLimits;
 use crate::role::push::{Origins, PushLimits};
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::{PublishLimits, TTL_S};
@@ -36,6 +37,7 @@ impl Reader {
         let verify_by = self.verify_by();
         let secrets = self.secrets(development, &roles);
         let publish = self.publish_limits();
+        let collect = self.collect_limits();
         let push = self.push_limits();
         let drain_window = Duration::from_secs(self.number("push.drain_window_s", 1..=3600));
         let accept_per_s = self.number("push.accept_per_s", 0..=1_000_000) as u32;
@@ -74,6 +76,7 @@ impl Reader {
             head_trust,
             data_dir,
             publish,
+            collect,
             push,
             janitor_every,
             effective,
@@ -279,7 +282,13 @@ impl Reader {
             message_bytes: self.number("limits.message_bytes", 1..=65_536) as usize,
             recipients: self.number("limits.recipients", 1..=1_000) as usize,
             batch: self.number("limits.batch", 1..=1_000) as usize,
+        }
+    }
+
+    pub(super) fn collect_limits(&mut self) -> CollectLimits {
+        CollectLimits {
             ttl_s: self.number("limits.message_ttl_s", TTL_S),
+            member_lists_bytes: self.number("limits.member_lists_mib", 1..=65_536) * 1024 * 1024,
         }
     }
 

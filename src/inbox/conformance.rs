@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
 mod expiry;
+mod topics;
 
 use std::sync::Arc;
 
@@ -16,14 +17,14 @@ use expiry::{
 
 use super::{
     Append, Appended, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, Inbox, InboxPage, Janitor, PageLimit,
-    PositionQuery, StartAt, UserPosition,
+    PositionQuery, StartAt, Topics, UserPosition,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, EventName, Message, MessageId, Seq, UserId};
 
-/// An adapter under test: both ports.
-pub trait Adapter: Inbox + Janitor {}
-impl<T: Inbox + Janitor> Adapter for T {}
+/// An adapter under test: all three ports.
+pub trait Adapter: Inbox + Janitor + Topics {}
+impl<T: Inbox + Janitor + Topics> Adapter for T {}
 
 /// An adapter with a standing clock. Each part uses users of its own, so one store serves the whole
 /// suite.
@@ -58,6 +59,14 @@ pub async fn suite(bench: &Bench) {
     revocations_only_rise(bench).await;
     names_that_are_prefixes_of_others_do_not_mix(bench).await;
     concurrent_appends_stay_dense(bench).await;
+    topics::a_topic_is_made_once_and_its_name_can_be_used_again(bench).await;
+    topics::topics_are_listed_in_order(bench).await;
+    topics::members_join_and_leave(bench).await;
+    topics::a_list_is_read_once_for_each_version(bench).await;
+    topics::a_name_that_is_made_anew_has_no_members(bench).await;
+    topics::a_user_has_topics_in_order(bench).await;
+    topics::a_topic_is_full_at_its_limit(bench).await;
+    topics::an_id_by_a_topic_is_another_one(bench).await;
 }
 
 fn user(name: &str) -> UserId {
@@ -74,6 +83,7 @@ impl Bench {
             accepted_at: now,
             expires_at: now.plus_seconds(ttl_s),
             event: None,
+            via: None,
             payload: Bytes::copy_from_slice(payload.as_bytes()),
         }
     }

@@ -306,6 +306,7 @@ mod tests {
             accepted_at: now,
             expires_at: now.plus_seconds(60),
             event: None,
+            via: None,
             payload: Bytes::from_static(payload.as_bytes()),
         }
     }

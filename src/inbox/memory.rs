@@ -1,5 +1,7 @@
 //! The inbox as a model, for tests: the contract in as few lines as possible.
 
+mod topics;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,15 +13,16 @@ use tokio::task::JoinSet;
 use super::{
     Append, Appended, Appender, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, GroupCommit, Inbox, InboxError,
     InboxPage, Janitor, PASSED_OVER, PageLimit, PositionLookup, PositionQuery, Profile,
-    REVOCATION_AHEAD_MAX_S, StartAt, UserPosition, WriteObserver,
+    REVOCATION_AHEAD_MAX_S, StartAt, UserPosition, WriteObserver, fence_of,
 };
 use crate::clock::Clock;
-use crate::message::{DeviceId, Message, MessageId, Millis, Seq, UserId};
+use crate::message::{DeviceId, Message, Millis, Seq, UserId};
 
 /// An inbox in memory.
 pub struct MemoryInbox {
     clock: Clock,
     users: Mutex<HashMap<UserId, Log>>,
+    directory: topics::Directory,
 }
 
 #[derive(Default)]
@@ -28,7 +31,7 @@ struct Log {
     first: u64,
     highest: u64,
     messages: BTreeMap<u64, Message>,
-    fences: HashMap<MessageId, (u64, Millis, [u8; 16])>,
+    fences: HashMap<String, (u64, Millis, [u8; 16])>,
     cursors: BTreeMap<DeviceId, (Seq, Millis)>,
     not_before_s: u64,
 }
@@ -37,7 +40,7 @@ impl MemoryInbox {
     /// An inbox without users.
     #[must_use]
     pub fn new(clock: Clock) -> Self {
-        Self { clock, users: Mutex::default() }
+        Self { clock, users: Mutex::default(), directory: topics::Directory::default() }
     }
 
     fn with<T>(&self, user: &UserId, act: impl FnOnce(&mut Log, Millis) -> T) -> T {
@@ -53,8 +56,8 @@ impl MemoryInbox {
 
     fn append_one(&self, item: Append) -> Appended {
         self.with(&item.user.clone(), |log, now| {
-            let digest = item.digest();
-            if let Some((seq, expires_at, original)) = log.fences.get(&item.id).filter(|_| item.deduplicated)
+            let (digest, fence) = (item.digest(), item.fence());
+            if let Some((seq, expires_at, original)) = log.fences.get(&fence).filter(|_| item.deduplicated)
                 && *expires_at > now
             {
                 return if *original == digest {
@@ -70,10 +73,11 @@ impl MemoryInbox {
                 accepted_at: item.accepted_at,
                 expires_at: item.expires_at,
                 event: item.event,
+                via: item.via,
                 payload: item.payload,
             };
             if item.deduplicated {
-                log.fences.insert(item.id, (log.highest, item.expires_at, digest));
+                log.fences.insert(fence, (log.highest, item.expires_at, digest));
             }
             log.messages.insert(log.highest, message.clone());
             Appended::Stored(Arc::new(message))
@@ -206,8 +210,9 @@ impl Janitor for MemoryInbox {
         for log in self.users.lock().values_mut() {
             while let Some(oldest) = log.messages.first_entry().filter(|entry| entry.get().is_expired(now)) {
                 let message = oldest.remove();
-                if log.fences.get(&message.id).is_some_and(|fence| fence.0 == message.seq.get()) {
-                    log.fences.remove(&message.id);
+                let fence = fence_of(message.via.as_ref(), &message.id);
+                if log.fences.get(&fence).is_some_and(|fence| fence.0 == message.seq.get()) {
+                    log.fences.remove(&fence);
                 }
                 removed += 1;
             }

@@ -30,6 +30,7 @@ mod lookup;
 #[cfg(any(test, feature = "test-support"))]
 pub mod memory;
 pub mod mongo;
+pub mod topics;
 
 use std::sync::Arc;
 
@@ -39,8 +40,9 @@ use tokio::task::JoinSet;
 
 pub use group_commit::{Appender, GroupCommit, Receipt, WriteObserver};
 pub use lookup::PositionLookup;
+pub use topics::Topics;
 
-use crate::message::{DeviceId, EventName, Message, MessageId, Millis, Seq, UserId};
+use crate::message::{DeviceId, EventName, Message, MessageId, Millis, Seq, TopicName, UserId};
 
 /// Cursors kept per user. The longest unused one is dropped (docs/design.md, section 11).
 pub const DEVICES_PER_USER: usize = 64;
@@ -112,6 +114,8 @@ pub struct Append {
     pub expires_at: Millis,
     /// What the message tells, if its sender named that.
     pub event: Option<EventName>,
+    /// The topic by which the recipient is reached, if it is one.
+    pub via: Option<TopicName>,
     /// Valid JSON text.
     pub payload: Bytes,
 }
@@ -258,7 +262,24 @@ pub(crate) fn is_json(payload: &[u8]) -> bool {
     text.is_some_and(|text| serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok())
 }
 
+/// Stands between a topic and an id in an idempotency key. Neither contains it.
+const OF_TOPIC: char = '\n';
+
+/// The idempotency key of an id, among those of one user. The same id by another topic, or sent to
+/// the user, is another message.
+pub(crate) fn fence_of(via: Option<&TopicName>, id: &MessageId) -> String {
+    match via {
+        None => id.as_str().to_owned(),
+        Some(topic) => format!("{topic}{OF_TOPIC}{id}"),
+    }
+}
+
 impl Append {
+    /// The idempotency key.
+    pub(crate) fn fence(&self) -> String {
+        fence_of(self.via.as_ref(), &self.id)
+    }
+
     /// The first half of the SHA-256 of the payload, and of the event if there is one. It tells a
     /// repeat from a conflict without keeping the payload twice. JSON text contains no zero byte,
     /// so the two cannot be mistaken for one another.

@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use super::peer::{LiveMessage, Presence, Revocation, ViewVersion};
-use crate::message::{ClientName, DeviceId, EventName, Message, MessageId, Millis, NodeId, Seq, UserId};
+use crate::message::{
+    ClientName, DeviceId, EventName, Message, MessageId, Millis, NodeId, Seq, TopicName, UserId,
+};
 
 /// Messages between roles, from `proto/peer.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
@@ -47,6 +49,7 @@ impl From<&LiveMessage> for peer::Live {
             accepted_at_ms: message.accepted_at.0,
             expires_at_ms: message.expires_at.0,
             event: message.event.as_ref().map(|event| event.as_str().to_owned()),
+            via: message.via.as_ref().map(|topic| topic.as_str().to_owned()),
             payload: message.payload.clone(),
         }
     }
@@ -66,6 +69,7 @@ impl TryFrom<peer::Live> for LiveMessage {
                 .map(|event| EventName::parse(&event))
                 .transpose()
                 .map_err(|_| ProtoError("event"))?,
+            via: live.via.map(|topic| TopicName::parse(&topic)).transpose().map_err(|_| ProtoError("via"))?,
             payload: live.payload,
         };
         Ok(Self { user: user_of(&live.user)?, message: Arc::new(message) })
@@ -155,6 +159,7 @@ mod tests {
                 accepted_at: Millis(5),
                 expires_at: Millis(u64::MAX),
                 event: None,
+                via: Some(TopicName::parse("match-7").unwrap()),
                 payload: Bytes::from(payload),
             };
             let live = LiveMessage { user: UserId::parse(&user).unwrap(), message: Arc::new(message) };

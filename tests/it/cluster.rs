@@ -84,11 +84,10 @@ async fn publishers_may_speak_grpc() {
         },
     );
     let publish = |users: &[&str], payload: &str, id: &str| message::PublishRequest {
-        event: String::new(),
         users: users.iter().map(|user| (*user).to_owned()).collect(),
         payload_json: payload.to_owned().into(),
-        ttl_s: 0,
         id: id.to_owned(),
+        ..Default::default()
     };
     let mut alice = server.connect("alice", "").await;
     alice.caught_up().await;
@@ -115,6 +114,29 @@ async fn publishers_may_speak_grpc() {
     assert_eq!(results[2].accepted.iter().map(|one| one.user.as_str()).collect::<Vec<_>>(), ["alice", "bob"]);
     assert_eq!(results[3].error.as_ref().unwrap().status, 422);
     assert!(results[4].error.as_ref().unwrap().detail.contains("/users"));
+    let body = json!({"add": ["alice"]});
+    let key = server.key("api_key");
+    server.put("/v1/topics/news", &json!({})).await;
+    let at = server.at("collect");
+    ringpush_testing::http::post(&at, "/v1/topics/news/members", Some(&key), &body).await;
+    let to_topics = |topics: &[&str], except: &[&str]| message::PublishRequest {
+        topics: topics.iter().map(|topic| (*topic).to_owned()).collect(),
+        except: except.iter().map(|user| (*user).to_owned()).collect(),
+        ..publish(&[], "5", "t")
+    };
+    let by_topic = client.publish(to_topics(&["news"], &[])).await.unwrap().into_inner();
+    assert_eq!(by_topic.error, None);
+    let accepted = &by_topic.accepted[0];
+    assert_eq!((accepted.topic.as_str(), accepted.members, accepted.stored), ("news", 1, 1));
+    assert_eq!(alice.until("message").await.1["payload"], 3);
+    assert_eq!(alice.until("message").await.1["via"], "news");
+    let except = client.publish(to_topics(&["news"], &["alice"])).await.unwrap().into_inner();
+    assert_eq!((except.accepted[0].members, except.error), (0, None));
+    let unknown = client.publish(to_topics(&["new"], &[])).await.unwrap().into_inner();
+    assert_eq!(unknown.accepted[0].error.as_ref().unwrap().status, 404);
+    let both = message::PublishRequest { topics: vec!["news".to_owned()], ..publish(&["bob"], "6", "") };
+    let refused = client.publish(both).await.unwrap().into_inner();
+    assert!(refused.error.unwrap().detail.contains("/users"));
     let stranger =
         calls::collect_client::CollectClient::new(channel).publish(publish(&["alice"], "1", "")).await;
     assert_eq!(stranger.unwrap_err().code(), tonic::Code::Unauthenticated);

@@ -257,3 +257,40 @@ async fn a_server_takes_all_the_files_that_it_is_granted() {
     let room: u64 = of("status", "FDSize:")[0].parse().unwrap();
     assert!(room >= granted, "{room} of {granted}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn topics_are_made_and_published_to() {
+    let server = Server::start().await;
+    let run = |words: &[&str]| output(&mut ringpush(Some(&server), words));
+    let made = run(&["topic", "create", "news", "--ttl", "1h"]);
+    assert!(made.0 == 0 && made.1.contains(r#""ttl_s":3600"#), "{made:?}");
+    assert_eq!(run(&["topic", "add", "news", "alice", "bob"]).0, 0);
+    assert_eq!(run(&["topic", "members", "news"]).1, "alice\nbob\n");
+    assert_eq!(run(&["topic", "remove", "news", "bob"]).0, 0);
+    assert_eq!(run(&["topic", "create", "team"]).0, 0);
+    assert_eq!(run(&["topic", "list"]).1, "news\nteam\n");
+    assert!(run(&["topic", "show", "news"]).1.contains(r#""members":1"#));
+    let sent = run(&["publish", "--topic", "news", "1"]);
+    assert!(sent.0 == 0 && sent.1.contains(r#""stored":1"#), "{sent:?}");
+    let both = run(&["publish", "--topic", "news", "--topic", "team", "-7"]);
+    assert!(both.0 == 0 && both.1.contains(r#""topic":"team","members":0"#), "{both:?}");
+    let history = server.get("/v1/users/alice/messages").await.json();
+    assert_eq!(
+        (&history["messages"][0]["via"], &history["messages"][1]["payload"]),
+        (&json!("news"), &json!(-7))
+    );
+    for (words, code, hint) in [
+        (vec!["publish", "--topic", "new", "1"], 1, "did you mean news"),
+        (vec!["publish", "--topic", "a b", "1"], 64, "--topic"),
+        (vec!["publish", "--topic", "news", "alice", "1"], 64, "USER"),
+        (vec!["publish", "1"], 64, "PAYLOAD"),
+        (vec!["topic", "add", "news"], 64, "USERS"),
+        (vec!["topic", "create", "news", "--ttl", "soon"], 64, "--ttl"),
+        (vec!["topic", "members", "new"], 1, "did you mean news"),
+    ] {
+        let refused = run(&words);
+        assert!(refused.0 == code && refused.2.contains(hint), "{words:?}: {refused:?}");
+    }
+    assert_eq!(run(&["topic", "delete", "news"]).0, 0);
+    assert_eq!(run(&["topic", "list"]).1, "team\n");
+}

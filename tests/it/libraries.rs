@@ -160,6 +160,14 @@ async fn the_publishing_package_stores_once_through_a_restart() {
          catch (error) { console.log(error instanceof PublishError, error.status, error.problem.errors[0].pointer, \
          many[0].accepted[0].user, many[1].error.status); }";
     assert_eq!(run(&mut node(&format!("{BEGIN}{refused}"))).trim(), "true 422 /event bob 422");
+    let topics = "const { created_at } = await ringpush.createTopic('news', { ttl_s: 60 });\n\
+         const { added } = await ringpush.changeMembers('news', { add: ['dave', 'erin'] });\n\
+         const { accepted: [one] } = await ringpush.publish({ topic: 'news', except: ['erin'] }, 3);\n\
+         const { members } = await ringpush.members('news', { limit: 1 });\n\
+         await ringpush.deleteTopic('news');\n\
+         const gone = await ringpush.topic('news').catch((error) => error.status);\n\
+         console.log(created_at.length, added, one.stored, members[0], gone);";
+    assert_eq!(run(&mut node(&format!("{BEGIN}{topics}"))).trim(), "24 2 1 dave 404");
     let later = "const { accepted } = await ringpush.publish('carol', 'through');\n\
          console.log(accepted[0].user, accepted[0].duplicate);";
     server.kill();
@@ -184,6 +192,8 @@ if os.environ["RINGPUSH_STEP"] == "ways":
         outcomes = publisher.publish(["alice", "bob"], {"n": 1}, event="order.paid", id="order-1")
         print([(one.user, one.duplicate, one.error) for one in outcomes])
         print(publisher.publish("alice", {"n": 1}, event="order.paid", id="order-1")[0].duplicate)
+        [topic] = publisher.publish_topic("news", 1, exclude=["bob"])
+        print(topic.topic, topic.members, topic.stored, topic.failed, topic.error)
         try:
             publisher.publish("alice", {"n": 2}, event="with space")
         except ringpush.PublishFailed as failed:
@@ -203,8 +213,12 @@ else:
         command.env("RINGPUSH_COLLECT", &collect).env("RINGPUSH_KEY", &key).env("RINGPUSH_STEP", step);
         command
     };
+    server.put("/v1/topics/news", &serde_json::json!({})).await;
+    let members = serde_json::json!({"add": ["alice", "bob"]});
+    server.send("POST", "/v1/topics/news/members", &members).await;
     let said = run(&mut script("ways"));
-    assert_eq!(said.trim(), "[('alice', False, None), ('bob', False, None)]\nTrue\n422 /event");
+    let expected = "[('alice', False, None), ('bob', False, None)]\nTrue\nnews 1 1 [] None\n422 /event";
+    assert_eq!(said.trim(), expected);
     server.kill();
     let publishing = script("away").stdout(Stdio::piped()).spawn().unwrap();
     let server = server.kill_and_restart().await;

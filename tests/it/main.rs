@@ -31,4 +31,5 @@ mod session_options;
 mod sizes;
 mod sockets;
 mod tokens;
+mod topics;
 mod versions;

@@ -107,7 +107,7 @@ async fn bad_publishes_are_refused_by_name_and_leave_nothing() {
         ("[]", 422, Some("")),
         ("{}", 422, Some("/to")),
         (r#"{"to":{"user":"a"}}"#, 422, Some("/payload")),
-        (r#"{"to":{"topic":"a"},"payload":1}"#, 422, Some("/to")),
+        (r#"{"to":{"topic":"a","user":"b"},"payload":1}"#, 422, Some("/to")),
         (r#"{"to":{"user":7},"payload":1}"#, 422, Some("/to/user")),
         (r#"{"to":{"user":""},"payload":1}"#, 422, Some("/to/user")),
         (r#"{"to":{"user":"a\u0000b"},"payload":1}"#, 422, Some("/to/user")),

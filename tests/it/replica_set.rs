@@ -37,6 +37,7 @@ pub(crate) fn item(user: &UserId, id: &str, ttl_ms: u64) -> Append {
         accepted_at: now,
         expires_at: Millis(now.0 + ttl_ms),
         event: None,
+        via: None,
         payload: Bytes::from(format!("{id:?}")),
     }
 }

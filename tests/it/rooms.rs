@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// Each room with the rooms that it may know. `app` and `main` may know all.
 const MAY_KNOW: &[(&str, &[&str])] = &[
     // Tier 0: pure.
-    // `message`, `backoff` and most of `wire` are the crate `ringpush-protocol`.
+    // `message`, `topic`, `backoff` and most of `wire` are the crate `ringpush-protocol`.
     ("ring", &[]),
     ("redis_url", &[]),
     ("wire", &["message"]),
@@ -21,13 +21,14 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("tasks", &[]),
     ("membership", &["message", "ring", "clock", "backoff", "wire", "transport", "peer_proof"]),
     ("fallback", &["message", "clock", "backoff", "transport"]),
-    ("inbox", &["message", "clock", "backoff", "tasks"]),
+    ("inbox", &["message", "topic", "clock", "backoff", "tasks"]),
     ("transport", &["wire", "redis_url"]),
     // Tier 2: what should happen. A role knows users, not sockets: it does not know transport.
     (
         "role",
         &[
             "message",
+            "topic",
             "ring",
             "backoff",
             "wire",
@@ -56,7 +57,7 @@ const DOORS: &[(&str, &[&str])] = &[
     ("hyper_util", &["transport/"]),
     ("jsonwebtoken", &["role/auth/"]),
     ("prometheus_client", &["telemetry.rs", "role/"]),
-    ("clap", &["main.rs"]),
+    ("clap", &["cli/options.rs", "main.rs"]),
     ("axum", &["app/"]),
     ("toml", &["config/", "app/keys.rs"]),
     ("anyhow", &["app/", "cli/", "main.rs", "telemetry.rs"]),

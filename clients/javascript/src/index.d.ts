@@ -48,6 +48,7 @@ export interface Message<E extends object = Record<string, unknown>, K extends s
   /** Its number in the user's inbox. */
   readonly seq: number;
   readonly id: string;
+  /** The topic by which it came, if it was not sent to the user. */
   readonly topic: string | undefined;
   readonly traceparent: string | undefined;
   readonly acceptedAt: Date;

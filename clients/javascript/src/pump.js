@@ -87,7 +87,7 @@ export class Pump {
   }
 
   message(frame, live) {
-    const { seq, id, event, payload, topic, traceparent, accepted_at: acceptedAt, expires_at: expiresAt } = frame;
+    const { seq, id, event, payload, via, topic = via, traceparent, accepted_at: acceptedAt, expires_at: expiresAt } = frame;
     const resets = this.#resets;
     return {
       event, payload, seq, id, topic, traceparent, live,

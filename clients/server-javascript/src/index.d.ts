@@ -1,5 +1,11 @@
-/** A user, several, or the form of the HTTP interface. */
-export type Recipients = string | string[] | { user: string } | { users: string[] };
+/** A user, several, or the form of the HTTP interface. `except`: members of the topics who do not get it. */
+export type Recipients =
+  | string
+  | string[]
+  | { user: string }
+  | { users: string[] }
+  | { topic: string; except?: string[] }
+  | { topics: string[]; except?: string[] };
 
 export interface PublishOptions {
   /** The id under which a repeat is stored once. Default: a new one, kept through the retries of this call. */
@@ -11,13 +17,27 @@ export interface PublishOptions {
   signal?: AbortSignal;
 }
 
-export type Accepted =
-  | { user: string; seq: number; duplicate: boolean }
-  | { user: string; error: { status: number; detail?: string } };
+interface Refusal {
+  status: number;
+  detail?: string;
+}
 
-export interface Published {
+/** The outcome for one user. */
+export type UserAccepted = { user: string; seq: number; duplicate: boolean } | { user: string; error: Refusal };
+
+/** The outcome for one topic: the members that the message is for, in how many inboxes it is, and who does not have it. */
+export type TopicAccepted =
+  | { topic: string; members: number; stored: number; failed: { user: string; error: Refusal }[] }
+  | { topic: string; error: Refusal };
+
+export type Accepted = UserAccepted | TopicAccepted;
+
+/** What `to` is answered with. */
+type AcceptedOf<T> = T extends { topic: string } | { topics: string[] } ? TopicAccepted : UserAccepted;
+
+export interface Published<A = Accepted> {
   id: string;
-  accepted: Accepted[];
+  accepted: A[];
 }
 
 /** An error as in RFC 9457. */
@@ -36,6 +56,8 @@ export interface StoredMessage {
   seq: number;
   id: string;
   event?: string;
+  /** The topic by which it came. */
+  via?: string;
   payload: unknown;
   accepted_at: string;
   expires_at: string;
@@ -49,6 +71,19 @@ export interface User {
   devices: { device: string; acked: number; connected_at: string | null; node: string | null; client?: string }[];
 }
 
+export interface Topic {
+  topic: string;
+  delivery: 'inbox';
+  ttl_s: number;
+  created_at: string;
+}
+
+export interface MembersChanged {
+  added: number;
+  removed: number;
+  refused: { user: string; detail: string }[];
+}
+
 interface Until {
   signal?: AbortSignal;
 }
@@ -57,7 +92,7 @@ interface Until {
 export class Ringpush {
   constructor(options: { url: string | URL; key: string; fetch?: typeof fetch });
   /** Resolves when the message is on stable storage for every recipient. */
-  publish(to: Recipients, payload: unknown, options?: PublishOptions): Promise<Published>;
+  publish<T extends Recipients>(to: T, payload: unknown, options?: PublishOptions): Promise<Published<AcceptedOf<T>>>;
   /** Each message stands alone: its outcome, or its problem. */
   publishMany(
     messages: ({ to: Recipients; payload: unknown } & Omit<PublishOptions, 'signal'>)[],
@@ -67,6 +102,14 @@ export class Ringpush {
   history(user: string, options?: { after?: number; limit?: number } & Until): Promise<{ messages: StoredMessage[]; next: number | null }>;
   /** Closes the user's sockets and refuses every token issued until now. */
   disconnect(user: string, options?: Until): Promise<void>;
+  /** Makes a topic, or changes the life of its messages in seconds. */
+  createTopic(topic: string, options?: { ttl_s?: number } & Until): Promise<Topic>;
+  topic(topic: string, options?: Until): Promise<Topic & { members: number }>;
+  /** Ends a topic and its memberships. */
+  deleteTopic(topic: string, options?: Until): Promise<void>;
+  /** At most 10,000 users together. Who is published to afterwards are the members that it has left. */
+  changeMembers(topic: string, change: { add?: string[]; remove?: string[] } & Until): Promise<MembersChanged>;
+  members(topic: string, options?: { after?: string; limit?: number } & Until): Promise<{ members: string[]; next: string | null }>;
   cluster(options?: Until): Promise<Record<string, unknown>>;
 }
 

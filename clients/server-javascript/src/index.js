@@ -68,6 +68,27 @@ export class Ringpush {
     await this.#call('DELETE', `v1/users/${encodeURIComponent(user)}/sessions`, { signal });
   }
 
+  /** Makes a topic, or changes the life of its messages. */
+  createTopic(topic, { ttl_s: ttl, signal } = {}) {
+    return this.#call('PUT', topicPath(topic), { body: { ttl_s: ttl }, signal });
+  }
+
+  topic(topic, { signal } = {}) { return this.#call('GET', topicPath(topic), { signal }); }
+
+  async deleteTopic(topic, { signal } = {}) { await this.#call('DELETE', topicPath(topic), { signal }); }
+
+  /** A repeat is harmless, and counts whom it still had to add or remove. */
+  changeMembers(topic, { add = [], remove = [], signal } = {}) {
+    return this.#call('POST', `${topicPath(topic)}/members`, { body: { add, remove }, signal });
+  }
+
+  members(topic, { after, limit, signal } = {}) {
+    const query = new URLSearchParams();
+    if (after !== undefined) query.set('after', after);
+    if (limit !== undefined) query.set('limit', limit);
+    return this.#call('GET', `${topicPath(topic)}/members?${query}`, { signal });
+  }
+
   cluster({ signal } = {}) {
     return this.#call('GET', 'v1/cluster', { signal });
   }
@@ -99,6 +120,8 @@ export class Ringpush {
     }
   }
 }
+
+const topicPath = (topic) => `v1/topics/${encodeURIComponent(topic)}`;
 
 function message({ to, ...rest }) {
   const recipients = typeof to === 'string' ? { user: to } : Array.isArray(to) ? { users: to } : to;

@@ -6,6 +6,8 @@ export async function publish(): Promise<number> {
   try {
     const published: Published = await ringpush.publish(['alice', 'bob'], { n: 1 }, { event: 'x', signal: AbortSignal.timeout(1) });
     for (const one of published.accepted) if ('seq' in one) return one.seq;
+    const { accepted } = await ringpush.publish({ topic: 'news', except: ['bob'] }, 1);
+    for (const one of accepted) if ('members' in one && one.stored < one.members) return one.failed.length;
     // @ts-expect-error there is no such recipient
     await ringpush.publish({ topicc: 'x' }, 1);
     const results = await ringpush.publishMany([{ to: 'alice', payload: 1, id: 'x' }]);

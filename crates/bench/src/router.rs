@@ -79,6 +79,7 @@ fn batches() -> Vec<Vec<LiveMessage>> {
             accepted_at: Millis(1_795_380_000_000),
             expires_at: Millis(1_795_980_000_000),
             event: None,
+            via: None,
             payload: Bytes::from_static(&[b'x'; 120]),
         }),
     };

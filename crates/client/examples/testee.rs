@@ -54,6 +54,9 @@ async fn read(mut inbox: Inbox, mut mode: watch::Receiver<String>) {
         if let Some(event) = &message.event {
             shown["event"] = event.as_str().into();
         }
+        if let Some(topic) = &message.topic {
+            shown["topic"] = topic.as_str().into();
+        }
         say(&json!({"message": shown}));
         if mode.borrow().as_str() == "fail" {
             say(&json!({"error": "handler"}));

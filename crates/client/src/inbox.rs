@@ -27,6 +27,8 @@ pub struct Message {
     pub id: String,
     /// What it tells, if its sender named that.
     pub event: Option<String>,
+    /// The topic by which it came; `None` if it was sent to the user.
+    pub topic: Option<String>,
     /// The payload as the sender wrote it: JSON.
     pub payload: Box<RawValue>,
     /// When it was accepted, RFC 3339.
@@ -48,8 +50,8 @@ impl Message {
     }
 
     pub(crate) fn new(frame: MessageFrame, live: bool) -> Self {
-        let MessageFrame { seq, id, event, accepted_at, expires_at, payload } = frame;
-        Self { seq, id, event, payload, accepted_at, expires_at, live }
+        let MessageFrame { seq, id, event, via, accepted_at, expires_at, payload } = frame;
+        Self { seq, id, event, topic: via, payload, accepted_at, expires_at, live }
     }
 }
 

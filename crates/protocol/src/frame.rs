@@ -217,6 +217,12 @@ fn put_message_fields(out: &mut BytesMut, message: &Message) {
         out.put_slice(event.as_str().as_bytes());
         out.put_u8(b'"');
     }
+    if let Some(topic) = &message.via {
+        // Its characters need no escaping either.
+        out.put_slice(br#","via":""#);
+        out.put_slice(topic.as_str().as_bytes());
+        out.put_u8(b'"');
+    }
     out.put_slice(br#","accepted_at":""#);
     message.accepted_at.put_rfc3339(out);
     out.put_slice(br#"","expires_at":""#);
@@ -254,6 +260,9 @@ pub struct MessageFrame {
     /// What it tells, if its sender named that.
     #[serde(default)]
     pub event: Option<String>,
+    /// The topic by which it came; `None` if it was sent to the user.
+    #[serde(default)]
+    pub via: Option<String>,
     /// When it was accepted, RFC 3339.
     pub accepted_at: String,
     /// When it expires, RFC 3339.

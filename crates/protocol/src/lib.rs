@@ -5,6 +5,7 @@
 //! - [`frame`]: the frames of the client WebSocket. [`close`]: the close codes.
 //! - [`http`]: the requests of the HTTP interfaces, and problems. [`rest`]: the responses.
 //! - [`refusal`]: why a token or ticket is refused.
+//! - [`topic`]: how messages to topics reach their members.
 //! - [`address`]: public URLs, and the query of a socket request.
 //! - [`backoff`]: the delays with jitter that both sides use.
 //!
@@ -29,3 +30,4 @@ pub mod http;
 pub mod message;
 pub mod refusal;
 pub mod rest;
+pub mod topic;

@@ -16,6 +16,8 @@ pub const NAME_MAX_BYTES: usize = 128;
 pub const DEVICE_MAX_BYTES: usize = 64;
 /// Longest name of an event, in bytes (docs/protocol.md, Collect HTTP).
 pub const EVENT_MAX_BYTES: usize = 64;
+/// Longest name of a topic, in bytes (docs/protocol.md, Topics).
+pub const TOPIC_MAX_BYTES: usize = 64;
 /// Longest name of a client, in bytes (docs/protocol.md, Client WebSocket).
 pub const CLIENT_MAX_BYTES: usize = 64;
 /// Longest node name, in bytes: one DNS label.
@@ -107,6 +109,22 @@ name_type!(
     },
     "an event is 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', ':' and '-'"
 );
+
+name_type!(
+    /// The name of a topic, such as `news` or `match-7`. `everyone` is the built-in topic of all
+    /// users and no name.
+    TopicName,
+    |text| {
+        (1..=TOPIC_MAX_BYTES).contains(&text.len())
+            && text.as_bytes()[0].is_ascii_alphanumeric()
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:-".contains(&b))
+            && text != EVERYONE
+    },
+    "a topic is 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', ':' and '-', begins with a letter or a digit, and is not \"everyone\""
+);
+
+/// The built-in topic of all users.
+pub const EVERYONE: &str = "everyone";
 
 name_type!(
     /// Name and version of a client's library or program, such as `ringpush-js/1.0`, as it says
@@ -241,6 +259,8 @@ pub struct Message {
     pub expires_at: Millis,
     /// What it tells, if its sender named that.
     pub event: Option<EventName>,
+    /// The topic by which the recipient was reached; `None` if the message was sent to the user.
+    pub via: Option<TopicName>,
     /// Valid JSON text.
     pub payload: Bytes,
 }
@@ -253,22 +273,30 @@ impl Message {
     }
 }
 
-/// The recipients of a publish. An enum, so that topics can join without changing every signature.
+/// The recipients of a publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recipients {
     /// One user; the answer to the publish describes this user alone.
     User(UserId),
     /// Several users, in the order given; each has an outcome of its own.
     Users(Vec<UserId>),
+    /// The members of topics, each topic with an outcome of its own.
+    Topics {
+        /// The topics in the order given.
+        topics: Vec<TopicName>,
+        /// Users who do not get the message, although they are members.
+        except: Vec<UserId>,
+    },
 }
 
 impl Recipients {
-    /// The users in the order given.
+    /// The users in the order given; none for topics, whose members only the store knows.
     #[must_use]
     pub fn users(&self) -> &[UserId] {
         match self {
             Self::User(user) => std::slice::from_ref(user),
             Self::Users(users) => users,
+            Self::Topics { .. } => &[],
         }
     }
 }
@@ -290,6 +318,12 @@ mod tests {
         assert!(NodeId::parse("a/../b").is_err());
         assert!(MessageId::parse("order \"17\"").is_ok());
         assert!(MessageId::parse("é").is_err());
+        for good in ["n", "7", "match-7", "a.b_c:D-9", &"x".repeat(64), "Everyone"] {
+            assert!(TopicName::parse(good).is_ok(), "{good}");
+        }
+        for bad in ["", "-a", ".a", "a b", "a/b", "é", "everyone", &"x".repeat(65), "a\n"] {
+            assert!(TopicName::parse(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -100,6 +100,61 @@ pub struct DeviceEntry {
     pub client: Option<String>,
 }
 
+/// The response to `PUT /v1/topics/{topic}` and `GET /v1/topics/{topic}`, and an entry of
+/// [`TopicsResponse`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicResponse {
+    /// The topic.
+    pub topic: String,
+    /// How messages reach the members: `inbox`.
+    pub delivery: String,
+    /// Life of messages whose sender names none, in seconds.
+    pub ttl_s: u64,
+    /// When the topic was made, RFC 3339.
+    pub created_at: String,
+    /// Number of members; only where one topic is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub members: Option<u64>,
+}
+
+/// The response to `GET /v1/topics` and `GET /v1/users/{user}/topics`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicsResponse {
+    /// The topics in the order of their names.
+    pub topics: Vec<TopicResponse>,
+    /// The value of `after` for the next page; `None` if this is the last.
+    pub next: Option<String>,
+}
+
+/// The response to `GET /v1/topics/{topic}/members`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MembersResponse {
+    /// The members in the order of their ids.
+    pub members: Vec<String>,
+    /// The value of `after` for the next page; `None` if this is the last.
+    pub next: Option<String>,
+}
+
+/// The response to `POST /v1/topics/{topic}/members`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MembersChangedResponse {
+    /// Users that are members now and were none before.
+    pub added: u64,
+    /// Users that were members and are none now.
+    pub removed: u64,
+    /// Users that did not join, and why.
+    pub refused: Vec<RefusedMember>,
+}
+
+/// A user that did not join a topic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedMember {
+    /// The user.
+    pub user: String,
+    /// Why, and the remedy.
+    pub detail: String,
+}
+
 /// The response to `GET /v1/cluster`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ClusterResponse {

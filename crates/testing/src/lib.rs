@@ -262,6 +262,26 @@ impl Server {
         results.iter().map(|result| result["accepted"][0]["seq"].as_u64().unwrap()).collect()
     }
 
+    /// Sends JSON to collect.
+    pub async fn put(&self, path: &str, body: &Value) -> http::Answer {
+        self.send("PUT", path, body).await
+    }
+
+    /// Sends JSON to collect, by any method.
+    pub async fn send(&self, method: &str, path: &str, body: &Value) -> http::Answer {
+        let headers = [("content-type", "application/json")];
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        http::request(
+            &self.at("collect"),
+            method,
+            path,
+            Some(&self.key("api_key")),
+            &headers,
+            body.as_bytes(),
+        )
+        .await
+    }
+
     pub async fn get(&self, path: &str) -> http::Answer {
         http::get(&self.at("collect"), path, Some(&self.key("api_key"))).await
     }

@@ -35,7 +35,7 @@ impl Store {
         // fjall copies what it is given, so the buffers are reused.
         let (mut key, mut value) = (Vec::new(), Vec::new());
         for item in batch {
-            let fence = item.deduplicated.then(|| (fence_key(&item.user, &item.id), item.digest()));
+            let fence = item.deduplicated.then(|| (fence_key(&item.user, &item.fence()), item.digest()));
             if let Some((key, digest)) = &fence {
                 let known = match fences.get(key) {
                     Some(fence) => Some(*fence),

@@ -3,10 +3,10 @@
 use bytes::Bytes;
 use fjall::{Readable, Snapshot};
 
-use super::super::{InboxError, PASSED_OVER};
+use super::super::{InboxError, PASSED_OVER, fence_of};
 use super::records::{Cursor, decode, fence_key, head_key, message_key, prefix, seq_of, unreadable, user_of};
 use super::{JANITOR_BATCH, Store};
-use crate::message::{MessageId, UserId};
+use crate::message::UserId;
 
 impl Store {
     pub(super) fn run_once(&self) -> Result<u64, InboxError> {
@@ -33,6 +33,7 @@ impl Store {
             }
         }
         self.clean_cursors()?;
+        self.clean_topics()?;
         Ok(removed)
     }
 
@@ -64,8 +65,8 @@ impl Store {
         pending.insert(&self.heads, head_key(user), head.encode());
         for expired in &run {
             pending.remove(&self.messages, message_key(user, expired.seq));
-            if let Some(id) = &expired.deduplicated {
-                let key = fence_key(user, id);
+            if let Some(fence) = &expired.fence {
+                let key = fence_key(user, fence);
                 if self.fence(&snapshot, &key)?.is_some_and(|fence| fence.seq.get() == expired.seq) {
                     pending.remove(&self.fences, key);
                 }
@@ -83,13 +84,14 @@ impl Store {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
             let seq = seq_of(&key)?;
             let Ok((message, deduplicated)) = decode(seq, Bytes::copy_from_slice(&value)) else {
-                run.push(Expired { seq, deduplicated: None });
+                run.push(Expired { seq, fence: None });
                 continue;
             };
             if !message.is_expired(now) || upto >= JANITOR_BATCH {
                 break;
             }
-            run.push(Expired { seq, deduplicated: deduplicated.then_some(message.id) });
+            let fence = deduplicated.then(|| fence_of(message.via.as_ref(), &message.id));
+            run.push(Expired { seq, fence });
             upto = run.len();
         }
         run.truncate(upto);
@@ -128,5 +130,5 @@ impl Store {
 pub(super) struct Expired {
     pub(super) seq: u64,
     /// Its idempotency key, if it has one.
-    pub(super) deduplicated: Option<MessageId>,
+    pub(super) fence: Option<String>,
 }

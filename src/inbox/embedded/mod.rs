@@ -1,8 +1,8 @@
 //! The inbox on the embedded store `fjall`, for one process alone.
 //!
-//! Four keyspaces hold messages, and one describes the store itself. A key begins with four bytes
-//! of the user's hash, the user id and a zero byte. No user id contains a zero byte, so users never
-//! mix:
+//! Four keyspaces hold messages and what belongs to them, and one describes the store itself. A key
+//! begins with four bytes of the user's hash, the user id and a zero byte. No user id contains a
+//! zero byte, so users never mix:
 //!
 //! | keyspace | key | value |
 //! | --- | --- | --- |
@@ -10,6 +10,14 @@
 //! | heads | hash user | head, first, not before |
 //! | fences | hash user 0 idempotency key | seq, expires, payload digest |
 //! | cursors | hash user 0 device | acked, moved at |
+//!
+//! Three more hold topics:
+//!
+//! | keyspace | key | value |
+//! | --- | --- | --- |
+//! | topics | topic | delivery, life, last life, changes, ttl, made at |
+//! | topic_members | topic 0 user | life |
+//! | user_topics | hash user 0 topic | life |
 //!
 //! The hash is only for speed. fjall keeps the first four bytes of a key beside its pointer, and
 //! names of users begin alike; without the hash every comparison in the memtable went to memory
@@ -31,8 +39,10 @@
 
 mod append;
 mod janitor;
+mod members;
 mod read;
 mod records;
+mod topics;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -62,6 +72,8 @@ const IDENTITY: &[u8] = b"identity";
 /// The layout of the keys is part of the keyspaces' names: a store of another layout is refused,
 /// not misread.
 const KEYSPACES: [&str; 4] = ["messages.2", "heads.2", "fences.2", "cursors.2"];
+/// The keyspaces of topics. A version without topics does not open them.
+const TOPIC_KEYSPACES: [&str; 3] = ["topics.1", "topic_members.1", "user_topics.1"];
 /// A keyspace of the first layout.
 const EARLIER: &str = "messages";
 /// A sync takes a fifth of a millisecond and ten wake-ups, for one message as for many
@@ -93,6 +105,9 @@ struct Store {
     heads: Keyspace,
     fences: Keyspace,
     cursors: Keyspace,
+    topics: Keyspace,
+    topic_members: Keyspace,
+    user_topics: Keyspace,
     clock: Clock,
     /// Made once and kept in the store: tells this store from every other.
     identity: String,
@@ -167,6 +182,7 @@ impl EmbeddedInbox {
             }
             let keyspace = |name: &str| db.keyspace(name, KeyspaceCreateOptions::default);
             let [messages, heads, fences, cursors] = KEYSPACES;
+            let [topics, topic_members, user_topics] = TOPIC_KEYSPACES;
             let about = keyspace(ABOUT)?;
             let identity = match about.get(IDENTITY)? {
                 Some(known) => String::from_utf8_lossy(&known).into_owned(),
@@ -184,6 +200,9 @@ impl EmbeddedInbox {
                 heads: keyspace(heads)?,
                 fences: keyspace(fences)?,
                 cursors: keyspace(cursors)?,
+                topics: keyspace(topics)?,
+                topic_members: keyspace(topic_members)?,
+                user_topics: keyspace(user_topics)?,
                 db: db.clone(),
                 newborn: Head::beginning_at(clock.now()),
                 clock,
@@ -218,8 +237,9 @@ impl EmbeddedInbox {
         let mut held = Vec::new();
         loop {
             tokio::time::sleep(FREE_EVERY).await;
-            let Store { messages, heads, fences, cursors, .. } = &*self.store;
-            for keyspace in [messages, heads, fences, cursors] {
+            let Store { messages, heads, fences, cursors, topics, topic_members, user_topics, .. } =
+                &*self.store;
+            for keyspace in [messages, heads, fences, cursors, topics, topic_members, user_topics] {
                 let active = keyspace.tree.active_memtable();
                 if !held.iter().any(|one| Arc::ptr_eq(one, &active)) {
                     held.push(active);

@@ -3,7 +3,7 @@
 use bytes::{Buf, BufMut, Bytes};
 
 use super::super::{Append, Appended, CURSOR_LIFE_MS, InboxError, is_json};
-use crate::message::{EventName, Message, MessageId, Millis, Seq, UserId};
+use crate::message::{EventName, Message, MessageId, Millis, Seq, TopicName, UserId};
 
 /// A head record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,8 +17,8 @@ pub(super) struct Head {
 
 impl Append {
     pub(super) fn numbered(self, seq: u64) -> Message {
-        let Self { id, accepted_at, expires_at, event, payload, .. } = self;
-        Message { seq: Seq::at(seq), id, accepted_at, expires_at, event, payload }
+        let Self { id, accepted_at, expires_at, event, via, payload, .. } = self;
+        Message { seq: Seq::at(seq), id, accepted_at, expires_at, event, via, payload }
     }
 }
 
@@ -96,6 +96,8 @@ pub(super) const MESSAGE_LAYOUT: u8 = 1;
 const DEDUPLICATED: u8 = 1;
 /// Flag of a message that has an event: its length and text stand before the payload.
 const HAS_EVENT: u8 = 2;
+/// Flag of a message that came by a topic: its name stands next, in the same form.
+const HAS_TOPIC: u8 = 4;
 
 /// Encodes a message into `out`, replacing its content.
 pub(super) fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bool) {
@@ -104,13 +106,18 @@ pub(super) fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bo
     out.put_u8(MESSAGE_LAYOUT);
     out.put_u64(message.accepted_at.0);
     out.put_u64(message.expires_at.0);
-    out.put_u8(u8::from(deduplicated) * DEDUPLICATED + u8::from(message.event.is_some()) * HAS_EVENT);
+    let (event, topic) = (message.event.as_ref(), message.via.as_ref());
+    let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
+    out.put_u8(
+        flag(deduplicated, DEDUPLICATED)
+            | flag(event.is_some(), HAS_EVENT)
+            | flag(topic.is_some(), HAS_TOPIC),
+    );
     out.put_u8(u8::try_from(id.len()).unwrap_or(u8::MAX));
     out.put_slice(id);
-    if let Some(event) = &message.event {
-        let event = event.as_str().as_bytes();
-        out.put_u8(u8::try_from(event.len()).unwrap_or(u8::MAX));
-        out.put_slice(event);
+    for name in [event.map(EventName::as_str), topic.map(TopicName::as_str)].into_iter().flatten() {
+        out.put_u8(u8::try_from(name.len()).unwrap_or(u8::MAX));
+        out.put_slice(name.as_bytes());
     }
     out.put_slice(&message.payload);
 }
@@ -124,24 +131,30 @@ pub(super) fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxE
     let id = take_text(&mut raw, id_len)?;
     let id = std::str::from_utf8(&id).ok().and_then(|id| MessageId::parse(id).ok());
     let id = id.ok_or_else(|| corrupt("a message id"))?;
-    let event = if flags & HAS_EVENT == 0 {
-        None
-    } else {
-        let length = raw.first().copied().unwrap_or_default() as usize;
-        raw.advance(raw.len().min(1));
-        let event = take_text(&mut raw, length)?;
-        let event = std::str::from_utf8(&event).ok().and_then(|event| EventName::parse(event).ok());
-        Some(event.ok_or_else(|| corrupt("an event"))?)
-    };
+    let event = take_name(flags & HAS_EVENT != 0, &mut raw)?;
+    let event = event.map(|name| EventName::parse(&name)).transpose().map_err(|_| corrupt("an event"))?;
+    let topic = take_name(flags & HAS_TOPIC != 0, &mut raw)?;
+    let via = topic.map(|name| TopicName::parse(&name)).transpose().map_err(|_| corrupt("a topic"))?;
     if !is_json(&raw) {
         return Err(corrupt("a payload"));
     }
-    let message = Message { seq: Seq::at(seq), id, accepted_at, expires_at, event, payload: raw };
+    let message = Message { seq: Seq::at(seq), id, accepted_at, expires_at, event, via, payload: raw };
     Ok((message, flags & DEDUPLICATED != 0))
 }
 
 fn take_text(raw: &mut Bytes, length: usize) -> Result<Bytes, InboxError> {
     if raw.len() < length { Err(corrupt("a message")) } else { Ok(raw.split_to(length)) }
+}
+
+/// A name with its length before it, where there is one.
+fn take_name(is_there: bool, raw: &mut Bytes) -> Result<Option<String>, InboxError> {
+    if !is_there {
+        return Ok(None);
+    }
+    let length = raw.first().copied().unwrap_or_default() as usize;
+    raw.advance(raw.len().min(1));
+    let name = take_text(raw, length)?;
+    String::from_utf8(name.to_vec()).map(Some).map_err(|_| corrupt("a name"))
 }
 
 /// The user of a head record's key; `None` if the key is not one.
@@ -208,9 +221,9 @@ pub(super) fn seq_of(key: &[u8]) -> Result<u64, InboxError> {
     key.last_chunk::<8>().map(|raw| u64::from_be_bytes(*raw)).ok_or_else(|| corrupt("a message's key"))
 }
 
-pub(super) fn fence_key(user: &UserId, id: &MessageId) -> Vec<u8> {
+pub(super) fn fence_key(user: &UserId, fence: &str) -> Vec<u8> {
     let mut key = prefix(user);
-    key.extend_from_slice(id.as_str().as_bytes());
+    key.extend_from_slice(fence.as_bytes());
     key
 }
 

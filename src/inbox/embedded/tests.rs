@@ -75,6 +75,7 @@ fn item(user: &str, id: &str, deduplicated: bool) -> Append {
         accepted_at: START,
         expires_at: START.plus_seconds(60),
         event: None,
+        via: None,
         payload: Bytes::from_static(b"1"),
     }
 }
@@ -88,7 +89,7 @@ async fn what_cannot_be_read_is_the_fault_of_its_own_user_and_number_alone() {
     let (good, deduplicated, bad) =
         (item("alice", "good", false), item("bob", "again", true), item("eve", "x", false));
     // Damage the fence of a repeat, and a head record.
-    store.fences.insert(fence_key(&deduplicated.user, &deduplicated.id), b"no fence").unwrap();
+    store.fences.insert(fence_key(&deduplicated.user, &deduplicated.fence()), b"no fence").unwrap();
     store.heads.insert(head_key(&bad.user), b"no head").unwrap();
     store.cursors.insert(cursor_key(&good.user, "web"), b"no cursor").unwrap();
     for n in 0..3 {

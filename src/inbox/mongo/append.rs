@@ -517,6 +517,7 @@ async fn acknowledge(
         accepted_at: item.append.accepted_at,
         expires_at: item.append.expires_at,
         event: item.append.event.clone(),
+        via: item.append.via.clone(),
         payload: item.append.payload.clone(),
     }))));
     Ok(true)
@@ -552,7 +553,7 @@ async fn answer_repeats(
     if items.is_empty() {
         return Ok(());
     }
-    let place = |item: &&Item| doc! { "_id.u": item.append.user.as_str(), "f": item.append.id.as_str() };
+    let place = |item: &&Item| doc! { "_id.u": item.append.user.as_str(), "f": item.append.fence() };
     let filter = doc! { "$or": items.iter().map(place).collect::<Vec<_>>() };
     let fields = doc! { "_id": 1, "f": 1, "d": 1, "x": 1 };
     let found = inner.find(filter, fields).await?;
@@ -560,17 +561,17 @@ async fn answer_repeats(
     let records = inner.by_ids(records, doc! {}).await?;
     let heads: HashMap<&str, u64> =
         records.iter().filter_map(|one| Some((place_of(one)?.0, HeadRecord::read(one).head))).collect();
-    let found: HashMap<(&str, &str), (u64, &Document)> = found
+    let found: HashMap<(&str, String), (u64, &Document)> = found
         .iter()
         .filter_map(|one| {
             let (user, n) = place_of(one)?;
-            Some(((user, one.get_str("f").ok()?), (n, one)))
+            Some(((user, one.get_str("f").ok()?.to_owned()), (n, one)))
         })
         .collect();
     let now = int(inner.clock.now().0);
     for item in items {
         let append = &item.append;
-        let Some((n, stored)) = found.get(&(append.user.as_str(), append.id.as_str())) else { continue };
+        let Some((n, stored)) = found.get(&(append.user.as_str(), append.fence())) else { continue };
         let head = heads.get(append.user.as_str()).copied().unwrap_or(0);
         if *n <= head || integer(stored, "x").is_some_and(|expires_at| expires_at <= now) {
             give_up_id(inner, &id(&append.user, *n), append).await?;
@@ -589,7 +590,7 @@ async fn give_up_id(inner: &Inner, place: &Document, append: &Append) -> Result<
     if !append.deduplicated {
         return Ok(());
     }
-    let filter = doc! { "_id": place.clone(), "f": append.id.as_str() };
+    let filter = doc! { "_id": place.clone(), "f": append.fence() };
     let update = doc! { "$unset": { "f": "" } };
     let updated = inner.documents.update_one(filter, update).into_future();
     inner.in_time(updated).await.map(drop).map_err(unavailable)

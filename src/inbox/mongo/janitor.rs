@@ -54,6 +54,7 @@ pub(super) async fn run_once(inner: &Inner) -> Result<u64, InboxError> {
     let exact = doc! { "$not": { "$gt": unused } };
     let unused = inner.cursors.delete_many(doc! { "at": { "$lte": unused }, "t": exact }).into_future();
     inner.in_time(unused).await.map_err(unavailable)?;
+    inner.clean_topics().await?;
     Ok(removed)
 }
 

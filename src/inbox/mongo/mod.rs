@@ -13,11 +13,14 @@ mod append;
 mod cursors;
 mod identity;
 mod janitor;
+mod members;
 #[cfg(test)]
 mod model;
 mod open;
 mod positions;
+mod primary;
 mod stored;
+mod topics;
 mod watch;
 
 use std::sync::Arc;
@@ -96,6 +99,10 @@ struct Inner {
     messages: Collection<StoredMessage>,
     documents: Collection<Document>,
     cursors: Collection<Document>,
+    topics: Collection<Document>,
+    members: Collection<Document>,
+    /// Which primary answers, and since when.
+    primary: Arc<primary::Primary>,
     clock: Clock,
     times: MongoTimes,
     appends: tokio::sync::Mutex<append::Heads>,

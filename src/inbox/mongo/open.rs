@@ -12,7 +12,8 @@ use mongodb::options::{
 };
 use parking_lot::Mutex;
 
-use super::stored::{CURSORS, INBOX};
+use super::primary::Primary;
+use super::stored::{CURSORS, INBOX, MEMBERS, TOPICS};
 use super::{Inner, MongoInbox, MongoTimes};
 use crate::clock::Clock;
 
@@ -50,12 +51,17 @@ impl MongoInbox {
         options.read_concern = Some(ReadConcern::majority());
         options.selection_criteria = Some(SelectionCriteria::ReadPreference(ReadPreference::Primary));
         options.write_concern = Some(majority());
+        let primary = Arc::new(Primary::new(clock.clone()));
+        options.sdam_event_handler = Some(Arc::clone(&primary).observer());
         let client = Client::with_options(options).map_err(refused)?;
         let database = client.database(database);
         let inner = Inner {
             messages: database.collection(INBOX),
             documents: database.collection(INBOX),
             cursors: database.collection(CURSORS),
+            topics: database.collection(TOPICS),
+            members: database.collection(MEMBERS),
+            primary,
             database,
             clock,
             times,

@@ -6,12 +6,16 @@ use mongodb::bson::{Binary, Bson, Document, doc};
 use serde::{Deserialize, Serialize};
 
 use crate::inbox::{Append, InboxError, is_json};
-use crate::message::{EventName, Message, MessageId, Millis, Seq, UserId};
+use crate::message::{EventName, Message, MessageId, Millis, Seq, TopicName, UserId};
 
 /// The collection of head records and messages.
 pub(super) const INBOX: &str = "inbox";
 /// The collection of cursors.
 pub(super) const CURSORS: &str = "cursors";
+
+/// The collection of topics, and that of their members.
+pub(super) const TOPICS: &str = "topics";
+pub(super) const MEMBERS: &str = "members";
 
 /// The collection that says which store this is.
 pub(super) const ABOUT: &str = "about";
@@ -32,6 +36,9 @@ pub(super) struct StoredMessage {
     /// Event, if the sender named one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(super) e: Option<String>,
+    /// Topic by which the recipient was reached, if it was one.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(super) v: Option<String>,
     /// Payload.
     pub(super) p: Binary,
     /// The idempotency key; unset when it is given up.
@@ -89,8 +96,9 @@ impl StoredMessage {
             at: int(append.accepted_at.0),
             x: int(append.expires_at.0),
             e: append.event.as_ref().map(|event| event.as_str().to_owned()),
+            v: append.via.as_ref().map(|topic| topic.as_str().to_owned()),
             p: binary(&append.payload),
-            f: append.deduplicated.then(|| append.id.as_str().to_owned()),
+            f: append.deduplicated.then(|| append.fence()),
             d: append.deduplicated.then(|| binary(&append.digest())),
         }
     }
@@ -104,6 +112,7 @@ impl StoredMessage {
             at: 0,
             x: 0,
             e: None,
+            v: None,
             p: binary(&[]),
             f: None,
             d: None,
@@ -135,6 +144,7 @@ impl StoredMessage {
             accepted_at: Millis(self.at.max(0).unsigned_abs()),
             expires_at: Millis(self.x.max(0).unsigned_abs()),
             event: self.e.map(|event| EventName::parse(&event)).transpose().map_err(|_| corrupt())?,
+            via: self.v.map(|topic| TopicName::parse(&topic)).transpose().map_err(|_| corrupt())?,
             payload: Bytes::from(self.p.bytes),
         })
     }

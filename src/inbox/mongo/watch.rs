@@ -27,7 +27,7 @@ use mongodb::options::{IndexOptions, ReturnDocument};
 use mongodb::{Collection, IndexModel};
 
 use super::append::DUPLICATE_KEY;
-use super::stored::{CURSORS, HeadRecord, INBOX, StoredMessage, id, int, integer, place_of};
+use super::stored::{CURSORS, HeadRecord, INBOX, MEMBERS, StoredMessage, id, int, integer, place_of};
 use super::{Inner, OpenError, index_fault, unavailable, words};
 use crate::inbox::InboxError;
 use crate::message::UserId;
@@ -306,10 +306,11 @@ impl Inner {
         let named = |name: &str| IndexOptions::builder().name(name.to_owned()).build();
         let index =
             |keys: Document, name: &str| IndexModel::builder().keys(keys).options(named(name)).build();
-        let all: [(&Collection<Document>, &str, Document, &str); 3] = [
+        let all: [(&Collection<Document>, &str, Document, &str); 4] = [
             (&self.documents, INBOX, doc! { "x": 1, "_id.u": 1 }, "expiry"),
             (&self.cursors, CURSORS, doc! { "at": 1 }, "unused"),
             (&self.cursors, CURSORS, doc! { "_id.u": 1, "at": 1 }, "user"),
+            (&self.members, MEMBERS, doc! { "_id.t": 1, "_id.u": 1 }, "topic"),
         ];
         for (collection, shown, keys, name) in all {
             let made = self.in_time(collection.create_index(index(keys, name)).into_future()).await;

@@ -103,6 +103,7 @@ fn live(user: &str, seq: u64) -> LiveMessage {
         accepted_at: Millis(0),
         expires_at: Millis(u64::MAX),
         event: None,
+        via: None,
         payload: Bytes::from_static(b"1"),
     };
     LiveMessage { user: UserId::parse(user).unwrap(), message: Arc::new(message) }

@@ -130,6 +130,7 @@ mod tests {
             accepted_at: NOW,
             expires_at: NOW.plus_seconds(*ttl_s),
             event: None,
+            via: None,
             payload: Bytes::from(format!("\"{}\"", "x".repeat(*bytes))),
         };
         inbox.append(messages.iter().enumerate().map(append).collect()).await;

@@ -298,6 +298,7 @@ impl Cluster {
             accepted_at: NOW,
             expires_at: NOW.plus_seconds(3600),
             event: None,
+            via: None,
             payload: Bytes::from_static(payload.as_bytes()),
         };
         match self.inbox.append(vec![item]).await.remove(0) {

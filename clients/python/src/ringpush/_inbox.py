@@ -46,12 +46,14 @@ Token = Union[str, Callable[[TokenReason], Union[str, Awaitable[str]]]]
 
 @dataclass(frozen=True)
 class Message:
-    """A message. ``live`` is false where it comes from the backlog."""
+    """A message. ``topic`` is the one by which it came, if it was not sent to the user; ``live`` is false where it comes from
+    the backlog."""
 
     seq: int
     id: str
     payload: Any
     event: str | None
+    topic: str | None
     accepted_at: datetime
     expires_at: datetime
     live: bool
@@ -706,8 +708,8 @@ def _moment(text: str) -> datetime:
 
 
 def _message(frame: dict[str, Any], live: bool) -> Message:
-    return Message(frame["seq"], frame["id"], frame.get("payload"), frame.get("event"), _moment(frame["accepted_at"]),
-                   _moment(frame["expires_at"]), live)
+    return Message(frame["seq"], frame["id"], frame.get("payload"), frame.get("event"), frame.get("via"),
+                   _moment(frame["accepted_at"]), _moment(frame["expires_at"]), live)
 
 
 def _http_closed(status: int, headers: Any, body: bytes) -> _Closed:

@@ -29,6 +29,17 @@ class Accepted:
     error: str | None
 
 
+@dataclass(frozen=True)
+class TopicAccepted:
+    """The outcome for one topic: how many members the message is for, how many have it, and who does not."""
+
+    topic: str
+    members: int
+    stored: int
+    failed: list[Accepted]
+    error: str | None
+
+
 class PublishFailed(RingpushError):
     """The server refused a publish, or could not be reached. ``problem`` is its answer; a repeat under ``id`` is safe."""
 
@@ -37,8 +48,16 @@ class PublishFailed(RingpushError):
         self.status, self.id, self.problem = status, id, problem
 
 
-def _body(users: str | Sequence[str], payload: Any, id: str | None, event: str | None, ttl_s: int | None) -> dict[str, Any]:
-    to: dict[str, Any] = {"user": users} if isinstance(users, str) else {"users": list(users)}
+def _users(users: str | Sequence[str]) -> dict[str, Any]:
+    return {"user": users} if isinstance(users, str) else {"users": list(users)}
+
+
+def _topics(topics: str | Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
+    to: dict[str, Any] = {"topic": topics} if isinstance(topics, str) else {"topics": list(topics)}
+    return {**to, "except": list(exclude)} if exclude else to
+
+
+def _body(to: dict[str, Any], payload: Any, id: str | None, event: str | None, ttl_s: int | None) -> dict[str, Any]:
     body: dict[str, Any] = {"to": to, "payload": payload, "id": id or uuid.uuid4().hex}
     if event is not None:
         body["event"] = event
@@ -47,10 +66,18 @@ def _body(users: str | Sequence[str], payload: Any, id: str | None, event: str |
     return body
 
 
-def _accepted(entry: dict[str, Any]) -> Accepted:
+def _error(entry: dict[str, Any]) -> str | None:
     error = entry.get("error")
-    detail = None if error is None else f"{error.get('status')}: {error.get('detail', '')}"
-    return Accepted(entry["user"], entry.get("seq"), entry.get("duplicate", False), detail)
+    return None if error is None else f"{error.get('status')}: {error.get('detail', '')}"
+
+
+def _accepted(entry: dict[str, Any]) -> Accepted:
+    return Accepted(entry["user"], entry.get("seq"), entry.get("duplicate", False), _error(entry))
+
+
+def _topic_accepted(entry: dict[str, Any]) -> TopicAccepted:
+    failed = [_accepted(one) for one in entry.get("failed", [])]
+    return TopicAccepted(entry["topic"], entry.get("members", 0), entry.get("stored", 0), failed, _error(entry))
 
 
 class _Try:
@@ -59,7 +86,7 @@ class _Try:
     def __init__(self, id: str) -> None:
         self.id, self.tries = id, 0
 
-    def after(self, answer: httpx.Response | httpx.HTTPError) -> list[Accepted] | float:
+    def after(self, answer: httpx.Response | httpx.HTTPError) -> list[dict[str, Any]] | float:
         self.tries += 1
         wait = random.uniform(0, min(RETRY_MAX_S, 0.1 * 2**self.tries))
         if isinstance(answer, httpx.HTTPError):
@@ -67,7 +94,8 @@ class _Try:
                 raise PublishFailed(0, f"cannot be reached: {answer!r}", self.id, None) from answer
             return wait
         if answer.status_code == 202:
-            return [_accepted(entry) for entry in answer.json()["accepted"]]
+            accepted: list[dict[str, Any]] = answer.json()["accepted"]
+            return accepted
         try:
             problem = answer.json()
         except ValueError:
@@ -86,7 +114,16 @@ class Publisher:
     async def publish(self, users: str | Sequence[str], payload: Any, *, id: str | None = None, event: str | None = None,
                       ttl_s: int | None = None) -> list[Accepted]:
         """Stores a message for one user or several; tries again where that is safe. Raises :class:`PublishFailed`."""
-        body = _body(users, payload, id, event, ttl_s)
+        outcomes = await self._send(_body(_users(users), payload, id, event, ttl_s))
+        return [_accepted(entry) for entry in outcomes]
+
+    async def publish_topic(self, topics: str | Sequence[str], payload: Any, *, exclude: Sequence[str] = (), id: str | None = None,
+                            event: str | None = None, ttl_s: int | None = None) -> list[TopicAccepted]:
+        """Stores a message for the members of one topic or several, but for the users of ``exclude``. As :meth:`publish`."""
+        outcomes = await self._send(_body(_topics(topics, exclude), payload, id, event, ttl_s))
+        return [_topic_accepted(entry) for entry in outcomes]
+
+    async def _send(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         attempt = _Try(body["id"])
         while True:
             try:
@@ -118,7 +155,16 @@ class SyncPublisher:
     def publish(self, users: str | Sequence[str], payload: Any, *, id: str | None = None, event: str | None = None,
                 ttl_s: int | None = None) -> list[Accepted]:
         """Stores a message for one user or several; tries again where that is safe. Raises :class:`PublishFailed`."""
-        body = _body(users, payload, id, event, ttl_s)
+        outcomes = self._send(_body(_users(users), payload, id, event, ttl_s))
+        return [_accepted(entry) for entry in outcomes]
+
+    def publish_topic(self, topics: str | Sequence[str], payload: Any, *, exclude: Sequence[str] = (), id: str | None = None,
+                      event: str | None = None, ttl_s: int | None = None) -> list[TopicAccepted]:
+        """Stores a message for the members of one topic or several, but for the users of ``exclude``. As :meth:`publish`."""
+        outcomes = self._send(_body(_topics(topics, exclude), payload, id, event, ttl_s))
+        return [_topic_accepted(entry) for entry in outcomes]
+
+    def _send(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         attempt = _Try(body["id"])
         while True:
             try:

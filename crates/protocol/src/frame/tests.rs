@@ -1,6 +1,6 @@
 use super::*;
 use crate::message::{ClientName, DeviceId, Seq};
-use crate::message::{MessageId, Millis};
+use crate::message::{MessageId, Millis, TopicName};
 
 fn auth(credential: AuthCredential, options: SessionOptions) -> ClientFrame {
     ClientFrame::Auth(Box::new(AuthFrame { credential, options }))
@@ -33,6 +33,7 @@ fn a_bad_value_in_auth_is_named() {
 fn message(payload: &str) -> Message {
     Message {
         event: None,
+        via: None,
         seq: Seq::new(43).unwrap(),
         id: MessageId::parse(r#"order "17"\paid"#).unwrap(),
         accepted_at: Millis(1_795_380_566_120),
@@ -53,6 +54,15 @@ fn a_message_passes_its_payload_through_byte_for_byte() {
     let ReceivedFrame::Message(read) = ReceivedFrame::parse(&text).unwrap() else { panic!("not a message") };
     assert_eq!((read.seq, read.id.as_str()), (43, r#"order "17"\paid"#));
     assert_eq!(read.payload.get(), r#"{ "b":1,  "a":[1.0e5,"\u00e9"] }"#);
+}
+
+#[test]
+fn a_message_that_came_by_a_topic_names_it() {
+    let by_topic = Message { via: Some(TopicName::parse("match-7").unwrap()), ..message("1") };
+    let text = message_frame(&by_topic);
+    assert!(std::str::from_utf8(&text).unwrap().contains(r#","via":"match-7","accepted_at""#));
+    let ReceivedFrame::Message(read) = ReceivedFrame::parse(&text).unwrap() else { panic!("not a message") };
+    assert_eq!(read.via.as_deref(), Some("match-7"));
 }
 
 #[test]

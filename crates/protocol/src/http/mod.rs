@@ -3,20 +3,27 @@
 //! A publish is parsed in one pass. Its payload stays a slice of the body, byte for byte.
 
 mod problem;
+mod recipients;
 mod replies;
 mod requests;
+mod topics;
 
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 pub use problem::{FieldError, Problem};
-pub use replies::{Accepted, PublishError, Published, Stored, batch_body, history_body};
+pub use recipients::{EXCEPT_PER_PUBLISH, TOPICS_PER_PUBLISH};
+pub use replies::{
+    Accepted, FailedMember, PublishError, Published, Stored, TopicOutcome, batch_body, history_body,
+};
 pub use requests::{parse_connect, parse_token_request, parse_verify_request};
+pub use topics::{MEMBERS_PER_CALL, MembersRequest, TopicRequest, parse_members, parse_topic};
 
-use crate::message::{EventName, MessageId, Recipients, UserId};
+use crate::message::{EventName, MessageId, Recipients};
 
 use problem::TOO_LARGE;
+use recipients::{parse_to, parse_user};
 
 /// Life of a message, in seconds (docs/design.md, section 11).
 pub const TTL_S: std::ops::RangeInclusive<u64> = 1..=30 * 24 * 3600;
@@ -30,8 +37,6 @@ pub struct PublishLimits {
     pub recipients: usize,
     /// Most publishes in one batch.
     pub batch: usize,
-    /// Default life of a message, in seconds.
-    pub ttl_s: u64,
 }
 
 /// A publish that is well-formed.
@@ -43,8 +48,8 @@ pub struct Publish {
     pub event: Option<EventName>,
     /// Valid JSON text, byte for byte as sent.
     pub payload: Bytes,
-    /// Life of the message, in seconds.
-    pub ttl_s: u64,
+    /// Life of the message, in seconds; `None` if the sender named none.
+    pub ttl_s: Option<u64>,
     /// The sender's id, if it gave one.
     pub id: Option<MessageId>,
 }
@@ -66,14 +71,6 @@ struct RawPublish<'a> {
     id: Option<&'a RawValue>,
     #[serde(default, borrow)]
     event: Option<&'a RawValue>,
-}
-
-#[derive(Deserialize)]
-struct RawTo<'a> {
-    #[serde(default, borrow)]
-    user: Option<&'a RawValue>,
-    #[serde(default, borrow)]
-    users: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -117,12 +114,15 @@ pub fn parse_publish(body: &Bytes, limits: &PublishLimits) -> Result<Publish, Pr
     let to = match raw.to {
         Some(to) => parse_to(to, limits, &mut faults),
         None => {
-            faults.push(fault("/to", "is required: {\"user\":\"…\"} or {\"users\":[…]}"));
+            faults.push(fault(
+                "/to",
+                "is required: {\"user\":\"…\"}, {\"users\":[…]}, {\"topic\":\"…\"} or {\"topics\":[…]}",
+            ));
             None
         }
     };
     let payload = parse_payload(raw.payload, body, limits, &mut faults);
-    let ttl_s = parse_ttl(raw.ttl_s, limits, &mut faults);
+    let ttl_s = parse_ttl(raw.ttl_s, "/ttl_s", &mut faults);
     let id = raw.id.and_then(|raw| parse_id(raw, &mut faults));
     let event = raw.event.and_then(|raw| parse_event(raw, &mut faults));
     match (to, payload) {
@@ -190,16 +190,13 @@ pub fn is_shallow(json: &[u8]) -> bool {
     true
 }
 
-fn parse_ttl(raw: Option<&RawValue>, limits: &PublishLimits, faults: &mut Vec<FieldError>) -> u64 {
-    let Some(raw) = raw else { return limits.ttl_s };
-    match raw.get().parse::<u64>() {
-        Ok(ttl_s) if TTL_S.contains(&ttl_s) => ttl_s,
-        _ => {
-            let detail = format!("must be an integer from {} to {} seconds", TTL_S.start(), TTL_S.end());
-            faults.push(fault("/ttl_s", detail));
-            limits.ttl_s
-        }
+fn parse_ttl(raw: Option<&RawValue>, pointer: &str, faults: &mut Vec<FieldError>) -> Option<u64> {
+    let ttl_s = raw?.get().parse::<u64>().ok().filter(|ttl_s| TTL_S.contains(ttl_s));
+    if ttl_s.is_none() {
+        let detail = format!("must be an integer from {} to {} seconds", TTL_S.start(), TTL_S.end());
+        faults.push(fault(pointer, detail));
     }
+    ttl_s
 }
 
 fn parse_id(raw: &RawValue, faults: &mut Vec<FieldError>) -> Option<MessageId> {
@@ -216,55 +213,6 @@ fn parse_event(raw: &RawValue, faults: &mut Vec<FieldError>) -> Option<EventName
         return None;
     };
     EventName::parse(&text).map_err(|rule| faults.push(fault("/event", rule.to_string()))).ok()
-}
-
-fn parse_to(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldError>) -> Option<Recipients> {
-    const FORM: &str = "must be an object with exactly one of \"user\" and \"users\"";
-    let parsed =
-        raw.get().starts_with('{').then(|| serde_json::from_str::<RawTo<'_>>(raw.get()).ok()).flatten();
-    match parsed {
-        Some(RawTo { user: Some(user), users: None }) => {
-            parse_user(user, "/to/user", faults).map(Recipients::User)
-        }
-        Some(RawTo { user: None, users: Some(users) }) => parse_users(users, limits, faults),
-        _ => {
-            faults.push(fault("/to", FORM));
-            None
-        }
-    }
-}
-
-fn parse_user(raw: &RawValue, pointer: &str, faults: &mut Vec<FieldError>) -> Option<UserId> {
-    // Most ids need no unescaping; they are borrowed.
-    let text: Option<std::borrow::Cow<'_, str>> = match serde_json::from_str::<&str>(raw.get()) {
-        Ok(text) => Some(text.into()),
-        Err(_) => serde_json::from_str::<String>(raw.get()).ok().map(Into::into),
-    };
-    let Some(text) = text else {
-        faults.push(fault(pointer, "must be a string"));
-        return None;
-    };
-    UserId::parse(&text).map_err(|rule| faults.push(fault(pointer, rule.to_string()))).ok()
-}
-
-fn parse_users(raw: &RawValue, limits: &PublishLimits, faults: &mut Vec<FieldError>) -> Option<Recipients> {
-    let Ok(UpTo { items: users, count }) = serde_json::from_str::<UpTo<'_>>(raw.get()) else {
-        faults.push(fault("/to/users", "must be a list of user ids"));
-        return None;
-    };
-    if users.is_empty() || count > limits.recipients {
-        let detail = format!("must have 1 to {} users, not {count}", limits.recipients);
-        faults.push(fault("/to/users", detail));
-        return None;
-    }
-    // A user that is named twice is stored once: both entries carry the id of the publish, so the
-    // second one is a duplicate.
-    let read: Vec<UserId> = users
-        .into_iter()
-        .enumerate()
-        .filter_map(|(n, user)| parse_user(user, &format!("/to/users/{n}"), faults))
-        .collect();
-    (read.len() == count).then_some(Recipients::Users(read))
 }
 
 /// Parses the body of a batch. Each item stands alone.
@@ -305,28 +253,28 @@ pub fn parse_batch(body: &Bytes, limits: &PublishLimits) -> Result<Vec<Result<Pu
 /// Most recipients of all publishes of a batch together. Each costs about 400 bytes while it waits
 /// to be stored: 4 MB.
 pub const BATCH_RECIPIENTS: usize = 10_000;
-/// Items of a list that are parsed: more than any limit of a list allows.
+/// Items of a list of a publish that are parsed: more than any limit of such a list allows.
 const LIST_ITEMS: usize = 1_000;
 
 /// A list, parsed as far as it may be used, and its length. Items beyond are only counted.
-struct UpTo<'a> {
+struct UpTo<'a, const MOST: usize = LIST_ITEMS> {
     items: Vec<&'a RawValue>,
     count: usize,
 }
 
-impl<'de: 'a, 'a> Deserialize<'de> for UpTo<'a> {
+impl<'de: 'a, 'a, const MOST: usize> Deserialize<'de> for UpTo<'a, MOST> {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        struct Visitor<'a>(std::marker::PhantomData<&'a ()>);
-        impl<'de: 'a, 'a> serde::de::Visitor<'de> for Visitor<'a> {
-            type Value = UpTo<'a>;
+        struct Visitor<'a, const MOST: usize>(std::marker::PhantomData<&'a ()>);
+        impl<'de: 'a, 'a, const MOST: usize> serde::de::Visitor<'de> for Visitor<'a, MOST> {
+            type Value = UpTo<'a, MOST>;
 
             fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.write_str("a list")
             }
 
-            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut list: A) -> Result<UpTo<'a>, A::Error> {
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
                 let mut items = Vec::new();
-                while items.len() < LIST_ITEMS {
+                while items.len() < MOST {
                     match list.next_element::<&RawValue>()? {
                         Some(item) => items.push(item),
                         None => return Ok(UpTo { count: items.len(), items }),

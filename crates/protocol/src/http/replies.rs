@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::problem::Problem;
 use crate::frame::{put_history_item, put_id, put_number};
-use crate::message::{Message, MessageId, Seq, UserId};
+use crate::message::{Message, MessageId, Seq, TopicName, UserId};
 
 /// The outcome for one recipient, as it is returned.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,12 +27,39 @@ pub enum Accepted {
         /// Why it is not stored.
         error: PublishError,
     },
+    /// The message was stored for the members of a topic, or for some of them.
+    Topic {
+        /// The topic.
+        topic: String,
+        /// Members that the message is for.
+        members: usize,
+        /// Members in whose inbox it is.
+        stored: usize,
+        /// The others, and why.
+        failed: Vec<FailedMember>,
+    },
+    /// The message is stored for no member of a topic.
+    TopicFailed {
+        /// The topic.
+        topic: String,
+        /// Why it is not stored.
+        error: PublishError,
+    },
+}
+
+/// A member of a topic for whom a message was not stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedMember {
+    /// The member.
+    pub user: String,
+    /// Why it is not stored.
+    pub error: PublishError,
 }
 
 /// Why a message was not stored for one recipient.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublishError {
-    /// HTTP status: 409 or 503.
+    /// HTTP status: 404, 409, 422 or 503.
     pub status: u16,
     /// An explanation for people.
     #[serde(default)]
@@ -48,6 +75,17 @@ pub struct Published {
     pub repeatable: bool,
     /// One entry per recipient, in the order given.
     pub accepted: Vec<(UserId, Result<Stored, PublishError>)>,
+    /// One entry per topic, in the order given.
+    pub topics: Vec<(TopicName, Result<TopicOutcome, PublishError>)>,
+}
+
+/// What became of a publish to one topic.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TopicOutcome {
+    /// Members that the message is for.
+    pub members: usize,
+    /// Those for whom it is not stored.
+    pub failed: Vec<(UserId, PublishError)>,
 }
 
 /// Where a message is stored.
@@ -63,22 +101,31 @@ impl Published {
     /// The problem to return, unless every recipient was served.
     #[must_use]
     pub fn problem(&self) -> Option<Problem> {
-        let failed: Vec<&PublishError> = self.accepted.iter().filter_map(|(_, r)| r.as_ref().err()).collect();
+        let of_users = self.accepted.iter().filter_map(|(_, outcome)| outcome.as_ref().err());
+        let of_topics = self.topics.iter().filter_map(|(_, outcome)| outcome.as_ref().err());
+        let of_members = self.topics.iter().filter_map(|(_, outcome)| outcome.as_ref().ok());
+        let of_members = of_members.flat_map(|topic| topic.failed.iter().map(|(_, error)| error));
+        let failed: Vec<&PublishError> = of_users.chain(of_topics).chain(of_members).collect();
         let first = *failed.iter().find(|refusal| refusal.status != 409).or(failed.first())?;
-        let single = self.accepted.len() == 1;
-        let detail = if single {
+        // A topic that failed as a whole counts as one.
+        let members = |(_, outcome): &(TopicName, Result<TopicOutcome, PublishError>)| {
+            outcome.as_ref().map_or(1, |topic| topic.members)
+        };
+        let count = self.accepted.len() + self.topics.iter().map(members).sum::<usize>();
+        let detail = if count == 1 {
             first.detail.clone()
         } else {
             format!(
-                "{} of {} recipients were not served; a repeat under this id stores only what is missing",
+                "{} of {count} recipients were not served; a repeat under this id stores only what is missing",
                 failed.len(),
-                self.accepted.len()
             )
         };
         Some(Problem {
             // An id that is not deduplicated must not be offered for a repeat.
             id: self.repeatable.then(|| self.id.as_str().to_owned()),
-            accepted: Some(self.accepted.iter().map(as_accepted).collect()),
+            accepted: Some(
+                self.accepted.iter().map(as_accepted).chain(self.topics.iter().map(as_topic)).collect(),
+            ),
             ..Problem::new(first.status, detail)
         })
     }
@@ -94,6 +141,13 @@ impl Published {
             }
             put_accepted(out, user, outcome);
         }
+        // There are users or topics, never both.
+        for (n, topic) in self.topics.iter().enumerate() {
+            if n > 0 {
+                out.put_u8(b',');
+            }
+            out.put_slice(&serde_json::to_vec(&as_topic(topic)).unwrap_or_default());
+        }
         out.put_slice(b"]}");
     }
 }
@@ -103,6 +157,23 @@ pub(super) fn as_accepted((user, outcome): &(UserId, Result<Stored, PublishError
     match outcome {
         Ok(stored) => Accepted::Stored { user, seq: stored.seq.get(), duplicate: stored.duplicate },
         Err(error) => Accepted::Failed { user, error: error.clone() },
+    }
+}
+
+fn as_topic((topic, outcome): &(TopicName, Result<TopicOutcome, PublishError>)) -> Accepted {
+    let topic = topic.as_str().to_owned();
+    let failed = |(user, error): &(UserId, PublishError)| FailedMember {
+        user: user.as_str().to_owned(),
+        error: error.clone(),
+    };
+    match outcome {
+        Ok(TopicOutcome { members, failed: all }) => Accepted::Topic {
+            topic,
+            members: *members,
+            stored: members - all.len(),
+            failed: all.iter().map(failed).collect(),
+        },
+        Err(error) => Accepted::TopicFailed { topic, error: error.clone() },
     }
 }
 

@@ -1,12 +1,11 @@
 //! Bodies as senders write them, well and badly.
 
 use super::*;
-use crate::message::Seq;
+use crate::message::{Seq, TopicName, UserId};
 use bytes::BytesMut;
 use proptest::prelude::*;
 
-const LIMITS: PublishLimits =
-    PublishLimits { message_bytes: 64 * 1024, recipients: 1000, batch: 1000, ttl_s: 604_800 };
+const LIMITS: PublishLimits = PublishLimits { message_bytes: 64 * 1024, recipients: 1000, batch: 1000 };
 
 fn publish(body: &str) -> Result<Publish, Problem> {
     parse_publish(&Bytes::copy_from_slice(body.as_bytes()), &LIMITS)
@@ -22,7 +21,7 @@ fn a_publish_keeps_its_payload_byte_for_byte() {
     let read = publish(r#" {"to":{"user":"alice"}, "payload": { "b" : 1.50 , "a":"\u00e9" } , "id":"x" } "#)
         .unwrap();
     assert_eq!(read.payload, r#"{ "b" : 1.50 , "a":"\u00e9" }"#);
-    assert_eq!(read.ttl_s, 604_800);
+    assert_eq!(read.ttl_s, None);
     assert_eq!(read.id.unwrap().as_str(), "x");
     assert_eq!(publish(r#"{"to":{"user":"a"},"payload":null}"#).unwrap().payload, "null");
     let escaped = publish(r#"{"to":{"user":"a\u00e9"},"payload":1,"more":"fields"}"#).unwrap();
@@ -51,7 +50,16 @@ fn what_is_wrong_is_named_field_by_field() {
         (r#"{"to":"alice","payload":1}"#, (422, vec!["/to"])),
         (r#"{"to":["alice"],"payload":1}"#, (422, vec!["/to"])),
         (r#"{"to":{},"payload":1}"#, (422, vec!["/to"])),
-        (r#"{"to":{"topic":"t"},"payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":{"topic":"t","user":"a"},"payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":{"topic":"t","topics":["t"]},"payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":{"user":"t","except":["a"]},"payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":{"everyone":true},"payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":{"topic":"everyone"},"payload":1}"#, (422, vec!["/to/topic"])),
+        (r#"{"to":{"topic":7},"payload":1}"#, (422, vec!["/to/topic"])),
+        (r#"{"to":{"topics":[]},"payload":1}"#, (422, vec!["/to/topics"])),
+        (r#"{"to":{"topics":["a","a b",7]},"payload":1}"#, (422, vec!["/to/topics/1", "/to/topics/2"])),
+        (r#"{"to":{"topic":"t","except":["a",""]},"payload":1}"#, (422, vec!["/to/except/1"])),
+        (r#"{"to":{"topic":"t","except":[]},"payload":1}"#, (422, vec!["/to/except"])),
         (r#"{"to":{"user":"a","users":["b"]},"payload":1}"#, (422, vec!["/to"])),
         (r#"{"to":{"user":7},"payload":1}"#, (422, vec!["/to/user"])),
         (r#"{"to":{"user":""},"payload":1}"#, (422, vec!["/to/user"])),
@@ -108,19 +116,70 @@ fn a_publish_that_was_not_stored_for_all_says_for_whom() {
     let conflict = Err(PublishError { status: 409, detail: "another payload".into() });
     let busy = Err(PublishError { status: 503, detail: "later".into() });
     let id = MessageId::parse("m-1").unwrap();
-    let all = Published { id: id.clone(), repeatable: true, accepted: vec![(user("a"), stored.clone())] };
+    let all = Published {
+        id: id.clone(),
+        repeatable: true,
+        accepted: vec![(user("a"), stored.clone())],
+        topics: Vec::new(),
+    };
     assert_eq!(all.problem(), None);
     let mut body = BytesMut::new();
     all.put(&mut body);
     assert_eq!(body, r#"{"id":"m-1","accepted":[{"user":"a","seq":43,"duplicate":false}]}"#);
-    let mixed =
-        |rest: Vec<_>| Published { id: id.clone(), repeatable: true, accepted: rest }.problem().unwrap();
+    let mixed = |rest: Vec<_>| {
+        Published { id: id.clone(), repeatable: true, accepted: rest, topics: Vec::new() }.problem().unwrap()
+    };
     assert_eq!(mixed(vec![(user("a"), stored.clone()), (user("b"), conflict.clone())]).status, 409);
     let worst = mixed(vec![(user("a"), conflict), (user("b"), busy), (user("c"), stored)]);
     assert_eq!((worst.status, worst.retry_after_s), (503, Some(1)));
     let json: serde_json::Value = serde_json::from_slice(&worst.to_json()).unwrap();
     assert_eq!(json["accepted"][1]["error"]["status"], 503);
     assert_eq!(json["accepted"][2]["seq"], 43);
+}
+
+#[test]
+fn a_publish_to_topics_says_for_each_how_many_have_it() {
+    let topic = |name: &str| TopicName::parse(name).unwrap();
+    let user = |name: &str| UserId::parse(name).unwrap();
+    let busy = PublishError { status: 503, detail: "later".into() };
+    let of = |topics| Published {
+        id: MessageId::parse("m").unwrap(),
+        repeatable: true,
+        accepted: Vec::new(),
+        topics,
+    };
+    let whole = of(vec![(topic("news"), Ok(TopicOutcome { members: 2, failed: Vec::new() }))]);
+    assert_eq!(whole.problem(), None);
+    let mut body = BytesMut::new();
+    whole.put(&mut body);
+    assert_eq!(body, r#"{"id":"m","accepted":[{"topic":"news","members":2,"stored":2,"failed":[]}]}"#);
+    let part = of(vec![
+        (topic("news"), Ok(TopicOutcome { members: 2, failed: vec![(user("b"), busy.clone())] })),
+        (topic("new"), Err(PublishError { status: 404, detail: "no such topic".into() })),
+    ]);
+    let problem = part.problem().unwrap();
+    assert_eq!((problem.status, problem.detail.starts_with("2 of 3 ")), (404, true), "{problem:?}");
+    let json: serde_json::Value = serde_json::from_slice(&problem.to_json()).unwrap();
+    assert_eq!(json["accepted"][0]["stored"], 1);
+    assert_eq!(json["accepted"][0]["failed"][0]["user"], "b");
+    assert_eq!(json["accepted"][1]["error"]["status"], 404);
+    let read: Problem = serde_json::from_value(json).unwrap();
+    assert_eq!(read.accepted, problem.accepted);
+}
+
+#[test]
+fn topics_are_read_with_those_who_are_left_out() {
+    let to = |text: &str| publish(&format!(r#"{{"to":{text},"payload":1}}"#)).unwrap().to;
+    let topic = |name: &str| TopicName::parse(name).unwrap();
+    let bob = UserId::parse("bob").unwrap();
+    assert_eq!(to(r#"{"topic":"news"}"#), Recipients::Topics { topics: vec![topic("news")], except: vec![] });
+    assert_eq!(
+        to(r#"{"topics":["b","a"],"except":["bob"]}"#),
+        Recipients::Topics { topics: vec![topic("b"), topic("a")], except: vec![bob] }
+    );
+    let many = |count: usize| vec!["\"t\""; count].join(",");
+    let topics = |count: usize| publish(&format!(r#"{{"to":{{"topics":[{}]}},"payload":1}}"#, many(count)));
+    assert!(topics(TOPICS_PER_PUBLISH).is_ok() && topics(TOPICS_PER_PUBLISH + 1).is_err());
 }
 
 proptest! {
@@ -166,7 +225,7 @@ fn a_list_that_is_far_too_long_is_counted_and_not_kept() {
     let problem = parse_publish(&body, &LIMITS).unwrap_err();
     assert!(problem.errors[0].detail.contains("200000"), "{problem:?}");
     let list = format!("[{users}]");
-    let UpTo { items, count } = serde_json::from_str(&list).unwrap();
+    let UpTo { items, count } = serde_json::from_str::<UpTo<'_>>(&list).unwrap();
     assert_eq!((items.len(), count), (LIST_ITEMS, 200_000));
     for no_list in ["{}", "7", "null", "[1,"] {
         assert!(serde_json::from_str::<UpTo<'_>>(no_list).is_err(), "{no_list}");

@@ -1,0 +1,116 @@
+//! The command `topic`: makes topics, and changes and shows their members.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use form_urlencoded::byte_serialize;
+use serde_json::json;
+
+use super::commands::{Addressed, topic_name, user_id};
+use super::publish::{Collector, problem_of};
+use super::terminal::{print_line, say};
+use crate::config::Config;
+use crate::message::{TopicName, UserId};
+use crate::wire::rest::{MembersChangedResponse, MembersResponse, TopicsResponse};
+
+/// What to do.
+pub enum TopicCommand {
+    /// Makes a topic, or changes the life of its messages, in seconds.
+    Create(String, Option<u64>),
+    /// Shows a topic.
+    Show(String),
+    /// Ends a topic.
+    Delete(String),
+    /// Adds members.
+    Add(String, Vec<String>),
+    /// Removes members.
+    Remove(String, Vec<String>),
+    /// Shows the members, one per line.
+    Members(String),
+    /// Shows the names of all topics, one per line.
+    List,
+}
+
+/// Sends a request, and returns the body of a good answer.
+async fn send(collector: &Collector, method: &str, path: &str, body: Bytes) -> Result<Bytes> {
+    match collector.send(method, path, body).await? {
+        (200..=299, answer) => Ok(answer),
+        (status, answer) => bail!("{}", problem_of(status, &answer)),
+    }
+}
+
+fn path_of(topic: &str) -> Result<(TopicName, String)> {
+    let name = topic_name("TOPIC", topic)?;
+    let path = format!("/v1/topics/{name}");
+    Ok((name, path))
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// What was refused.
+pub async fn topic(mut config: Config, at: Addressed, command: TopicCommand) -> Result<ExitCode> {
+    let collector = Collector::new(&mut config, &at)?;
+    let collector = &collector;
+    match command {
+        TopicCommand::Create(topic, ttl_s) => {
+            let body = json!({ "ttl_s": ttl_s }).to_string();
+            let answer = send(collector, "PUT", &path_of(&topic)?.1, body.into()).await?;
+            print_line(String::from_utf8_lossy(&answer))?;
+        }
+        TopicCommand::Show(topic) => {
+            let answer = send(collector, "GET", &path_of(&topic)?.1, Bytes::new()).await?;
+            print_line(String::from_utf8_lossy(&answer))?;
+        }
+        TopicCommand::Delete(topic) => {
+            send(collector, "DELETE", &path_of(&topic)?.1, Bytes::new()).await?;
+        }
+        TopicCommand::Add(topic, users) => return change(collector, &topic, "add", users).await,
+        TopicCommand::Remove(topic, users) => return change(collector, &topic, "remove", users).await,
+        TopicCommand::Members(topic) => {
+            let path = format!("{}/members", path_of(&topic)?.1);
+            let mut query = String::new();
+            loop {
+                let answer = send(collector, "GET", &format!("{path}{query}"), Bytes::new()).await?;
+                let page: MembersResponse =
+                    serde_json::from_slice(&answer).context("the answer of collect")?;
+                page.members.iter().try_for_each(print_line)?;
+                let Some(next) = page.next else { break };
+                query = after(&next);
+            }
+        }
+        TopicCommand::List => {
+            let mut query = String::new();
+            loop {
+                let answer = send(collector, "GET", &format!("/v1/topics{query}"), Bytes::new()).await?;
+                let page: TopicsResponse =
+                    serde_json::from_slice(&answer).context("the answer of collect")?;
+                page.topics.iter().try_for_each(|topic| print_line(&topic.topic))?;
+                let Some(next) = page.next else { break };
+                query = after(&next);
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The query of the next page.
+fn after(next: &str) -> String {
+    format!("?after={}", byte_serialize(next.as_bytes()).collect::<String>())
+}
+
+/// Adds or removes members. Fails if one is refused.
+async fn change(collector: &Collector, topic: &str, how: &str, users: Vec<String>) -> Result<ExitCode> {
+    let users = users.iter().map(|user| user_id(user)).collect::<Result<Vec<UserId>>>()?;
+    let names: Vec<&str> = users.iter().map(UserId::as_str).collect();
+    let path = format!("{}/members", path_of(topic)?.1);
+    let answer = send(collector, "POST", &path, json!({ how: names }).to_string().into()).await?;
+    let changed: MembersChangedResponse = serde_json::from_slice(&answer).context("the answer of collect")?;
+    print_line(String::from_utf8_lossy(&answer))?;
+    for refused in &changed.refused {
+        say(format_args!("ringpush: {} did not join: {}", refused.user, refused.detail));
+    }
+    Ok(if changed.refused.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

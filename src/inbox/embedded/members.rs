@@ -1,0 +1,202 @@
+//! The members of topics. A membership stands in two keyspaces, by topic and by user, which are
+//! written together.
+
+use fjall::{OwnedWriteBatch, Readable, Snapshot};
+
+use super::records::{prefix, unreadable};
+use super::topics::{life_of, name_of};
+use super::{JANITOR_BATCH, Store};
+use crate::inbox::InboxError;
+use crate::inbox::topics::{MEMBERS_LOT, MemberRefusal, MembersChange, MembersChanged, Topic};
+use crate::message::{TopicName, UserId};
+use crate::topic::{INBOX_MEMBERS, INBOX_TOPICS};
+
+fn members_prefix(topic: &TopicName) -> Vec<u8> {
+    let mut key = topic.as_str().as_bytes().to_vec();
+    key.push(0);
+    key
+}
+
+fn member_key(topic: &TopicName, user: &UserId) -> Vec<u8> {
+    let mut key = members_prefix(topic);
+    key.extend_from_slice(user.as_str().as_bytes());
+    key
+}
+
+fn membership_key(user: &UserId, topic: &TopicName) -> Vec<u8> {
+    let mut key = prefix(user);
+    key.extend_from_slice(topic.as_str().as_bytes());
+    key
+}
+
+impl Store {
+    /// In lots, so that appends do not wait for a long list.
+    pub(super) fn change(
+        &self,
+        name: &TopicName,
+        change: &MembersChange,
+    ) -> Result<MembersChanged, InboxError> {
+        let (mut added, mut removed, mut refused) = (0, 0, Vec::new());
+        let mut life = None;
+        let lots = change.remove.chunks(MEMBERS_LOT).map(|lot| (lot, false));
+        for (lot, joins) in lots.chain(change.add.chunks(MEMBERS_LOT).map(|lot| (lot, true))) {
+            let _writer = self.writer.lock();
+            let snapshot = self.db.snapshot();
+            let Some(mut record) = self.alive(&snapshot, name)? else {
+                return Ok(if life.is_none() { MembersChanged::NoTopic } else { MembersChanged::Ended });
+            };
+            if *life.get_or_insert(record.life) != record.life {
+                return Ok(MembersChanged::Ended);
+            }
+            let mut pending = self.synced_batch();
+            if joins {
+                added += self.join(&snapshot, (name, record.life), lot, &mut pending, &mut refused)?;
+            } else {
+                removed += self.leave(&snapshot, (name, record.life), lot, &mut pending)?;
+            }
+            record.changes += 1;
+            pending.insert(&self.topics, name.as_str(), record.encode());
+            self.commit(pending)?;
+        }
+        Ok(MembersChanged::Done { added, removed, refused })
+    }
+
+    fn leave(
+        &self,
+        snapshot: &Snapshot,
+        (name, life): (&TopicName, u64),
+        users: &[UserId],
+        pending: &mut OwnedWriteBatch,
+    ) -> Result<u64, InboxError> {
+        let mut count = 0;
+        for user in users {
+            let key = member_key(name, user);
+            if self.is_member(snapshot, &key, life)? {
+                pending.remove(&self.topic_members, key);
+                pending.remove(&self.user_topics, membership_key(user, name));
+                count += 1;
+            }
+        }
+        Ok(count)
+    }
+
+    fn join(
+        &self,
+        snapshot: &Snapshot,
+        (name, life): (&TopicName, u64),
+        users: &[UserId],
+        pending: &mut OwnedWriteBatch,
+        refused: &mut Vec<(UserId, MemberRefusal)>,
+    ) -> Result<u64, InboxError> {
+        let mut members = self.members_of(snapshot, (name, life), None, INBOX_MEMBERS)?.len();
+        let mut count = 0;
+        for user in users {
+            let key = member_key(name, user);
+            if self.is_member(snapshot, &key, life)? {
+                continue;
+            }
+            if members >= INBOX_MEMBERS {
+                refused.push((user.clone(), MemberRefusal::TopicIsFull));
+                continue;
+            }
+            let others = snapshot.prefix(&self.user_topics, prefix(user)).take(INBOX_TOPICS).count();
+            if others == INBOX_TOPICS {
+                refused.push((user.clone(), MemberRefusal::TooManyTopics));
+                continue;
+            }
+            pending.insert(&self.topic_members, key, life.to_be_bytes());
+            pending.insert(&self.user_topics, membership_key(user, name), life.to_be_bytes());
+            members += 1;
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    fn is_member(&self, snapshot: &Snapshot, key: &[u8], life: u64) -> Result<bool, InboxError> {
+        let raw = snapshot.get(&self.topic_members, key).map_err(unreadable)?;
+        Ok(raw.map(|raw| life_of(&raw)).transpose()? == Some(life))
+    }
+
+    pub(super) fn members_of(
+        &self,
+        snapshot: &Snapshot,
+        (name, life): (&TopicName, u64),
+        after: Option<&UserId>,
+        limit: usize,
+    ) -> Result<Vec<UserId>, InboxError> {
+        let prefix = members_prefix(name);
+        let mut from = prefix.clone();
+        if let Some(after) = after {
+            from = member_key(name, after);
+            from.push(0);
+        }
+        let mut found = Vec::new();
+        for entry in snapshot.range(&self.topic_members, from..) {
+            let (key, value) = entry.into_inner().map_err(unreadable)?;
+            let Some(user) = key.strip_prefix(prefix.as_slice()) else { break };
+            if found.len() == limit {
+                break;
+            }
+            if life_of(&value)? == life
+                && let Some(user) = std::str::from_utf8(user).ok().and_then(|user| UserId::parse(user).ok())
+            {
+                found.push(user);
+            }
+        }
+        Ok(found)
+    }
+
+    pub(super) fn topics_of(&self, user: &UserId) -> Result<Vec<Topic>, InboxError> {
+        let snapshot = self.db.snapshot();
+        let prefix = prefix(user);
+        let mut found = Vec::new();
+        for entry in snapshot.prefix(&self.user_topics, &prefix) {
+            let (key, value) = entry.into_inner().map_err(unreadable)?;
+            let Some(name) = name_of(key.get(prefix.len()..).unwrap_or_default()) else { continue };
+            let life = life_of(&value)?;
+            if let Some(record) = self.alive(&snapshot, &name)?.filter(|record| record.life == life) {
+                found.push(record.named(name));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Removes the memberships of lives that are over.
+    pub(super) fn clean_topics(&self) -> Result<(), InboxError> {
+        let snapshot = self.db.snapshot();
+        let mut over = Vec::new();
+        let mut topic: Option<(TopicName, u64)> = None;
+        for entry in snapshot.iter(&self.topic_members) {
+            let (key, value) = entry.into_inner().map_err(unreadable)?;
+            let mut parts = key.splitn(2, |byte| *byte == 0);
+            let name = parts.next().and_then(name_of);
+            let user = parts.next().and_then(|user| std::str::from_utf8(user).ok());
+            let (Some(name), Some(user)) = (name, user.and_then(|user| UserId::parse(user).ok())) else {
+                continue;
+            };
+            if topic.as_ref().is_none_or(|known| known.0 != name) {
+                let alive = self.alive(&snapshot, &name)?;
+                topic = Some((name.clone(), alive.map_or(u64::MAX, |record| record.life)));
+            }
+            if life_of(&value)? < topic.as_ref().map_or(0, |known| known.1) {
+                over.push((name, user));
+            }
+        }
+        for lot in over.chunks(JANITOR_BATCH) {
+            let _writer = self.writer.lock();
+            let snapshot = self.db.snapshot();
+            let mut pending = self.db.batch();
+            for (name, user) in lot {
+                // The user may have joined the next life since.
+                let key = member_key(name, user);
+                let life = self.alive(&snapshot, name)?.map_or(0, |record| record.life);
+                if !self.is_member(&snapshot, &key, life)? {
+                    pending.remove(&self.topic_members, key);
+                    pending.remove(&self.user_topics, membership_key(user, name));
+                }
+            }
+            self.commit(pending)?;
+        }
+        Ok(())
+    }
+}

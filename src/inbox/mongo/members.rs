@@ -1,0 +1,227 @@
+//! The members of topics.
+
+use std::collections::{HashMap, HashSet};
+
+use futures_util::TryStreamExt;
+use mongodb::bson::{Bson, Document, doc};
+
+use super::append::DUPLICATE_KEY;
+use super::stored::{MEMBERS, int, integer};
+use super::topics::{number, read_topic};
+use super::{Inner, unavailable};
+use crate::inbox::InboxError;
+use crate::inbox::topics::{MEMBERS_LOT, MemberRefusal, MembersChange, MembersChanged, Topic};
+use crate::message::{TopicName, UserId};
+use crate::topic::{INBOX_MEMBERS, INBOX_TOPICS};
+
+/// Users whose memberships are counted in one query.
+const COUNTED_AT_ONCE: usize = 100;
+
+/// The `_id` of a membership.
+fn member_id(user: &UserId, topic: &TopicName) -> Document {
+    doc! { "u": user.as_str(), "t": topic.as_str() }
+}
+
+/// A filter for every membership of a user.
+fn memberships_of(user: &UserId) -> Document {
+    doc! { "_id": {
+        "$gte": { "u": user.as_str(), "t": Bson::MinKey },
+        "$lt": { "u": user.as_str(), "t": Bson::MaxKey },
+    } }
+}
+
+impl Inner {
+    pub(super) async fn change(
+        &self,
+        name: &TopicName,
+        change: MembersChange,
+    ) -> Result<MembersChanged, InboxError> {
+        let Some(topic) = self.topic(name).await? else { return Ok(MembersChanged::NoTopic) };
+        let life = topic.version.life;
+        let (mut added, mut removed, mut refused) = (0, 0, Vec::new());
+        for lot in change.remove.chunks(MEMBERS_LOT) {
+            let ids: Vec<Document> = lot.iter().map(|user| member_id(user, name)).collect();
+            let filter = doc! { "_id": { "$in": ids }, "life": int(life) };
+            let done = self.in_time(self.members.delete_many(filter).into_future()).await;
+            removed += done.map_err(unavailable)?.deleted_count;
+        }
+        for lot in change.add.chunks(MEMBERS_LOT) {
+            added += self.join((name, life), lot, &mut refused).await?;
+        }
+        // After the rows, and only in the life in which they were written.
+        let filter = doc! { "_id": name.as_str(), "life": int(life) };
+        let update = doc! { "$inc": { "cv": 1i64 } };
+        let raised = self.in_time(self.topics.update_one(filter, update).into_future()).await;
+        if raised.map_err(unavailable)?.matched_count == 0 {
+            return Ok(MembersChanged::Ended);
+        }
+        Ok(MembersChanged::Done { added, removed, refused })
+    }
+
+    /// Adds one lot. Returns how many were no members before.
+    pub(super) async fn join(
+        &self,
+        (name, life): (&TopicName, u64),
+        lot: &[UserId],
+        refused: &mut Vec<(UserId, MemberRefusal)>,
+    ) -> Result<u64, InboxError> {
+        let ids: Vec<Document> = lot.iter().map(|user| member_id(user, name)).collect();
+        let filter = doc! { "_id": { "$in": ids }, "life": int(life) };
+        let standing: HashSet<UserId> = self.users_of(filter, 0).await?.into_iter().collect();
+        let mut room = (INBOX_MEMBERS as u64).saturating_sub(self.count((name, life)).await?);
+        let counts = self.count_topics_of(lot).await?;
+        let mut updates = Vec::new();
+        for user in lot.iter().filter(|user| !standing.contains(*user)) {
+            if room == 0 {
+                refused.push((user.clone(), MemberRefusal::TopicIsFull));
+                continue;
+            }
+            if counts.get(user).copied().unwrap_or(0) >= INBOX_TOPICS as u64 {
+                refused.push((user.clone(), MemberRefusal::TooManyTopics));
+                continue;
+            }
+            room -= 1;
+            updates.push(doc! {
+                // A row of this life, or of a later one, stands as it is: the upsert then fails
+                // with a duplicate key.
+                "q": { "_id": member_id(user, name), "life": { "$lt": int(life) } },
+                "u": { "$set": { "life": int(life) } },
+                "upsert": true,
+            });
+        }
+        if updates.is_empty() {
+            return Ok(0);
+        }
+        let command = doc! {
+            "update": MEMBERS, "updates": updates, "ordered": false,
+            "writeConcern": { "w": "majority", "j": true, "wtimeout": 3_000i64 },
+        };
+        let answer = self.in_time(self.database.run_command(command).into_future()).await;
+        let answer = answer.map_err(unavailable)?;
+        let faults = answer.get_array("writeErrors").map(Vec::as_slice).unwrap_or_default();
+        let is_fault = |fault: &&Bson| {
+            fault.as_document().is_none_or(|one| integer(one, "code") != Some(DUPLICATE_KEY.into()))
+        };
+        if let Some(fault) = faults.iter().find(is_fault) {
+            return Err(InboxError::Unavailable(format!(
+                "MongoDB (mongo.uri): a member was not stored: {fault}"
+            )));
+        }
+        if let Ok(fault) = answer.get_document("writeConcernError") {
+            return Err(InboxError::Unavailable(format!(
+                "MongoDB (mongo.uri): no majority has the members: {fault}"
+            )));
+        }
+        // `n` counts what was inserted and what was replaced.
+        Ok(number(&answer, "n"))
+    }
+
+    pub(super) async fn count(&self, (name, life): (&TopicName, u64)) -> Result<u64, InboxError> {
+        let filter = doc! { "_id.t": name.as_str(), "life": int(life) };
+        let counted = self.members.count_documents(filter).into_future();
+        self.in_time(counted).await.map_err(unavailable)
+    }
+
+    /// How many memberships these users have.
+    pub(super) async fn count_topics_of(&self, users: &[UserId]) -> Result<HashMap<UserId, u64>, InboxError> {
+        let mut counts = HashMap::new();
+        for lot in users.chunks(COUNTED_AT_ONCE) {
+            let any: Vec<Document> = lot.iter().map(memberships_of).collect();
+            let pipeline = [
+                doc! { "$match": { "$or": any } },
+                doc! { "$group": { "_id": "$_id.u", "n": { "$sum": 1i64 } } },
+            ];
+            let counting =
+                async { self.members.aggregate(pipeline).await?.try_collect::<Vec<Document>>().await };
+            for row in self.in_time(counting).await.map_err(unavailable)? {
+                if let Some(user) = row.get_str("_id").ok().and_then(|user| UserId::parse(user).ok()) {
+                    counts.insert(user, number(&row, "n"));
+                }
+            }
+        }
+        Ok(counts)
+    }
+
+    /// The users of memberships, in order; `limit` 0 is all.
+    pub(super) async fn users_of(&self, filter: Document, limit: usize) -> Result<Vec<UserId>, InboxError> {
+        let reading = async {
+            let found = self
+                .members
+                .find(filter)
+                .projection(doc! { "_id": 1 })
+                .sort(doc! { "_id.u": 1 })
+                .limit(i64::try_from(limit).unwrap_or(0))
+                .batch_size(10_000)
+                .await?;
+            found.try_collect::<Vec<Document>>().await
+        };
+        let found = self.in_time(reading).await.map_err(unavailable)?;
+        let user =
+            |document: &Document| UserId::parse(document.get_document("_id").ok()?.get_str("u").ok()?).ok();
+        Ok(found.iter().filter_map(user).collect())
+    }
+
+    pub(super) async fn members_page(
+        &self,
+        name: &TopicName,
+        after: Option<&UserId>,
+        limit: usize,
+    ) -> Result<Option<Vec<UserId>>, InboxError> {
+        let Some(topic) = self.topic(name).await? else { return Ok(None) };
+        let mut filter = doc! { "_id.t": name.as_str(), "life": int(topic.version.life) };
+        if let Some(after) = after {
+            filter.insert("_id.u", doc! { "$gt": after.as_str() });
+        }
+        self.users_of(filter, limit).await.map(Some)
+    }
+
+    pub(super) async fn topics_of(&self, user: &UserId) -> Result<Vec<Topic>, InboxError> {
+        let reading = async {
+            let rows: Vec<Document> = self.members.find(memberships_of(user)).await?.try_collect().await?;
+            let lives: HashMap<String, u64> = rows
+                .iter()
+                .filter_map(|row| {
+                    Some((row.get_document("_id").ok()?.get_str("t").ok()?.to_owned(), number(row, "life")))
+                })
+                .collect();
+            let names: Vec<&String> = lives.keys().collect();
+            let found = self.topics.find(doc! { "_id": { "$in": names } }).sort(doc! { "_id": 1 }).await?;
+            Ok((lives, found.try_collect::<Vec<Document>>().await?))
+        };
+        let (lives, found) = self.in_time(reading).await.map_err(unavailable)?;
+        let topics = found.iter().filter_map(|document| read_topic(document).ok().flatten());
+        Ok(topics.filter(|topic| lives.get(topic.name.as_str()) == Some(&topic.version.life)).collect())
+    }
+
+    /// Removes the memberships of lives that are over.
+    pub(super) async fn clean_topics(&self) -> Result<(), InboxError> {
+        let reading = async {
+            let found = self.topics.find(doc! { "dead": { "$exists": true } }).await?;
+            found.try_collect::<Vec<Document>>().await
+        };
+        for document in self.in_time(reading).await.map_err(unavailable)? {
+            let Ok(name) = document.get_str("_id") else { continue };
+            let dead = int(number(&document, "dead"));
+            loop {
+                let over = doc! { "_id.t": name, "life": { "$lte": dead } };
+                let reading = async {
+                    let found = self.members.find(over).projection(doc! { "_id": 1 });
+                    found.limit(MEMBERS_LOT as i64).await?.try_collect::<Vec<Document>>().await
+                };
+                let rows = self.in_time(reading).await.map_err(unavailable)?;
+                let ids: Vec<&Bson> = rows.iter().filter_map(|row| row.get("_id")).collect();
+                if ids.is_empty() {
+                    break;
+                }
+                let lot = doc! { "_id": { "$in": ids }, "life": { "$lte": dead } };
+                let removed = self.in_time(self.members.delete_many(lot).into_future()).await;
+                removed.map_err(unavailable)?;
+            }
+            let done = doc! { "_id": name, "dead": dead };
+            let update = doc! { "$unset": { "dead": "" } };
+            let updated = self.in_time(self.topics.update_one(done, update).into_future()).await;
+            updated.map_err(unavailable)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,102 @@
+//! Stored messages on their way to dispatch, and the metrics of collect.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use tokio::sync::watch;
+use tower::ServiceExt;
+
+use super::super::DispatchService;
+use super::super::backlog::Backlog;
+use crate::inbox::WriteObserver;
+use crate::membership::View;
+use crate::message::{Message, UserId};
+use crate::telemetry::{Metrics, WAY};
+use crate::wire::peer::{DispatchRequest, LiveMessage};
+
+/// Delay after no dispatch could be reached.
+const HAND_ON_REST: Duration = Duration::from_millis(200);
+/// Metrics of collect.
+pub(super) struct CollectMetrics {
+    /// A message was stored for one recipient.
+    pub(super) stored: Counter,
+    /// A repeat was answered with the first position.
+    pub(super) duplicates: Counter,
+    /// A recipient was refused, for any reason.
+    pub(super) refused: Counter,
+    /// A stored message was not handed to dispatch. The user's node finds it by its sweep.
+    hints_dropped: Counter,
+    /// Appends per write.
+    batch: Histogram,
+}
+
+impl CollectMetrics {
+    fn register(metrics: &Metrics) -> Self {
+        let own = Self {
+            stored: Counter::default(),
+            duplicates: Counter::default(),
+            refused: Counter::default(),
+            hints_dropped: Counter::default(),
+            batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
+        };
+        metrics.register(|r| {
+            r.register("stored", "Messages stored, one per recipient", own.stored.clone());
+            r.register("duplicates", "Repeats answered from what was stored", own.duplicates.clone());
+            r.register("publish_refused", "Recipients refused", own.refused.clone());
+            r.register("hints_dropped", "Stored messages that no dispatch took", own.hints_dropped.clone());
+            r.register("append_batch", "Appends per write", own.batch.clone());
+        });
+        own
+    }
+}
+
+/// Stored messages on their way to dispatch, and the metrics.
+pub(super) struct HandingOn {
+    pub(super) backlog: Backlog,
+    pub(super) metrics: CollectMetrics,
+}
+
+impl HandingOn {
+    pub(super) fn new(metrics: &Metrics) -> Self {
+        Self { backlog: Backlog::default(), metrics: CollectMetrics::register(metrics) }
+    }
+}
+
+impl WriteObserver for HandingOn {
+    fn writing(&self, count: usize) {
+        self.metrics.batch.observe(count as f64);
+    }
+
+    fn stored(&self, messages: Vec<(UserId, Arc<Message>)>) {
+        let live = |(user, message): (UserId, Arc<Message>)| {
+            let (id, seq) = (&message.id, message.seq);
+            tracing::debug!(target: WAY, step = 5, %user, %id, %seq, "stored, and on the way to dispatch");
+            LiveMessage { user, message }
+        };
+        let dropped = self.backlog.put(messages.into_iter().map(live).collect());
+        self.metrics.hints_dropped.inc_by(dropped as u64);
+    }
+}
+
+/// Hands stored messages to dispatch, batch after batch. If no dispatch takes one, the sweeps find
+/// it; they are requested as soon as there is a dispatch again.
+pub(super) async fn hand_on(
+    handing_on: Arc<HandingOn>,
+    dispatch: DispatchService,
+    views: watch::Receiver<Arc<View>>,
+) {
+    loop {
+        let (batch, missed) = handing_on.backlog.take().await;
+        let count = batch.len();
+        let stamp = views.borrow().stamp();
+        let request = DispatchRequest::Deliver { batch, missed, stamp };
+        if let Err(fault) = dispatch.clone().oneshot(request).await {
+            tracing::debug!(%fault, "no dispatch took a batch; the sweeps will find it");
+            handing_on.metrics.hints_dropped.inc_by(count as u64);
+            tokio::time::sleep(HAND_ON_REST).await;
+            handing_on.backlog.mark_missed();
+        }
+    }
+}

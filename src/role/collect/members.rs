@@ -1,0 +1,103 @@
+//! The members of topics, as a publish needs them: read once for each version, and kept.
+
+use std::sync::Arc;
+
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+
+use super::refusal;
+use crate::inbox::InboxError;
+use crate::inbox::topics::{MembersVersion, Topic, TopicRecipients, Topics};
+use crate::message::{TopicName, UserId};
+use crate::wire::http::PublishError;
+
+/// Expected number of lists.
+const LISTS: usize = 10_000;
+/// Bytes of a list besides its users, and of a user besides a long name.
+const LIST_BYTES: usize = 160;
+const USER_BYTES: usize = std::mem::size_of::<UserId>();
+/// Names of up to this length are stored in the value itself.
+const INLINE: usize = 23;
+/// Names that are searched for one that a mistyped one may have meant.
+const SEARCHED: usize = 1_000;
+/// Near names that are told.
+const TOLD: usize = 3;
+/// How near a name must be: from 0.0, nothing in common, to 1.0, the same (Jaro-Winkler).
+const NEAR: f64 = 0.8;
+
+/// A list and the version whose members it has.
+#[derive(Clone)]
+struct List {
+    version: MembersVersion,
+    users: Arc<[UserId]>,
+}
+
+/// The weight of a list, in bytes.
+#[derive(Clone)]
+struct Weight;
+
+impl Weighter<TopicName, List> for Weight {
+    fn weight(&self, name: &TopicName, list: &List) -> u64 {
+        let long = |user: &UserId| Some(user.as_str().len()).filter(|bytes| *bytes > INLINE).unwrap_or(0);
+        let users: usize = list.users.iter().map(|user| USER_BYTES + long(user)).sum();
+        (LIST_BYTES + name.as_str().len() + users) as u64
+    }
+}
+
+/// The lists of members that were read, as many as fit. The least used are read again.
+pub(super) struct MemberLists {
+    topics: Arc<dyn Topics>,
+    lists: Cache<TopicName, List, Weight>,
+}
+
+impl MemberLists {
+    /// Keeps lists of at most `bytes` together.
+    pub(super) fn new(topics: Arc<dyn Topics>, bytes: u64) -> Self {
+        Self { topics, lists: Cache::with_weighter(LISTS, bytes, Weight) }
+    }
+
+    /// A topic and its members.
+    ///
+    /// # Errors
+    ///
+    /// 404 with names that are near, 503.
+    pub(super) async fn of(&self, name: &TopicName) -> Result<(Topic, Arc<[UserId]>), PublishError> {
+        let known = self.lists.get(name);
+        let version = known.as_ref().map(|list| list.version);
+        match self.topics.recipients(name.clone(), version).await.map_err(|error| unread(&error))? {
+            TopicRecipients::NoTopic => Err(refusal(404, self.no_topic(name).await)),
+            TopicRecipients::Read(topic, users) => {
+                let list = List { version: topic.version, users: users.into() };
+                self.lists.insert(name.clone(), list.clone());
+                Ok((topic, list.users))
+            }
+            TopicRecipients::Known(topic) => {
+                let users = known.map(|list| list.users).unwrap_or_else(|| Arc::from([]));
+                Ok((topic, users))
+            }
+        }
+    }
+
+    /// What to tell whoever names a topic that is not there.
+    pub(super) async fn no_topic(&self, name: &TopicName) -> String {
+        let first = name.as_str().chars().take(1).collect();
+        let others = self.topics.list(first, None, SEARCHED).await.unwrap_or_default();
+        let mut near: Vec<(f64, &str)> = others
+            .iter()
+            .map(|topic| (strsim::jaro_winkler(topic.name.as_str(), name.as_str()), topic.name.as_str()))
+            .filter(|(likeness, _)| *likeness >= NEAR)
+            .collect();
+        near.sort_by(|one, other| other.0.total_cmp(&one.0));
+        let names: Vec<&str> = near.into_iter().take(TOLD).map(|(_, name)| name).collect();
+        let meant = match names.as_slice() {
+            [] => String::new(),
+            names => format!("; did you mean {}?", names.join(" or ")),
+        };
+        format!("there is no topic {name:?}: PUT /v1/topics/{name} makes it{meant}")
+    }
+}
+
+fn unread(error: &InboxError) -> PublishError {
+    tracing::warn!(%error, "the members of a topic could not be read");
+    refusal(503, "the members of the topic cannot be read now; a repeat is safe under an id of your own")
+}

@@ -1,0 +1,204 @@
+//! Collect takes messages from publishers, has the inbox append them, answers, and hands them to
+//! dispatch. A stored message is handed on whether or not its sender still waits.
+
+mod hand_on;
+mod members;
+mod publish;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tower::ServiceExt;
+
+use self::hand_on::{HandingOn, hand_on};
+use self::members::MemberLists;
+pub use self::publish::{Addressed, PUBLISH_DEADLINE, REQUEST_RECIPIENTS};
+use super::DispatchService;
+use crate::backoff::around;
+use crate::clock::Clock;
+use crate::inbox::topics::{MembersChange, MembersChanged};
+use crate::inbox::{Appender, Change, Inbox, InboxError, Janitor, PageLimit, Profile, Topics};
+use crate::membership::View;
+use crate::message::{Message, NodeId, Seq, TopicName, UserId};
+use crate::telemetry::Metrics;
+use crate::wire::http::PublishError;
+use crate::wire::peer::{DispatchRequest, DispatchResponse, Presence, Revocation};
+
+/// Largest page of history.
+pub const HISTORY_PAGE: PageLimit = PageLimit { messages: 1_000, bytes: 8 * 1024 * 1024 };
+
+/// The limits of collect.
+#[derive(Debug, Clone, Copy)]
+pub struct CollectLimits {
+    /// Default life of a message, in seconds.
+    pub ttl_s: u64,
+    /// Memory of the lists of members that are kept, in bytes.
+    pub member_lists_bytes: u64,
+}
+
+/// The role collect. Cheap to clone.
+#[derive(Clone)]
+pub struct Collect {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    inbox: Arc<dyn Inbox>,
+    topics: Arc<dyn Topics>,
+    members: MemberLists,
+    limits: CollectLimits,
+    appender: Appender,
+    dispatch: DispatchService,
+    handing_on: Arc<HandingOn>,
+    clock: Clock,
+}
+
+/// What is known about a user, from the inbox and from the nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserReport {
+    /// The owner in the view in use.
+    pub owner: Option<NodeId>,
+    /// Cursors, revocation and head.
+    pub profile: Profile,
+    /// Sessions on all nodes that were asked.
+    pub sessions: Vec<Presence>,
+}
+
+impl Collect {
+    /// Starts the role. Its writer and its tasks end with `tasks`.
+    pub fn start(
+        (inbox, topics): (Arc<dyn Inbox>, Arc<dyn Topics>),
+        limits: CollectLimits,
+        dispatch: DispatchService,
+        views: watch::Receiver<Arc<View>>,
+        clock: Clock,
+        metrics: &Metrics,
+        tasks: &mut JoinSet<()>,
+    ) -> Self {
+        let handing_on = Arc::new(HandingOn::new(metrics));
+        let appender = Arc::clone(&inbox).appender(Arc::clone(&handing_on) as _, tasks);
+        tasks.spawn(hand_on(Arc::clone(&handing_on), dispatch.clone(), views));
+        let members = MemberLists::new(Arc::clone(&topics), limits.member_lists_bytes);
+        let inner = Inner { inbox, topics, members, limits, appender, dispatch, handing_on, clock };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// The topics of this cluster.
+    #[must_use]
+    pub fn topics(&self) -> &dyn Topics {
+        &*self.inner.topics
+    }
+
+    /// The limits of collect.
+    #[must_use]
+    pub fn limits(&self) -> CollectLimits {
+        self.inner.limits
+    }
+
+    /// Ends all memberships of a user. Returns how many there were.
+    ///
+    /// # Errors
+    ///
+    /// The store's. A repeat goes on where it stopped.
+    pub async fn leave_all(&self, user: UserId) -> Result<u64, InboxError> {
+        let mut count = 0;
+        for topic in self.inner.topics.topics_of(user.clone()).await? {
+            let change = MembersChange { add: Vec::new(), remove: vec![user.clone()] };
+            let changed = self.inner.topics.change_members(topic.name, change).await?;
+            if let MembersChanged::Done { removed, .. } = changed {
+                count += removed;
+            }
+        }
+        Ok(count)
+    }
+
+    /// What to tell whoever names a topic that is not there.
+    pub async fn no_topic(&self, name: &TopicName) -> String {
+        self.inner.members.no_topic(name).await
+    }
+
+    /// The unexpired messages of a user after a position, and where the next page begins.
+    ///
+    /// # Errors
+    ///
+    /// The inbox's.
+    pub async fn history(
+        &self,
+        user: UserId,
+        after: Seq,
+        limit: usize,
+    ) -> Result<(Vec<Message>, Option<Seq>), InboxError> {
+        let limit = PageLimit { messages: limit.min(HISTORY_PAGE.messages), ..HISTORY_PAGE };
+        let page = self.inner.inbox.page(user, after, limit).await?;
+        Ok((page.messages, page.more.then_some(page.upto)))
+    }
+
+    /// What is known about a user. An unknown user has an empty report.
+    ///
+    /// # Errors
+    ///
+    /// The inbox's.
+    pub async fn user(&self, user: UserId) -> Result<UserReport, InboxError> {
+        let profile = self.inner.inbox.profile(user.clone()).await?;
+        let found = self.inner.dispatch.clone().oneshot(DispatchRequest::Lookup(user)).await;
+        let (owner, sessions) = match found {
+            Ok(DispatchResponse::Found { owner, sessions }) => (owner, sessions),
+            _ => return Err(InboxError::Unavailable("dispatch cannot be asked".to_owned())),
+        };
+        Ok(UserReport { owner, profile, sessions })
+    }
+
+    /// Resolves when everything that was stored so far was handed to dispatch, or given up.
+    pub async fn handed_on(&self) {
+        while !self.inner.handing_on.backlog.is_idle() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Closes all sockets of a user and refuses every token issued until now.
+    ///
+    /// Tokens count whole seconds. So the revocation is dated at the beginning of the next second
+    /// and this returns only then: a token that is issued after the return is good.
+    ///
+    /// # Errors
+    ///
+    /// The inbox's; nothing is revoked then. Nodes that cannot be reached find out by their sweep.
+    pub async fn disconnect(&self, user: UserId) -> Result<(), InboxError> {
+        let now = self.inner.clock.now();
+        let not_before_s = now.seconds() + 1;
+        self.inner
+            .inbox
+            .update(vec![Change::NotBefore { user: user.clone(), seconds: not_before_s }])
+            .await?;
+        let revocation = Revocation { user, not_before_s };
+        if let Err(fault) = self.inner.dispatch.clone().oneshot(DispatchRequest::Disconnect(revocation)).await
+        {
+            tracing::warn!(%fault, "a node was not told of a disconnect; its sweep will find it");
+        }
+        tokio::time::sleep(Duration::from_millis(1000 - now.0 % 1000)).await;
+        Ok(())
+    }
+}
+
+fn refusal(status: u16, detail: impl Into<String>) -> PublishError {
+    PublishError { status, detail: detail.into() }
+}
+
+/// Runs the janitor periodically, and watches the store meanwhile.
+pub async fn run_upkeep(upkeep: Arc<dyn Janitor>, every: Duration) {
+    tokio::join!(upkeep.watch(), clean(&*upkeep, every));
+}
+
+async fn clean(upkeep: &dyn Janitor, every: Duration) {
+    loop {
+        let rest = around(every, 0.2, &mut rand::rng());
+        tokio::time::sleep(rest).await;
+        match upkeep.run_once().await {
+            Ok(removed) if removed > 0 => tracing::debug!(removed, "expired messages were removed"),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "expired messages could not be removed"),
+        }
+    }
+}
