@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ringpush::app::{App, Ended};
-use ringpush::cli::audit::{AuditPlan, audit};
+use ringpush::cli::audit::{AuditPlan, TopicPlan, audit};
 use ringpush::cli::commands::{self, Addressed};
 use ringpush::cli::options::{AuditOptions, Cli, Command, Common, ConfigCommand, Serve};
 use ringpush::cli::publish::{self, Recipient};
@@ -128,7 +128,17 @@ async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<Exit
         let rule = || Faults(vec![format!("{name}: {text:?} must be a time such as 90s, 15m or 1h")]);
         commands::seconds(text).filter(|s| *s > 0).map(std::time::Duration::from_secs).ok_or_else(rule)
     };
+    if options.topics > 0 && options.members > options.users {
+        let rule = format!("--members: {} must be at most --users, {}", options.members, options.users);
+        return Err(Faults(vec![rule]).into());
+    }
+    let topics = (options.topics > 0).then_some(TopicPlan {
+        topics: options.topics as usize,
+        members: options.members as usize,
+        rate: f64::from(options.topic_rate),
+    });
     let plan = AuditPlan {
+        topics,
         target: Addressed { target: options.target }.url(&config, "push")?,
         publish: if options.publish.is_empty() {
             vec![Addressed { target: None }.url(&config, "collect")?]

@@ -125,6 +125,7 @@ def operations():
     call("livez", 200, "/livez")
     call("readyz", 200, "/readyz")
     call("metrics", 200, "/metrics")
+    call("forgetUser", 202, "/v1/users/dave", key=API_KEY)
     call("disconnect", 202, "/v1/users/carol/sessions", key=API_KEY)
     declared = {operation["operationId"] for item in DOCUMENT["paths"].values()
                 for method, operation in item.items() if method != "parameters"}

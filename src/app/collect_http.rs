@@ -11,10 +11,9 @@ use axum::http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use bytes::BytesMut;
-use futures_util::StreamExt;
 use hyper::body::Incoming;
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tower::ServiceExt;
 
 use super::edge::{
@@ -23,7 +22,7 @@ use super::edge::{
 use crate::inbox::InboxError;
 use crate::membership::{Counts, Membership};
 use crate::message::{DeviceId, NodeId, Recipients, Seq, UserId};
-use crate::role::collect::{Addressed, Collect, HISTORY_PAGE, REQUEST_RECIPIENTS, UserReport};
+use crate::role::collect::{Addressed, Collect, HISTORY_PAGE, Lists, PUBLISH_DEADLINE, UserReport};
 use crate::role::connect::PublicUrls;
 use crate::telemetry::{Credential, Refusals};
 use crate::transport::held::Budget;
@@ -50,8 +49,6 @@ const BATCH_WAIT: Duration = Duration::from_secs(5);
 const PART_RECIPIENTS: usize = 1_000;
 const _: () =
     assert!(BATCHES_AT_ONCE * PART_RECIPIENTS <= crate::inbox::group_commit::WAITING_APPENDS / 5 * 4);
-/// Lists of members that are read at the same time for one batch.
-const LISTS_AT_ONCE: usize = 16;
 /// Default page size of history, in messages.
 const HISTORY_LIMIT: usize = 100;
 
@@ -106,10 +103,11 @@ impl CollectEdge {
         if !matches!(publish.to, Recipients::Topics { .. }) {
             return Ok(self.collect.publish(publish).await);
         }
-        let addressed = self.collect.address(publish).await;
-        match addressed.recipients() {
-            count if count > REQUEST_RECIPIENTS => Err(Addressed::too_many(count)),
-            _ => Ok(self.collect.publish_to(addressed).await),
+        let mut lists = Lists::default();
+        let addressed = self.collect.address(publish, &mut lists).await;
+        match lists.problem() {
+            Some(problem) => Err(problem),
+            None => Ok(self.collect.publish_to(addressed, lists.deadline()).await),
         }
     }
 
@@ -147,7 +145,7 @@ pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
             .route(MESSAGES, post(publish_here))
             .route("/v1/messages/batch", post(batch))
             .route("/v1/users/{user}/messages", get(history))
-            .route("/v1/users/{user}", get(user))
+            .route("/v1/users/{user}", get(user).delete(forget))
             .route("/v1/users/{user}/sessions", axum::routing::delete(disconnect))
             .route("/v1/cluster", get(cluster))
             .merge(super::topics_http::routes())
@@ -194,9 +192,10 @@ async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
     let items = parse_batch(&body, &edge.limits)?;
     let mut results = Vec::with_capacity(items.len());
     for part in parts(addressed(&edge, items).await) {
+        let deadline = Instant::now() + PUBLISH_DEADLINE;
         let under_way = part.into_iter().map(|item| async {
             match item {
-                Ok(publish) => Ok(edge.collect.publish_to(publish).await),
+                Ok(publish) => Ok(edge.collect.publish_to(publish, deadline).await),
                 Err(problem) => Err(problem),
             }
         });
@@ -208,19 +207,19 @@ async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
 /// Finds out whom each publish of a batch reaches. From the one on that would be beyond what a
 /// request may reach, none is stored.
 async fn addressed(edge: &CollectEdge, items: Vec<Result<Publish, Problem>>) -> Vec<Item> {
-    let found = futures_util::stream::iter(items).map(|item| async {
-        match item {
-            Ok(publish) => Ok(edge.collect.address(publish).await),
-            Err(problem) => Err(problem),
-        }
-    });
-    let found: Vec<Item> = found.buffered(LISTS_AT_ONCE).collect().await;
-    let mut count = 0;
-    let within = |item: Item| {
-        count += item.as_ref().map_or(0, Addressed::recipients);
-        if count > REQUEST_RECIPIENTS { Err(Addressed::too_many(count)) } else { item }
-    };
-    found.into_iter().map(within).collect()
+    let (mut lists, mut found) = (Lists::default(), Vec::with_capacity(items.len()));
+    for item in items {
+        let addressed = match (item, lists.problem()) {
+            (Err(problem), _) | (_, Some(problem)) => Err(problem),
+            (Ok(publish), None) => Ok(edge.collect.address(publish, &mut lists).await),
+        };
+        // Perhaps it was this one.
+        found.push(match lists.problem() {
+            Some(problem) => addressed.and(Err(problem)),
+            None => addressed,
+        });
+    }
+    found
 }
 
 /// A publish of a batch, or why it is not one.
@@ -280,6 +279,12 @@ async fn user(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
     let user = user_of(&path)?;
     let report = edge.collect.user(user.clone()).await.map_err(unavailable)?;
     Ok(json_of(StatusCode::OK, &user_report(&user, &report)))
+}
+
+async fn forget(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
+    edge.authorize(&headers)?;
+    edge.collect.forget(user_of(&path)?).await.map_err(unavailable)?;
+    Ok(json(StatusCode::ACCEPTED, "{}"))
 }
 
 /// Every device with a cursor or a session. A device with several sessions shows the youngest.

@@ -108,7 +108,7 @@ async fn change(State(edge): Edge, path: Path, request: Request<Body>) -> Answer
     let MembersRequest { add, remove } = parse_members(&body)?;
     drop(body);
     let change = MembersChange { add, remove };
-    let changed = edge.collect.topics().change_members(name.clone(), change).await;
+    let changed = edge.collect.change_members(name.clone(), change).await;
     match changed.map_err(unavailable)? {
         MembersChanged::NoTopic => Err(no_topic(&edge, &name).await),
         MembersChanged::Ended => Err(refuse(

@@ -4,9 +4,11 @@
 
 mod book;
 mod fleet;
+mod topics;
 mod verdict;
 
 pub use fleet::ClientLibrary;
+pub use topics::TopicPlan;
 
 use std::collections::HashSet;
 use std::process::ExitCode;
@@ -72,6 +74,8 @@ pub struct AuditPlan {
     pub seed: u64,
     /// One line of JSON instead of a table.
     pub json: bool,
+    /// Topics beside the messages to users.
+    pub topics: Option<TopicPlan>,
     /// Which library receives.
     pub clients: ClientLibrary,
     /// What runs it. `None`: `node` or `python3`.
@@ -111,13 +115,24 @@ pub async fn audit(mut config: Config, plan: AuditPlan) -> Result<ExitCode> {
         ClientLibrary::JavaScript | ClientLibrary::Python => Some(Fleet::start(&bench, &tokens).await?),
     };
     bench.until_connected(fleet.as_mut()).await?;
+    if let Some(plan) = bench.plan.topics {
+        bench.make_topics(plan).await?;
+    }
     say(format_args!("audit {}: {} users connected, seed {}", bench.run, bench.users.len(), bench.plan.seed));
     let began = Instant::now();
-    publish_all(&bench).await;
+    match bench.plan.topics {
+        None => publish_all(&bench).await,
+        Some(plan) => {
+            tokio::join!(publish_all(&bench), Arc::clone(&bench).load_topics(plan));
+        }
+    }
     let settled = bench.settle().await;
     let after = bench.cluster().await.unwrap_or_default();
     drop(fleet);
     let verdict = bench.verdict().await?;
+    if let Some(plan) = bench.plan.topics {
+        bench.remove_topics(plan).await;
+    }
     let report = bench.report(&verdict, settled, &bench.placement(began, &before, &after));
     bench.show(&report)?;
     let failed = verdict.is_bad();
@@ -256,7 +271,7 @@ impl Bench {
                 let users = self.book.users.lock();
                 users.iter().flat_map(|user| user.received.iter().map(|one| one.id.clone())).collect()
             };
-            if self.book.accepted.lock().keys().all(|id| received.contains(id)) {
+            if self.book.accepted.lock().keys().all(|id| received.contains(id)) && self.topics_are_settled() {
                 break;
             }
             tokio::time::sleep(Duration::from_millis(200)).await;

@@ -220,6 +220,15 @@ pub struct AuditOptions {
     /// Messages per second, to users at random.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub rate: u32,
+    /// Topics that are published to beside, while members join and leave.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub topics: u32,
+    /// Members of each topic at the beginning.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    pub members: u32,
+    /// Messages per second, each to one of the topics.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub topic_rate: u32,
     /// How long it publishes, such as 60s or 5m.
     #[arg(long = "for", default_value = "60s", value_name = "TIME")]
     pub time: String,

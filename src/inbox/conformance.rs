@@ -10,9 +10,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use expiry::{
-    a_page_passes_over_no_more_than_is_said, an_expired_original_gives_up_its_id,
-    expired_messages_are_not_shown_and_not_renumbered, pages_are_cut_by_count_and_by_bytes,
-    removal_keeps_numbers_dense_for_ever, removal_stops_at_the_first_that_lives,
+    a_page_passes_over_no_more_than_is_said, a_user_is_forgotten_and_numbers_go_on,
+    an_expired_original_gives_up_its_id, expired_messages_are_not_shown_and_not_renumbered,
+    pages_are_cut_by_count_and_by_bytes, removal_keeps_numbers_dense_for_ever,
+    removal_stops_at_the_first_that_lives,
 };
 
 use super::{
@@ -51,6 +52,7 @@ pub async fn suite(bench: &Bench) {
     a_page_passes_over_no_more_than_is_said(bench).await;
     removal_keeps_numbers_dense_for_ever(bench).await;
     removal_stops_at_the_first_that_lives(bench).await;
+    a_user_is_forgotten_and_numbers_go_on(bench).await;
     standing_is_exact(bench).await;
     a_question_about_an_unknown_user_fixes_its_numbers(bench).await;
     cursors_only_rise(bench).await;

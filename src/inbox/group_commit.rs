@@ -5,6 +5,9 @@
 //! the runtime. A blocking store is written by the thread itself, which also answers: the answers
 //! of a write leave when it ends, and the next write begins at once, whatever else the runtime has
 //! to do.
+//!
+//! What is published to topics waits in a queue of its own, and few of it join each write. So a
+//! message to a user waits for at most [`TOPIC_PART`] of them, however many members a topic has.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -19,12 +22,14 @@ use super::{Append, Appended, Inbox, InboxError};
 use crate::message::{Message, Seq, UserId};
 use crate::tasks::raised;
 
-/// Most appends that wait in one process (docs/design.md, section 11).
+/// Most appends that wait in one process (docs/design.md, section 11), and as many of topics.
 pub const WAITING_APPENDS: usize = 10_000;
 /// Most bytes of their payloads.
 pub const WAITING_BYTES: usize = 32 * 1024 * 1024;
 /// Most appends in one write.
 const BATCH: usize = 1_000;
+/// Most appends of topics in one write.
+const TOPIC_PART: usize = 200;
 
 /// How appends are gathered into writes. After a pause, the first append never waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,16 +131,18 @@ impl Appender {
     /// [`TooManyWaiting`]; nothing is stored then.
     pub fn submit(&self, append: Append, bytes: usize) -> Result<PendingReceipt, TooManyWaiting> {
         let mut waiting = self.writer.waiting.lock();
-        if waiting.appends.len() >= WAITING_APPENDS || waiting.bytes + bytes > WAITING_BYTES {
+        let lane = if append.via.is_some() { &mut waiting.topics } else { &mut waiting.users };
+        if lane.appends.len() >= WAITING_APPENDS || lane.bytes + bytes > WAITING_BYTES {
             return Err(TooManyWaiting);
         }
         let (answer, receipt) = oneshot::channel();
         if waiting.over {
             return Ok(receipt);
         }
-        waiting.bytes += bytes;
-        waiting.appends.push_back(Queued { append, answer, bytes });
-        let count = waiting.appends.len();
+        let lane = if append.via.is_some() { &mut waiting.topics } else { &mut waiting.users };
+        lane.bytes += bytes;
+        lane.appends.push_back(Queued { append, answer, bytes });
+        let count = waiting.count();
         let resting = std::mem::take(&mut waiting.resting);
         drop(waiting);
         // A writer that waits with a deadline looks by itself; waking it would be in vain.
@@ -159,12 +166,19 @@ struct Writer {
 
 #[derive(Default)]
 struct Waiting {
-    appends: VecDeque<Queued>,
-    bytes: usize,
+    users: Lane,
+    topics: Lane,
     /// The writer waits for the next append without a deadline.
     resting: bool,
     /// The writer ends.
     over: bool,
+}
+
+/// Appends that wait in their order, and the bytes that they account for.
+#[derive(Default)]
+struct Lane {
+    appends: VecDeque<Queued>,
+    bytes: usize,
 }
 
 struct Queued {
@@ -200,9 +214,9 @@ impl Writer {
         let mut waiting = self.waiting.lock();
         while !waiting.over {
             let left = last_began.map_or(Duration::ZERO, |began| every.saturating_sub(began.elapsed()));
-            if waiting.appends.len() < enough && !left.is_zero() {
+            if waiting.count() < enough && !left.is_zero() {
                 self.filled.wait_for(&mut waiting, left);
-            } else if waiting.appends.is_empty() {
+            } else if waiting.count() == 0 {
                 waiting.resting = true;
                 self.filled.wait(&mut waiting);
             } else {
@@ -246,11 +260,22 @@ impl Writer {
     }
 }
 
+impl Lane {
+    fn take(&mut self, most: usize) -> impl Iterator<Item = Queued> {
+        let count = self.appends.len().min(most);
+        self.bytes -= self.appends.iter().take(count).map(|queued| queued.bytes).sum::<usize>();
+        self.appends.drain(..count)
+    }
+}
+
 impl Waiting {
+    fn count(&self) -> usize {
+        self.users.appends.len() + self.topics.appends.len()
+    }
+
     fn take(&mut self) -> Vec<Queued> {
-        let count = self.appends.len().min(BATCH);
-        let mut batch: Vec<Queued> = self.appends.drain(..count).collect();
-        self.bytes -= batch.iter().map(|queued| queued.bytes).sum::<usize>();
+        let mut batch: Vec<Queued> = self.users.take(BATCH).collect();
+        batch.extend(self.topics.take(TOPIC_PART));
         // A sender that was told 503, or has gone, was promised nothing. Storing its message now
         // would make its repeat a second message.
         batch.retain(|queued| !queued.answer.is_closed());
@@ -266,8 +291,7 @@ impl Drop for EndsWriter {
         let mut waiting = self.0.waiting.lock();
         waiting.over = true;
         // Their receipts fail.
-        waiting.bytes = 0;
-        let left = std::mem::take(&mut waiting.appends);
+        let left = (std::mem::take(&mut waiting.users), std::mem::take(&mut waiting.topics));
         drop(waiting);
         drop(left);
         self.0.filled.notify_one();
@@ -337,6 +361,25 @@ mod tests {
             assert_eq!(*seen.writes.lock(), [1, 3]);
             assert_eq!(*seen.stored.lock(), [first, next], "only what was stored is told");
         }
+    }
+
+    #[tokio::test]
+    async fn a_message_to_a_user_waits_for_a_part_of_what_waits_for_topics() {
+        let (appender, seen, mut tasks) = started(Duration::from_secs(3600), 1_000, true);
+        appender.submit(append("first", "1"), 1).unwrap().await.unwrap().unwrap();
+        let by_topic = |n: usize| {
+            let via = Some(crate::message::TopicName::parse("news").unwrap());
+            Append { via, ..append(&n.to_string(), "1") }
+        };
+        let topics: Vec<_> = (0..999).map(|n| appender.submit(by_topic(n), 1).unwrap()).collect();
+        // With it, they are enough to begin.
+        appender.submit(append("user", "1"), 1).unwrap().await.unwrap().unwrap();
+        assert_eq!(*seen.writes.lock(), [1, 1 + TOPIC_PART]);
+        // The rest waits for an hour, or for others: each queue has its own bound.
+        appender.submit(by_topic(999), WAITING_BYTES).unwrap_err();
+        drop(topics);
+        appender.submit(append("large", "1"), WAITING_BYTES).unwrap();
+        tasks.shutdown().await;
     }
 
     #[tokio::test]

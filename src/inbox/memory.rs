@@ -193,6 +193,15 @@ impl Inbox for MemoryInbox {
         ready(Ok(())).boxed()
     }
 
+    fn forget(&self, user: UserId) -> BoxFuture<'_, Result<(), InboxError>> {
+        if let Some(log) = self.users.lock().get_mut(&user) {
+            log.messages.clear();
+            log.fences.clear();
+            log.cursors.clear();
+        }
+        ready(Ok(())).boxed()
+    }
+
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
         let at_once = GroupCommit { every: Duration::ZERO, enough: 1 };
         Appender::on_runtime(self, at_once, observer, tasks)

@@ -77,6 +77,11 @@ pub trait Inbox: Send + Sync + 'static {
     /// storage when this returns.
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>>;
 
+    /// Forgets a user's messages and cursors: no message that is stored now is shown any more, and
+    /// upkeep removes them. Numbers go on, and revocations stay. Idempotent; where it fails, a
+    /// repeat goes on.
+    fn forget(&self, user: UserId) -> BoxFuture<'_, Result<(), InboxError>>;
+
     /// Starts the writer of this store, which gathers appends into writes ([`group_commit`]). One
     /// process starts it once. It ends with `tasks`.
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender;

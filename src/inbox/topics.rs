@@ -62,6 +62,12 @@ pub trait Topics: Send + Sync + 'static {
     /// The topics that a user is a member of, in the order of their names.
     fn topics_of(&self, user: UserId) -> BoxFuture<'_, Result<Vec<Topic>, InboxError>>;
 
+    /// Which server answers: a number that changes when another one takes over. What was read from
+    /// the one of before may have been outdated.
+    fn primary(&self) -> u64 {
+        0
+    }
+
     /// All members for a publish, unless they are `known` of the version in force.
     fn recipients(
         &self,
@@ -96,13 +102,17 @@ pub struct Topic {
     pub version: MembersVersion,
 }
 
-/// Which members a topic has: the same version has the same members.
+/// Which members a topic has. A list that was read under a version contains every change that it
+/// counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MembersVersion {
     /// The life of the topic's name.
     pub life: u64,
     /// The number of changes.
     pub changes: u64,
+    /// Drawn with each change where a store can be restored to an earlier state while lists are
+    /// kept: the same number of changes may then be another state. 0 elsewhere.
+    pub draw: i64,
 }
 
 /// The outcome of [`Topics::put`].

@@ -10,7 +10,9 @@ use crate::{SWEPT, load, rest};
 
 /// 200 clients of a library in a process of its own, accounted for like the Rust ones.
 async fn library(cluster: &Cluster, clients: &str, program: &str) -> Audit {
-    let plan = ["--users", "200", "--rate", "100", "--for", "15s", "--max-delay", SWEPT];
+    let load = ["--users", "200", "--rate", "100", "--for", "15s", "--max-delay", SWEPT];
+    let topics = ["--topics", "10", "--members", "20", "--topic-rate", "5"];
+    let plan = [&load[..], &topics[..]].concat();
     cluster.audit(&[&plan[..], &["--clients", clients, "--client-program", program]].concat()).await
 }
 

@@ -12,15 +12,17 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-/// 2,000 users, 500 messages per second; a message that takes longer than 15 s was found by a
-/// sweep, which here is a fault.
+/// 2,000 users, 500 messages per second, and beside them 20 topics of 50 members whose members
+/// change five times a second; a message that takes longer than 15 s was found by a sweep, which
+/// here is a fault.
 const SWEPT: &str = "15s";
 /// Where something in flight may be lost with the process that had it, and a sweep is what finds
 /// it.
 const FOUND_BY_SWEEP: &str = "40s";
 
-fn load<'a>(seconds: &'a str, max_delay: &'a str) -> [&'a str; 8] {
-    ["--users", "2000", "--rate", "500", "--for", seconds, "--max-delay", max_delay]
+fn load<'a>(seconds: &'a str, max_delay: &'a str) -> Vec<&'a str> {
+    let users = ["--users", "2000", "--rate", "500", "--for", seconds, "--max-delay", max_delay];
+    [&users[..], &["--topics", "20", "--members", "50", "--topic-rate", "4"]].concat()
 }
 
 async fn rest(seconds: u64) {

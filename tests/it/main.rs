@@ -31,5 +31,6 @@ mod session_options;
 mod sizes;
 mod sockets;
 mod tokens;
+mod topic_store;
 mod topics;
 mod versions;

@@ -282,3 +282,62 @@ async fn members_and_what_they_were_sent_survive_a_kill() {
     assert_eq!(inbox(&server, "alice").await, [(json!(1), via()), (json!(2), via())]);
     assert_eq!(inbox(&server, "bob").await, [(json!(2), via())]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_who_is_forgotten_is_a_new_one() {
+    let server = with(&[("news", &["alice", "bob"])]).await;
+    publish(&server, json!({"topic": "news"}), json!(1)).await;
+    let mut alice = server.connect("alice", "?device=web").await;
+    let before = alice.until("message").await.1["seq"].as_u64().unwrap();
+    alice.say(&json!({"type": "ack", "seq": before})).await;
+    let old = server.token("alice").await;
+    let gone = server.send("DELETE", "/v1/users/alice", &Value::Null).await;
+    assert_eq!(gone.status, 202, "{gone:?}");
+    assert_eq!(alice.closed().await.code, 4501);
+    let url = format!("ws://{}/v1/ws", server.at("push"));
+    assert_eq!(ringpush_testing::Socket::open(&url, Some(&old)).await.closed().await.code, 4501);
+    let user = server.get("/v1/users/alice").await.json();
+    assert_eq!((&user["devices"], &user["online"]), (&json!([]), &json!(false)));
+    assert!(inbox(&server, "alice").await.is_empty());
+    assert!(server.get("/v1/users/alice/topics").await.json()["topics"].as_array().unwrap().is_empty());
+    assert_eq!(server.get("/v1/topics/news").await.json()["members"], 1);
+    let mut anew = server.connect("alice", "?device=web").await;
+    anew.caught_up().await;
+    let next = server.publish("alice", json!(2)).await;
+    assert_eq!(next, before + 1, "numbers go on");
+    assert_eq!(anew.until("message").await.1["seq"], next);
+    assert_eq!(inbox(&server, "bob").await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_takes_a_thousand_topics_and_rows_of_ended_ones_do_not_count() {
+    let server = Server::start().await;
+    let make = async |n: usize| {
+        let path = format!("/v1/topics/t{n:04}");
+        assert_eq!(server.put(&path, &json!({})).await.status, 201);
+        let path = format!("{path}/members");
+        server.send("POST", &path, &json!({"add": ["alice"]})).await.json()
+    };
+    for n in 0..1_000 {
+        assert_eq!(make(n).await["added"], 1, "{n}");
+    }
+    let refused = make(1_000).await;
+    assert_eq!((&refused["added"], &refused["refused"][0]["user"]), (&json!(0), &json!("alice")));
+    assert!(refused["refused"][0]["detail"].as_str().unwrap().contains("1000"), "{refused}");
+    server.send("DELETE", "/v1/topics/t0500", &Value::Null).await;
+    assert_eq!(make(1_001).await["added"], 1, "the row of the one that has ended does not count");
+    let topics = server.get("/v1/users/alice/topics").await.json();
+    assert_eq!(topics["topics"].as_array().unwrap().len(), 1_000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_repeat_mends_goes_before_what_it_does_not() {
+    let server = with(&[("a", &["alice"])]).await;
+    // The names are near one another, and are looked for once in a request.
+    let sent = publish(&server, json!({"topics": ["aa", "ab", "a"], "except": []}), json!(1)).await;
+    assert_eq!(sent.status, 404);
+    let accepted = sent.json()["accepted"].clone();
+    let detail = |n: usize| accepted[n]["error"]["detail"].as_str().unwrap().to_owned();
+    assert!(detail(0).contains("did you mean a?") && !detail(1).contains("did you mean"), "{accepted}");
+    assert_eq!(accepted[2]["stored"], 1);
+}

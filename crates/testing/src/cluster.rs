@@ -219,6 +219,9 @@ impl Audit {
         let report: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(report["accepted"], report["delivered_once"], "{text}");
         assert_eq!(report["refused"], serde_json::json!({}), "{text}");
+        if !report["topics"].is_null() {
+            assert!(report["topics"]["delivered_once"].as_u64().unwrap() > 500, "{text}");
+        }
         report
     }
 }

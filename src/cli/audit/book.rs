@@ -6,6 +6,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use super::topics::TopicBook;
 use crate::wire::frame::MoveReason;
 
 /// A move that took longer than this does not count in the percentiles.
@@ -35,6 +36,7 @@ pub(super) struct Book {
     /// By message id: recipient, position, and when it was due.
     pub(super) accepted: Mutex<HashMap<String, Accepted>>,
     pub(super) refused: Mutex<BTreeMap<String, u64>>,
+    pub(super) topics: TopicBook,
     pub(super) users: Mutex<Vec<UserBook>>,
 }
 

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::super::terminal::{OutputError, print, print_line, say};
 use super::book::UserBook;
+use super::topics::TopicVerdict;
 use super::{Bench, MOVES_PRINTED, REQUEST_DEADLINE};
 use crate::ring::Ring;
 use crate::wire::address::escape;
@@ -31,6 +32,7 @@ pub(super) struct Verdict {
     delays_in_move: Vec<Duration>,
     /// By the second in which the message was due.
     delays_by_second: BTreeMap<u64, Vec<Duration>>,
+    topics: TopicVerdict,
 }
 
 /// Users by what the ring says before and after, and by what they were told.
@@ -52,7 +54,7 @@ fn percentile(sorted: &[Duration], part: f64) -> Option<f64> {
     sorted.get(index).map(|delay| (delay.as_secs_f64() * 10_000.0).round() / 10.0)
 }
 
-fn percentiles(sorted: &[Duration]) -> Value {
+pub(super) fn percentiles(sorted: &[Duration]) -> Value {
     let at = |part: f64| percentile(sorted, part);
     json!({"count": sorted.len(), "p50": at(0.5), "p99": at(0.99), "p999": at(0.999), "max": at(1.0)})
 }
@@ -60,7 +62,7 @@ fn percentiles(sorted: &[Duration]) -> Value {
 impl Verdict {
     /// Whether a promise was broken.
     pub(super) fn is_bad(&self) -> bool {
-        self.lost + self.again + self.out_of_order + self.late > 0
+        self.lost + self.again + self.out_of_order + self.late > 0 || self.topics.is_bad()
     }
 }
 
@@ -113,6 +115,7 @@ impl Bench {
                 }
             }
         }
+        verdict.topics = self.topic_verdict(&users).await?;
         verdict.delays.sort_unstable();
         verdict.delays_in_move.sort_unstable();
         verdict.delays_by_second.values_mut().for_each(|delays| delays.sort_unstable());
@@ -213,6 +216,7 @@ impl Bench {
             "moved_though_owner_stayed": placement.moved_though_stayed,
             "stayed_though_owner_changed": placement.stayed_though_changed,
             "moves": sum(|user| user.moves.len() as u64), "reconnects": sum(|user| user.reconnects),
+            "topics": self.plan.topics.map(|_| verdict.topics.to_json()),
             "settled_ms": settled.as_millis() as u64, "away_ms": percentiles(&away), "delay_series": series,
             "delay_ms": percentiles(&verdict.delays), "delay_in_move_ms": percentiles(&verdict.delays_in_move),
         })

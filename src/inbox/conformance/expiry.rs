@@ -1,7 +1,7 @@
 //! Pages, expiry and removal.
 
 use super::{Bench, DAY_S, WIDE, numbers, stored, user};
-use crate::inbox::{Appended, PASSED_OVER, PageLimit, StartAt};
+use crate::inbox::{Appended, Change, PASSED_OVER, PageLimit, StartAt};
 use crate::message::Seq;
 
 pub(super) async fn an_expired_original_gives_up_its_id(bench: &Bench) {
@@ -74,6 +74,26 @@ pub(super) async fn removal_keeps_numbers_dense_for_ever(bench: &Bench) {
     assert_eq!(bench.put("removed", "2", DAY_S).await, last.next());
     bench.inbox.run_once().await.unwrap();
     assert_eq!(bench.page("removed", Seq::BEGINNING, WIDE).await.messages.len(), 1);
+}
+
+pub(super) async fn a_user_is_forgotten_and_numbers_go_on(bench: &Bench) {
+    bench.inbox.forget(user("forgotten-stranger")).await.unwrap();
+    let first = bench.put("forgotten", "1", DAY_S).await;
+    let fenced = bench.put_fenced("forgotten", "id", "2", DAY_S).await;
+    bench.ack("forgotten", "web", first).await;
+    bench.inbox.update(vec![Change::NotBefore { user: user("forgotten"), seconds: 7 }]).await.unwrap();
+    bench.inbox.forget(user("forgotten")).await.unwrap();
+    let page = bench.page("forgotten", Seq::BEGINNING, WIDE).await;
+    assert_eq!((page.messages.len(), page.more), (0, false));
+    let profile = bench.inbox.profile(user("forgotten")).await.unwrap();
+    assert_eq!((profile.cursors.len(), profile.not_before_s), (0, 7));
+    let Appended::Stored(second) = fenced else { panic!("{fenced:?}") };
+    let again = bench.put_fenced("forgotten", "id", "3", DAY_S).await;
+    assert!(matches!(again, Appended::Stored(message) if message.seq == second.seq.next()), "its id is free");
+    bench.removes_expired().await;
+    let page = bench.page("forgotten", Seq::BEGINNING, WIDE).await;
+    assert_eq!(page.messages.iter().map(|m| m.payload.clone()).collect::<Vec<_>>(), ["3"]);
+    assert_eq!(bench.put("forgotten", "4", DAY_S).await, second.seq.next().next());
 }
 
 pub(super) async fn removal_stops_at_the_first_that_lives(bench: &Bench) {

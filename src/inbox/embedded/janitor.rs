@@ -1,12 +1,12 @@
 //! Removal of expired messages and of unused cursors.
 
 use bytes::Bytes;
-use fjall::{Readable, Snapshot};
+use fjall::{PersistMode, Readable, Snapshot};
 
 use super::super::{InboxError, PASSED_OVER, fence_of};
 use super::records::{Cursor, decode, fence_key, head_key, message_key, prefix, seq_of, unreadable, user_of};
 use super::{JANITOR_BATCH, Store};
-use crate::message::UserId;
+use crate::message::{Millis, UserId};
 
 impl Store {
     pub(super) fn run_once(&self) -> Result<u64, InboxError> {
@@ -18,7 +18,7 @@ impl Store {
             after = Some(last.clone());
             for user in keys.iter().filter_map(|key| user_of(key)) {
                 loop {
-                    let count = match self.clean_user(&user) {
+                    let count = match self.clean_user(&user, self.clock.now()) {
                         Err(error @ InboxError::Corrupt(_)) => {
                             tracing::warn!(%error, %user, "expired messages of a user could not be removed");
                             0
@@ -49,16 +49,28 @@ impl Store {
         keys.map(|entry| Ok(entry.key().map_err(unreadable)?.to_vec())).collect()
     }
 
-    /// Removes the expired run at the bottom of one inbox, up to one batch, and raises the head
-    /// record over it.
-    pub(super) fn clean_user(&self, user: &UserId) -> Result<usize, InboxError> {
+    /// Removes all messages and cursors of a user, in lots.
+    pub(super) fn forget(&self, user: &UserId) -> Result<(), InboxError> {
+        // Whatever is stored now has expired by then.
+        while self.clean_user(user, Millis(u64::MAX))? == JANITOR_BATCH {}
+        let _writer = self.writer.lock();
+        let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
+        for entry in self.db.snapshot().prefix(&self.cursors, prefix(user)) {
+            pending.remove(&self.cursors, entry.key().map_err(unreadable)?);
+        }
+        self.commit(pending)
+    }
+
+    /// Removes the run at the bottom of one inbox that has expired at `now`, up to one batch, and
+    /// raises the head record over it.
+    pub(super) fn clean_user(&self, user: &UserId, now: Millis) -> Result<usize, InboxError> {
         // First without the lock: nearly no user has anything to remove.
-        if self.expired_run(&self.db.snapshot(), user)?.is_empty() {
+        if self.expired_run(&self.db.snapshot(), user, now)?.is_empty() {
             return Ok(0);
         }
         let _writer = self.writer.lock();
         let snapshot = self.db.snapshot();
-        let run = self.expired_run(&snapshot, user)?;
+        let run = self.expired_run(&snapshot, user, now)?;
         let (Some(mut head), Some(top)) = (self.head(&snapshot, user)?, run.last()) else { return Ok(0) };
         head.head = head.head.max(top.seq);
         let mut pending = self.db.batch();
@@ -77,8 +89,12 @@ impl Store {
     }
 
     /// When an unreadable message expires is unknown. It goes with the next readable one above it.
-    pub(super) fn expired_run(&self, snapshot: &Snapshot, user: &UserId) -> Result<Vec<Expired>, InboxError> {
-        let now = self.clock.now();
+    pub(super) fn expired_run(
+        &self,
+        snapshot: &Snapshot,
+        user: &UserId,
+        now: Millis,
+    ) -> Result<Vec<Expired>, InboxError> {
         let (mut run, mut upto) = (Vec::new(), 0);
         for entry in snapshot.prefix(&self.messages, prefix(user)).take(JANITOR_BATCH + PASSED_OVER) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;

@@ -1,6 +1,8 @@
 //! The members of topics. A membership stands in two keyspaces, by topic and by user, which are
 //! written together.
 
+use std::collections::HashSet;
+
 use fjall::{OwnedWriteBatch, Readable, Snapshot};
 
 use super::records::{prefix, unreadable};
@@ -40,6 +42,7 @@ impl Store {
         let mut life = None;
         let lots = change.remove.chunks(MEMBERS_LOT).map(|lot| (lot, false));
         for (lot, joins) in lots.chain(change.add.chunks(MEMBERS_LOT).map(|lot| (lot, true))) {
+            let busy = if joins { self.users_with_many_topics(lot)? } else { HashSet::new() };
             let _writer = self.writer.lock();
             let snapshot = self.db.snapshot();
             let Some(mut record) = self.alive(&snapshot, name)? else {
@@ -50,7 +53,8 @@ impl Store {
             }
             let mut pending = self.synced_batch();
             if joins {
-                added += self.join(&snapshot, (name, record.life), lot, &mut pending, &mut refused)?;
+                added +=
+                    self.join(&snapshot, (name, record.life), (lot, &busy), &mut pending, &mut refused)?;
             } else {
                 removed += self.leave(&snapshot, (name, record.life), lot, &mut pending)?;
             }
@@ -84,7 +88,7 @@ impl Store {
         &self,
         snapshot: &Snapshot,
         (name, life): (&TopicName, u64),
-        users: &[UserId],
+        (users, busy): (&[UserId], &HashSet<UserId>),
         pending: &mut OwnedWriteBatch,
         refused: &mut Vec<(UserId, MemberRefusal)>,
     ) -> Result<u64, InboxError> {
@@ -99,8 +103,7 @@ impl Store {
                 refused.push((user.clone(), MemberRefusal::TopicIsFull));
                 continue;
             }
-            let others = snapshot.prefix(&self.user_topics, prefix(user)).take(INBOX_TOPICS).count();
-            if others == INBOX_TOPICS {
+            if busy.contains(user) {
                 refused.push((user.clone(), MemberRefusal::TooManyTopics));
                 continue;
             }
@@ -110,6 +113,22 @@ impl Store {
             count += 1;
         }
         Ok(count)
+    }
+
+    /// Those who can join no more. Without the writer's lock: it may take long, and the limit is
+    /// soft.
+    fn users_with_many_topics(&self, users: &[UserId]) -> Result<HashSet<UserId>, InboxError> {
+        let snapshot = self.db.snapshot();
+        let mut found = HashSet::new();
+        for user in users {
+            let rows = snapshot.prefix(&self.user_topics, prefix(user)).take(INBOX_TOPICS).count();
+            // Rows of topics that have ended count until they are removed: then it is looked
+            // closely.
+            if rows == INBOX_TOPICS && self.topics_of(user)?.len() >= INBOX_TOPICS {
+                found.insert(user.clone());
+            }
+        }
+        Ok(found)
     }
 
     fn is_member(&self, snapshot: &Snapshot, key: &[u8], life: u64) -> Result<bool, InboxError> {

@@ -320,6 +320,10 @@ impl Inbox for EmbeddedInbox {
         self.run(move |store| store.update(&changes))
     }
 
+    fn forget(&self, user: UserId) -> BoxFuture<'_, Result<(), InboxError>> {
+        self.run(move |store| store.forget(&user))
+    }
+
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
         Appender::on_thread(self, GATHERING, observer, tasks)
     }

@@ -66,7 +66,7 @@ impl TopicRecord {
             delivery: Delivery::Inbox,
             ttl_s: self.ttl_s,
             created_at: self.created_at,
-            version: MembersVersion { life: self.life, changes: self.changes },
+            version: MembersVersion { life: self.life, changes: self.changes, draw: 0 },
         }
     }
 }

@@ -36,7 +36,7 @@ impl MemoryInbox {
             delivery: settings.delivery,
             ttl_s: settings.ttl_s.unwrap_or(settings.default_ttl_s),
             created_at: self.clock.now(),
-            version: MembersVersion { life: *life, changes: 0 },
+            version: MembersVersion { life: *life, changes: 0, draw: 0 },
         };
         topics.insert(name, (topic.clone(), BTreeSet::new()));
         PutTopic::Created(topic)

@@ -122,6 +122,22 @@ impl Inner {
         Ok(())
     }
 
+    /// Lets everything that is stored expire now, so that the janitor removes it by its rules, and
+    /// removes the cursors.
+    pub(super) async fn forget(&self, user: &UserId) -> Result<(), InboxError> {
+        let tops = self.tops(&[user]).await?;
+        if let Some((_, top)) = tops.get(user) {
+            let now = int(self.clock.now().0);
+            let stored = doc! {
+                "_id": { "$gt": id(user, 0), "$lte": id(user, *top) }, "x": { "$gt": now },
+            };
+            let expiring = self.documents.update_many(stored, doc! { "$set": { "x": now } }).into_future();
+            self.in_time(expiring).await.map_err(unavailable)?;
+        }
+        let cursors = self.cursors.delete_many(doc! { "_id.u": user.as_str() }).into_future();
+        self.in_time(cursors).await.map(drop).map_err(unavailable)
+    }
+
     /// Users with more devices than [`DEVICES_PER_USER`] lose the longest unused cursors. One query
     /// for all: nearly no user has so many.
     pub(super) async fn trim_devices(&self, users: &[&UserId]) -> Result<(), InboxError> {

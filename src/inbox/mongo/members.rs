@@ -38,24 +38,45 @@ impl Inner {
     ) -> Result<MembersChanged, InboxError> {
         let Some(topic) = self.topic(name).await? else { return Ok(MembersChanged::NoTopic) };
         let life = topic.version.life;
+        let rows = self.change_rows((name, life), &change).await;
+        // After the rows, and only in the life in which they were written; also if some of them
+        // could not be changed, or a list of before would stand for those that were.
+        let filter = doc! { "_id": name.as_str(), "life": int(life) };
+        let update = doc! { "$inc": { "cv": 1i64 }, "$set": { "draw": rand::random::<i64>() } };
+        let raised = self.in_time(self.topics.update_one(filter, update).into_future()).await;
+        let ended = raised.map_err(unavailable)?.matched_count == 0;
+        if ended && let Err(error) = self.take_back((name, life), &change.add).await {
+            tracing::debug!(%error, "rows of a topic that has ended could not be removed");
+        }
+        let (added, removed, refused) = rows?;
+        Ok(if ended { MembersChanged::Ended } else { MembersChanged::Done { added, removed, refused } })
+    }
+
+    async fn change_rows(
+        &self,
+        topic: (&TopicName, u64),
+        change: &MembersChange,
+    ) -> Result<(u64, u64, Vec<(UserId, MemberRefusal)>), InboxError> {
         let (mut added, mut removed, mut refused) = (0, 0, Vec::new());
         for lot in change.remove.chunks(MEMBERS_LOT) {
+            removed += self.take_back(topic, lot).await?;
+        }
+        for lot in change.add.chunks(MEMBERS_LOT) {
+            added += self.join(topic, lot, &mut refused).await?;
+        }
+        Ok((added, removed, refused))
+    }
+
+    /// Removes the rows of these users in this life. Returns how many there were.
+    async fn take_back(&self, (name, life): (&TopicName, u64), users: &[UserId]) -> Result<u64, InboxError> {
+        let mut removed = 0;
+        for lot in users.chunks(MEMBERS_LOT) {
             let ids: Vec<Document> = lot.iter().map(|user| member_id(user, name)).collect();
             let filter = doc! { "_id": { "$in": ids }, "life": int(life) };
             let done = self.in_time(self.members.delete_many(filter).into_future()).await;
             removed += done.map_err(unavailable)?.deleted_count;
         }
-        for lot in change.add.chunks(MEMBERS_LOT) {
-            added += self.join((name, life), lot, &mut refused).await?;
-        }
-        // After the rows, and only in the life in which they were written.
-        let filter = doc! { "_id": name.as_str(), "life": int(life) };
-        let update = doc! { "$inc": { "cv": 1i64 } };
-        let raised = self.in_time(self.topics.update_one(filter, update).into_future()).await;
-        if raised.map_err(unavailable)?.matched_count == 0 {
-            return Ok(MembersChanged::Ended);
-        }
-        Ok(MembersChanged::Done { added, removed, refused })
+        Ok(removed)
     }
 
     /// Adds one lot. Returns how many were no members before.
@@ -70,17 +91,21 @@ impl Inner {
         let standing: HashSet<UserId> = self.users_of(filter, 0).await?.into_iter().collect();
         let mut room = (INBOX_MEMBERS as u64).saturating_sub(self.count((name, life)).await?);
         let counts = self.count_topics_of(lot).await?;
-        let mut updates = Vec::new();
+        let (mut updates, mut joining) = (Vec::new(), Vec::new());
         for user in lot.iter().filter(|user| !standing.contains(*user)) {
             if room == 0 {
                 refused.push((user.clone(), MemberRefusal::TopicIsFull));
                 continue;
             }
-            if counts.get(user).copied().unwrap_or(0) >= INBOX_TOPICS as u64 {
+            // Rows of topics that have ended count until they are removed: then it is looked
+            // closely.
+            let has_many = counts.get(user).copied().unwrap_or(0) >= INBOX_TOPICS as u64;
+            if has_many && self.topics_of(user).await?.len() >= INBOX_TOPICS {
                 refused.push((user.clone(), MemberRefusal::TooManyTopics));
                 continue;
             }
             room -= 1;
+            joining.push(user.clone());
             updates.push(doc! {
                 // A row of this life, or of a later one, stands as it is: the upsert then fails
                 // with a duplicate key.
@@ -113,7 +138,14 @@ impl Inner {
             )));
         }
         // `n` counts what was inserted and what was replaced.
-        Ok(number(&answer, "n"))
+        let added = number(&answer, "n");
+        let over = self.count((name, life)).await?.saturating_sub(INBOX_MEMBERS as u64);
+        // Others have joined at the same moment.
+        let surplus =
+            joining.split_off(joining.len().saturating_sub(usize::try_from(over).unwrap_or(usize::MAX)));
+        let back = if surplus.is_empty() { 0 } else { self.take_back((name, life), &surplus).await? };
+        refused.extend(surplus.into_iter().map(|user| (user, MemberRefusal::TopicIsFull)));
+        Ok(added.saturating_sub(back))
     }
 
     pub(super) async fn count(&self, (name, life): (&TopicName, u64)) -> Result<u64, InboxError> {

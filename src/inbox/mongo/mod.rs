@@ -21,6 +21,8 @@ mod positions;
 mod primary;
 mod stored;
 mod topics;
+#[cfg(test)]
+mod topics_model;
 mod watch;
 
 use std::sync::Arc;
@@ -266,6 +268,10 @@ impl Inbox for MongoInbox {
 
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {
         self.inner.update(changes).boxed()
+    }
+
+    fn forget(&self, user: UserId) -> BoxFuture<'_, Result<(), InboxError>> {
+        async move { self.inner.forget(&user).await }.boxed()
     }
 
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {

@@ -21,6 +21,7 @@ pub(super) struct Primary {
 struct Seen {
     address: Option<ServerAddress>,
     since: Duration,
+    changes: u64,
     /// The changes are not to be seen from here: routers stand between.
     hidden: bool,
 }
@@ -39,13 +40,19 @@ impl Primary {
             let primary = servers.find(|server| server.server_type() == ServerType::RsPrimary);
             let mut seen = self.seen.lock();
             seen.hidden = matches!(now.topology_type(), TopologyType::Sharded | TopologyType::LoadBalanced);
-            if let Some(primary) = primary
-                && seen.address.as_ref() != Some(primary.address())
-            {
-                seen.address = Some(primary.address().clone());
+            // One that steps down and is elected again counts as another.
+            let address = primary.map(|primary| primary.address().clone());
+            if seen.address != address {
+                seen.address = address;
                 seen.since = self.clock.uptime();
+                seen.changes += 1;
             }
         })
+    }
+
+    /// How often the primary has come, gone or changed.
+    pub(super) fn changes(&self) -> u64 {
+        self.seen.lock().changes
     }
 
     /// Whether the primary may have changed within this time.

@@ -45,7 +45,11 @@ pub(super) fn read_topic(document: &Document) -> Result<Option<Topic>, InboxErro
         delivery: delivery.ok_or_else(corrupt)?,
         ttl_s: number(document, "ttl_s"),
         created_at: Millis(number(document, "at")),
-        version: MembersVersion { life, changes: number(document, "cv") },
+        version: MembersVersion {
+            life,
+            changes: number(document, "cv"),
+            draw: integer(document, "draw").unwrap_or(0),
+        },
     }))
 }
 
@@ -72,13 +76,16 @@ impl Inner {
                     doc! { "$set": { "ttl_s": int(ttl_s) } },
                 ),
                 (None, ttl_s) => {
-                    let last = found.as_ref().map_or(0, |document| number(document, "last"));
+                    // Where the record was lost, rows of earlier lives may be left.
+                    let now = self.clock.now().0;
+                    let last = found.as_ref().map_or(now, |document| number(document, "last"));
                     let set = doc! {
                         "life": int(last + 1),
                         "last": int(last + 1),
                         "delivery": settings.delivery.name(),
                         "ttl_s": int(ttl_s.unwrap_or(settings.default_ttl_s)),
-                        "at": int(self.clock.now().0),
+                        "at": int(now),
+                        "draw": rand::random::<i64>(),
                     };
                     let free = match &found {
                         Some(_) => {
@@ -117,7 +124,7 @@ impl Inner {
             // Upkeep removes the memberships of the lives up to `dead`.
             let update = doc! {
                 "$unset": { "life": "" },
-                "$set": { "dead": int(topic.version.life) },
+                "$set": { "dead": int(topic.version.life), "draw": rand::random::<i64>() },
                 "$inc": { "cv": 1i64 },
             };
             let updated = self.in_time(self.topics.update_one(filter, update).into_future()).await;
@@ -139,38 +146,46 @@ impl Inner {
         if let Some(after) = after {
             range.insert("$gt", after.as_str());
         }
+        // A topic of a newer version is not shown.
+        let known = [Delivery::Inbox.name()];
         let reading = async {
             let found = self
                 .topics
-                .find(doc! { "_id": range, "life": { "$exists": true } })
+                .find(doc! { "_id": range, "life": { "$exists": true }, "delivery": { "$in": &known } })
                 .sort(doc! { "_id": 1 })
                 .limit(i64::try_from(limit).unwrap_or(i64::MAX))
                 .await?;
             found.try_collect::<Vec<Document>>().await
         };
         let found = self.in_time(reading).await.map_err(unavailable)?;
-        // A topic of a newer version is not shown.
         Ok(found.iter().filter_map(|document| read_topic(document).ok().flatten()).collect())
     }
 
-    /// The version first, then the rows: they contain every change of that version.
+    /// The version first, then the rows: they contain every change of that version. If the primary
+    /// changes meanwhile, both are read again.
     async fn recipients(
         &self,
         name: &TopicName,
         known: Option<MembersVersion>,
     ) -> Result<TopicRecipients, InboxError> {
-        let topic = if self.primary.is_newer_than(CONFIRM_FOR) {
-            self.confirmed_topic(name).await?
-        } else {
-            self.topic(name).await?
-        };
-        let Some(topic) = topic else { return Ok(TopicRecipients::NoTopic) };
-        if known == Some(topic.version) {
-            return Ok(TopicRecipients::Known(topic));
+        for _ in 0..TRIES {
+            let primary = self.primary.changes();
+            let topic = if self.primary.is_newer_than(CONFIRM_FOR) {
+                self.confirmed_topic(name).await?
+            } else {
+                self.topic(name).await?
+            };
+            let Some(topic) = topic else { return Ok(TopicRecipients::NoTopic) };
+            if known == Some(topic.version) {
+                return Ok(TopicRecipients::Known(topic));
+            }
+            let filter = doc! { "_id.t": name.as_str(), "life": int(topic.version.life) };
+            let members = self.users_of(filter, 0).await?;
+            if self.primary.changes() == primary {
+                return Ok(TopicRecipients::Read(topic, members));
+            }
         }
-        let filter = doc! { "_id.t": name.as_str(), "life": int(topic.version.life) };
-        let members = self.users_of(filter, 0).await?;
-        Ok(TopicRecipients::Read(topic, members))
+        Err(InboxError::Unavailable("the primary of MongoDB (mongo.uri) changes again and again".to_owned()))
     }
 
     /// The topic as the whole replica set has it, and not an earlier primary alone.
@@ -249,6 +264,10 @@ impl Topics for MongoInbox {
 
     fn topics_of(&self, user: UserId) -> BoxFuture<'_, Result<Vec<Topic>, InboxError>> {
         async move { self.inner.topics_of(&user).await }.boxed()
+    }
+
+    fn primary(&self) -> u64 {
+        self.inner.primary.changes()
     }
 
     fn recipients(

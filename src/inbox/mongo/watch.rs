@@ -27,7 +27,7 @@ use mongodb::options::{IndexOptions, ReturnDocument};
 use mongodb::{Collection, IndexModel};
 
 use super::append::DUPLICATE_KEY;
-use super::stored::{CURSORS, HeadRecord, INBOX, MEMBERS, StoredMessage, id, int, integer, place_of};
+use super::stored::{CURSORS, HeadRecord, INBOX, MEMBERS, StoredMessage, TOPICS, id, int, integer, place_of};
 use super::{Inner, OpenError, index_fault, unavailable, words};
 use crate::inbox::InboxError;
 use crate::message::UserId;
@@ -312,6 +312,21 @@ impl Inner {
             (&self.cursors, CURSORS, doc! { "_id.u": 1, "at": 1 }, "user"),
             (&self.members, MEMBERS, doc! { "_id.t": 1, "_id.u": 1 }, "topic"),
         ];
+        let partial = |keys: Document, name: &str, field: &str| {
+            let options = IndexOptions::builder()
+                .name(name.to_owned())
+                .partial_filter_expression(doc! { field: { "$exists": true } })
+                .build();
+            IndexModel::builder().keys(keys).options(options).build()
+        };
+        // Free names stay, and may be many.
+        for index in [
+            partial(doc! { "_id": 1, "life": 1 }, "alive", "life"),
+            partial(doc! { "dead": 1 }, "dead", "dead"),
+        ] {
+            let made = self.in_time(self.topics.create_index(index).into_future()).await;
+            made.map_err(|error| index_fault(TOPICS, &error))?;
+        }
         for (collection, shown, keys, name) in all {
             let made = self.in_time(collection.create_index(index(keys, name)).into_future()).await;
             made.map_err(|error| index_fault(shown, &error))?;

@@ -56,16 +56,21 @@ impl MemberLists {
         Self { topics, lists: Cache::with_weighter(LISTS, bytes, Weight) }
     }
 
-    /// A topic and its members.
+    /// A topic and its members. `hints`: whether near names are looked for if it is not there.
     ///
     /// # Errors
     ///
-    /// 404 with names that are near, 503.
-    pub(super) async fn of(&self, name: &TopicName) -> Result<(Topic, Arc<[UserId]>), PublishError> {
+    /// 404, 503.
+    pub(super) async fn of(
+        &self,
+        name: &TopicName,
+        hints: bool,
+    ) -> Result<(Topic, Arc<[UserId]>), PublishError> {
         let known = self.lists.get(name);
         let version = known.as_ref().map(|list| list.version);
         match self.topics.recipients(name.clone(), version).await.map_err(|error| unread(&error))? {
-            TopicRecipients::NoTopic => Err(refusal(404, self.no_topic(name).await)),
+            TopicRecipients::NoTopic if hints => Err(refusal(404, self.no_topic(name).await)),
+            TopicRecipients::NoTopic => Err(refusal(404, no_topic(name))),
             TopicRecipients::Read(topic, users) => {
                 let list = List { version: topic.version, users: users.into() };
                 self.lists.insert(name.clone(), list.clone());
@@ -93,8 +98,12 @@ impl MemberLists {
             [] => String::new(),
             names => format!("; did you mean {}?", names.join(" or ")),
         };
-        format!("there is no topic {name:?}: PUT /v1/topics/{name} makes it{meant}")
+        format!("{}{meant}", no_topic(name))
     }
+}
+
+fn no_topic(name: &TopicName) -> String {
+    format!("there is no topic {name:?}: PUT /v1/topics/{name} makes it")
 }
 
 fn unread(error: &InboxError) -> PublishError {

@@ -14,7 +14,7 @@ use tower::ServiceExt;
 
 use self::hand_on::{HandingOn, hand_on};
 use self::members::MemberLists;
-pub use self::publish::{Addressed, PUBLISH_DEADLINE, REQUEST_RECIPIENTS};
+pub use self::publish::{Addressed, Lists, PUBLISH_DEADLINE, REQUEST_RECIPIENTS};
 use super::DispatchService;
 use crate::backoff::around;
 use crate::clock::Clock;
@@ -97,6 +97,22 @@ impl Collect {
         self.inner.limits
     }
 
+    /// Adds and removes members of a topic. It is carried out whether or not its sender still
+    /// waits: half of a change would leave lists that hold who has left.
+    ///
+    /// # Errors
+    ///
+    /// The store's. A repeat goes on where it stopped.
+    pub async fn change_members(
+        &self,
+        topic: TopicName,
+        change: MembersChange,
+    ) -> Result<MembersChanged, InboxError> {
+        let topics = Arc::clone(&self.inner.topics);
+        let changing = tokio::spawn(async move { topics.change_members(topic, change).await });
+        changing.await.unwrap_or_else(|fault| Err(InboxError::Unavailable(fault.to_string())))
+    }
+
     /// Ends all memberships of a user. Returns how many there were.
     ///
     /// # Errors
@@ -106,7 +122,7 @@ impl Collect {
         let mut count = 0;
         for topic in self.inner.topics.topics_of(user.clone()).await? {
             let change = MembersChange { add: Vec::new(), remove: vec![user.clone()] };
-            let changed = self.inner.topics.change_members(topic.name, change).await?;
+            let changed = self.change_members(topic.name, change).await?;
             if let MembersChanged::Done { removed, .. } = changed {
                 count += removed;
             }
@@ -155,6 +171,19 @@ impl Collect {
         while !self.inner.handing_on.backlog.is_idle() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// Forgets a user: its memberships, messages and cursors go, its sockets are closed, and tokens
+    /// that were issued until now are refused. Its numbers go on.
+    ///
+    /// # Errors
+    ///
+    /// The store's. A repeat goes on where it stopped.
+    pub async fn forget(&self, user: UserId) -> Result<(), InboxError> {
+        self.leave_all(user.clone()).await?;
+        // First the sockets, or their acks would make cursors anew.
+        self.disconnect(user.clone()).await?;
+        self.inner.inbox.forget(user).await
     }
 
     /// Closes all sockets of a user and refuses every token issued until now.

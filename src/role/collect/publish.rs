@@ -1,5 +1,7 @@
 //! Publishes: whom they reach, and what became of them.
 
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -7,6 +9,7 @@ use tokio::time::Instant;
 
 use super::{Collect, refusal};
 use crate::inbox::group_commit::PendingReceipt;
+use crate::inbox::topics::Topic;
 use crate::inbox::{Append, Receipt};
 use crate::message::{EventName, MessageId, Millis, Recipients, TopicName, UserId};
 use crate::wire::http::{FieldError, Problem, Publish, PublishError, Published, Stored, TopicOutcome};
@@ -27,9 +30,14 @@ pub struct Addressed {
 
 /// The recipients by one topic.
 struct Group {
+    /// The server from which the members were read.
+    primary: u64,
     /// Life of the message, in seconds.
     ttl_s: u64,
-    users: Vec<UserId>,
+    /// The members, those who are left out among them.
+    users: Arc<[UserId]>,
+    /// Number of the others.
+    count: usize,
 }
 
 impl Addressed {
@@ -37,17 +45,45 @@ impl Addressed {
     #[must_use]
     pub fn recipients(&self) -> usize {
         let members = self.groups.iter().filter_map(|(_, group)| group.as_ref().ok());
-        self.publish.to.users().len() + members.map(|group| group.users.len()).sum::<usize>()
+        self.publish.to.users().len() + members.map(|group| group.count).sum::<usize>()
+    }
+}
+
+/// The lists of members that one request needs. Each is read once, and none is read after the
+/// request's time or once it reaches too many.
+pub struct Lists {
+    deadline: Instant,
+    read: HashMap<TopicName, Result<(Topic, Arc<[UserId]>), PublishError>>,
+    /// Why no more is read.
+    ended: Option<PublishError>,
+    recipients: usize,
+}
+
+impl Default for Lists {
+    fn default() -> Self {
+        let deadline = Instant::now() + PUBLISH_DEADLINE;
+        Self { deadline, read: HashMap::new(), ended: None, recipients: 0 }
+    }
+}
+
+impl Lists {
+    /// When the request must be answered.
+    #[must_use]
+    pub fn deadline(&self) -> Instant {
+        self.deadline
     }
 
-    /// Why a request with so many recipients is refused.
+    /// The problem of a request that reaches more than [`REQUEST_RECIPIENTS`].
     #[must_use]
-    pub fn too_many(count: usize) -> Problem {
-        let detail = format!(
-            "a request reaches at most {REQUEST_RECIPIENTS} recipients, the members of topics counted, not {count}: send \
-             it in parts"
-        );
-        Problem::fields(vec![FieldError { pointer: "/to".to_owned(), detail }])
+    pub fn problem(&self) -> Option<Problem> {
+        let detail = || {
+            format!(
+                "a request reaches at most {REQUEST_RECIPIENTS} recipients, the members of topics counted: send it in \
+                 parts"
+            )
+        };
+        let fault = || FieldError { pointer: "/to".to_owned(), detail: detail() };
+        (self.recipients > REQUEST_RECIPIENTS).then(|| Problem::fields(vec![fault()]))
     }
 }
 
@@ -59,74 +95,174 @@ struct Draft {
     event: Option<EventName>,
 }
 
+/// A publish to topics.
+struct TopicPublish {
+    draft: Draft,
+    payload: Bytes,
+    /// Life of the message in seconds, if the sender named one.
+    ttl_s: Option<u64>,
+    except: Vec<UserId>,
+    deadline: Instant,
+}
+
 type Outcome = Result<Stored, PublishError>;
 
 impl Collect {
-    /// Finds out whom a publish reaches.
-    pub async fn address(&self, publish: Publish) -> Addressed {
+    /// Finds out whom a publish reaches, until the request reaches too many.
+    pub async fn address(&self, publish: Publish, lists: &mut Lists) -> Addressed {
         let Recipients::Topics { topics, except } = &publish.to else {
+            lists.recipients += publish.to.users().len();
             return Addressed { publish, groups: Vec::new() };
         };
         let mut groups = Vec::with_capacity(topics.len());
         for name in topics {
-            let group = self.inner.members.of(name).await.map(|(topic, users)| Group {
-                ttl_s: publish.ttl_s.unwrap_or(topic.ttl_s),
-                users: users.iter().filter(|user| !except.contains(user)).cloned().collect(),
-            });
+            if lists.recipients > REQUEST_RECIPIENTS {
+                break;
+            }
+            let group = self.group(name, publish.ttl_s, except, lists).await;
+            lists.recipients += group.as_ref().map_or(0, |group| group.count);
             groups.push((name.clone(), group));
         }
         Addressed { publish, groups }
     }
 
+    /// The members of a topic, but for some users.
+    async fn group(
+        &self,
+        name: &TopicName,
+        ttl_s: Option<u64>,
+        except: &[UserId],
+        lists: &mut Lists,
+    ) -> Result<Group, PublishError> {
+        // Before the members are read.
+        let primary = self.inner.topics.primary();
+        let (topic, users) = match lists.read.get(name) {
+            Some(read) => read.clone(),
+            None => {
+                let read = self.list(name, lists).await;
+                lists.read.insert(name.clone(), read.clone());
+                read
+            }
+        }?;
+        let count = users.iter().filter(|user| !except.contains(user)).count();
+        Ok(Group { primary, ttl_s: ttl_s.unwrap_or(topic.ttl_s), users, count })
+    }
+
+    async fn list(
+        &self,
+        name: &TopicName,
+        lists: &mut Lists,
+    ) -> Result<(Topic, Arc<[UserId]>), PublishError> {
+        if let Some(ended) = &lists.ended {
+            return Err(ended.clone());
+        }
+        // Near names are looked for once in a request.
+        let hints = !lists.read.values().any(|read| read.as_ref().is_err_and(|error| error.status == 404));
+        let reading = self.inner.members.of(name, hints);
+        let read = match tokio::time::timeout_at(lists.deadline, reading).await {
+            Ok(read) => read,
+            Err(_) => Err(refusal(503, "the members of the topics could not be read in time")),
+        };
+        // A store that does not answer once is not asked again for this request.
+        lists.ended = read.as_ref().err().filter(|error| error.status == 503).cloned();
+        read
+    }
+
     /// Stores a publish for each of its recipients. Returns the outcome of each.
-    pub async fn publish_to(&self, addressed: Addressed) -> Published {
+    /// For members of topics it is tried until the deadline.
+    pub async fn publish_to(&self, addressed: Addressed, deadline: Instant) -> Published {
         let Addressed { publish, groups } = addressed;
         if groups.is_empty() {
             return self.publish(publish).await;
         }
-        // It may be repeated under its id, also one that was made for it.
-        let draft = Draft {
-            id: publish.id.unwrap_or_else(new_id),
-            deduplicated: true,
-            accepted_at: self.inner.clock.now(),
-            event: publish.event,
+        let except = match publish.to {
+            Recipients::Topics { except, .. } => except,
+            _ => Vec::new(),
         };
-        let deadline = Instant::now() + PUBLISH_DEADLINE;
+        let publish = TopicPublish {
+            draft: Draft {
+                id: publish.id.unwrap_or_else(new_id),
+                // It may be repeated under its id, also one that was made for it.
+                deduplicated: true,
+                accepted_at: self.inner.clock.now(),
+                event: publish.event,
+            },
+            payload: publish.payload,
+            ttl_s: publish.ttl_s,
+            except,
+            deadline,
+        };
         let mut topics = Vec::with_capacity(groups.len());
         for (name, group) in groups {
             let outcome = match group {
-                Ok(group) => Ok(self.publish_by(&draft, &name, group, &publish.payload, deadline).await),
-                Err(refusal) => {
-                    self.count(&Err(refusal.clone()));
-                    Err(refusal)
-                }
+                Ok(group) => self.publish_to_members(&publish, &name, group).await,
+                Err(refusal) => Err(refusal),
             };
+            if let Err(refusal) = &outcome {
+                self.count(&Err(refusal.clone()));
+            }
             topics.push((name, outcome));
         }
-        Published { id: draft.id, repeatable: true, accepted: Vec::new(), topics }
+        Published { id: publish.draft.id, repeatable: true, accepted: Vec::new(), topics }
     }
 
-    /// Stores a message for the members of one topic.
-    async fn publish_by(
+    /// Stores a message for the members of one topic. If another server has taken over since they
+    /// were read, they may have been outdated, and are read again.
+    async fn publish_to_members(
         &self,
-        draft: &Draft,
+        publish: &TopicPublish,
         topic: &TopicName,
-        group: Group,
-        payload: &Bytes,
-        deadline: Instant,
+        mut group: Group,
+    ) -> Result<TopicOutcome, PublishError> {
+        let mut outcome = self.store_for(publish, topic, &group, &HashSet::new()).await;
+        let mut known: HashSet<UserId> = HashSet::new();
+        while group.primary != self.inner.topics.primary() {
+            if Instant::now() > publish.deadline {
+                return Err(refusal(
+                    503,
+                    "the store has changed its primary; a repeat under this id is safe",
+                ));
+            }
+            known.extend(group.users.iter().cloned());
+            let mut lists = Lists { deadline: publish.deadline, ..Lists::default() };
+            group = self.group(topic, publish.ttl_s, &publish.except, &mut lists).await?;
+            let more = self.store_for(publish, topic, &group, &known).await;
+            outcome.members += more.members;
+            outcome.failed.extend(more.failed);
+        }
+        Ok(outcome)
+    }
+
+    /// Stores a message for the members of a group who are not known to have it.
+    async fn store_for(
+        &self,
+        publish: &TopicPublish,
+        topic: &TopicName,
+        group: &Group,
+        known: &HashSet<UserId>,
     ) -> TopicOutcome {
-        let mut outcome = TopicOutcome { members: group.users.len(), failed: Vec::new() };
-        for lot in group.users.chunks(MEMBERS_AT_ONCE) {
-            let submit = |(n, user): (usize, &UserId)| {
-                // They share the payload, and one of them accounts for it.
-                let bytes = if n == 0 { payload.len() } else { 0 };
-                let append = draft.append(user, Some(topic), group.ttl_s, payload.clone());
-                (user.clone(), self.submit(append, bytes))
-            };
-            let waiting: Vec<_> = lot.iter().enumerate().map(submit).collect();
+        let is_meant = |user: &&UserId| !publish.except.contains(user) && !known.contains(*user);
+        let users: Vec<&UserId> = group.users.iter().filter(is_meant).collect();
+        let mut outcome = TopicOutcome { members: users.len(), failed: Vec::new() };
+        for lot in users.chunks(MEMBERS_AT_ONCE) {
+            let mut waiting = Vec::with_capacity(lot.len());
+            // They share the payload, and the first accounts for it: where there is no room for
+            // that one, there is none for the others.
+            let mut room = Ok(());
+            for (n, user) in lot.iter().enumerate() {
+                let bytes = if n == 0 { publish.payload.len() } else { 0 };
+                let append = publish.draft.append(user, Some(topic), group.ttl_s, publish.payload.clone());
+                let submitted = room.clone().and_then(|()| self.submit(append, bytes));
+                if n == 0
+                    && let Err(refusal) = &submitted
+                {
+                    room = Err(refusal.clone());
+                }
+                waiting.push((*user, submitted));
+            }
             for (user, waiter) in waiting {
-                let stored = self.outcome(waiter, deadline).await;
-                outcome.failed.extend(stored.err().map(|refusal| (user, refusal)));
+                let stored = self.outcome(waiter, publish.deadline).await;
+                outcome.failed.extend(stored.err().map(|refusal| (user.clone(), refusal)));
             }
         }
         outcome

@@ -108,6 +108,10 @@ enum Trouble {
 struct Faulty(Arc<MemoryInbox>, Trouble);
 
 impl Inbox for Faulty {
+    fn forget(&self, user: UserId) -> BoxFuture<'_, Result<(), InboxError>> {
+        self.0.forget(user)
+    }
+
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, InboxError>>> {
         self.0.append(batch)
     }

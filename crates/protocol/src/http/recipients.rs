@@ -1,5 +1,7 @@
 //! The recipients of a publish: `to`.
 
+use std::ops::RangeInclusive;
+
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -34,7 +36,7 @@ pub(super) fn parse_to(
             parse_user(user, "/to/user", faults).map(Recipients::User)
         }
         Some(RawTo { user: None, users: Some(users), topic: None, topics: None, except: None }) => {
-            parse_users(users, "/to/users", limits.recipients, faults).map(Recipients::Users)
+            parse_users(users, "/to/users", 1..=limits.recipients, faults).map(Recipients::Users)
         }
         Some(RawTo { user: None, users: None, topic: Some(topic), topics: None, except }) => {
             let topics = parse_topic_name(topic, "/to/topic", faults).map(|topic| vec![topic]);
@@ -68,15 +70,16 @@ pub(super) fn parse_user(raw: &RawValue, pointer: &str, faults: &mut Vec<FieldEr
 fn parse_users(
     raw: &RawValue,
     pointer: &str,
-    most: usize,
+    allowed: RangeInclusive<usize>,
     faults: &mut Vec<FieldError>,
 ) -> Option<Vec<UserId>> {
     let Ok(UpTo { items: users, count }) = serde_json::from_str::<UpTo<'_>>(raw.get()) else {
         faults.push(fault(pointer, "must be a list of user ids"));
         return None;
     };
-    if users.is_empty() || count > most {
-        faults.push(fault(pointer, format!("must have 1 to {most} users, not {count}")));
+    if !allowed.contains(&count) {
+        let detail = format!("must have {} to {} users, not {count}", allowed.start(), allowed.end());
+        faults.push(fault(pointer, detail));
         return None;
     }
     let users = users.into_iter().enumerate();
@@ -121,7 +124,7 @@ fn parse_except(
 ) -> Option<Recipients> {
     let except = match except {
         None => Some(Vec::new()),
-        Some(raw) => parse_users(raw, "/to/except", EXCEPT_PER_PUBLISH, faults),
+        Some(raw) => parse_users(raw, "/to/except", 0..=EXCEPT_PER_PUBLISH, faults),
     };
     Some(Recipients::Topics { topics: topics?, except: except? })
 }

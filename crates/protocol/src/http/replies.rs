@@ -106,7 +106,13 @@ impl Published {
         let of_members = self.topics.iter().filter_map(|(_, outcome)| outcome.as_ref().ok());
         let of_members = of_members.flat_map(|topic| topic.failed.iter().map(|(_, error)| error));
         let failed: Vec<&PublishError> = of_users.chain(of_topics).chain(of_members).collect();
-        let first = *failed.iter().find(|refusal| refusal.status != 409).or(failed.first())?;
+        // What a repeat mends goes before what it does not.
+        let rank = |refusal: &&&PublishError| match refusal.status {
+            503 => 0,
+            409 => 2,
+            _ => 1,
+        };
+        let first = *failed.iter().min_by_key(rank)?;
         // A topic that failed as a whole counts as one.
         let members = |(_, outcome): &(TopicName, Result<TopicOutcome, PublishError>)| {
             outcome.as_ref().map_or(1, |topic| topic.members)

@@ -1,0 +1,320 @@
+//! Topics in the audit: every (message, member) is accounted for, with joins and leaves under way.
+//!
+//! Who is a member at a moment is known from outside only between the beginning and the end of a
+//! change. So a message is *due* to whoever was a member through the whole publish, *wrong* for
+//! whoever was none through the whole publish, and may or may not come to the others.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use rand::rngs::StdRng;
+use rand::seq::IteratorRandom;
+use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::book::UserBook;
+use super::{Bench, PUBLISH_DEADLINE, REQUEST_DEADLINE};
+use crate::backoff::between;
+
+/// Time between two changes of members.
+const CHANGE_EVERY: Duration = Duration::from_millis(200);
+
+/// What the audit does with topics.
+#[derive(Debug, Clone, Copy)]
+pub struct TopicPlan {
+    /// Number of topics.
+    pub topics: usize,
+    /// Members of each at the beginning.
+    pub members: usize,
+    /// Messages per second, each to one topic.
+    pub rate: f64,
+}
+
+/// What was done.
+#[derive(Default)]
+pub(super) struct TopicBook {
+    /// By message id.
+    accepted: Mutex<HashMap<String, TopicMessage>>,
+    /// The changes of each topic and user, in their order.
+    changes: Mutex<HashMap<(usize, usize), Vec<Change>>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct TopicMessage {
+    topic: usize,
+    due: Instant,
+    /// When it was first sent, and when it was accepted.
+    sent: (Instant, Instant),
+}
+
+/// A user joined or left.
+#[derive(Debug, Clone, Copy)]
+struct Change {
+    joins: bool,
+    /// When it was first sent, and when it was answered.
+    sent: (Instant, Instant),
+}
+
+/// Whether a message is due to a user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    Yes,
+    No,
+    Perhaps,
+}
+
+/// By the changes of a user, whether a message that was sent between two moments is due.
+fn due(changes: &[Change], (began, ended): (Instant, Instant)) -> Due {
+    if changes.iter().any(|change| change.sent.0 <= ended && began <= change.sent.1) {
+        return Due::Perhaps;
+    }
+    match changes.iter().rev().find(|change| change.sent.1 < began) {
+        Some(Change { joins: true, .. }) => Due::Yes,
+        _ => Due::No,
+    }
+}
+
+/// What became of the messages to topics.
+#[derive(Debug, Default)]
+pub(super) struct TopicVerdict {
+    messages: u64,
+    /// Pairs of a message and a member that were due, and came once.
+    once: u64,
+    /// They came more than once.
+    again: u64,
+    lost: u64,
+    /// They came to somebody who was no member.
+    wrong: u64,
+    /// Their client was away in the end.
+    queued: u64,
+    pub(super) late: u64,
+    delays: Vec<Duration>,
+}
+
+impl TopicVerdict {
+    pub(super) fn is_bad(&self) -> bool {
+        self.again + self.lost + self.wrong + self.late > 0
+    }
+
+    pub(super) fn to_json(&self) -> Value {
+        json!({
+            "messages": self.messages, "delivered_once": self.once, "delivered_again": self.again, "lost": self.lost,
+            "to_strangers": self.wrong, "queued": self.queued, "late": self.late,
+            "delay_ms": super::verdict::percentiles(&self.delays),
+        })
+    }
+}
+
+impl Bench {
+    fn topic(&self, n: usize) -> String {
+        format!("audit-{}-{n}", self.run)
+    }
+
+    /// Makes the topics with their first members.
+    ///
+    /// # Errors
+    ///
+    /// One of them cannot be made.
+    pub(super) async fn make_topics(&self, plan: TopicPlan) -> Result<()> {
+        let mut random = StdRng::seed_from_u64(self.plan.seed);
+        for topic in 0..plan.topics {
+            if !self.sent("PUT", &format!("/v1/topics/{}", self.topic(topic)), "{}".into()).await {
+                bail!("the topic {} cannot be made", self.topic(topic));
+            }
+            let members = (0..self.users.len()).choose_multiple(&mut random, plan.members);
+            if !self.change_members(topic, &members, &[]).await {
+                bail!("members cannot be added to {}", self.topic(topic));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn remove_topics(&self, plan: TopicPlan) {
+        for topic in 0..plan.topics {
+            self.sent("DELETE", &format!("/v1/topics/{}", self.topic(topic)), Bytes::new()).await;
+        }
+    }
+
+    /// Adds and removes members, and writes down when.
+    async fn change_members(&self, topic: usize, add: &[usize], remove: &[usize]) -> bool {
+        let names = |users: &[usize]| -> Vec<&str> {
+            users.iter().filter_map(|user| Some(self.users.get(*user)?.as_str())).collect()
+        };
+        let body = json!({"add": names(add), "remove": names(remove)}).to_string();
+        let path = format!("/v1/topics/{}/members", self.topic(topic));
+        let began = Instant::now();
+        let done = self.sent("POST", &path, body.into()).await;
+        // One that was refused in the end may have been carried out all the same.
+        let ended = if done { Instant::now() } else { began + Duration::from_secs(24 * 3600) };
+        let mut changes = self.book.topics.changes.lock();
+        for (users, joins) in [(add, true), (remove, false)] {
+            for user in users {
+                changes.entry((topic, *user)).or_default().push(Change { joins, sent: (began, ended) });
+            }
+        }
+        done
+    }
+
+    /// Sends a request until it is done, at one collect after another. Returns whether it was.
+    async fn sent(&self, method: &str, path: &str, body: Bytes) -> bool {
+        let began = Instant::now();
+        for base in self.plan.publish.iter().cycle() {
+            let url = format!("{base}{path}");
+            let answer = self.http.send(method, &url, Some(&self.key), body.clone(), REQUEST_DEADLINE).await;
+            match answer.map(|(status, _)| status) {
+                Ok(200..=299) => return true,
+                Ok(400..=499) => break,
+                _ if began.elapsed() > PUBLISH_DEADLINE => break,
+                _ => {}
+            }
+            let rest = between(Duration::from_millis(50), Duration::from_millis(500), &mut rand::rng());
+            tokio::time::sleep(rest).await;
+        }
+        false
+    }
+
+    /// Publishes to topics at the rate, and changes their members meanwhile.
+    pub(super) async fn load_topics(self: Arc<Self>, plan: TopicPlan) {
+        tokio::join!(self.publish_to_topics(plan), self.exchange_members(plan));
+    }
+
+    async fn publish_to_topics(self: &Arc<Self>, plan: TopicPlan) {
+        let mut random = StdRng::seed_from_u64(self.plan.seed + 1);
+        let began = Instant::now();
+        let total = (plan.rate * self.plan.time.as_secs_f64()).ceil() as u64;
+        let mut sending = JoinSet::new();
+        for k in 0..total {
+            let due = began + Duration::from_secs_f64(k as f64 / plan.rate);
+            tokio::time::sleep_until(due).await;
+            let (bench, topic) = (Arc::clone(self), random.random_range(0..plan.topics));
+            sending.spawn(async move { bench.publish_to_topic(k, topic, due).await });
+            while sending.try_join_next().is_some() {}
+        }
+        while sending.join_next().await.is_some() {}
+    }
+
+    async fn publish_to_topic(&self, k: u64, topic: usize, due: Instant) {
+        let id = format!("audit-{}-t{k}", self.run);
+        let body = json!({"to": {"topic": self.topic(topic)}, "payload": {"t": k}, "id": id, "ttl_s": 3600});
+        let began = Instant::now();
+        if self.sent("POST", "/v1/messages", body.to_string().into()).await {
+            let message = TopicMessage { topic, due, sent: (began, Instant::now()) };
+            self.book.topics.accepted.lock().insert(id, message);
+        } else {
+            *self.book.refused.lock().entry("topic".to_owned()).or_default() += 1;
+        }
+    }
+
+    /// Again and again, one member of a topic leaves and another user joins.
+    async fn exchange_members(&self, plan: TopicPlan) {
+        let mut random = StdRng::seed_from_u64(self.plan.seed + 2);
+        let until = Instant::now() + self.plan.time;
+        while Instant::now() < until {
+            tokio::time::sleep(CHANGE_EVERY).await;
+            let topic = random.random_range(0..plan.topics);
+            let (members, others): (Vec<usize>, Vec<usize>) = {
+                let changes = self.book.topics.changes.lock();
+                let is_member = |user: &usize| {
+                    changes.get(&(topic, *user)).and_then(|all| all.last()).is_some_and(|last| last.joins)
+                };
+                (0..self.users.len()).partition(is_member)
+            };
+            let leaves = members.into_iter().choose(&mut random);
+            let joins = others.into_iter().choose(&mut random);
+            self.change_members(topic, joins.as_slice(), leaves.as_slice()).await;
+        }
+    }
+
+    /// Whether every message has come to everybody to whom it is due.
+    pub(super) fn topics_are_settled(&self) -> bool {
+        let users = self.book.users.lock();
+        let received: Vec<HashSet<&str>> =
+            users.iter().map(|user| user.received.iter().map(|one| one.id.as_str()).collect()).collect();
+        let (accepted, changes) = (self.book.topics.accepted.lock(), self.book.topics.changes.lock());
+        accepted.iter().all(|(id, message)| {
+            changes.iter().filter(|((topic, _), _)| *topic == message.topic).all(|((_, user), all)| {
+                due(all, message.sent) != Due::Yes || received[*user].contains(id.as_str())
+            })
+        })
+    }
+
+    /// Accounts for every message and member.
+    ///
+    /// # Errors
+    ///
+    /// What is stored cannot be asked for.
+    pub(super) async fn topic_verdict(&self, users: &[UserBook]) -> Result<TopicVerdict> {
+        let accepted = std::mem::take(&mut *self.book.topics.accepted.lock());
+        let changes = std::mem::take(&mut *self.book.topics.changes.lock());
+        let mut verdict = TopicVerdict { messages: accepted.len() as u64, ..TopicVerdict::default() };
+        let mut missing: HashMap<usize, Vec<&str>> = HashMap::new();
+        for (n, user) in users.iter().enumerate() {
+            let mut arrivals: HashMap<&str, (u64, Instant)> = HashMap::new();
+            for one in user.received.iter().filter(|one| accepted.contains_key(&one.id)) {
+                arrivals.entry(&one.id).or_insert((0, one.at)).0 += 1;
+            }
+            for (id, message) in &accepted {
+                let of = changes.get(&(message.topic, n)).map(Vec::as_slice).unwrap_or_default();
+                match (due(of, message.sent), arrivals.get(id.as_str())) {
+                    (_, Some((2.., _))) => verdict.again += 1,
+                    (Due::No, Some(_)) => verdict.wrong += 1,
+                    (Due::Yes, Some((_, at))) => {
+                        verdict.once += 1;
+                        let delay = at.saturating_duration_since(message.due);
+                        verdict.late += u64::from(self.plan.max_delay.is_some_and(|max| delay > max));
+                        verdict.delays.push(delay);
+                    }
+                    (Due::Yes, None) => missing.entry(n).or_default().push(id),
+                    _ => {}
+                }
+            }
+        }
+        for (user, ids) in missing {
+            let stored = self.stored(user).await?;
+            for id in ids {
+                let is_away = !users[user].ready || users[user].refused.is_some();
+                if is_away && stored.contains(id) {
+                    verdict.queued += 1;
+                } else {
+                    super::super::terminal::say(format_args!("lost: {id} of {}", self.users[user]));
+                    verdict.lost += 1;
+                }
+            }
+        }
+        verdict.delays.sort_unstable();
+        Ok(verdict)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_due_to_whoever_was_a_member_through_the_whole_publish() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let change = |joins: bool, began: u64, ended: u64| Change { joins, sent: (at(began), at(ended)) };
+        let all = [change(true, 10, 20), change(false, 100, 110), change(true, 200, 210)];
+        for (began, ended, expected) in [
+            (0, 5, Due::No),
+            (5, 15, Due::Perhaps),
+            (20, 30, Due::Perhaps),
+            (21, 99, Due::Yes),
+            (30, 100, Due::Perhaps),
+            (30, 150, Due::Perhaps),
+            (111, 199, Due::No),
+            (211, 300, Due::Yes),
+            (30, 300, Due::Perhaps),
+        ] {
+            assert_eq!(due(&all, (at(began), at(ended))), expected, "{began} to {ended}");
+        }
+        assert_eq!(due(&[], (at(0), at(1))), Due::No);
+    }
+}
