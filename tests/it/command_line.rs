@@ -294,3 +294,27 @@ async fn topics_are_made_and_published_to() {
     assert_eq!(run(&["topic", "delete", "news"]).0, 0);
     assert_eq!(run(&["topic", "list"]).1, "team\n");
 }
+
+/// The blocks of the README that post, run as they are printed, but for the port.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_readme_posts_reaches_a_user_and_a_group() {
+    let server = Server::start().await;
+    let readme = std::fs::read_to_string(ringpush_testing::root().join("README.md")).unwrap();
+    let blocks = readme.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let script: String = blocks.filter(|block| block.contains("curl")).collect();
+    assert!(script.contains("/v1/topics/news/members"), "{script}");
+    let script = script
+        .replace("127.0.0.1:8081", &server.at("collect"))
+        .replace("data/dev-keys.toml", &server.directory.path().join("dev-keys.toml").display().to_string())
+        .replace("curl ", "curl --silent --show-error --fail-with-body ");
+    let mut bob = server.connect("bob", "").await;
+    bob.caught_up().await;
+    let (code, said, wrong) = output(Command::new("bash").args(["-ec", &script]));
+    assert_eq!(code, 0, "{said}\n{wrong}");
+    assert!(said.contains(r#""topic":"news","members":2,"stored":2,"failed":[]"#), "{said}");
+    assert_eq!(bob.until("message").await.1["payload"], json!({"text": "hello, all"}));
+    let alice = server.get("/v1/users/alice/messages").await.json();
+    let texts: Vec<&Value> =
+        alice["messages"].as_array().unwrap().iter().map(|message| &message["payload"]["text"]).collect();
+    assert_eq!(texts, [&json!("hello"), &json!("hello, all")]);
+}

@@ -49,11 +49,14 @@ impl Addressed {
     }
 }
 
+/// A topic and its members, or why they could not be read.
+type ListRead = Result<(Topic, Arc<[UserId]>), PublishError>;
+
 /// The lists of members that one request needs. Each is read once, and none is read after the
 /// request's time or once it reaches too many.
 pub struct Lists {
     deadline: Instant,
-    read: HashMap<TopicName, Result<(Topic, Arc<[UserId]>), PublishError>>,
+    read: HashMap<TopicName, ListRead>,
     /// Why no more is read.
     ended: Option<PublishError>,
     recipients: usize,
@@ -148,11 +151,7 @@ impl Collect {
         Ok(Group { primary, ttl_s: ttl_s.unwrap_or(topic.ttl_s), users, count })
     }
 
-    async fn list(
-        &self,
-        name: &TopicName,
-        lists: &mut Lists,
-    ) -> Result<(Topic, Arc<[UserId]>), PublishError> {
+    async fn list(&self, name: &TopicName, lists: &mut Lists) -> ListRead {
         if let Some(ended) = &lists.ended {
             return Err(ended.clone());
         }
