@@ -26,7 +26,7 @@ const PAYLOAD = { text: 'x'.repeat(80) };
 async function receive(kind) {
   const { WebSocket } = createRequire(join(root, 'target/tools/x.js'))('ws');
   const lines = createInterface({ input: process.stdin })[Symbol.asyncIterator]();
-  const { url, tokens } = JSON.parse((await lines.next()).value);
+  const { url, tokens, device } = JSON.parse((await lines.next()).value);
   let count = 0;
   let began;
   let done;
@@ -38,7 +38,7 @@ async function receive(kind) {
   if (kind === 'library') {
     const { connect } = await import('../clients/javascript/src/index.js');
     await Promise.all(tokens.map(({ user, token }) => {
-      const client = connect({ url, user, device: 'bench', begin: 'latest', token: () => token, WebSocket });
+      const client = connect({ url, user, device, begin: 'latest', token: () => token, WebSocket });
       client.on('*', received);
       return client.caughtUp();
     }));
@@ -63,7 +63,9 @@ async function measure(server, kind, burst) {
   const child = spawn('node', [import.meta.filename, kind], { stdio: ['pipe', 'pipe', 'inherit'] });
   const exited = new Promise((go) => { child.once('exit', go); });
   const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
-  child.stdin.write(`${JSON.stringify({ url: server.url, tokens: server.tokens })}\n`);
+  // A new device each time: one that is known would first get what the run before has published.
+  const device = `bench-${child.pid}`;
+  child.stdin.write(`${JSON.stringify({ url: server.url, tokens: server.tokens, device })}\n`);
   await lines.next();
   for (let n = 0; n < MESSAGES; n += burst) {
     const messages = server.tokens.flatMap(({ user }) => Array.from({ length: burst }, () => ({ to: { user }, payload: PAYLOAD, ttl_s: 60 })));

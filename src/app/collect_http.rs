@@ -103,6 +103,11 @@ impl CollectEdge {
         if !matches!(publish.to, Recipients::Topics { .. }) {
             return Ok(self.collect.publish(publish).await);
         }
+        // Boxed, for what it needs would be carried by every publish.
+        Box::pin(self.publish_to_topics(publish)).await
+    }
+
+    async fn publish_to_topics(&self, publish: Publish) -> Result<Published, Problem> {
         let mut lists = Lists::default();
         let addressed = self.collect.address(publish, &mut lists).await;
         match lists.problem() {
@@ -211,7 +216,7 @@ async fn addressed(edge: &CollectEdge, items: Vec<Result<Publish, Problem>>) -> 
     for item in items {
         let addressed = match (item, lists.problem()) {
             (Err(problem), _) | (_, Some(problem)) => Err(problem),
-            (Ok(publish), None) => Ok(edge.collect.address(publish, &mut lists).await),
+            (Ok(publish), None) => Ok(Box::pin(edge.collect.address(publish, &mut lists)).await),
         };
         // Perhaps it was this one.
         found.push(match lists.problem() {

@@ -368,7 +368,7 @@ mod tests {
         let (appender, seen, mut tasks) = started(Duration::from_secs(3600), 1_000, true);
         appender.submit(append("first", "1"), 1).unwrap().await.unwrap().unwrap();
         let by_topic = |n: usize| {
-            let via = Some(crate::message::TopicName::parse("news").unwrap());
+            let via = Some(Arc::new(crate::message::TopicName::parse("news").unwrap()));
             Append { via, ..append(&n.to_string(), "1") }
         };
         let topics: Vec<_> = (0..999).map(|n| appender.submit(by_topic(n), 1).unwrap()).collect();

@@ -120,7 +120,7 @@ pub struct Append {
     /// What the message tells, if its sender named that.
     pub event: Option<EventName>,
     /// The topic by which the recipient is reached, if it is one.
-    pub via: Option<TopicName>,
+    pub via: Option<Arc<TopicName>>,
     /// Valid JSON text.
     pub payload: Bytes,
 }
@@ -272,7 +272,7 @@ const OF_TOPIC: char = '\n';
 
 /// The idempotency key of an id, among those of one user. The same id by another topic, or sent to
 /// the user, is another message.
-pub(crate) fn fence_of(via: Option<&TopicName>, id: &MessageId) -> String {
+pub(crate) fn fence_of(via: Option<&Arc<TopicName>>, id: &MessageId) -> String {
     match via {
         None => id.as_str().to_owned(),
         Some(topic) => format!("{topic}{OF_TOPIC}{id}"),

@@ -69,7 +69,11 @@ impl TryFrom<peer::Live> for LiveMessage {
                 .map(|event| EventName::parse(&event))
                 .transpose()
                 .map_err(|_| ProtoError("event"))?,
-            via: live.via.map(|topic| TopicName::parse(&topic)).transpose().map_err(|_| ProtoError("via"))?,
+            via: live
+                .via
+                .map(|topic| TopicName::parse(&topic).map(Arc::new))
+                .transpose()
+                .map_err(|_| ProtoError("via"))?,
             payload: live.payload,
         };
         Ok(Self { user: user_of(&live.user)?, message: Arc::new(message) })
@@ -159,7 +163,7 @@ mod tests {
                 accepted_at: Millis(5),
                 expires_at: Millis(u64::MAX),
                 event: None,
-                via: Some(TopicName::parse("match-7").unwrap()),
+                via: Some(Arc::new(TopicName::parse("match-7").unwrap())),
                 payload: Bytes::from(payload),
             };
             let live = LiveMessage { user: UserId::parse(&user).unwrap(), message: Arc::new(message) };

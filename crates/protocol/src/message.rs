@@ -5,6 +5,7 @@
 //! comparing them follows no pointer. Cloning a longer one only bumps a reference count.
 
 use std::fmt;
+use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use jiff::fmt::temporal::DateTimePrinter;
@@ -260,7 +261,8 @@ pub struct Message {
     /// What it tells, if its sender named that.
     pub event: Option<EventName>,
     /// The topic by which the recipient was reached; `None` if the message was sent to the user.
-    pub via: Option<TopicName>,
+    /// Shared, because nearly all messages have none: it takes 8 bytes in place of 24.
+    pub via: Option<Arc<TopicName>>,
     /// Valid JSON text.
     pub payload: Bytes,
 }

@@ -1,5 +1,7 @@
 //! Topics and their members.
 
+use std::sync::Arc;
+
 use super::{Bench, DAY_S, WIDE, user};
 use crate::inbox::topics::{
     MembersChange, MembersChanged, MembersVersion, PutTopic, Topic, TopicRecipients, TopicSettings,
@@ -169,7 +171,7 @@ pub(super) async fn a_topic_is_full_at_its_limit(bench: &Bench) {
 
 pub(super) async fn an_id_by_a_topic_is_another_one(bench: &Bench) {
     let direct = Append { deduplicated: true, ..bench.message("via", "same", "1", DAY_S) };
-    let by = |name: &str| Append { via: Some(topic(name)), ..direct.clone() };
+    let by = |name: &str| Append { via: Some(Arc::new(topic(name))), ..direct.clone() };
     let outcomes =
         bench.append(vec![direct.clone(), by("news"), by("news.more"), by("news"), direct.clone()]).await;
     let seq = |n: usize| match &outcomes[n] {
@@ -184,9 +186,12 @@ pub(super) async fn an_id_by_a_topic_is_another_one(bench: &Bench) {
     assert_eq!(bench.append(vec![other]).await, [Appended::Conflict]);
     let page = bench.page("via", Seq::BEGINNING, WIDE).await;
     let via: Vec<_> = page.messages.iter().map(|message| message.via.clone()).collect();
-    assert_eq!(via, [None, Some(topic("news")), Some(topic("news.more"))]);
+    assert_eq!(via, [None, Some(Arc::new(topic("news"))), Some(Arc::new(topic("news.more")))]);
     let evented = Append { event: Some(crate::message::EventName::parse("e").unwrap()), ..by("both") };
     bench.append(vec![evented]).await;
     let last = bench.page("via", seq(2), WIDE).await.messages.remove(0);
-    assert_eq!((last.via, last.event.is_some(), last.payload), (Some(topic("both")), true, "1".into()));
+    assert_eq!(
+        (last.via, last.event.is_some(), last.payload),
+        (Some(Arc::new(topic("both"))), true, "1".into())
+    );
 }

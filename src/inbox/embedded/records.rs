@@ -1,5 +1,7 @@
 //! The keys and values as they are stored.
 
+use std::sync::Arc;
+
 use bytes::{Buf, BufMut, Bytes};
 
 use super::super::{Append, Appended, CURSOR_LIFE_MS, InboxError, is_json};
@@ -106,7 +108,7 @@ pub(super) fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bo
     out.put_u8(MESSAGE_LAYOUT);
     out.put_u64(message.accepted_at.0);
     out.put_u64(message.expires_at.0);
-    let (event, topic) = (message.event.as_ref(), message.via.as_ref());
+    let (event, topic) = (message.event.as_ref(), message.via.as_deref());
     let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
     out.put_u8(
         flag(deduplicated, DEDUPLICATED)
@@ -134,7 +136,8 @@ pub(super) fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxE
     let event = take_name(flags & HAS_EVENT != 0, &mut raw)?;
     let event = event.map(|name| EventName::parse(&name)).transpose().map_err(|_| corrupt("an event"))?;
     let topic = take_name(flags & HAS_TOPIC != 0, &mut raw)?;
-    let via = topic.map(|name| TopicName::parse(&name)).transpose().map_err(|_| corrupt("a topic"))?;
+    let via = topic.map(|name| TopicName::parse(&name).map(Arc::new)).transpose();
+    let via = via.map_err(|_| corrupt("a topic"))?;
     if !is_json(&raw) {
         return Err(corrupt("a payload"));
     }

@@ -1,5 +1,7 @@
 //! The documents in MongoDB, and their names.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use mongodb::bson::spec::BinarySubtype;
 use mongodb::bson::{Binary, Bson, Document, doc};
@@ -144,7 +146,11 @@ impl StoredMessage {
             accepted_at: Millis(self.at.max(0).unsigned_abs()),
             expires_at: Millis(self.x.max(0).unsigned_abs()),
             event: self.e.map(|event| EventName::parse(&event)).transpose().map_err(|_| corrupt())?,
-            via: self.v.map(|topic| TopicName::parse(&topic)).transpose().map_err(|_| corrupt())?,
+            via: self
+                .v
+                .map(|topic| TopicName::parse(&topic).map(Arc::new))
+                .transpose()
+                .map_err(|_| corrupt())?,
             payload: Bytes::from(self.p.bytes),
         })
     }

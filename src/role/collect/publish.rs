@@ -174,6 +174,16 @@ impl Collect {
         if groups.is_empty() {
             return self.publish(publish).await;
         }
+        // Boxed, for what it needs would be carried by every publish.
+        Box::pin(self.publish_to_topics(publish, groups, deadline)).await
+    }
+
+    async fn publish_to_topics(
+        &self,
+        publish: Publish,
+        groups: Vec<(TopicName, Result<Group, PublishError>)>,
+        deadline: Instant,
+    ) -> Published {
         let except = match publish.to {
             Recipients::Topics { except, .. } => except,
             _ => Vec::new(),
@@ -242,6 +252,7 @@ impl Collect {
     ) -> TopicOutcome {
         let is_meant = |user: &&UserId| !publish.except.contains(user) && !known.contains(*user);
         let users: Vec<&UserId> = group.users.iter().filter(is_meant).collect();
+        let via = Arc::new(topic.clone());
         let mut outcome = TopicOutcome { members: users.len(), failed: Vec::new() };
         for lot in users.chunks(MEMBERS_AT_ONCE) {
             let mut waiting = Vec::with_capacity(lot.len());
@@ -250,7 +261,7 @@ impl Collect {
             let mut room = Ok(());
             for (n, user) in lot.iter().enumerate() {
                 let bytes = if n == 0 { publish.payload.len() } else { 0 };
-                let append = publish.draft.append(user, Some(topic), group.ttl_s, publish.payload.clone());
+                let append = publish.draft.append(user, Some(&via), group.ttl_s, publish.payload.clone());
                 let submitted = room.clone().and_then(|()| self.submit(append, bytes));
                 if n == 0
                     && let Err(refusal) = &submitted
@@ -328,7 +339,7 @@ impl Collect {
 }
 
 impl Draft {
-    fn append(&self, user: &UserId, via: Option<&TopicName>, ttl_s: u64, payload: Bytes) -> Append {
+    fn append(&self, user: &UserId, via: Option<&Arc<TopicName>>, ttl_s: u64, payload: Bytes) -> Append {
         Append {
             user: user.clone(),
             id: self.id.clone(),

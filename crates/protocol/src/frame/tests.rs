@@ -58,7 +58,8 @@ fn a_message_passes_its_payload_through_byte_for_byte() {
 
 #[test]
 fn a_message_that_came_by_a_topic_names_it() {
-    let by_topic = Message { via: Some(TopicName::parse("match-7").unwrap()), ..message("1") };
+    let by_topic =
+        Message { via: Some(std::sync::Arc::new(TopicName::parse("match-7").unwrap())), ..message("1") };
     let text = message_frame(&by_topic);
     assert!(std::str::from_utf8(&text).unwrap().contains(r#","via":"match-7","accepted_at""#));
     let ReceivedFrame::Message(read) = ReceivedFrame::parse(&text).unwrap() else { panic!("not a message") };
