@@ -65,7 +65,7 @@ class Client {
     }
     check(options.tabs !== 'shared' || options.user, '"tabs": "shared" needs "user"');
     this.#WebSocket = options.WebSocket ?? globalThis.WebSocket;
-    check(this.#WebSocket, 'hand in a "WebSocket"');
+    check(this.#WebSocket, '"WebSocket" is required');
     this.#options = { ...options, window: size };
     this.#url = new URL(options.url);
     this.#url.pathname = this.#url.pathname.replace(/\/*$/, '/');

@@ -42,7 +42,7 @@ export class Line {
     }
     const socket = this.#socket = new WebSocket(target.href, 'ringpush.v1.json');
     this.opened = new Promise((resolve, reject) => {
-      const late = setTimeout(() => this.fail('no answer in time'), patience);
+      const late = setTimeout(() => this.fail('silent'), patience);
       const settle = (how, value) => { clearTimeout(late); how(value); };
       socket.onopen = () => {
         if (credential) this.send({ type: 'auth', ...credential, ...ask });
@@ -52,7 +52,7 @@ export class Line {
         this.#heardAt = performance.now();
         let frame;
         try { frame = JSON.parse(data); } catch { return this.fail('rubbish'); }
-        if (frame === null || typeof frame !== 'object' || typeof frame.type !== 'string') return this.fail('rubbish');
+        if (typeof frame?.type !== 'string') return this.fail('rubbish');
         if (frame.type === 'message' && frame.seq > this.seq) this.seq = frame.seq;
         if (frame.type === 'welcome' && !this.#open) {
           this.#open = true;
@@ -63,7 +63,7 @@ export class Line {
       };
       socket.onclose = ({ code, reason }) => {
         const why = this.refusal?.reason || reason;
-        const error = new RingpushError('closed', why || `closed with ${code}`, true);
+        const error = new RingpushError('closed', why || `closed with ${code}`);
         Object.assign(error, { code, reason: why, hint: this.refusal?.reconnect });
         settle(reject, error);
         this.#over(code, why);
@@ -106,7 +106,7 @@ export class Line {
     const socket = this.#socket;
     this.#over(1006, reason);
     socket.onclose?.({ code: 1006, reason });
-    socket.onclose = socket.onmessage = null;
+    socket.onclose = null;
     try { socket.close(); } catch { /* it was never open */ }
   }
 

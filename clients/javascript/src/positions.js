@@ -30,7 +30,7 @@ export class Positions {
 
   async load() {
     const [seq, at] = String(await this.#store.get(this.#key)).split(':').map(Number);
-    if (seq > 0 && at > 0) this.known = { seq, at };
+    if (seq && at) this.known = { seq, at };
     // That there is one shows that the user was not forgotten since.
     await this.#store.set(this.#key, this.#text);
     this.#loaded = true;

@@ -1,7 +1,11 @@
 // The queue between the lines and the application: each number once and in order, one message at a time, acked when
 // handled.
 
+/** How long an ack waits for others: for one client, and more where many clients of a process ack at once. */
 const ACK_MS = 50;
+const ACK_MS_PER_CLIENT = 0.5;
+/** Clients of this process whose ack waits. */
+let waiting = 0;
 const RETRY_FIRST_MS = 200;
 const RETRY_MAX_MS = 10_000;
 /** What a consumer answers that has left with the message at hand. */
@@ -59,11 +63,9 @@ export class Pump {
     if (this.received !== null && frame.seq <= this.received) return false;
     this.received = frame.seq;
     // One that was accepted later has the number of another: the server's store is not the one of then.
-    if (frame.seq <= this.#known?.seq && Date.parse(frame.accepted_at) <= this.#known.at) {
-      this.#queue.push({ seq: frame.seq, accepted: frame.accepted_at, resets: this.#resets });
-    } else {
-      this.#queue.push({ message: this.message(frame, live), seq: frame.seq, accepted: frame.accepted_at, resets: this.#resets });
-    }
+    const isKnown = frame.seq <= this.#known?.seq && Date.parse(frame.accepted_at) <= this.#known.at;
+    const message = isKnown ? null : this.message(frame, live);
+    this.#queue.push({ message, seq: frame.seq, accepted: frame.accepted_at, resets: this.#resets });
     if (this.#hooks.ack === 'received') this.#ack(frame.seq);
     this.#pump();
     return true;
@@ -126,7 +128,6 @@ export class Pump {
       },
     };
     const remove = this.#add(consumer, signal);
-    signal?.addEventListener('abort', consumer.end);
     try {
       while (!over) {
         if (given) {
@@ -146,7 +147,7 @@ export class Pump {
     if (signal?.aborted) return () => {};
     this.#consumers.add(consumer);
     const remove = () => { this.#consumers.delete(consumer); };
-    signal?.addEventListener('abort', remove);
+    signal?.addEventListener('abort', consumer.end ?? remove);
     // Whoever comes in the same turn has what is queued, too.
     queueMicrotask(() => this.#pump());
     return remove;
@@ -198,7 +199,7 @@ export class Pump {
   /** Gives a message to each consumer that wants it. Returns, or promises, false if it is to be given again. */
   #give(item) {
     const { message } = item;
-    const validate = !item.valid && message.event !== undefined && this.#hooks.validate[message.event];
+    const validate = !item.valid && this.#hooks.validate[message.event];
     if (validate) {
       item.valid = true;
       try { message.payload = validate(message.payload); } catch (error) {
@@ -255,10 +256,13 @@ export class Pump {
     const ahead = seq - (this.said ?? 0);
     this.acked = seq;
     if (this.said !== undefined && ahead >= this.#hooks.window / 2) return this.flush();
-    this.#timer ??= setTimeout(() => this.flush(), ACK_MS);
+    if (this.#timer) return;
+    waiting += 1;
+    this.#timer = setTimeout(() => this.flush(), Math.max(ACK_MS, waiting * ACK_MS_PER_CLIENT));
   }
 
   flush() {
+    if (this.#timer) waiting -= 1;
     clearTimeout(this.#timer);
     this.#timer = null;
     if (this.acked === null) return;
@@ -268,7 +272,6 @@ export class Pump {
 
   end() {
     this.#over = true;
-    clearTimeout(this.#timer);
     clearTimeout(this.#retry);
     for (const consumer of this.#consumers) consumer.end?.();
     this.#consumers.clear();

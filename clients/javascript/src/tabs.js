@@ -204,7 +204,7 @@ export class Tabs {
   }
 
   #heard(said) {
-    if (said === null || typeof said !== 'object') return undefined;
+    if (!said) return undefined;
     if (typeof said.tab === 'string') return this.leads ? this.#hear(said) : undefined;
     if (said.forget || (this.leads && (said.wake || said.refresh))) return this.#hooks.asked(said);
     const term = said.lead?.term ?? said.term;
