@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use ringpush::ring::Ring;
 use ringpush_testing::cluster::{Audit, Cluster};
-use ringpush_testing::{Socket, tool};
+use ringpush_testing::examples::{Language, Program};
+use ringpush_testing::{Socket, eventually, tool};
 use serde_json::json;
 
 use crate::{SWEPT, load, rest};
@@ -36,6 +38,42 @@ async fn the_python_library_loses_and_repeats_nothing_when_a_node_is_killed() {
     cluster.run(&["kill", "push-1"]).await;
     let report = audit.passes().await;
     assert!(report["reconnects"].as_u64().unwrap() > 10, "{report}");
+    cluster.nothing_is_left().await;
+}
+
+/// The README's examples as printed, but for the name of a user who moves: each goes on where it
+/// was, without a line of network code.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_examples_of_the_readme_follow_a_cluster_that_is_scaled() {
+    const NODES: [&str; 4] = ["push-0", "push-1", "push-2", "push-3"];
+    let mut cluster = Cluster::up(&[]).await;
+    let ring = |count: usize| Ring::build(NODES[..count].iter().map(|node| (*node, 1.0)));
+    let (before, after) = (ring(3), ring(4));
+    let moves = |user: &String| before.owner_of(user) != after.owner_of(user);
+    // The devices of the examples have names of their own, and some the same.
+    let users = (0..).map(|n| format!("alice-{n}")).filter(moves);
+    let url = format!("http://{}", cluster.balancer());
+    let mut examples = Vec::new();
+    for (language, user) in [Language::JavaScript, Language::Python, Language::Rust].into_iter().zip(users) {
+        cluster.publish(&user, json!("before")).await;
+        let mut example = Program::example(language, &url, &cluster.token(&user).await, &user);
+        assert_eq!(example.line(), "before", "{language:?}");
+        examples.push((language, user, example));
+    }
+    cluster.run(&["scale", "4"]).await;
+    for n in 0..30 {
+        for (_, user, _) in &examples {
+            cluster.publish(user, json!(n)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    for (language, _, example) in &mut examples {
+        for n in 0..30 {
+            assert_eq!(example.line(), n.to_string(), "{language:?}");
+        }
+    }
+    eventually("they have moved", async || cluster.metric("push-3", "ringpush_sessions").await == 3.0).await;
+    drop(examples);
     cluster.nothing_is_left().await;
 }
 

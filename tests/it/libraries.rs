@@ -1,12 +1,12 @@
 //! The client libraries: the transcripts, their packages, and what their README promises against
 //! the real server.
 
-use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use serde_json::json;
 
+use ringpush_testing::examples::{Language, Program, built};
 use ringpush_testing::{Options, Server, eventually, http, root, tool};
 
 fn node() -> Command {
@@ -45,14 +45,6 @@ fn the_javascript_library_passes_every_transcript() {
 #[test]
 fn the_python_library_passes_every_transcript() {
     transcripts(&[python().as_os_str(), "clients/python/testee.py".as_ref()]);
-}
-
-/// An example of the Rust library, which `cargo test` builds beside the tests.
-fn built(example: &str) -> PathBuf {
-    let tests = std::env::current_exe().unwrap();
-    let path = tests.parent().and_then(|deps| deps.parent()).unwrap().join("examples").join(example);
-    assert!(path.exists(), "{} is not there: cargo build --workspace --examples", path.display());
-    path
 }
 
 #[test]
@@ -237,51 +229,14 @@ fn the_python_library_believes_no_retry_after_without_end() {
     run(command.args(["-c", check]).env("PYTHONPATH", root().join("clients/python/src")));
 }
 
-/// A client program that prints a line per message: its payload.
-struct Program {
-    child: Child,
-    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Program {
-    /// The next payload. The Rust example prints it as it is, which is in quotes if it is a text.
-    fn line(&mut self) -> String {
-        self.lines.next().expect("the client goes on").unwrap().trim_matches('"').to_owned()
-    }
-}
-
-/// The example of a README, as it stands there: under 12 lines of code; it receives, and survives a
-/// restart of the server.
-async fn the_example_works(readme: &str, language: &str, suffix: &str, mut command: Command) {
-    let text = std::fs::read_to_string(root().join(readme)).unwrap();
-    let fence = format!("```{language}\n");
-    let (_, rest) = text.split_once(&fence).expect("an example");
-    let (example, _) = rest.split_once("```").unwrap();
-    let lines = example.lines().filter(|line| !line.trim().is_empty()).count();
-    assert!(lines < 12, "{readme}: {lines} lines");
-    let directory = tempfile::tempdir().unwrap();
-    let script = directory.path().join(format!("example{suffix}"));
-    std::fs::write(&script, example).unwrap();
-
+/// The example of the README, as it stands there: it receives, and survives a restart of the
+/// server.
+async fn the_example_works(language: Language) {
     let server = Server::with(Options::default().with("limits.reconnect_jitter_ms", "100")).await;
     let mut server = server.kill_and_restart().await;
     server.publish("alice", json!("before")).await;
-    if language != "rust" {
-        command.arg(&script);
-    }
-    command.current_dir(directory.path());
-    command.env("RINGPUSH_URL", format!("http://{}", server.at("push")));
-    command.env("RINGPUSH_TOKEN", server.token("alice").await);
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let mut program = Program { child, lines };
+    let url = format!("http://{}", server.at("push"));
+    let mut program = Program::example(language, &url, &server.token("alice").await, "alice");
     assert_eq!(program.line(), "before");
     server.publish_all("alice", (0..50).map(|n| json!(n))).await;
     for n in 0..50 {
@@ -301,34 +256,12 @@ async fn the_example_works(readme: &str, language: &str, suffix: &str, mut comma
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_python_example_works_as_printed() {
-    let mut command = Command::new(python());
-    command.env("PYTHONPATH", root().join("clients/python/src"));
-    the_example_works("README.md", "python", ".py", command).await;
+    the_example_works(Language::Python).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_javascript_example_works_as_printed() {
-    // Where `npm install @ringpush/client ws` has put them.
-    let modules = tempfile::tempdir().unwrap();
-    let scope = modules.path().join("node_modules/@ringpush");
-    std::fs::create_dir_all(&scope).unwrap();
-    std::os::unix::fs::symlink(
-        root().join("clients/javascript").canonicalize().unwrap(),
-        scope.join("client"),
-    )
-    .unwrap();
-    let ws = tool("node_modules/ws").canonicalize().unwrap();
-    std::os::unix::fs::symlink(ws, modules.path().join("node_modules/ws")).unwrap();
-    let loader = modules.path().join("run.mjs");
-    std::fs::write(
-        &loader,
-        "import { copyFileSync } from 'node:fs';\nconst own = new URL('./example.mjs', import.meta.url);\n\
-         copyFileSync(process.argv[2], own);\nawait import(own);\n",
-    )
-    .unwrap();
-    let mut command = Command::new("node");
-    command.arg(&loader);
-    the_example_works("README.md", "js", ".mjs", command).await;
+    the_example_works(Language::JavaScript).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -343,7 +276,7 @@ async fn the_rust_example_works_as_printed() {
     for readme in ["README.md", "crates/client/README.md"] {
         assert!(example.ends_with(&shown(readme)), "{readme} shows another program than examples/readme.rs");
     }
-    the_example_works("README.md", "rust", ".rs", Command::new(built("readme"))).await;
+    the_example_works(Language::Rust).await;
 }
 
 /// The example of a worker, killed in the middle of its work three times: each order is shipped
@@ -360,9 +293,7 @@ async fn the_example_of_a_worker_handles_each_message_once_through_kills() {
         command.arg(root().join("examples/worker/worker.py")).arg(&database);
         command.env("PYTHONPATH", root().join("clients/python/src"));
         command.env("RINGPUSH_URL", &url).env("RINGPUSH_TOKEN", &token);
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Program { child, lines }
+        Program::start(command.stderr(Stdio::null()))
     };
     let orders = (1..=200).map(|n| json!({"order": n, "items": 2}));
     let payloads = std::iter::once(json!("no order")).chain(orders).collect::<Vec<_>>();
@@ -394,9 +325,7 @@ async fn the_example_of_a_publisher_tells_each_order_once() {
     let mut command = Command::new("node");
     command.arg(&script).env("PORT", "0").env("RINGPUSH_API_KEY", server.key("api_key"));
     command.env("RINGPUSH_COLLECT", format!("http://{}", server.at("collect")));
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let mut service = Program { child, lines };
+    let mut service = Program::start(&mut command);
     let at = service.line().trim_start_matches("http://").to_owned();
     let order = async |body: &str| http::request(&at, "POST", "/orders", None, &[], body.as_bytes()).await;
     for _ in 0..2 {

@@ -9,6 +9,7 @@
 )]
 
 pub mod cluster;
+pub mod examples;
 pub mod foreign;
 pub mod http;
 pub mod socket;
