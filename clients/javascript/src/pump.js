@@ -4,6 +4,7 @@
 /** How long an ack waits for others: for one client, and more where many clients of a process ack at once. */
 const ACK_MS = 50;
 const ACK_MS_PER_CLIENT = 0.5;
+const ACK_MAX_MS = 2_000;
 /** Clients of this process whose ack waits. */
 let waiting = 0;
 const RETRY_FIRST_MS = 200;
@@ -253,12 +254,12 @@ export class Pump {
 
   #ack(seq) {
     if (this.acked !== null && seq <= this.acked) return;
-    const ahead = seq - (this.said ?? 0);
+    const ahead = seq - (this.said ?? this.start ?? seq);
     this.acked = seq;
-    if (this.said !== undefined && ahead >= this.#hooks.window / 2) return this.flush();
+    if (ahead >= this.#hooks.window / 2) return this.flush();
     if (this.#timer) return;
     waiting += 1;
-    this.#timer = setTimeout(() => this.flush(), Math.max(ACK_MS, waiting * ACK_MS_PER_CLIENT));
+    this.#timer = setTimeout(() => this.flush(), Math.min(ACK_MAX_MS, Math.max(ACK_MS, waiting * ACK_MS_PER_CLIENT)));
   }
 
   flush() {

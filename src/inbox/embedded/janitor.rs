@@ -52,7 +52,7 @@ impl Store {
     /// Removes all messages and cursors of a user, in lots.
     pub(super) fn forget(&self, user: &UserId) -> Result<(), InboxError> {
         // Whatever is stored now has expired by then.
-        while self.clean_user(user, Millis(u64::MAX))? == JANITOR_BATCH {}
+        while self.clean_user(user, Millis(u64::MAX))? > 0 {}
         let _writer = self.writer.lock();
         let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
         for entry in self.db.snapshot().prefix(&self.cursors, prefix(user)) {
@@ -110,7 +110,10 @@ impl Store {
             run.push(Expired { seq, fence });
             upto = run.len();
         }
-        run.truncate(upto);
+        // Unreadable ones above the last that is readable go only where all goes.
+        if now != Millis(u64::MAX) {
+            run.truncate(upto);
+        }
         Ok(run)
     }
 

@@ -8,7 +8,7 @@ mod publish;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 
@@ -26,6 +26,8 @@ use crate::telemetry::Metrics;
 use crate::wire::http::PublishError;
 use crate::wire::peer::{DispatchRequest, DispatchResponse, Presence, Revocation};
 
+/// How long nodes may take to write the last acks of sockets that were closed.
+const CURSORS_SETTLE: Duration = Duration::from_secs(1);
 /// Largest page of history.
 pub const HISTORY_PAGE: PageLimit = PageLimit { messages: 1_000, bytes: 8 * 1024 * 1024 };
 
@@ -48,6 +50,8 @@ struct Inner {
     inbox: Arc<dyn Inbox>,
     topics: Arc<dyn Topics>,
     members: MemberLists,
+    /// Turns of publishes to topics.
+    lots: Semaphore,
     limits: CollectLimits,
     appender: Appender,
     dispatch: DispatchService,
@@ -81,7 +85,8 @@ impl Collect {
         let appender = Arc::clone(&inbox).appender(Arc::clone(&handing_on) as _, tasks);
         tasks.spawn(hand_on(Arc::clone(&handing_on), dispatch.clone(), views));
         let members = MemberLists::new(Arc::clone(&topics), limits.member_lists_bytes);
-        let inner = Inner { inbox, topics, members, limits, appender, dispatch, handing_on, clock };
+        let lots = Semaphore::new(publish::LOTS_AT_ONCE);
+        let inner = Inner { inbox, topics, members, lots, limits, appender, dispatch, handing_on, clock };
         Self { inner: Arc::new(inner) }
     }
 
@@ -180,9 +185,11 @@ impl Collect {
     ///
     /// The store's. A repeat goes on where it stopped.
     pub async fn forget(&self, user: UserId) -> Result<(), InboxError> {
-        self.leave_all(user.clone()).await?;
-        // First the sockets, or their acks would make cursors anew.
+        // First the sockets: their acks would make cursors anew. The write also shows that the
+        // store that answers is the one in force, and not one that was replaced.
         self.disconnect(user.clone()).await?;
+        self.leave_all(user.clone()).await?;
+        tokio::time::sleep(CURSORS_SETTLE).await;
         self.inner.inbox.forget(user).await
     }
 

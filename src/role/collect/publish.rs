@@ -21,6 +21,9 @@ pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(10);
 pub const REQUEST_RECIPIENTS: usize = 10_000;
 /// Members whose messages wait to be stored at the same time, of one publish.
 const MEMBERS_AT_ONCE: usize = 1_000;
+/// Lots of so many members that wait at the same time, of all publishes: 8,000 of the 10,000
+/// appends that may wait.
+pub(super) const LOTS_AT_ONCE: usize = 8;
 
 /// A publish whose recipients are known.
 pub struct Addressed {
@@ -49,8 +52,8 @@ impl Addressed {
     }
 }
 
-/// A topic and its members, or why they could not be read.
-type ListRead = Result<(Topic, Arc<[UserId]>), PublishError>;
+/// A topic and its members, with the server from which they were read; or why they could not be.
+type ListRead = Result<(u64, Topic, Arc<[UserId]>), PublishError>;
 
 /// The lists of members that one request needs. Each is read once, and none is read after the
 /// request's time or once it reaches too many.
@@ -137,9 +140,7 @@ impl Collect {
         except: &[UserId],
         lists: &mut Lists,
     ) -> Result<Group, PublishError> {
-        // Before the members are read.
-        let primary = self.inner.topics.primary();
-        let (topic, users) = match lists.read.get(name) {
+        let (primary, topic, users) = match lists.read.get(name) {
             Some(read) => read.clone(),
             None => {
                 let read = self.list(name, lists).await;
@@ -155,11 +156,13 @@ impl Collect {
         if let Some(ended) = &lists.ended {
             return Err(ended.clone());
         }
+        // Before the members are read.
+        let primary = self.inner.topics.primary();
         // Near names are looked for once in a request.
         let hints = !lists.read.values().any(|read| read.as_ref().is_err_and(|error| error.status == 404));
         let reading = self.inner.members.of(name, hints);
         let read = match tokio::time::timeout_at(lists.deadline, reading).await {
-            Ok(read) => read,
+            Ok(read) => read.map(|(topic, users)| (primary, topic, users)),
             Err(_) => Err(refusal(503, "the members of the topics could not be read in time")),
         };
         // A store that does not answer once is not asked again for this request.
@@ -234,7 +237,12 @@ impl Collect {
             }
             known.extend(group.users.iter().cloned());
             let mut lists = Lists { deadline: publish.deadline, ..Lists::default() };
-            group = self.group(topic, publish.ttl_s, &publish.except, &mut lists).await?;
+            group = match self.group(topic, publish.ttl_s, &publish.except, &mut lists).await {
+                Ok(group) => group,
+                // It has ended meanwhile; it was published to before.
+                Err(error) if error.status == 404 => break,
+                Err(error) => return Err(error),
+            };
             let more = self.store_for(publish, topic, &group, &known).await;
             outcome.members += more.members;
             outcome.failed.extend(more.failed);
@@ -255,10 +263,17 @@ impl Collect {
         let via = Arc::new(topic.clone());
         let mut outcome = TopicOutcome { members: users.len(), failed: Vec::new() };
         for lot in users.chunks(MEMBERS_AT_ONCE) {
+            // Lots beyond those would only be refused for want of room.
+            let turn = tokio::time::timeout_at(publish.deadline, self.inner.lots.acquire()).await;
             let mut waiting = Vec::with_capacity(lot.len());
             // They share the payload, and the first accounts for it: where there is no room for
             // that one, there is none for the others.
-            let mut room = Ok(());
+            let mut room = match turn {
+                Ok(Ok(_)) => Ok(()),
+                _ => {
+                    Err(refusal(503, "too many messages to topics wait to be stored; repeat after a moment"))
+                }
+            };
             for (n, user) in lot.iter().enumerate() {
                 let bytes = if n == 0 { publish.payload.len() } else { 0 };
                 let append = publish.draft.append(user, Some(&via), group.ttl_s, publish.payload.clone());

@@ -38,7 +38,7 @@ pub enum Accepted {
         /// The others, and why.
         failed: Vec<FailedMember>,
     },
-    /// The message is stored for no member of a topic.
+    /// The topic is not there, or it is not known for which of its members the message is stored.
     TopicFailed {
         /// The topic.
         topic: String,
