@@ -7,7 +7,8 @@
 //! to do.
 //!
 //! What is published to topics waits in a queue of its own, and few of it join each write. So a
-//! message to a user waits for at most [`TOPIC_PART`] of them, however many members a topic has.
+//! message to a user waits for at most 200 of them (`TOPIC_PART`), however many members a topic
+//! has.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
