@@ -142,6 +142,9 @@ async fn publishers_may_speak_grpc() {
     assert_eq!(stranger.unwrap_err().code(), tonic::Code::Unauthenticated);
 }
 
+/// A program that runs on for so long after it has warned is one that waits.
+const WAITS: Duration = Duration::from_secs(2);
+
 /// What the program says when it is started with these keys, and its exit code; None if it runs on.
 pub(crate) async fn started(keys: &[(&str, &str)]) -> (Option<i32>, String) {
     let data = tempfile::tempdir().unwrap();
@@ -170,13 +173,18 @@ pub(crate) async fn started(keys: &[(&str, &str)]) -> (Option<i32>, String) {
     let said = std::fs::File::create(data.path().join("said")).unwrap();
     let mut child = command.stdout(std::process::Stdio::null()).stderr(said).spawn().unwrap();
     let began = std::time::Instant::now();
+    let mut warned = None;
     let code = loop {
         if let Some(status) = child.try_wait().unwrap() {
             break status.code();
         }
         let said = std::fs::read_to_string(data.path().join("said")).unwrap();
-        // A warning that names the key is what one that waits is expected to say.
-        if said.contains("WARN") && said.contains("check ") {
+        // A warning that names the key is what one that waits is expected to say. One that is about
+        // to end may have said it too, so it is given time for that.
+        let since = warned
+            .or_else(|| (said.contains("WARN") && said.contains("check ")).then(std::time::Instant::now));
+        warned = since;
+        if since.is_some_and(|since| since.elapsed() > WAITS) {
             let _ = child.kill();
             let _ = child.wait();
             break None;
