@@ -5,13 +5,14 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use form_urlencoded::byte_serialize;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::commands::{Addressed, topic_name, user_id};
 use super::publish::{Collector, problem_of};
-use super::terminal::{print_line, say};
+use super::terminal::{OutputError, print_line, say};
 use crate::config::Config;
-use crate::message::{TopicName, UserId};
+use crate::message::UserId;
 use crate::wire::rest::{MembersChangedResponse, MembersResponse, TopicsResponse};
 
 /// What to do.
@@ -40,10 +41,23 @@ async fn send(collector: &Collector, method: &str, path: &str, body: Bytes) -> R
     }
 }
 
-fn path_of(topic: &str) -> Result<(TopicName, String)> {
-    let name = topic_name("TOPIC", topic)?;
-    let path = format!("/v1/topics/{name}");
-    Ok((name, path))
+fn path_of(topic: &str) -> Result<String> {
+    Ok(format!("/v1/topics/{}", topic_name("TOPIC", topic)?))
+}
+
+/// Reads a list page by page. `show` prints a page and returns where the next one begins.
+async fn show_pages<T: DeserializeOwned>(
+    collector: &Collector,
+    path: &str,
+    show: impl Fn(T) -> Result<Option<String>, OutputError>,
+) -> Result<()> {
+    let mut query = String::new();
+    loop {
+        let answer = send(collector, "GET", &format!("{path}{query}"), Bytes::new()).await?;
+        let page = serde_json::from_slice(&answer).context("the answer of collect")?;
+        let Some(next) = show(page)? else { return Ok(()) };
+        query = format!("?after={}", byte_serialize(next.as_bytes()).collect::<String>());
+    }
 }
 
 /// Runs the command.
@@ -57,55 +71,42 @@ pub async fn topic(mut config: Config, at: Addressed, command: TopicCommand) -> 
     match command {
         TopicCommand::Create(topic, ttl_s) => {
             let body = json!({ "ttl_s": ttl_s }).to_string();
-            let answer = send(collector, "PUT", &path_of(&topic)?.1, body.into()).await?;
+            let answer = send(collector, "PUT", &path_of(&topic)?, body.into()).await?;
             print_line(String::from_utf8_lossy(&answer))?;
         }
         TopicCommand::Show(topic) => {
-            let answer = send(collector, "GET", &path_of(&topic)?.1, Bytes::new()).await?;
+            let answer = send(collector, "GET", &path_of(&topic)?, Bytes::new()).await?;
             print_line(String::from_utf8_lossy(&answer))?;
         }
         TopicCommand::Delete(topic) => {
-            send(collector, "DELETE", &path_of(&topic)?.1, Bytes::new()).await?;
+            send(collector, "DELETE", &path_of(&topic)?, Bytes::new()).await?;
         }
         TopicCommand::Add(topic, users) => return change(collector, &topic, "add", users).await,
         TopicCommand::Remove(topic, users) => return change(collector, &topic, "remove", users).await,
         TopicCommand::Members(topic) => {
-            let path = format!("{}/members", path_of(&topic)?.1);
-            let mut query = String::new();
-            loop {
-                let answer = send(collector, "GET", &format!("{path}{query}"), Bytes::new()).await?;
-                let page: MembersResponse =
-                    serde_json::from_slice(&answer).context("the answer of collect")?;
+            let path = format!("{}/members", path_of(&topic)?);
+            show_pages(collector, &path, |page: MembersResponse| {
                 page.members.iter().try_for_each(print_line)?;
-                let Some(next) = page.next else { break };
-                query = after(&next);
-            }
+                Ok(page.next)
+            })
+            .await?;
         }
         TopicCommand::List => {
-            let mut query = String::new();
-            loop {
-                let answer = send(collector, "GET", &format!("/v1/topics{query}"), Bytes::new()).await?;
-                let page: TopicsResponse =
-                    serde_json::from_slice(&answer).context("the answer of collect")?;
+            show_pages(collector, "/v1/topics", |page: TopicsResponse| {
                 page.topics.iter().try_for_each(|topic| print_line(&topic.topic))?;
-                let Some(next) = page.next else { break };
-                query = after(&next);
-            }
+                Ok(page.next)
+            })
+            .await?;
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// The query of the next page.
-fn after(next: &str) -> String {
-    format!("?after={}", byte_serialize(next.as_bytes()).collect::<String>())
 }
 
 /// Adds or removes members. Fails if one is refused.
 async fn change(collector: &Collector, topic: &str, how: &str, users: Vec<String>) -> Result<ExitCode> {
     let users = users.iter().map(|user| user_id(user)).collect::<Result<Vec<UserId>>>()?;
     let names: Vec<&str> = users.iter().map(UserId::as_str).collect();
-    let path = format!("{}/members", path_of(topic)?.1);
+    let path = format!("{}/members", path_of(topic)?);
     let answer = send(collector, "POST", &path, json!({ how: names }).to_string().into()).await?;
     let changed: MembersChangedResponse = serde_json::from_slice(&answer).context("the answer of collect")?;
     print_line(String::from_utf8_lossy(&answer))?;

@@ -132,15 +132,14 @@ impl Appender {
     /// [`TooManyWaiting`]; nothing is stored then.
     pub fn submit(&self, append: Append, bytes: usize) -> Result<PendingReceipt, TooManyWaiting> {
         let mut waiting = self.writer.waiting.lock();
-        let lane = if append.via.is_some() { &mut waiting.topics } else { &mut waiting.users };
-        if lane.appends.len() >= WAITING_APPENDS || lane.bytes + bytes > WAITING_BYTES {
-            return Err(TooManyWaiting);
-        }
         let (answer, receipt) = oneshot::channel();
         if waiting.over {
             return Ok(receipt);
         }
         let lane = if append.via.is_some() { &mut waiting.topics } else { &mut waiting.users };
+        if lane.appends.len() >= WAITING_APPENDS || lane.bytes + bytes > WAITING_BYTES {
+            return Err(TooManyWaiting);
+        }
         lane.bytes += bytes;
         lane.appends.push_back(Queued { append, answer, bytes });
         let count = waiting.count();

@@ -1,19 +1,23 @@
 //! The task that holds the lines: connects, follows moves, acks, renews the token.
 
+mod frames;
+mod moves;
+mod renewal;
+
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use rand::Rng;
 use ringpush_protocol::backoff::between;
-use ringpush_protocol::frame::{ClientFrame, GapReason, ReceivedFrame, ReconnectHint, ServerFrame};
+use ringpush_protocol::frame::{ClientFrame, ReconnectHint};
 use ringpush_protocol::message::Millis;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::dial::{DialError, Dialer};
-use crate::inbox::{Gap, Item, Life, Message, Shared, State, Stopped};
+use crate::inbox::{Life, Shared};
+use crate::items::{State, Stopped};
 use crate::ledger::LineId;
 use crate::line::{Heard, Line};
 use crate::tokens::TokenFault;
@@ -272,271 +276,6 @@ impl Actor {
         }
         ControlFlow::Continue(())
     }
-
-    // --- lines --------------------------------------------------------------------------------
-
-    /// A line has begun: the current one, or the one that takes over.
-    async fn welcomed(&mut self, is_next: bool) -> ControlFlow<Ending> {
-        let line = if is_next { &self.next } else { &self.line };
-        let Some(welcome) = line.as_ref().map(|line| line.welcome.clone()) else {
-            return ControlFlow::Continue(());
-        };
-        if let Some(meant) = self.dialer.user.as_ref().filter(|meant| **meant != welcome.user) {
-            let detail = format!("the token is of {}, not of {meant}", welcome.user);
-            // Nothing is said on it any more, an ack least of all.
-            let line = if is_next { &mut self.next } else { &mut self.line };
-            *line = None;
-            return ControlFlow::Break(Ending::Stop(Stopped::new("wrong_user", None, detail)));
-        }
-        self.dialer.tokens.accepted().await;
-        self.refresh_is_shown = false;
-        self.failures = 0;
-        self.hint = welcome.hint;
-        self.shared.with(|ledger| ledger.begin(welcome.since));
-        self.ask_at = welcome.ask_every.map(|every| Instant::now() + every);
-        if let Some((server_time, expires_at)) = welcome.times {
-            self.server_time = Some((Instant::now(), server_time));
-            self.refresh_before(expires_at);
-        }
-        if !is_next {
-            self.shared.set(State::CatchingUp { node: welcome.node, since: welcome.since });
-        }
-        self.say_acks(true).await;
-        ControlFlow::Continue(())
-    }
-
-    async fn heard(&mut self, is_next: bool, heard: Heard) -> ControlFlow<Ending> {
-        match heard {
-            Heard::Frame(frame) => self.frame(is_next, *frame).await,
-            Heard::Ended(..) if is_next => {
-                self.next = None;
-                self.move_again();
-                ControlFlow::Continue(())
-            }
-            Heard::Ended(..) if self.next.is_some() => {
-                self.take_next();
-                ControlFlow::Continue(())
-            }
-            Heard::Ended(code, reason) => {
-                (self.line, self.opening, self.moving, self.probe) = (None, None, None, None);
-                (self.ack_at, self.ask_at, self.refresh_at, self.refreshing) = (None, None, None, None);
-                self.is_caught_up = false;
-                self.shared.rewind();
-                ControlFlow::Break(self.ended(code, &reason, None).await)
-            }
-        }
-    }
-
-    async fn frame(&mut self, is_next: bool, frame: ReceivedFrame) -> ControlFlow<Ending> {
-        match frame {
-            ReceivedFrame::Message(frame) => {
-                let seq = frame.seq;
-                let item = Item::Message(Message::new(frame, self.is_caught_up));
-                if !self.shared.put(item, |ledger| ledger.take(seq)) {
-                    // The ack of a repeat gives its credit back.
-                    self.say_acks(true).await;
-                }
-                self.take_next_if_level();
-            }
-            ReceivedFrame::Other(ServerFrame::Gap { after, before, reason }) => {
-                let line = if is_next { &self.next } else { &self.line };
-                let id = line.as_ref().map_or(0, |line| line.id);
-                self.shared.put(Item::Gap(Gap { after, before, reason }), |ledger| match reason {
-                    GapReason::Reset => ledger.take_reset(id, before),
-                    _ => ledger.take_gap(before),
-                });
-                self.take_next_if_level();
-            }
-            ReceivedFrame::Other(ServerFrame::CaughtUp { .. }) => self.caught_up(is_next),
-            ReceivedFrame::Other(ServerFrame::Move { url, node, after_ms, reason, .. }) if !is_next => {
-                self.next = None;
-                self.shared.set(State::Moving { node, reason });
-                self.moving = Some(Moving { url, tries: 0 });
-                self.open_moved(Duration::from_millis(after_ms));
-            }
-            ReceivedFrame::Other(ServerFrame::Refreshed { expires_at }) => {
-                self.refresh_is_shown = false;
-                self.dialer.tokens.accepted().await;
-                if let Some(expires_at) = Millis::parse_rfc3339(&expires_at) {
-                    self.refresh_before(expires_at);
-                }
-            }
-            ReceivedFrame::Other(ServerFrame::Error { reconnect: Some(hint), .. }) => self.hint = hint,
-            ReceivedFrame::Other(_) | ReceivedFrame::Unknown => {}
-        }
-        ControlFlow::Continue(())
-    }
-
-    fn caught_up(&mut self, is_next: bool) {
-        let line = if is_next { &mut self.next } else { &mut self.line };
-        if let Some(line) = line {
-            line.is_caught_up = true;
-        }
-        if is_next {
-            self.take_next();
-        } else {
-            self.is_caught_up = true;
-            self.set_served();
-        }
-    }
-
-    /// The state while a line is served and no move is under way.
-    fn set_served(&self) {
-        let Some(line) = &self.line else { return };
-        let node = line.welcome.node.clone();
-        self.shared.set(match self.is_caught_up {
-            true => State::Live { node },
-            false => State::CatchingUp { node, since: line.welcome.since },
-        });
-    }
-
-    /// A move also ends when the new line has brought all that the old one had.
-    fn take_next_if_level(&mut self) {
-        let old = self.line.as_ref().map_or(0, |line| line.seq);
-        if self.next.as_ref().is_some_and(|next| next.seq > 0 && next.seq >= old) {
-            self.take_next();
-        }
-    }
-
-    fn take_next(&mut self) {
-        let Some(next) = self.next.take() else { return };
-        self.is_caught_up |= next.is_caught_up;
-        let old = self.line.replace(next);
-        self.shared.with(|ledger| ledger.end_of_move());
-        (self.moving, self.probe) = (None, None);
-        self.set_served();
-        if let Some(mut old) = old {
-            let acked = self.shared.with(|ledger| ledger.acked());
-            tokio::spawn(async move {
-                if let Some(seq) = acked {
-                    old.say(ClientFrame::Ack(seq).encode()).await;
-                }
-                old.close().await;
-            });
-        }
-    }
-
-    // --- moves, and lines that do not answer ----------------------------------------------------
-
-    fn open_moved(&mut self, after: Duration) {
-        let Some(moving) = &mut self.moving else { return };
-        moving.tries += 1;
-        let (url, dialer, shared) = (moving.url.clone(), Arc::clone(&self.dialer), Arc::clone(&self.shared));
-        let future = async move {
-            sleep(after).await;
-            // What comes until the new line begins is sent twice, and told apart by its number.
-            let position = shared.with(|ledger| ledger.received());
-            dialer.open_moved(&url, position).await
-        };
-        self.opening = Some(Opening { future: future.boxed(), replaces: false });
-    }
-
-    fn move_again(&mut self) {
-        let Some(moving) = &self.moving else { return };
-        if moving.tries < MOVE_TRIES {
-            let (min, max) = (self.hint.min_ms, self.hint.max_ms);
-            let rest = if max <= min { min } else { rand::rng().random_range(min..=max) };
-            return self.open_moved(Duration::from_millis(rest));
-        }
-        self.moving = None;
-        self.set_served();
-    }
-
-    async fn opened(&mut self, opened: Result<Line, DialError>) -> ControlFlow<Ending> {
-        let replaces = self.opening.take().is_some_and(|opening| opening.replaces);
-        match opened {
-            Ok(line) => {
-                self.next = Some(line);
-                self.welcomed(true).await?;
-                if replaces {
-                    self.take_next();
-                }
-            }
-            Err(_) if replaces => {
-                return self.heard(false, Heard::Ended(crate::line::LOST, "silent".to_owned())).await;
-            }
-            Err(_) => self.move_again(),
-        }
-        ControlFlow::Continue(())
-    }
-
-    /// The application asks whether the line lives.
-    async fn look(&mut self) -> ControlFlow<Ending> {
-        if self.next.is_none()
-            && let Some(line) = &mut self.line
-        {
-            line.say(ClientFrame::Ping.encode()).await;
-            self.probe = Some(Probe { line: line.id, heard: line.heard, until: Instant::now() + WAKE });
-        }
-        ControlFlow::Continue(())
-    }
-
-    fn probed(&mut self) {
-        let Some(probe) = self.probe.take() else { return };
-        let is_silent =
-            self.line.as_ref().is_some_and(|line| line.id == probe.line && line.heard == probe.heard);
-        if !is_silent || self.next.is_some() {
-            return;
-        }
-        self.moving = None;
-        let (dialer, position) = (Arc::clone(&self.dialer), self.shared.with(|ledger| ledger.received()));
-        let future = async move { dialer.open(position).await };
-        self.opening = Some(Opening { future: future.boxed(), replaces: true });
-    }
-
-    // --- tokens ---------------------------------------------------------------------------------
-
-    fn refresh_before(&mut self, expires_at: Millis) {
-        let Some((at, then)) = self.server_time else { return };
-        let life = Duration::from_millis(expires_at.0.saturating_sub(then.0)).saturating_sub(at.elapsed());
-        self.refresh_at = Some(Instant::now() + life.mul_f64(REFRESH_AT));
-    }
-
-    fn renew(&mut self) -> ControlFlow<Ending> {
-        if self.refresh_is_shown {
-            return ControlFlow::Continue(());
-        }
-        let dialer = Arc::clone(&self.dialer);
-        let rest = match self.refresh_failures {
-            0 => Duration::ZERO,
-            n => between(
-                Duration::ZERO,
-                Duration::from_millis(500 << n.min(10)).min(RETRY_MAX),
-                &mut rand::rng(),
-            ),
-        };
-        let future = async move {
-            sleep(rest).await;
-            dialer.tokens.renew().await;
-            dialer.tokens.get().await
-        };
-        self.refreshing = Some(future.boxed());
-        ControlFlow::Continue(())
-    }
-
-    async fn renewed(&mut self, token: Result<String, TokenFault>) -> ControlFlow<Ending> {
-        self.refreshing = None;
-        match token {
-            Ok(token) => {
-                self.refresh_failures = 0;
-                if let Some(line) = self.next.as_mut().or(self.line.as_mut()) {
-                    line.say(ClientFrame::Refresh(token).encode()).await;
-                    self.refresh_is_shown = true;
-                }
-            }
-            Err(TokenFault::Refused(why)) => {
-                return ControlFlow::Break(Ending::Stop(Stopped::new("refused", None, why)));
-            }
-            Err(TokenFault::Later(code, detail)) => {
-                self.shared.tell(code, detail);
-                self.refresh_failures += 1;
-                return self.renew();
-            }
-        }
-        ControlFlow::Continue(())
-    }
-
-    // --- acks -----------------------------------------------------------------------------------
 
     async fn ack_soon(&mut self) -> ControlFlow<Ending> {
         let acked = self.shared.with(|ledger| ledger.acked()).unwrap_or(0);

@@ -27,12 +27,14 @@ mod actor;
 mod dial;
 pub mod http;
 mod inbox;
+mod items;
 mod ledger;
 mod line;
 mod options;
 mod tokens;
 
-pub use inbox::{Gap, Inbox, InboxHandle, Item, Message, Notice, Notices, State, Stopped};
+pub use inbox::{Inbox, InboxHandle, Notices};
+pub use items::{Gap, Item, Message, Notice, State, Stopped};
 pub use options::{AckWhen, Options, OptionsError, connect};
 pub use ringpush_protocol::frame::{Begin, GapReason, MoveReason, Since};
 pub use ringpush_protocol::message::Seq;

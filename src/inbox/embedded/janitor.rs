@@ -18,7 +18,7 @@ impl Store {
             after = Some(last.clone());
             for user in keys.iter().filter_map(|key| user_of(key)) {
                 loop {
-                    let count = match self.clean_user(&user, self.clock.now()) {
+                    let count = match self.clean_user(&user, Over::At(self.clock.now())) {
                         Err(error @ InboxError::Corrupt(_)) => {
                             tracing::warn!(%error, %user, "expired messages of a user could not be removed");
                             0
@@ -51,8 +51,12 @@ impl Store {
 
     /// Removes all messages and cursors of a user, in lots.
     pub(super) fn forget(&self, user: &UserId) -> Result<(), InboxError> {
-        // Whatever is stored now has expired by then.
-        while self.clean_user(user, Millis(u64::MAX))? > 0 {}
+        let snapshot = self.db.snapshot();
+        if let Some(head) = self.head(&snapshot, user)? {
+            // What comes from now on stays.
+            let upto = self.highest(&snapshot, user, head)?;
+            while self.clean_user(user, Over::Upto(upto))? > 0 {}
+        }
         let _writer = self.writer.lock();
         let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
         for entry in self.db.snapshot().prefix(&self.cursors, prefix(user)) {
@@ -61,16 +65,16 @@ impl Store {
         self.commit(pending)
     }
 
-    /// Removes the run at the bottom of one inbox that has expired at `now`, up to one batch, and
-    /// raises the head record over it.
-    pub(super) fn clean_user(&self, user: &UserId, now: Millis) -> Result<usize, InboxError> {
+    /// Removes the run at the bottom of one inbox that is over, up to one batch, and raises the
+    /// head record over it.
+    fn clean_user(&self, user: &UserId, over: Over) -> Result<usize, InboxError> {
         // First without the lock: nearly no user has anything to remove.
-        if self.expired_run(&self.db.snapshot(), user, now)?.is_empty() {
+        if self.run_that_is_over(&self.db.snapshot(), user, over)?.is_empty() {
             return Ok(0);
         }
         let _writer = self.writer.lock();
         let snapshot = self.db.snapshot();
-        let run = self.expired_run(&snapshot, user, now)?;
+        let run = self.run_that_is_over(&snapshot, user, over)?;
         let (Some(mut head), Some(top)) = (self.head(&snapshot, user)?, run.last()) else { return Ok(0) };
         head.head = head.head.max(top.seq);
         let mut pending = self.db.batch();
@@ -89,11 +93,11 @@ impl Store {
     }
 
     /// When an unreadable message expires is unknown. It goes with the next readable one above it.
-    pub(super) fn expired_run(
+    fn run_that_is_over(
         &self,
         snapshot: &Snapshot,
         user: &UserId,
-        now: Millis,
+        over: Over,
     ) -> Result<Vec<Expired>, InboxError> {
         let (mut run, mut upto) = (Vec::new(), 0);
         for entry in snapshot.prefix(&self.messages, prefix(user)).take(JANITOR_BATCH + PASSED_OVER) {
@@ -101,19 +105,23 @@ impl Store {
             let seq = seq_of(&key)?;
             let Ok((message, deduplicated)) = decode(seq, Bytes::copy_from_slice(&value)) else {
                 run.push(Expired { seq, fence: None });
+                if matches!(over, Over::Upto(last) if seq <= last) {
+                    upto = run.len();
+                }
                 continue;
             };
-            if !message.is_expired(now) || upto >= JANITOR_BATCH {
+            let is_over = match over {
+                Over::At(now) => message.is_expired(now),
+                Over::Upto(last) => seq <= last,
+            };
+            if !is_over || upto >= JANITOR_BATCH {
                 break;
             }
             let fence = deduplicated.then(|| fence_of(message.via.as_ref(), &message.id));
             run.push(Expired { seq, fence });
             upto = run.len();
         }
-        // Unreadable ones above the last that is readable go only where all goes.
-        if now != Millis(u64::MAX) {
-            run.truncate(upto);
-        }
+        run.truncate(upto);
         Ok(run)
     }
 
@@ -145,9 +153,18 @@ impl Store {
     }
 }
 
+/// Which messages of an inbox are to be removed.
+#[derive(Debug, Clone, Copy)]
+enum Over {
+    /// Those that have expired at this time.
+    At(Millis),
+    /// All up to this number.
+    Upto(u64),
+}
+
 /// A message that is to be removed.
-pub(super) struct Expired {
-    pub(super) seq: u64,
+struct Expired {
+    seq: u64,
     /// Its idempotency key, if it has one.
-    pub(super) fence: Option<String>,
+    fence: Option<String>,
 }

@@ -137,6 +137,26 @@ async fn what_cannot_be_read_is_the_fault_of_its_own_user_and_number_alone() {
     assert!(inbox.positions(vec![ask]).await.unwrap()[0].start.is_beginning(), "a lost cursor costs repeats");
 }
 
+/// More than a lot, with unreadable messages in between and at the top.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_is_forgotten_with_what_cannot_be_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let inbox = EmbeddedInbox::open(directory.path(), Clock::standing(START)).unwrap();
+    let message = item("alice", "m", false);
+    let user = message.user.clone();
+    inbox.append(vec![message.clone(); super::JANITOR_BATCH + 10]).await;
+    let top = super::JANITOR_BATCH as u64 + 10;
+    for n in [500, super::JANITOR_BATCH as u64, top - 1, top] {
+        inbox.store.messages.insert(message_key(&user, START.0 + n), b"").unwrap();
+    }
+    inbox.forget(user.clone()).await.unwrap();
+    assert!(inbox.store.messages.is_empty().unwrap());
+    let Ok(Appended::Stored(next)) = inbox.append(vec![message]).await.remove(0) else { panic!() };
+    assert_eq!(next.seq.get(), START.0 + top + 1, "numbers go on");
+    let page = inbox.page(user, Seq::BEGINNING, PageLimit { messages: 10, bytes: 1_000 }).await.unwrap();
+    assert_eq!((page.messages.len(), page.unreadable.len()), (1, 0));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_that_was_written_out_is_held_until_the_store_lets_go_and_then_freed() {
     let directory = tempfile::tempdir().unwrap();

@@ -23,13 +23,11 @@ use mongodb::error::ErrorKind;
 use tokio::time::Instant;
 
 use super::stored::{HeadRecord, StoredMessage, id, int, integer, place_of};
-use super::{Inner, unavailable, watch, words};
+use super::{DUPLICATE_KEY, Inner, unavailable, watch, words};
 use crate::backoff::between;
 use crate::inbox::{Append, Appended, InboxError};
 use crate::message::{Message, Seq, UserId};
 
-/// MongoDB's code for a duplicate key.
-pub(super) const DUPLICATE_KEY: i32 = 11_000;
 /// How long an append is tried. It is shorter than the deadline of a publish (10 s), so that the
 /// sender hears the outcome.
 const APPEND_DEADLINE: Duration = Duration::from_secs(8);

@@ -5,10 +5,10 @@ use std::collections::{HashMap, HashSet};
 use futures_util::TryStreamExt;
 use mongodb::bson::{Bson, Document, doc};
 
-use super::append::DUPLICATE_KEY;
-use super::stored::{MEMBERS, int, integer};
-use super::topics::{number, read_topic};
-use super::{Inner, unavailable};
+use super::open::MAJORITY_TIMEOUT;
+use super::stored::{MEMBERS, int, integer, number};
+use super::topics::read_topic;
+use super::{DUPLICATE_KEY, Inner, unavailable};
 use crate::inbox::InboxError;
 use crate::inbox::topics::{MEMBERS_LOT, MemberRefusal, MembersChange, MembersChanged, Topic};
 use crate::message::{TopicName, UserId};
@@ -80,7 +80,7 @@ impl Inner {
     }
 
     /// Adds one lot. Returns how many were no members before.
-    pub(super) async fn join(
+    async fn join(
         &self,
         (name, life): (&TopicName, u64),
         lot: &[UserId],
@@ -118,7 +118,9 @@ impl Inner {
         }
         let command = doc! {
             "update": MEMBERS, "updates": updates, "ordered": false,
-            "writeConcern": { "w": "majority", "j": true, "wtimeout": 3_000i64 },
+            "writeConcern": {
+                "w": "majority", "j": true, "wtimeout": MAJORITY_TIMEOUT.as_millis() as i64,
+            },
         };
         let answer = self.in_time(self.database.run_command(command).into_future()).await;
         let answer = answer.map_err(unavailable)?;
@@ -148,7 +150,7 @@ impl Inner {
     }
 
     /// How many memberships these users have.
-    pub(super) async fn count_topics_of(&self, users: &[UserId]) -> Result<HashMap<UserId, u64>, InboxError> {
+    async fn count_topics_of(&self, users: &[UserId]) -> Result<HashMap<UserId, u64>, InboxError> {
         let mut counts = HashMap::new();
         for lot in users.chunks(COUNTED_AT_ONCE) {
             let any: Vec<Document> = lot.iter().map(memberships_of).collect();

@@ -11,7 +11,10 @@
 
 mod append;
 mod cursors;
+#[cfg(test)]
+mod explorer;
 mod identity;
+mod indexes;
 mod janitor;
 mod members;
 #[cfg(test)]
@@ -32,7 +35,7 @@ use std::time::Duration;
 use futures_util::TryStreamExt;
 use futures_util::future::{BoxFuture, FutureExt};
 use mongodb::bson::{Document, doc};
-use mongodb::error::Error;
+use mongodb::error::{Error, ErrorKind, WriteFailure};
 use mongodb::{Collection, Database};
 use parking_lot::Mutex;
 
@@ -126,6 +129,22 @@ impl MongoInbox {
     /// [`InboxError::Unavailable`] with the reason.
     pub async fn alive(&self) -> Result<(), InboxError> {
         watch::read(&self.inner).await.map(drop)
+    }
+}
+
+/// MongoDB's code for a duplicate key.
+const DUPLICATE_KEY: i32 = 11_000;
+
+/// Whether a write failed only because what it would have made is there.
+fn is_taken(error: &Error) -> bool {
+    match &*error.kind {
+        ErrorKind::Command(command) => command.code == DUPLICATE_KEY,
+        ErrorKind::Write(WriteFailure::WriteError(one)) => one.code == DUPLICATE_KEY,
+        ErrorKind::InsertMany(many) => {
+            many.write_concern_error.is_none()
+                && many.write_errors.iter().flatten().all(|one| one.code == DUPLICATE_KEY)
+        }
+        _ => false,
     }
 }
 

@@ -10,9 +10,7 @@
 //! steps. Every interleaving up to the bounds is visited. Each rule of [`Without`] that is taken
 //! out is found to break a promise.
 
-use std::collections::{HashSet, VecDeque};
-
-use xxhash_rust::xxh3::Xxh3DefaultBuilder;
+use super::explorer::{Model, breaks_without, holds};
 
 /// The life of a head in memory, when a response is late, and how long removal waits: one step
 /// after another, as 10, 30 and 60 minutes follow on one another in `MongoTimes`.
@@ -166,10 +164,11 @@ struct State {
 /// Failovers, and lost responses, in one history.
 const FAILOVERS: u8 = 1;
 const LOST_ANSWERS: u8 = 1;
-/// More states mean that the bounds were widened by mistake.
-const STATES_MAX: usize = 6_000_000;
 
-impl State {
+impl Model for State {
+    type Rule = Without;
+    const STATES_MAX: usize = 6_000_000;
+
     fn new() -> Self {
         let writer = |next, end| Writer { next, end, at: At::NeedsHead, known: 0, read_at: 0 };
         Self {
@@ -185,11 +184,6 @@ impl State {
             acked: [None; PUBLISHES],
             expired: [false; PUBLISHES],
         }
-    }
-
-    /// The document on the primary: what the unique index is checked against.
-    fn on_primary(&self, n: u8) -> Option<Doc> {
-        self.loose.get(n).or_else(|| self.durable.docs.get(n))
     }
 
     /// The promise that this state breaks.
@@ -236,6 +230,13 @@ impl State {
         if self.time < TIME_MAX {
             next.push(Self { time: self.time + 1, ..*self });
         }
+    }
+}
+
+impl State {
+    /// The document on the primary: what the unique index is checked against.
+    fn on_primary(&self, n: u8) -> Option<Doc> {
+        self.loose.get(n).or_else(|| self.durable.docs.get(n))
     }
 
     fn with(&self, change: impl FnOnce(&mut Self)) -> Self {
@@ -412,36 +413,12 @@ impl State {
     }
 }
 
-/// Visits every state within the bounds. Returns the first broken promise, or the number of states.
-fn explore(without: Without) -> Result<usize, (&'static str, Box<State>)> {
-    let mut known: HashSet<State, Xxh3DefaultBuilder> = HashSet::default();
-    let mut open = VecDeque::from([State::new()]);
-    let mut next = Vec::new();
-    while let Some(state) = open.pop_front() {
-        if let Some(promise) = state.broken() {
-            return Err((promise, Box::new(state)));
-        }
-        state.successors(without, &mut next);
-        open.extend(next.drain(..).filter(|next| known.insert(*next)));
-        assert!(known.len() < STATES_MAX, "the bounds are too wide: {} states", known.len());
-    }
-    Ok(known.len())
-}
-
 #[test]
 fn the_rules_hold_in_every_order_of_events() {
-    let visited = explore(Without::Nothing);
-    let visited = visited.unwrap_or_else(|(promise, state)| panic!("{promise}: {state:#?}"));
-    assert!(visited > 1_000_000, "the model has shrunk to {visited} states");
-    eprintln!("{visited} states");
+    holds::<State>(Without::Nothing, 1_000_000);
 }
 
 #[test]
 fn every_rule_that_is_taken_out_breaks_a_promise() {
-    for without in RULES {
-        match explore(without) {
-            Err((promise, _)) => eprintln!("without {without:?}: {promise}"),
-            Ok(visited) => panic!("without {without:?} nothing broke in {visited} states"),
-        }
-    }
+    breaks_without::<State>(&RULES);
 }

@@ -4,12 +4,11 @@ use std::collections::HashMap;
 
 use futures_util::{StreamExt, TryStreamExt};
 use mongodb::bson::{Bson, Document, doc};
-use mongodb::error::ErrorKind;
 use mongodb::options::ReadConcern;
 
 use super::super::{InboxError, PositionQuery, REVOCATION_AHEAD_MAX_S, StartAt, UserPosition};
 use super::stored::{HeadRecord, INBOX, id, int, place_of};
-use super::{Inner, distinct, unavailable};
+use super::{Inner, distinct, is_taken, unavailable};
 use crate::message::{Seq, UserId};
 
 impl Inner {
@@ -69,20 +68,8 @@ impl Inner {
         let record = |user: &&UserId| doc! { "_id": id(user, 0), "head": now, "first": now, "nb": 0i64 };
         let records: Vec<Document> = users.iter().map(record).collect();
         match self.in_time(self.documents.insert_many(records).ordered(false).into_future()).await {
-            Ok(_) => Ok(()),
-            Err(error) => match &*error.kind {
-                ErrorKind::InsertMany(many)
-                    if many.write_concern_error.is_none()
-                        && many
-                            .write_errors
-                            .iter()
-                            .flatten()
-                            .all(|one| one.code == super::append::DUPLICATE_KEY) =>
-                {
-                    Ok(())
-                }
-                _ => Err(unavailable(error)),
-            },
+            Err(error) if !is_taken(&error) => Err(unavailable(error)),
+            _ => Ok(()),
         }
     }
 

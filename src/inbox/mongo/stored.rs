@@ -158,10 +158,15 @@ impl StoredMessage {
 
 impl HeadRecord {
     pub(super) fn read(document: &Document) -> Self {
-        let number = |name: &str| integer(document, name).unwrap_or(0).max(0).unsigned_abs();
+        let number = |name: &str| number(document, name);
         let (head, first) = (number("head"), number("first"));
         Self { head, first, not_before_s: number("nb"), shown: number("shown") }
     }
+}
+
+/// A field that counts; 0 where it is missing or no such number.
+pub(super) fn number(document: &Document, name: &str) -> u64 {
+    integer(document, name).unwrap_or(0).max(0).unsigned_abs()
 }
 
 /// An integer of any numeric type. Tools that copy documents may turn an Int64 into a Double or an

@@ -9,12 +9,10 @@ use std::time::Duration;
 use futures_util::TryStreamExt;
 use futures_util::future::{BoxFuture, FutureExt};
 use mongodb::bson::{Document, doc};
-use mongodb::error::ErrorKind;
 use mongodb::options::{ReadConcern, ReturnDocument};
 
-use super::append::DUPLICATE_KEY;
-use super::stored::{int, integer};
-use super::{Inner, MongoInbox, unavailable};
+use super::stored::{int, integer, number};
+use super::{Inner, MongoInbox, is_taken, unavailable};
 use crate::inbox::InboxError;
 use crate::inbox::topics::{
     MembersChange, MembersChanged, MembersVersion, PutTopic, Topic, TopicRecipients, TopicSettings, Topics,
@@ -27,10 +25,6 @@ use crate::topic::Delivery;
 const CONFIRM_FOR: Duration = Duration::from_secs(10);
 /// How often a conditional write is tried whose condition another process has changed.
 const TRIES: usize = 5;
-
-pub(super) fn number(document: &Document, name: &str) -> u64 {
-    integer(document, name).unwrap_or(0).max(0).unsigned_abs()
-}
 
 /// The topic of a document; `None` while its name is free.
 pub(super) fn read_topic(document: &Document) -> Result<Option<Topic>, InboxError> {
@@ -104,7 +98,7 @@ impl Inner {
             let changed = match self.in_time(changing.into_future()).await {
                 Ok(changed) => changed,
                 // Another process made it at the same moment.
-                Err(error) if is_duplicate(&error) => continue,
+                Err(error) if is_taken(&error) => continue,
                 Err(error) => return Err(unavailable(error)),
             };
             if let Some(changed) = changed.as_ref().map_or(Ok(None), read_topic)? {
@@ -197,15 +191,6 @@ impl Inner {
             .max_time(super::open::MAJORITY_TIMEOUT);
         let found = self.in_time(found.into_future()).await.map_err(unavailable)?;
         found.as_ref().map_or(Ok(None), read_topic)
-    }
-}
-
-fn is_duplicate(error: &mongodb::error::Error) -> bool {
-    use mongodb::error::WriteFailure;
-    match &*error.kind {
-        ErrorKind::Command(command) => command.code == DUPLICATE_KEY,
-        ErrorKind::Write(WriteFailure::WriteError(fault)) => fault.code == DUPLICATE_KEY,
-        _ => false,
     }
 }
 

@@ -18,6 +18,7 @@ use crate::wire::peer::{DispatchRequest, LiveMessage};
 
 /// Delay after no dispatch could be reached.
 const HAND_ON_REST: Duration = Duration::from_millis(200);
+
 /// Metrics of collect.
 pub(super) struct CollectMetrics {
     /// A message was stored for one recipient.

@@ -22,6 +22,7 @@ use crate::inbox::topics::{MembersChange, MembersChanged};
 use crate::inbox::{Appender, Change, Inbox, InboxError, Janitor, PageLimit, Profile, Topics};
 use crate::membership::View;
 use crate::message::{Message, NodeId, Seq, TopicName, UserId};
+use crate::tasks::raised_or_else;
 use crate::telemetry::Metrics;
 use crate::wire::http::PublishError;
 use crate::wire::peer::{DispatchRequest, DispatchResponse, Presence, Revocation};
@@ -115,7 +116,8 @@ impl Collect {
     ) -> Result<MembersChanged, InboxError> {
         let topics = Arc::clone(&self.inner.topics);
         let changing = tokio::spawn(async move { topics.change_members(topic, change).await });
-        changing.await.unwrap_or_else(|fault| Err(InboxError::Unavailable(fault.to_string())))
+        let stopping = || Err(InboxError::Unavailable("this process is stopping".to_owned()));
+        raised_or_else(changing.await, stopping)
     }
 
     /// Ends all memberships of a user. Returns how many there were.
@@ -238,3 +240,6 @@ async fn clean(upkeep: &dyn Janitor, every: Duration) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,197 @@
+//! Publishes to topics while the server that answers is replaced.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, FutureExt};
+use parking_lot::Mutex;
+use tower::util::BoxCloneSyncService;
+
+use super::*;
+use crate::inbox::memory::MemoryInbox;
+use crate::inbox::topics::{MembersVersion, PutTopic, Topic, TopicRecipients, TopicSettings};
+use crate::membership::Membership;
+use crate::membership::local::LocalMembership;
+use crate::message::{Millis, Recipients};
+use crate::topic::Delivery;
+use crate::wire::http::Publish;
+
+/// Topics of two servers: the second has taken over, and the first still answers with what it had.
+struct Replaced {
+    now: Arc<MemoryInbox>,
+    /// What the first one answers, by topic.
+    before: Mutex<Vec<(TopicName, TopicRecipients)>>,
+    /// Reads until it is known that the second one has taken over.
+    reads_left: AtomicU64,
+}
+
+impl Topics for Replaced {
+    fn primary(&self) -> u64 {
+        u64::from(self.reads_left.load(Ordering::Relaxed) == 0)
+    }
+
+    fn recipients(
+        &self,
+        topic: TopicName,
+        known: Option<MembersVersion>,
+    ) -> BoxFuture<'_, Result<TopicRecipients, InboxError>> {
+        if self.primary() == 1 {
+            return self.now.recipients(topic, known);
+        }
+        self.reads_left.fetch_sub(1, Ordering::Relaxed);
+        let before = self.before.lock();
+        let answer = before.iter().find(|(name, _)| *name == topic).map(|(_, answer)| answer.clone());
+        std::future::ready(Ok(answer.unwrap_or(TopicRecipients::NoTopic))).boxed()
+    }
+
+    fn put(&self, topic: TopicName, settings: TopicSettings) -> BoxFuture<'_, Result<PutTopic, InboxError>> {
+        self.now.put(topic, settings)
+    }
+    fn topic(&self, topic: TopicName) -> BoxFuture<'_, Result<Option<Topic>, InboxError>> {
+        self.now.topic(topic)
+    }
+    fn remove(&self, topic: TopicName) -> BoxFuture<'_, Result<bool, InboxError>> {
+        self.now.remove(topic)
+    }
+    fn list(
+        &self,
+        prefix: String,
+        after: Option<TopicName>,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<Topic>, InboxError>> {
+        self.now.list(prefix, after, limit)
+    }
+    fn change_members(
+        &self,
+        topic: TopicName,
+        change: MembersChange,
+    ) -> BoxFuture<'_, Result<MembersChanged, InboxError>> {
+        self.now.change_members(topic, change)
+    }
+    fn members(
+        &self,
+        topic: TopicName,
+        after: Option<UserId>,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Option<Vec<UserId>>, InboxError>> {
+        self.now.members(topic, after, limit)
+    }
+    fn count_members(&self, topic: TopicName) -> BoxFuture<'_, Result<u64, InboxError>> {
+        self.now.count_members(topic)
+    }
+    fn topics_of(&self, user: UserId) -> BoxFuture<'_, Result<Vec<Topic>, InboxError>> {
+        self.now.topics_of(user)
+    }
+}
+
+fn name(text: &str) -> TopicName {
+    TopicName::parse(text).unwrap()
+}
+
+fn user(text: &str) -> UserId {
+    UserId::parse(text).unwrap()
+}
+
+struct Bench {
+    inbox: Arc<MemoryInbox>,
+    collect: Collect,
+    _tasks: JoinSet<()>,
+}
+
+/// A collect whose server is replaced after so many reads of lists. In each of these topics the old
+/// one knows only `old`; `new` has joined since.
+async fn replaced_after(reads: u64, topics: &[&str]) -> Bench {
+    let clock = Clock::standing(Millis(1_000));
+    let inbox = Arc::new(MemoryInbox::new(clock.clone()));
+    let mut before = Vec::new();
+    for topic in topics {
+        let settings = TopicSettings { delivery: Delivery::Inbox, ttl_s: None, default_ttl_s: 60 };
+        inbox.put(name(topic), settings).await.unwrap();
+        for who in ["old", "new"] {
+            let change = MembersChange { add: vec![user(who)], remove: Vec::new() };
+            inbox.change_members(name(topic), change).await.unwrap();
+            if who == "old" {
+                before.push((name(topic), inbox.recipients(name(topic), None).await.unwrap()));
+            }
+        }
+    }
+    let replaced =
+        Replaced { now: Arc::clone(&inbox), before: Mutex::new(before), reads_left: AtomicU64::new(reads) };
+    let dispatch =
+        BoxCloneSyncService::new(tower::service_fn(|_| std::future::ready(Ok(DispatchResponse::Done))));
+    let mut tasks = JoinSet::new();
+    let collect = Collect::start(
+        (Arc::clone(&inbox) as _, Arc::new(replaced)),
+        CollectLimits { ttl_s: 60, member_lists_bytes: 1 << 20 },
+        dispatch,
+        LocalMembership::new(clock.clone()).views(),
+        clock,
+        &Metrics::default(),
+        &mut tasks,
+    );
+    Bench { inbox, collect, _tasks: tasks }
+}
+
+impl Bench {
+    async fn publish(&self, topics: &[&str]) -> crate::wire::http::Published {
+        let mut lists = Lists::default();
+        let publish = Publish {
+            to: Recipients::Topics {
+                topics: topics.iter().map(|topic| name(topic)).collect(),
+                except: vec![],
+            },
+            event: None,
+            payload: Bytes::from_static(b"1"),
+            ttl_s: None,
+            id: None,
+        };
+        let addressed = self.collect.address(publish, &mut lists).await;
+        self.collect.publish_to(addressed, lists.deadline()).await
+    }
+
+    async fn stored_for(&self, who: &str) -> usize {
+        self.inbox.page(user(who), Seq::BEGINNING, HISTORY_PAGE).await.unwrap().messages.len()
+    }
+}
+
+#[tokio::test]
+async fn whoever_joined_at_the_server_that_took_over_is_reached() {
+    let bench = replaced_after(1, &["team"]).await;
+    let published = bench.publish(&["team"]).await;
+    assert_eq!(published.problem(), None);
+    assert_eq!(published.topics[0].1.as_ref().unwrap().members, 2);
+    assert_eq!((bench.stored_for("old").await, bench.stored_for("new").await), (1, 1));
+}
+
+/// The list of the first topic was read from the server of before, also where it is used again
+/// after the second one was read.
+#[tokio::test]
+async fn a_list_that_is_used_twice_in_a_request_keeps_the_server_that_it_is_of() {
+    let bench = replaced_after(1, &["a", "b"]).await;
+    let mut lists = Lists::default();
+    let publish = |topic: &str, id: &str| Publish {
+        to: Recipients::Topics { topics: vec![name(topic)], except: vec![] },
+        event: None,
+        payload: Bytes::from_static(b"1"),
+        ttl_s: None,
+        id: Some(crate::message::MessageId::parse(id).unwrap()),
+    };
+    let mut addressed = Vec::new();
+    for (topic, id) in [("a", "1"), ("b", "2"), ("a", "3")] {
+        addressed.push(bench.collect.address(publish(topic, id), &mut lists).await);
+    }
+    // As a batch of which only the last is stored now.
+    let last = addressed.pop().unwrap();
+    let published = bench.collect.publish_to(last, lists.deadline()).await;
+    assert_eq!(published.problem(), None);
+    assert_eq!(bench.stored_for("new").await, 1);
+}
+
+#[tokio::test]
+async fn a_topic_that_ended_while_it_was_published_to_was_published_to() {
+    let bench = replaced_after(1, &["team"]).await;
+    bench.inbox.remove(name("team")).await.unwrap();
+    let published = bench.publish(&["team"]).await;
+    assert_eq!(published.problem(), None);
+    assert_eq!(bench.stored_for("old").await, 1);
+}
