@@ -67,7 +67,7 @@ fn message(seq: u64) -> Message {
 
 fn session(c: &mut Criterion) {
     c.bench_function("session: one live message", |b| {
-        let standing = StartPoint { start: Seq::at(1), head: Seq::at(1), more: false };
+        let standing = StartPoint { start: Seq::at(1), head: Seq::at(1), more: false, fresh: false };
         let mut session = Session::start(standing, None, |_: Output<Bytes>| {});
         let frame = message_frame(&message(1));
         let mut seq = 1;

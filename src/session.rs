@@ -56,6 +56,8 @@ pub struct StartPoint {
     pub head: Seq,
     /// Whether there is something after `start`.
     pub more: bool,
+    /// The client was sent nothing before: what is missing below its first message needs no gap.
+    pub fresh: bool,
 }
 
 /// An event for a session.
@@ -145,38 +147,60 @@ pub struct Session {
 #[derive(Debug, Clone)]
 struct Credit {
     window: u32,
-    /// The numbers that were sent and not acked, as runs: first and last.
-    unacked: VecDeque<(Seq, Seq)>,
-    /// How many they are.
-    count: u32,
+    sent: Unacked,
+    /// What was sent of other logs on the same socket and is not acked.
+    elsewhere: u32,
 }
 
 impl Credit {
-    fn free(&self) -> u32 {
-        self.window.saturating_sub(self.count)
+    fn new(window: u32) -> Self {
+        Self { window, sent: Unacked::default(), elsewhere: 0 }
     }
 
-    fn send(&mut self, seq: Seq) {
+    fn free(&self) -> u32 {
+        self.window.saturating_sub(self.sent.count).saturating_sub(self.elsewhere)
+    }
+}
+
+/// The numbers of a log that were sent and not acked.
+#[derive(Debug, Clone, Default)]
+pub struct Unacked {
+    /// As runs: first and last.
+    runs: VecDeque<(Seq, Seq)>,
+    count: u32,
+}
+
+impl Unacked {
+    /// How many they are.
+    #[must_use]
+    pub const fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// A number was sent, above all before.
+    pub fn send(&mut self, seq: Seq) {
         self.count += 1;
-        match self.unacked.back_mut() {
+        match self.runs.back_mut() {
             Some((_, last)) if last.next() == seq => *last = seq,
-            _ => self.unacked.push_back((seq, seq)),
+            _ => self.runs.push_back((seq, seq)),
         }
     }
 
-    fn ack(&mut self, upto: Seq) {
-        while let Some((first, last)) = self.unacked.front_mut().filter(|(first, _)| *first <= upto) {
+    /// Everything up to a number is acked.
+    pub fn ack(&mut self, upto: Seq) {
+        while let Some((first, last)) = self.runs.front_mut().filter(|(first, _)| *first <= upto) {
             let acked = (*last).min(upto);
             self.count -= u32::try_from(acked.get() - first.get() + 1).unwrap_or(u32::MAX);
             *first = acked.next();
             if *first > *last {
-                self.unacked.pop_front();
+                self.runs.pop_front();
             }
         }
     }
 
-    fn clear(&mut self) {
-        self.unacked.clear();
+    /// Nothing is to be acked any more.
+    pub fn clear(&mut self) {
+        self.runs.clear();
         self.count = 0;
     }
 }
@@ -194,8 +218,8 @@ impl Session {
             unread: Seq::BEGINNING,
             full: false,
             told_caught_up: false,
-            untouched: start_point.start.is_beginning(),
-            credit: window.map(|window| Box::new(Credit { window, unacked: VecDeque::new(), count: 0 })),
+            untouched: start_point.fresh || start_point.start.is_beginning(),
+            credit: window.map(|window| Box::new(Credit::new(window))),
         };
         if start_point.start > start_point.head {
             let before = start_point.head.next();
@@ -228,7 +252,7 @@ impl Session {
                 self.before_reset = position;
                 self.sent = to;
                 self.acked = self.acked.min(to);
-                self.credit.iter_mut().for_each(|credit| credit.clear());
+                self.credit.iter_mut().for_each(|credit| credit.sent.clear());
                 self.fall_behind(Seq::MAX, &mut out);
             }
             Input::Reset(..) => {}
@@ -251,6 +275,26 @@ impl Session {
     #[must_use]
     pub const fn acked(&self) -> Seq {
         self.acked
+    }
+
+    /// How many more messages may be sent on this socket, if the client limits that.
+    #[must_use]
+    pub fn free(&self) -> Option<u32> {
+        self.credit.as_ref().map(|credit| credit.free())
+    }
+
+    /// So many messages of other logs were sent on this socket and are not acked.
+    pub fn count_elsewhere<F>(&mut self, unacked: u32, mut out: impl FnMut(Output<F>)) {
+        if let Some(credit) = &mut self.credit {
+            credit.elsewhere = unacked;
+            self.read_if_room(&mut out);
+        }
+    }
+
+    /// Whether the backlog was delivered once.
+    #[must_use]
+    pub const fn was_caught_up(&self) -> bool {
+        self.told_caught_up
     }
 
     /// Whether the session is live.
@@ -331,7 +375,7 @@ impl Session {
     fn send<F>(&mut self, item: Item<F>, out: &mut impl FnMut(Output<F>)) {
         self.sent = item.seq;
         self.untouched = false;
-        self.credit.iter_mut().for_each(|credit| credit.send(item.seq));
+        self.credit.iter_mut().for_each(|credit| credit.sent.send(item.seq));
         out(Output::Send(item.frame));
     }
 
@@ -381,7 +425,7 @@ impl Session {
             out(Output::Cursor(acked));
         }
         if let Some(credit) = &mut self.credit {
-            credit.ack(acked);
+            credit.sent.ack(acked);
             self.read_if_room(out);
         }
     }

@@ -13,7 +13,7 @@ use super::stores::Opened;
 use super::{App, Shared};
 use crate::clock::Clock;
 use crate::config::{Config, Faults, RoleName, VerifyBy};
-use crate::inbox::Inbox;
+use crate::inbox::Stores;
 use crate::membership::{LeaseState, MembershipError, NodeInfo, Reached, View};
 use crate::message::NodeId;
 use crate::role::auth::Auth;
@@ -57,7 +57,7 @@ impl App {
         if let (Some(opened), Some(verify)) = (&opened, &verify)
             && config.runs(RoleName::Push)
         {
-            self.start_pushes(config, shared, &opened.inbox, verify).await?;
+            self.start_pushes(config, shared, &opened.stores, verify).await?;
         }
         // Without a registry there is no other router to find: collect then has one of its own.
         let routes =
@@ -101,14 +101,14 @@ impl App {
         &mut self,
         config: &Config,
         shared: &Shared,
-        inbox: &Arc<dyn Inbox>,
+        stores: &Stores,
         verify: &VerifyService,
     ) -> Result<()> {
         let metrics = PushMetrics::register(&shared.metrics);
         let nodes: Vec<NodeId> = self.bound.push.iter().map(|(node, _)| node.clone()).collect();
         for node in nodes {
             let parts = PushParts {
-                inbox: Arc::clone(inbox),
+                stores: stores.clone(),
                 verify: verify.clone(),
                 membership: Arc::clone(&shared.membership),
                 fallback: Arc::clone(&shared.fallback),
@@ -156,7 +156,7 @@ impl App {
         let views = shared.membership.views();
         let dispatch = dispatch.unwrap_or_else(|| routers(views.clone(), Arc::clone(&shared.proofs)));
         let collect = Collect::start(
-            (Arc::clone(&opened.inbox), Arc::clone(&opened.topics)),
+            opened.stores.clone(),
             config.collect,
             dispatch,
             views,
@@ -165,7 +165,9 @@ impl App {
             &mut self.tasks,
         );
         self.collect = Some(collect.clone());
-        self.tasks.spawn(run_upkeep(Arc::clone(&opened.upkeep), config.janitor_every));
+        for upkeep in &opened.upkeep {
+            self.tasks.spawn(run_upkeep(Arc::clone(upkeep), config.janitor_every));
+        }
         CollectEdge::new(
             collect,
             Arc::clone(&shared.membership),

@@ -17,7 +17,7 @@ use tower::{ServiceExt, service_fn};
 
 use super::collect_http::CollectEdge;
 use super::edge::{BODY_DEADLINE, Routes};
-use crate::message::{EventName, MessageId, NameError, Recipients, TopicName, UserId};
+use crate::message::{EventName, LogId, MessageId, NameError, Recipients, TopicName, UserId};
 use crate::transport::held::Held;
 use crate::wire::http::{
     EXCEPT_PER_PUBLISH, FieldError, Problem, Publish, PublishError, Published, TOO_DEEP, TOPICS_PER_PUBLISH,
@@ -238,7 +238,7 @@ fn fault(pointer: &str, detail: String) -> Problem {
 
 /// The recipients of a request: users or topics.
 fn recipients(request: &message::PublishRequest, most: usize) -> Result<Recipients, Problem> {
-    if request.topics.is_empty() {
+    if request.topics.is_empty() && !request.everyone {
         if !request.except.is_empty() {
             return Err(fault("/except", "is only for topics".to_owned()));
         }
@@ -248,9 +248,16 @@ fn recipients(request: &message::PublishRequest, most: usize) -> Result<Recipien
         });
     }
     if !request.users.is_empty() {
-        return Err(fault("/users", "must be empty beside topics".to_owned()));
+        return Err(fault("/users", "must be empty beside topics and everyone".to_owned()));
     }
-    let topics = names(&request.topics, "/topics", TOPICS_PER_PUBLISH, TopicName::parse)?;
+    let topics = match (request.everyone, request.topics.is_empty()) {
+        (true, true) => vec![LogId::Everyone],
+        (true, false) => return Err(fault("/topics", "must be empty beside everyone".to_owned())),
+        (false, _) => {
+            let topics = names(&request.topics, "/topics", TOPICS_PER_PUBLISH, TopicName::parse)?;
+            topics.into_iter().map(LogId::Topic).collect()
+        }
+    };
     let except = if request.except.is_empty() {
         Vec::new()
     } else {
@@ -321,10 +328,18 @@ fn result(published: &Published) -> message::PublishResult {
         let error = outcome.as_ref().err().map(error_of);
         message::Accepted { user, seq, duplicate, error, ..Default::default() }
     });
-    let topics = published.topics.iter().map(|(topic, outcome)| {
-        let topic = topic.as_str().to_owned();
+    let topics = published.topics.iter().map(|(log, outcome)| {
+        let topic = log.topic().map(|topic| topic.as_str().to_owned()).unwrap_or_default();
+        let everyone = *log == LogId::Everyone;
         match outcome {
-            Ok(TopicOutcome { members, failed }) => message::Accepted {
+            Ok(TopicOutcome::Log(stored)) => message::Accepted {
+                topic,
+                everyone,
+                seq: stored.seq.get(),
+                duplicate: stored.duplicate,
+                ..Default::default()
+            },
+            Ok(TopicOutcome::Members { members, failed }) => message::Accepted {
                 topic,
                 members: *members as u64,
                 stored: (members - failed.len()) as u64,
@@ -337,7 +352,9 @@ fn result(published: &Published) -> message::PublishResult {
                     .collect(),
                 ..Default::default()
             },
-            Err(refusal) => message::Accepted { topic, error: Some(error_of(refusal)), ..Default::default() },
+            Err(refusal) => {
+                message::Accepted { topic, everyone, error: Some(error_of(refusal)), ..Default::default() }
+            }
         }
     });
     message::PublishResult {

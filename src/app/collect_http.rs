@@ -253,12 +253,12 @@ fn parts(items: Vec<Item>) -> Vec<Vec<Item>> {
 async fn history(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) -> Answer {
     edge.authorize(&headers)?;
     let user = user_of(&path)?;
-    let (after, limit) = page_query(uri.query().unwrap_or_default())?;
+    let (after, limit) = history_query(uri.query().unwrap_or_default())?;
     let (messages, next) = edge.collect.history(user, after, limit).await.map_err(unavailable)?;
     Ok(json(StatusCode::OK, history_body(&messages, next)))
 }
 
-fn page_query(query: &str) -> Result<(Seq, usize), HttpError> {
+pub(super) fn history_query(query: &str) -> Result<(Seq, usize), HttpError> {
     let (mut after, mut limit) = (Seq::BEGINNING, HISTORY_LIMIT);
     for (name, text) in form_urlencoded::parse(query.as_bytes()) {
         match &*name {

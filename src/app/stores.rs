@@ -21,7 +21,7 @@ use crate::fallback::local::LocalFallback;
 use crate::fallback::redis::RedisFallback;
 use crate::inbox::embedded::EmbeddedInbox;
 use crate::inbox::mongo::{MongoInbox, MongoTimes, OpenError};
-use crate::inbox::{Inbox, Janitor, Topics};
+use crate::inbox::{Inbox, Janitor, Logs, Stores, Topics};
 use crate::membership::Membership;
 use crate::membership::keeper::Times;
 use crate::membership::local::LocalMembership;
@@ -108,11 +108,11 @@ async fn show_skew(membership: RedisMembership, skew: Gauge) {
     }
 }
 
-/// The inbox, its three ports, and whether it has failed for good.
+/// The store by its ports, and whether it has failed for good.
 pub(super) struct Opened {
-    pub(super) inbox: Arc<dyn Inbox>,
-    pub(super) topics: Arc<dyn Topics>,
-    pub(super) upkeep: Arc<dyn Janitor>,
+    pub(super) stores: Stores,
+    /// The upkeep of the inboxes, and that of the logs.
+    pub(super) upkeep: [Arc<dyn Janitor>; 2],
     pub(super) poisoned: watch::Receiver<bool>,
     /// Identity of the store.
     pub(super) identity: Arc<str>,
@@ -128,7 +128,8 @@ pub(super) async fn inbox(
         let inbox = embedded(&config.data_dir, clock.clone())?;
         tasks.spawn(inbox.clone().free_memory());
         let (poisoned, identity) = (inbox.poisoned(), inbox.identity().into());
-        return Ok(opened(inbox, poisoned, identity));
+        let logs = inbox.logs();
+        return Ok(opened(inbox, logs, poisoned, identity));
     }
     let times = MongoTimes { head_trust: config.head_trust };
     let fault = |fault: OpenError| refused(fault.to_string());
@@ -150,16 +151,20 @@ pub(super) async fn inbox(
     tasks.spawn(watch_inbox(inbox.clone(), health.clone()));
     let (_, poisoned) = watch::channel(false);
     let identity = identity.into();
-    Ok(opened(inbox, poisoned, identity))
+    let logs = inbox.logs();
+    Ok(opened(inbox, logs, poisoned, identity))
 }
 
 fn opened<T: Inbox + Janitor + Topics + Clone>(
     inbox: T,
+    logs: T,
     poisoned: watch::Receiver<bool>,
     identity: Arc<str>,
 ) -> Opened {
-    let (topics, upkeep) = (Arc::new(inbox.clone()), Arc::new(inbox.clone()));
-    Opened { inbox: Arc::new(inbox), topics, upkeep, poisoned, identity }
+    let upkeep: [Arc<dyn Janitor>; 2] = [Arc::new(inbox.clone()), Arc::new(logs.clone())];
+    let topics = Arc::new(inbox.clone());
+    let stores = Stores { inbox: Arc::new(inbox), topics, logs: Logs::new(Arc::new(logs)) };
+    Opened { stores, upkeep, poisoned, identity }
 }
 
 /// Shows whether MongoDB answers. Readiness does not depend on it, because another process would

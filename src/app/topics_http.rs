@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, Request, StatusCode, Uri};
+use axum::http::{HeaderMap, Request, Response, StatusCode, Uri};
 use axum::routing::{get, put};
 
-use super::collect_http::{Answer, CollectEdge, Edge, Path, part_of, unavailable, user_of};
+use super::collect_http::{Answer, CollectEdge, Edge, Path, history_query, part_of, unavailable, user_of};
 use super::edge::{HttpError, SMALL_BODY, json, json_body, json_of, refuse};
-use crate::inbox::topics::{MembersChange, MembersChanged, PutTopic, Topic, TopicSettings};
-use crate::message::{TopicName, UserId};
-use crate::wire::http::{MembersRequest, parse_members, parse_topic};
+use crate::inbox::topics::{MembersChanged, PutTopic, Topic, TopicSettings};
+use crate::message::{LogId, TopicName, UserId};
+use crate::topic::Delivery;
+use crate::wire::http::{MembersRequest, history_body, parse_members, parse_topic};
 use crate::wire::rest::{
     MembersChangedResponse, MembersResponse, RefusedMember, TopicResponse, TopicsResponse,
 };
@@ -26,6 +27,8 @@ pub(super) fn routes() -> axum::Router<Arc<CollectEdge>> {
         .route("/v1/topics", get(list))
         .route("/v1/topics/{topic}", put(make).get(show).delete(remove))
         .route("/v1/topics/{topic}/members", get(members).post(change))
+        .route("/v1/topics/{topic}/messages", get(log_history))
+        .route("/v1/everyone/messages", get(everyones_history))
         .route("/v1/users/{user}/topics", get(topics_of).delete(leave_all))
 }
 
@@ -37,13 +40,15 @@ async fn no_topic(edge: &CollectEdge, name: &TopicName) -> HttpError {
     refuse(404, edge.collect.no_topic(name).await)
 }
 
-fn shown(topic: &Topic, members: Option<u64>) -> TopicResponse {
+fn shown(topic: &Topic) -> TopicResponse {
     TopicResponse {
         topic: topic.name.to_string(),
         delivery: topic.delivery.name().to_owned(),
         ttl_s: topic.ttl_s,
         created_at: topic.created_at.rfc3339(),
-        members,
+        members: None,
+        head: None,
+        online: None,
     }
 }
 
@@ -58,11 +63,17 @@ async fn make(State(edge): Edge, path: Path, request: Request<Body>) -> Answer {
         ttl_s: asked.ttl_s,
         default_ttl_s: edge.collect.limits().ttl_s,
     };
-    let (status, topic) = match edge.collect.topics().put(name, settings).await.map_err(unavailable)? {
+    let (status, topic) = match edge.collect.put_topic(name, settings).await.map_err(unavailable)? {
         PutTopic::Created(topic) => (StatusCode::CREATED, topic),
         PutTopic::Known(topic) => (StatusCode::OK, topic),
+        PutTopic::Other(topic) => {
+            let Topic { name, delivery, .. } = topic;
+            let why =
+                format!("{name:?} is there with the delivery {delivery:?}, which stays: remove it first");
+            return Err(refuse(409, why));
+        }
     };
-    Ok(json_of(status, &shown(&topic, None)))
+    Ok(json_of(status, &shown(&topic)))
 }
 
 async fn show(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
@@ -72,14 +83,19 @@ async fn show(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
     let Some(topic) = topics.topic(name.clone()).await.map_err(unavailable)? else {
         return Err(no_topic(&edge, &name).await);
     };
-    let members = topics.count_members(name).await.map_err(unavailable)?;
-    Ok(json_of(StatusCode::OK, &shown(&topic, Some(members))))
+    let mut answer = shown(&topic);
+    answer.members = Some(topics.count_members(name.clone()).await.map_err(unavailable)?);
+    if topic.delivery == Delivery::Log {
+        let (head, online) = edge.collect.log_report(LogId::Topic(name)).await.map_err(unavailable)?;
+        (answer.head, answer.online) = (Some(head.get()), Some(online));
+    }
+    Ok(json_of(StatusCode::OK, &answer))
 }
 
 async fn remove(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
     edge.authorize(&headers)?;
     let name = topic_of(&path)?;
-    if !edge.collect.topics().remove(name.clone()).await.map_err(unavailable)? {
+    if !edge.collect.remove_topic(name.clone()).await.map_err(unavailable)? {
         return Err(no_topic(&edge, &name).await);
     }
     Ok(json(StatusCode::ACCEPTED, "{}"))
@@ -97,7 +113,7 @@ fn page_of_topics(mut topics: Vec<Topic>, limit: usize) -> TopicsResponse {
     let more = topics.len() > limit;
     topics.truncate(limit);
     let next = topics.last().filter(|_| more).map(|topic| topic.name.to_string());
-    TopicsResponse { topics: topics.iter().map(|topic| shown(topic, None)).collect(), next }
+    TopicsResponse { topics: topics.iter().map(shown).collect(), next }
 }
 
 async fn change(State(edge): Edge, path: Path, request: Request<Body>) -> Answer {
@@ -107,8 +123,7 @@ async fn change(State(edge): Edge, path: Path, request: Request<Body>) -> Answer
     let body = json_body(request, MEMBERS_BODY, &mut held).await?;
     let MembersRequest { add, remove } = parse_members(&body)?;
     drop(body);
-    let change = MembersChange { add, remove };
-    let changed = edge.collect.change_members(name.clone(), change).await;
+    let changed = edge.collect.change_members(name.clone(), add, remove).await;
     match changed.map_err(unavailable)? {
         MembersChanged::NoTopic => Err(no_topic(&edge, &name).await),
         MembersChanged::Ended => Err(refuse(
@@ -124,6 +139,38 @@ async fn change(State(edge): Edge, path: Path, request: Request<Body>) -> Answer
             Ok(json_of(StatusCode::ACCEPTED, &answer))
         }
     }
+}
+
+async fn log_history(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) -> Answer {
+    edge.authorize(&headers)?;
+    let name = topic_of(&path)?;
+    let found = page_of_log(&edge, &LogId::Topic(name.clone()), &uri).await?;
+    if let Some(page) = found {
+        return Ok(page);
+    }
+    Err(match edge.collect.topics().topic(name.clone()).await.map_err(unavailable)? {
+        None => no_topic(&edge, &name).await,
+        Some(_) => {
+            refuse(404, format!("{name:?} has no log: its messages stand in the inboxes of its members"))
+        }
+    })
+}
+
+async fn everyones_history(State(edge): Edge, headers: HeaderMap, uri: Uri) -> Answer {
+    edge.authorize(&headers)?;
+    let found = page_of_log(&edge, &LogId::Everyone, &uri).await?;
+    found.ok_or_else(|| refuse(404, "there is no log of everyone"))
+}
+
+/// A page of a log, if there is one.
+async fn page_of_log(
+    edge: &CollectEdge,
+    log: &LogId,
+    uri: &Uri,
+) -> Result<Option<Response<Body>>, HttpError> {
+    let (range, limit) = history_query(uri.query().unwrap_or_default())?;
+    let found = edge.collect.log_history(log, range, limit).await.map_err(unavailable)?;
+    Ok(found.map(|(messages, next)| json(StatusCode::OK, history_body(&messages, next))))
 }
 
 async fn members(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) -> Answer {

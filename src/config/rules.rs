@@ -11,8 +11,8 @@ use crate::clock::Clock;
 use crate::message::NodeId;
 use crate::redis_url::RedisUrl;
 use crate::role::auth::{Auth, AuthConfig};
-use crate::role::collect::CollectLimits;
-use crate::role::push::{Origins, PushLimits};
+use crate::role::collect::{CollectLimits, LogLimits};
+use crate::role::push::{LogReadingLimits, Origins, PushLimits};
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::{PublishLimits, TTL_S};
 use secrecy::{ExposeSecret, SecretString};
@@ -289,6 +289,12 @@ impl Reader {
         CollectLimits {
             ttl_s: self.number("limits.message_ttl_s", TTL_S),
             member_lists_bytes: self.number("limits.member_lists_mib", 1..=65_536) * 1024 * 1024,
+            logs: LogLimits {
+                topic_bytes: self.number("limits.topic_message_bytes", 1..=65_536) as usize,
+                everyone_bytes: self.number("limits.everyone_message_bytes", 1..=65_536) as usize,
+                topic_per_s: self.number("limits.topic_per_s", 1..=1_000_000) as u32,
+                everyone_per_s: self.number("limits.everyone_per_s", 1..=1_000_000) as u32,
+            },
         }
     }
 
@@ -301,6 +307,13 @@ impl Reader {
             sweep_every: self.millis("limits.sweep_ms", 100..=3_600_000),
             reconnect_jitter_ms: self.number("limits.reconnect_jitter_ms", 0..=60_000),
             client_frames_per_s: self.number("limits.client_frames_per_s", 1..=1_000_000) as u32,
+            logs: LogReadingLimits {
+                memory_bytes: self.number("limits.tail_mib", 1..=65_536) as usize * 1024 * 1024,
+                fanout_bytes_per_s: self.number("limits.fanout_mib_per_s", 0..=65_536) * 1024 * 1024,
+                everyone_backlog: self.number("limits.everyone_backlog", 0..=1_000_000),
+                position_every: self.millis("limits.topic_cursor_ms", 200..=3_600_000),
+                positions_per_s: self.number("limits.topic_cursors_per_s", 1..=1_000_000) as u32,
+            },
         }
     }
 

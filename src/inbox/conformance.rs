@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
 mod expiry;
+mod logs;
 mod topics;
 
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use expiry::{
 };
 
 use super::{
-    Append, Appended, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, Inbox, InboxPage, Janitor, PageLimit,
+    Append, Appended, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, Inbox, InboxPage, Janitor, Logs, PageLimit,
     PositionQuery, StartAt, Topics, UserPosition,
 };
 use crate::clock::Clock;
@@ -32,6 +33,8 @@ impl<T: Inbox + Janitor + Topics> Adapter for T {}
 pub struct Bench {
     /// The adapter.
     pub inbox: Arc<dyn Adapter>,
+    /// Its store of logs.
+    pub logs: Logs,
     /// Its clock, a standing one.
     pub clock: Clock,
 }
@@ -69,6 +72,12 @@ pub async fn suite(bench: &Bench) {
     topics::a_user_has_topics_in_order(bench).await;
     topics::a_topic_is_full_at_its_limit(bench).await;
     topics::an_id_by_a_topic_is_another_one(bench).await;
+    topics::a_topic_keeps_its_delivery(bench).await;
+    logs::a_log_is_apart_from_inboxes_and_numbered_like_one(bench).await;
+    logs::a_message_is_for_its_own_life_alone(bench).await;
+    logs::members_of_a_log_have_a_beginning_and_users_a_number_of_changes(bench).await;
+    logs::a_member_of_a_hundred_logs_joins_no_other(bench).await;
+    logs::positions_only_rise_and_go_with_the_device(bench).await;
 }
 
 fn user(name: &str) -> UserId {

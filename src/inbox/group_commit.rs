@@ -136,7 +136,9 @@ impl Appender {
         if waiting.over {
             return Ok(receipt);
         }
-        let lane = if append.via.is_some() { &mut waiting.topics } else { &mut waiting.users };
+        // In a store of logs, nothing is divided.
+        let by_topic = append.via.as_deref().is_some_and(|via| via.inbox().is_some());
+        let lane = if by_topic { &mut waiting.topics } else { &mut waiting.users };
         if lane.appends.len() >= WAITING_APPENDS || lane.bytes + bytes > WAITING_BYTES {
             return Err(TooManyWaiting);
         }
@@ -368,7 +370,8 @@ mod tests {
         let (appender, seen, mut tasks) = started(Duration::from_secs(3600), 1_000, true);
         appender.submit(append("first", "1"), 1).unwrap().await.unwrap().unwrap();
         let by_topic = |n: usize| {
-            let via = Some(Arc::new(crate::message::TopicName::parse("news").unwrap()));
+            let topic = crate::message::TopicName::parse("news").unwrap();
+            let via = Some(Arc::new(crate::message::Via::Inbox(topic)));
             Append { via, ..append(&n.to_string(), "1") }
         };
         let topics: Vec<_> = (0..999).map(|n| appender.submit(by_topic(n), 1).unwrap()).collect();

@@ -16,7 +16,7 @@ use super::{
     REVOCATION_AHEAD_MAX_S, StartAt, UserPosition, WriteObserver, fence_of,
 };
 use crate::clock::Clock;
-use crate::message::{DeviceId, Message, Millis, Seq, UserId};
+use crate::message::{DeviceId, LogId, Message, Millis, Seq, UserId};
 
 /// An inbox in memory.
 pub struct MemoryInbox {
@@ -33,6 +33,7 @@ struct Log {
     messages: BTreeMap<u64, Message>,
     fences: HashMap<String, (u64, Millis, [u8; 16])>,
     cursors: BTreeMap<DeviceId, (Seq, Millis)>,
+    positions: HashMap<(DeviceId, LogId), Seq>,
     not_before_s: u64,
 }
 
@@ -101,6 +102,7 @@ impl MemoryInbox {
                 head,
                 more: log.highest > start.get().max(log.first),
                 not_before_s: log.not_before_s,
+                memberships: self.directory.version_of(&ask.user),
             }
         })
     }
@@ -151,6 +153,14 @@ impl MemoryInbox {
                     }
                 })
             }
+            Change::Positions { user, device, logs } => self.with(&user, |log, now| {
+                let cursor = log.cursors.entry(device.clone()).or_default();
+                cursor.1 = now;
+                for (id, seq) in logs {
+                    let known = log.positions.entry((device.clone(), id)).or_default();
+                    *known = seq.max(*known);
+                }
+            }),
             // This model is never restored.
             Change::Shown { .. } => {}
             Change::NotBefore { user, seconds } => {
@@ -198,8 +208,21 @@ impl Inbox for MemoryInbox {
             log.messages.clear();
             log.fences.clear();
             log.cursors.clear();
+            log.positions.clear();
         }
         ready(Ok(())).boxed()
+    }
+
+    fn log_positions(
+        &self,
+        user: UserId,
+        device: DeviceId,
+    ) -> BoxFuture<'_, Result<Vec<(LogId, Seq)>, InboxError>> {
+        let of = |log: &mut Log, _| -> Vec<(LogId, Seq)> {
+            let of_device = log.positions.iter().filter(|((of, _), _)| *of == device);
+            of_device.map(|((_, id), seq)| (id.clone(), *seq)).collect()
+        };
+        ready(Ok(self.with(&user, of))).boxed()
     }
 
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
@@ -219,13 +242,15 @@ impl Janitor for MemoryInbox {
         for log in self.users.lock().values_mut() {
             while let Some(oldest) = log.messages.first_entry().filter(|entry| entry.get().is_expired(now)) {
                 let message = oldest.remove();
-                let fence = fence_of(message.via.as_ref(), &message.id);
+                let fence = fence_of(message.via.as_deref(), &message.id);
                 if log.fences.get(&fence).is_some_and(|fence| fence.0 == message.seq.get()) {
                     log.fences.remove(&fence);
                 }
                 removed += 1;
             }
             log.cursors.retain(|_, cursor| cursor.1.0 + CURSOR_LIFE_MS > now.0);
+            let Log { cursors, positions, .. } = log;
+            positions.retain(|(device, _), _| cursors.contains_key(device));
         }
         ready(Ok(removed)).boxed()
     }

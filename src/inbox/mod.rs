@@ -26,6 +26,7 @@
 pub mod conformance;
 pub mod embedded;
 pub mod group_commit;
+pub mod logs;
 mod lookup;
 #[cfg(any(test, feature = "test-support"))]
 pub mod memory;
@@ -39,10 +40,11 @@ use futures_util::future::BoxFuture;
 use tokio::task::JoinSet;
 
 pub use group_commit::{Appender, GroupCommit, Receipt, WriteObserver};
+pub use logs::Logs;
 pub use lookup::PositionLookup;
 pub use topics::Topics;
 
-use crate::message::{DeviceId, EventName, Message, MessageId, Millis, Seq, TopicName, UserId};
+use crate::message::{DeviceId, EventName, LogId, Message, MessageId, Millis, Seq, UserId, Via};
 
 /// Cursors kept per user. The longest unused one is dropped (docs/design.md, section 11).
 pub const DEVICES_PER_USER: usize = 64;
@@ -82,6 +84,13 @@ pub trait Inbox: Send + Sync + 'static {
     /// repeat goes on.
     fn forget(&self, user: UserId) -> BoxFuture<'_, Result<(), InboxError>>;
 
+    /// The positions of a device in logs of topics, as far as they are stored; in no order.
+    fn log_positions(
+        &self,
+        user: UserId,
+        device: DeviceId,
+    ) -> BoxFuture<'_, Result<Vec<(LogId, Seq)>, InboxError>>;
+
     /// Starts the writer of this store, which gathers appends into writes ([`group_commit`]). One
     /// process starts it once. It ends with `tasks`.
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender;
@@ -89,6 +98,17 @@ pub trait Inbox: Send + Sync + 'static {
     /// Returns what looks up single positions, in the way that is cheapest for this store. Its
     /// tasks, if it needs any, end with `tasks`.
     fn lookup(self: Arc<Self>, tasks: &mut JoinSet<()>) -> PositionLookup;
+}
+
+/// The ports of the store that roles use.
+#[derive(Clone)]
+pub struct Stores {
+    /// The inboxes.
+    pub inbox: Arc<dyn Inbox>,
+    /// Topics and their members.
+    pub topics: Arc<dyn Topics>,
+    /// The logs of topics.
+    pub logs: Logs,
 }
 
 /// The second port: upkeep of the store, run by collect. Idempotent.
@@ -119,8 +139,8 @@ pub struct Append {
     pub expires_at: Millis,
     /// What the message tells, if its sender named that.
     pub event: Option<EventName>,
-    /// The topic by which the recipient is reached, if it is one.
-    pub via: Option<Arc<TopicName>>,
+    /// What a topic has to do with it, if one has.
+    pub via: Option<Arc<Via>>,
     /// Valid JSON text.
     pub payload: Bytes,
 }
@@ -168,6 +188,8 @@ pub struct UserPosition {
     pub more: bool,
     /// Tokens issued before this time are refused; whole seconds.
     pub not_before_s: u64,
+    /// How often the user's memberships in topics with a log have changed; 0: there never was one.
+    pub memberships: u64,
 }
 
 /// Expired or unreadable messages that one page may pass over, so that reading a page is bounded.
@@ -229,6 +251,16 @@ pub enum Change {
         /// The position; zero in an inbox that never had a message.
         at: Seq,
     },
+    /// A device has handled everything up to these positions of logs, or begins there. They are on
+    /// stable storage when this returns.
+    Positions {
+        /// The user.
+        user: UserId,
+        /// The device.
+        device: DeviceId,
+        /// The positions by log.
+        logs: Vec<(LogId, Seq)>,
+    },
     /// A client was sent numbers up to here that are gone, because the store was restored to an
     /// earlier state. None of them is assigned again.
     Shown {
@@ -267,22 +299,23 @@ pub(crate) fn is_json(payload: &[u8]) -> bool {
     text.is_some_and(|text| serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok())
 }
 
-/// Stands between a topic and an id in an idempotency key. Neither contains it.
+/// Stands between a topic or a life and an id in an idempotency key. None contains it.
 const OF_TOPIC: char = '\n';
 
-/// The idempotency key of an id, among those of one user. The same id by another topic, or sent to
-/// the user, is another message.
-pub(crate) fn fence_of(via: Option<&Arc<TopicName>>, id: &MessageId) -> String {
+/// The idempotency key of an id, among those of one user or log. The same id by another topic, in
+/// another life of a topic, or sent to the user, is another message.
+pub(crate) fn fence_of(via: Option<&Via>, id: &MessageId) -> String {
     match via {
         None => id.as_str().to_owned(),
-        Some(topic) => format!("{topic}{OF_TOPIC}{id}"),
+        Some(Via::Inbox(topic)) => format!("{topic}{OF_TOPIC}{id}"),
+        Some(Via::Log(entry)) => format!("{}{OF_TOPIC}{id}", entry.life),
     }
 }
 
 impl Append {
     /// The idempotency key.
     pub(crate) fn fence(&self) -> String {
-        fence_of(self.via.as_ref(), &self.id)
+        fence_of(self.via.as_deref(), &self.id)
     }
 
     /// The first half of the SHA-256 of the payload, and of the event if there is one. It tells a

@@ -1,30 +1,67 @@
-//! A bounded queue of live messages between two tasks. A message that has no room is dropped, and
-//! the drop is remembered. If nothing waits and nothing is in flight, a batch may bypass the queue.
+//! A bounded queue of live messages, or of hints about logs, between two tasks. What has no room is
+//! dropped, and the drop is remembered. If nothing waits and nothing is in flight, a batch may
+//! bypass the queue.
 
 use std::collections::VecDeque;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::wire::peer::LiveMessage;
+use crate::wire::peer::{LiveMessage, LogHint};
 
-/// Most messages in a queue: ten full batches, a fifth of a second at 50,000/s.
-pub(super) const BACKLOG_MESSAGES: usize = 10_000;
-/// Most bytes of payload in a queue: 500 of the largest messages, or 10,000 of 3 KiB.
-pub(super) const BACKLOG_BYTES: usize = 32 * 1024 * 1024;
-/// Most messages taken at once.
-pub(super) const BATCH: usize = 1_000;
+/// What waits in a queue, and how much of it may.
+pub(super) trait Queued: Clone + Send + Sync + 'static {
+    /// Most items in a queue.
+    const ITEMS: usize;
+    /// Most bytes of payload in a queue.
+    const BYTES: usize;
+    /// Most items taken at once.
+    const BATCH: usize;
+
+    /// Bytes of its payload.
+    fn bytes(&self) -> usize;
+}
+
+impl Queued for LiveMessage {
+    /// Ten full batches, a fifth of a second at 50,000/s.
+    const ITEMS: usize = 10_000;
+    /// 500 of the largest messages, or 10,000 of 3 KiB.
+    const BYTES: usize = 32 * 1024 * 1024;
+    const BATCH: usize = 1_000;
+
+    fn bytes(&self) -> usize {
+        self.message.payload.len()
+    }
+}
+
+impl Queued for LogHint {
+    /// A message in a log is for many users, and few are published (docs/topics.md).
+    const ITEMS: usize = 2_000;
+    const BYTES: usize = 8 * 1024 * 1024;
+    const BATCH: usize = 200;
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Message { message, .. } => message.payload.len(),
+            Self::Memberships(_) | Self::Look(_) => 0,
+        }
+    }
+}
 
 /// The queue.
-#[derive(Default)]
-pub(super) struct Backlog {
-    queue: Mutex<Queue>,
+pub(super) struct Backlog<T> {
+    queue: Mutex<Queue<T>>,
     filled: Notify,
 }
 
-#[derive(Default)]
-struct Queue {
-    waiting: VecDeque<LiveMessage>,
+impl<T> Default for Backlog<T> {
+    fn default() -> Self {
+        Self { queue: Mutex::default(), filled: Notify::new() }
+    }
+}
+
+struct Queue<T> {
+    waiting: VecDeque<T>,
     bytes: usize,
     /// Something was dropped; whoever gets the next batch must be told.
     missed: bool,
@@ -34,17 +71,23 @@ struct Queue {
     ahead: bool,
 }
 
-impl Backlog {
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        Self { waiting: VecDeque::new(), bytes: 0, missed: false, busy: false, ahead: false }
+    }
+}
+
+impl<T: Queued> Backlog<T> {
     /// Enqueues `batch`. What has no room is dropped and marked. Returns how many messages were
     /// dropped.
-    pub(super) fn put(&self, batch: Vec<LiveMessage>) -> usize {
+    pub(super) fn put(&self, batch: Vec<T>) -> usize {
         let mut queue = self.queue.lock();
         let mut dropped = 0;
-        for live in batch {
-            let bytes = queue.bytes + live.message.payload.len();
-            if queue.waiting.len() < BACKLOG_MESSAGES && bytes <= BACKLOG_BYTES {
+        for item in batch {
+            let bytes = queue.bytes + item.bytes();
+            if queue.waiting.len() < T::ITEMS && bytes <= T::BYTES {
                 queue.bytes = bytes;
-                queue.waiting.push_back(live);
+                queue.waiting.push_back(item);
             } else {
                 dropped += 1;
             }
@@ -64,7 +107,7 @@ impl Backlog {
     /// Lets a batch bypass the queue if nothing waits and nothing is in flight. Messages that are
     /// enqueued meanwhile stay until the returned guard is dropped, which says that the batch has
     /// arrived or was given up.
-    pub(super) fn go_ahead(&self) -> Option<Ahead<'_>> {
+    pub(super) fn go_ahead(&self) -> Option<Ahead<'_, T>> {
         let mut queue = self.queue.lock();
         if !queue.is_idle() || queue.missed {
             return None;
@@ -75,7 +118,7 @@ impl Backlog {
 
     /// Waits for a batch. Also returns whether something before it was dropped. Calling this again
     /// says that the previous batch has arrived or was given up. For one task only.
-    pub(super) async fn take(&self) -> (Vec<LiveMessage>, bool) {
+    pub(super) async fn take(&self) -> (Vec<T>, bool) {
         self.queue.lock().busy = false;
         loop {
             if let Some(taken) = self.try_take() {
@@ -90,16 +133,16 @@ impl Backlog {
         self.queue.lock().is_idle()
     }
 
-    fn try_take(&self) -> Option<(Vec<LiveMessage>, bool)> {
+    fn try_take(&self) -> Option<(Vec<T>, bool)> {
         let mut queue = self.queue.lock();
         if queue.ahead || (queue.waiting.is_empty() && !queue.missed) {
             return None;
         }
-        let count = queue.waiting.len().min(BATCH);
-        let batch: Vec<LiveMessage> = queue.waiting.drain(..count).collect();
-        queue.bytes -= batch.iter().map(|live| live.message.payload.len()).sum::<usize>();
+        let count = queue.waiting.len().min(T::BATCH);
+        let batch: Vec<T> = queue.waiting.drain(..count).collect();
+        queue.bytes -= batch.iter().map(Queued::bytes).sum::<usize>();
         if queue.waiting.is_empty() {
-            queue.waiting.shrink_to(BATCH);
+            queue.waiting.shrink_to(T::BATCH);
         }
         queue.busy = true;
         Some((batch, std::mem::take(&mut queue.missed)))
@@ -107,9 +150,9 @@ impl Backlog {
 }
 
 /// A batch that bypasses the queue, as long as it is in flight.
-pub(super) struct Ahead<'a>(&'a Backlog);
+pub(super) struct Ahead<'a, T>(&'a Backlog<T>);
 
-impl Drop for Ahead<'_> {
+impl<T> Drop for Ahead<'_, T> {
     fn drop(&mut self) {
         let mut queue = self.0.queue.lock();
         queue.ahead = false;
@@ -121,7 +164,7 @@ impl Drop for Ahead<'_> {
     }
 }
 
-impl Queue {
+impl<T> Queue<T> {
     fn is_idle(&self) -> bool {
         self.waiting.is_empty() && !self.busy && !self.ahead
     }

@@ -113,7 +113,7 @@ impl World {
             page_limit,
             window,
             session: Session::start(
-                StartPoint { start: Seq::BEGINNING, head: Seq::at(FIRST_HEAD), more: false },
+                StartPoint { start: Seq::BEGINNING, head: Seq::at(FIRST_HEAD), more: false, fresh: false },
                 window,
                 |_: Output<u64>| {},
             ),
@@ -148,7 +148,7 @@ impl World {
         self.full = false;
         let head = self.head();
         let more = head > start.max(FIRST_HEAD);
-        let standing = StartPoint { start: Seq::at(start), head: Seq::at(head), more };
+        let standing = StartPoint { start: Seq::at(start), head: Seq::at(head), more, fresh: false };
         let mut outputs = Vec::new();
         self.session = Session::start(standing, self.window, |o| outputs.push(o));
         self.take(outputs);
@@ -190,6 +190,9 @@ impl World {
                             for gone in after.get() + 1..before.get() {
                                 assert!(!self.alive(gone), "{gone} was said to be gone and is not");
                             }
+                        }
+                        GapReason::Joined | GapReason::Excepted => {
+                            panic!("a session knows nothing of topics")
                         }
                         GapReason::Unreadable => {
                             assert_eq!(before.get(), after.get() + 2);

@@ -118,6 +118,8 @@ fn presences(sessions: Vec<message::Session>) -> Result<Vec<Presence>, PeerError
 pub struct RemotePush {
     client: PushClient<Link>,
     feed: Arc<Mutex<Option<Feed>>>,
+    /// The same for hints about logs.
+    hints: Arc<Mutex<Option<Feed>>>,
 }
 
 /// A stream that is open.
@@ -135,7 +137,7 @@ impl RemotePush {
         let client = PushClient::new(link(address, Some(node), sign)?)
             .max_decoding_message_size(MESSAGE_MAX)
             .max_encoding_message_size(MESSAGE_MAX);
-        Ok(Self { client, feed: Arc::default() })
+        Ok(Self { client, feed: Arc::default(), hints: Arc::default() })
     }
 
     /// As the service that dispatch wants.
@@ -151,7 +153,17 @@ impl RemotePush {
         match request {
             PushRequest::Deliver { batch, sweep, stamp } => {
                 let messages = batch.iter().map(message::Live::from).collect();
-                self.deliver(message::PushBatch { messages, sweep, stamp: Some((&stamp).into()) }).await
+                let stamp = Some((&stamp).into());
+                self.deliver(message::PushBatch { messages, sweep, stamp, ..Default::default() }).await
+            }
+            PushRequest::Hint { hints, missed, stamp } => {
+                let (hints, stamp) = (hints.iter().map(message::Hint::from).collect(), Some((&stamp).into()));
+                let batch = message::PushBatch { hints, hints_missed: missed, stamp, ..Default::default() };
+                self.deliver_hints(batch).await
+            }
+            PushRequest::Readers(log) => {
+                let found = self.client.count_readers(in_time(message::Log::from(&log))).await;
+                Ok(PushResponse::Readers(found.map_err(unavailable)?.into_inner().count))
             }
             PushRequest::Lookup(user) => {
                 let asked = in_time(message::User { user: user.as_str().to_owned() });
@@ -175,6 +187,20 @@ impl RemotePush {
 
     async fn deliver(&mut self, batch: message::PushBatch) -> Result<PushResponse, PeerError> {
         let kept = Arc::clone(&self.feed);
+        self.send(kept, batch).await
+    }
+
+    /// On a stream of their own: messages of inboxes never wait for hints about logs.
+    async fn deliver_hints(&mut self, batch: message::PushBatch) -> Result<PushResponse, PeerError> {
+        let kept = Arc::clone(&self.hints);
+        self.send(kept, batch).await
+    }
+
+    async fn send(
+        &mut self,
+        kept: Arc<Mutex<Option<Feed>>>,
+        batch: message::PushBatch,
+    ) -> Result<PushResponse, PeerError> {
         let mut kept = kept.lock().await;
         // Taken out until it is answered: a call that is given up must not leave its answer to the
         // next one.
@@ -222,9 +248,21 @@ impl RemoteDispatch {
         match request {
             DispatchRequest::Deliver { batch, missed, stamp } => {
                 let messages = batch.iter().map(message::Live::from).collect();
-                let asked = message::DispatchBatch { messages, missed, stamp: Some((&stamp).into()) };
+                let stamp = Some((&stamp).into());
+                let asked = message::DispatchBatch { messages, missed, stamp, ..Default::default() };
                 self.client.deliver(in_time(asked)).await.map_err(unavailable)?;
                 Ok(DispatchResponse::Done)
+            }
+            DispatchRequest::Hint { hints, missed, stamp } => {
+                let (hints, stamp) = (hints.iter().map(message::Hint::from).collect(), Some((&stamp).into()));
+                let asked =
+                    message::DispatchBatch { hints, hints_missed: missed, stamp, ..Default::default() };
+                self.client.deliver(in_time(asked)).await.map_err(unavailable)?;
+                Ok(DispatchResponse::Done)
+            }
+            DispatchRequest::Readers(log) => {
+                let found = self.client.count_readers(in_time(message::Log::from(&log))).await;
+                Ok(DispatchResponse::Readers(found.map_err(unavailable)?.into_inner().count))
             }
             DispatchRequest::Lookup(user) => {
                 let asked = in_time(message::User { user: user.as_str().to_owned() });

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::refusal::Refused;
-use crate::message::{ClientName, DeviceId, Message, Millis, NodeId, Seq, UserId};
+use crate::message::{ClientName, DeviceId, LogId, Message, Millis, NodeId, Seq, UserId};
 
 /// The version of a view. It is sent with every peer call, so that both sides notice when their
 /// views differ.
@@ -43,6 +43,22 @@ pub struct LiveMessage {
     pub message: Arc<Message>,
 }
 
+/// News about logs of topics on its way to the nodes. It is a hint as well.
+#[derive(Debug, Clone)]
+pub enum LogHint {
+    /// A message that was stored in a log.
+    Message {
+        /// The log.
+        log: LogId,
+        /// The message as it is stored.
+        message: Arc<Message>,
+    },
+    /// The memberships of this user in topics with a log have changed.
+    Memberships(UserId),
+    /// The topic was removed, or a message of it has ended before its time: look at it.
+    Look(LogId),
+}
+
 /// A request from collect to dispatch.
 #[derive(Debug, Clone)]
 pub enum DispatchRequest {
@@ -55,8 +71,19 @@ pub enum DispatchRequest {
         /// Version of the sender's view.
         stamp: ViewVersion,
     },
+    /// Tell the nodes.
+    Hint {
+        /// The hints, in the order in which they arose.
+        hints: Vec<LogHint>,
+        /// Hints before these were dropped: every node must look at its logs.
+        missed: bool,
+        /// Version of the sender's view.
+        stamp: ViewVersion,
+    },
     /// Find the sessions of this user.
     Lookup(UserId),
+    /// Count the sockets that read this log.
+    Readers(LogId),
     /// Close the sockets of this user whose token was issued before a time.
     Disconnect(Revocation),
     /// Check that the process responds.
@@ -75,6 +102,8 @@ pub enum DispatchResponse {
         /// The sessions on all nodes that were asked.
         sessions: Vec<Presence>,
     },
+    /// The number of sockets on all nodes that were asked.
+    Readers(u64),
 }
 
 /// A request from dispatch to a push node.
@@ -90,12 +119,23 @@ pub enum PushRequest {
         /// Version of the sender's view.
         stamp: ViewVersion,
     },
+    /// News about logs.
+    Hint {
+        /// The hints, in the order in which they arose.
+        hints: Arc<[LogHint]>,
+        /// Hints before these were dropped: look at all logs that are read here.
+        missed: bool,
+        /// Version of the sender's view.
+        stamp: ViewVersion,
+    },
     /// The sender's view no longer has this node.
     Gone(ViewVersion),
     /// Check that the node responds.
     Ping,
     /// Find the sessions of this user on this node.
     Lookup(UserId),
+    /// Count the sockets on this node that read this log.
+    Readers(LogId),
     /// Close the sockets of this user whose token was issued before a time.
     Disconnect(Revocation),
 }
@@ -107,6 +147,8 @@ pub enum PushResponse {
     Done(ViewVersion),
     /// The sessions of the user.
     Sessions(Vec<Presence>),
+    /// The number of sockets.
+    Readers(u64),
 }
 
 /// Tokens of a user that were issued before a time are refused.

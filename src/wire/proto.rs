@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 
-use super::peer::{LiveMessage, Presence, Revocation, ViewVersion};
+use super::peer::{LiveMessage, LogHint, Presence, Revocation, ViewVersion};
 use crate::message::{
-    ClientName, DeviceId, EventName, Message, MessageId, Millis, NodeId, Seq, TopicName, UserId,
+    ClientName, DeviceId, EventName, LogEntry, LogId, Message, MessageId, Millis, NodeId, Seq, TopicName,
+    UserId, Via,
 };
 
 /// Messages between roles, from `proto/peer.proto`.
@@ -49,7 +50,7 @@ impl From<&LiveMessage> for peer::Live {
             accepted_at_ms: message.accepted_at.0,
             expires_at_ms: message.expires_at.0,
             event: message.event.as_ref().map(|event| event.as_str().to_owned()),
-            via: message.via.as_ref().map(|topic| topic.as_str().to_owned()),
+            via: message.topic().map(|topic| topic.as_str().to_owned()),
             payload: message.payload.clone(),
         }
     }
@@ -64,20 +65,98 @@ impl TryFrom<peer::Live> for LiveMessage {
             id: MessageId::parse(&live.id).map_err(|_| ProtoError("id"))?,
             accepted_at: Millis(live.accepted_at_ms),
             expires_at: Millis(live.expires_at_ms),
-            event: live
-                .event
-                .map(|event| EventName::parse(&event))
-                .transpose()
-                .map_err(|_| ProtoError("event"))?,
+            event: event_of(live.event)?,
             via: live
                 .via
-                .map(|topic| TopicName::parse(&topic).map(Arc::new))
+                .map(|topic| TopicName::parse(&topic).map(|topic| Arc::new(Via::Inbox(topic))))
                 .transpose()
                 .map_err(|_| ProtoError("via"))?,
             payload: live.payload,
         };
         Ok(Self { user: user_of(&live.user)?, message: Arc::new(message) })
     }
+}
+
+fn event_of(event: Option<String>) -> Result<Option<EventName>, ProtoError> {
+    event.map(|event| EventName::parse(&event)).transpose().map_err(|_| ProtoError("event"))
+}
+
+impl From<&LogId> for peer::Log {
+    fn from(log: &LogId) -> Self {
+        Self { topic: log.topic().map(|topic| topic.as_str().to_owned()) }
+    }
+}
+
+impl TryFrom<peer::Log> for LogId {
+    type Error = ProtoError;
+
+    fn try_from(log: peer::Log) -> Result<Self, ProtoError> {
+        match log.topic {
+            Some(topic) => TopicName::parse(&topic).map(Self::Topic).map_err(|_| ProtoError("topic")),
+            None => Ok(Self::Everyone),
+        }
+    }
+}
+
+impl From<&LogHint> for peer::Hint {
+    fn from(hint: &LogHint) -> Self {
+        use peer::hint::About;
+        Self {
+            about: Some(match hint {
+                LogHint::Message { log, message } => {
+                    let entry = message.log_entry().cloned().unwrap_or_default();
+                    About::Message(peer::LogMessage {
+                        log: Some(log.into()),
+                        seq: message.seq.get(),
+                        id: message.id.as_str().to_owned(),
+                        accepted_at_ms: message.accepted_at.0,
+                        expires_at_ms: message.expires_at.0,
+                        payload: message.payload.clone(),
+                        event: message.event.as_ref().map(|event| event.as_str().to_owned()),
+                        life: entry.life,
+                        except: entry.except.iter().map(|user| user.as_str().to_owned()).collect(),
+                    })
+                }
+                LogHint::Memberships(user) => About::Memberships(user.as_str().to_owned()),
+                LogHint::Look(log) => About::Look(log.into()),
+            }),
+        }
+    }
+}
+
+impl TryFrom<peer::Hint> for LogHint {
+    type Error = ProtoError;
+
+    fn try_from(hint: peer::Hint) -> Result<Self, ProtoError> {
+        use peer::hint::About;
+        Ok(match hint.about.ok_or(ProtoError("about"))? {
+            About::Message(sent) => {
+                let except = sent.except.iter().map(|user| user_of(user)).collect::<Result<_, _>>()?;
+                let message = Message {
+                    seq: Seq::new(sent.seq).ok_or(ProtoError("seq"))?,
+                    id: MessageId::parse(&sent.id).map_err(|_| ProtoError("id"))?,
+                    accepted_at: Millis(sent.accepted_at_ms),
+                    expires_at: Millis(sent.expires_at_ms),
+                    event: event_of(sent.event)?,
+                    via: Some(Arc::new(Via::Log(LogEntry { life: sent.life, except }))),
+                    payload: sent.payload,
+                };
+                let log = sent.log.ok_or(ProtoError("log"))?.try_into()?;
+                Self::Message { log, message: Arc::new(message) }
+            }
+            About::Memberships(user) => Self::Memberships(user_of(&user)?),
+            About::Look(log) => Self::Look(log.try_into()?),
+        })
+    }
+}
+
+/// Converts hints. One that a newer version has sent and this one does not know is left out.
+///
+/// # Errors
+///
+/// The first fault.
+pub fn hints_of(hints: Vec<peer::Hint>) -> Result<Vec<LogHint>, ProtoError> {
+    hints.into_iter().filter(|hint| hint.about.is_some()).map(LogHint::try_from).collect()
 }
 
 /// Converts a whole batch.
@@ -163,12 +242,20 @@ mod tests {
                 accepted_at: Millis(5),
                 expires_at: Millis(u64::MAX),
                 event: None,
-                via: Some(Arc::new(TopicName::parse("match-7").unwrap())),
+                via: Some(Arc::new(Via::Inbox(TopicName::parse("match-7").unwrap()))),
                 payload: Bytes::from(payload),
             };
             let live = LiveMessage { user: UserId::parse(&user).unwrap(), message: Arc::new(message) };
             let back = LiveMessage::try_from(peer::Live::from(&live)).unwrap();
-            prop_assert_eq!((back.user, back.message), (live.user, live.message));
+            prop_assert_eq!((back.user, back.message), (live.user, live.message.clone()));
+            let entry = LogEntry { life: seq, except: vec![UserId::parse(&user).unwrap()] };
+            let in_log = Arc::new(Message { via: Some(Arc::new(Via::Log(entry))), ..(*live.message).clone() });
+            for log in [LogId::Everyone, LogId::Topic(TopicName::parse("news").unwrap())] {
+                let hint = LogHint::Message { log: log.clone(), message: Arc::clone(&in_log) };
+                let back = LogHint::try_from(peer::Hint::from(&hint)).unwrap();
+                let LogHint::Message { log: of, message } = back else { panic!("{back:?}") };
+                prop_assert_eq!((of, message), (log, Arc::clone(&in_log)));
+            }
         }
     }
 

@@ -15,6 +15,7 @@ mod crash;
 mod handshakes;
 mod libraries;
 mod limits;
+mod logs;
 mod manifests;
 mod openapi;
 mod outputs;

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use ringpush::clock::Clock;
 use ringpush::inbox::conformance::{Bench, suite};
 use ringpush::inbox::mongo::{MongoInbox, MongoTimes, OpenError};
-use ringpush::inbox::{Append, Appended, Inbox, Janitor, PageLimit};
+use ringpush::inbox::{Append, Appended, Inbox, Janitor, Logs, PageLimit};
 use ringpush::message::{MessageId, Millis, Seq, UserId};
 
 use ringpush_testing::foreign::{Foreign, ReplicaSet, mongod_path};
@@ -25,7 +25,8 @@ async fn the_contract_holds() {
     let set = ReplicaSet::start(1).await;
     let clock = Clock::standing(Millis(1_795_380_000_000));
     let inbox = open(&set.uri(), "contract", MongoTimes::default(), clock.clone()).await;
-    suite(&Bench { inbox: Arc::new(inbox), clock }).await;
+    let logs = Logs::new(Arc::new(inbox.logs()));
+    suite(&Bench { inbox: Arc::new(inbox), logs, clock }).await;
 }
 
 pub(crate) fn item(user: &UserId, id: &str, ttl_ms: u64) -> Append {

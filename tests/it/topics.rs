@@ -215,7 +215,7 @@ async fn bad_requests_about_topics_are_refused_by_name() {
     }
     for (body, pointer) in [
         (json!({"delivery": "mail"}), "/delivery"),
-        (json!({"delivery": "log"}), "/delivery"),
+        (json!({"delivery": ["log"]}), "/delivery"),
         (json!({"ttl_s": 0}), "/ttl_s"),
         (json!([]), ""),
     ] {
@@ -240,7 +240,8 @@ async fn bad_requests_about_topics_are_refused_by_name() {
         (json!({"topics": vec!["news"; 101]}), "/to/topics"),
         (json!({"topic": "news", "except": vec!["a"; 101]}), "/to/except"),
         (json!({"user": "a", "except": ["b"]}), "/to"),
-        (json!({"everyone": true}), "/to"),
+        (json!({"everyone": false}), "/to/everyone"),
+        (json!({"everyone": true, "topic": "news"}), "/to"),
     ] {
         let answer = publish(&server, to.clone(), json!(1)).await;
         assert_eq!((answer.status, answer.pointers()), (422, vec![pointer.to_owned()]), "{to}");

@@ -98,7 +98,8 @@ impl PeerDirectory for Encoding {
             async move {
                 if let PushRequest::Deliver { batch, sweep, stamp } = request {
                     let messages = batch.iter().map(proto::Live::from).collect();
-                    let message = proto::PushBatch { messages, sweep, stamp: Some((&stamp).into()) };
+                    let stamp = Some((&stamp).into());
+                    let message = proto::PushBatch { messages, sweep, stamp, ..Default::default() };
                     black_box(message.encode_to_vec());
                     count.fetch_add(batch.len() as u64, Ordering::Relaxed);
                 }

@@ -121,11 +121,12 @@ impl Dialer {
             heartbeat: Some(true),
             window: Some(self.window),
             client: ClientName::parse(CLIENT).ok(),
+            logs: None,
         };
         let id = self.opened.fetch_add(1, Ordering::Relaxed);
         match credential {
             Some(credential) => {
-                let auth = ClientFrame::Auth(Box::new(AuthFrame { credential, options }));
+                let auth = ClientFrame::Auth(Box::new(AuthFrame { credential: Some(credential), options }));
                 Line::open(id, url, Some(auth.encode())).await
             }
             None => Line::open(id, &format!("{url}{}", query_of(&options)), None).await,

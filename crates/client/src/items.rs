@@ -38,7 +38,7 @@ impl Message {
     }
 
     pub(crate) fn new(frame: MessageFrame, live: bool) -> Self {
-        let MessageFrame { seq, id, event, via, accepted_at, expires_at, payload } = frame;
+        let MessageFrame { seq, id, event, via, accepted_at, expires_at, payload, of: _ } = frame;
         Self { seq, id, event, topic: via, payload, accepted_at, expires_at, live }
     }
 }

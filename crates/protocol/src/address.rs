@@ -75,7 +75,8 @@ impl SessionOptions {
     /// The options as parameters of a query, each after a `&`.
     #[must_use]
     pub fn query(&self) -> String {
-        let Self { device, since, begin, heartbeat, window, client } = self;
+        // What a client says of logs stands in its `auth` frame alone.
+        let Self { device, since, begin, heartbeat, window, client, logs: _ } = self;
         let since = since.map(|since| match since {
             Since::After(seq) => seq.to_string(),
             Since::Latest => "latest".to_owned(),
@@ -108,6 +109,8 @@ pub struct SocketQuery {
     pub hops: u32,
     /// `epoch` of the view that sent it on.
     pub epoch: u64,
+    /// `topics=auth`: an `auth` frame follows, which says what the client knows of logs.
+    pub topics_in_auth: bool,
     /// `redirect=http`: a 307 instead of a `move` frame.
     pub redirect_http: bool,
     /// `access_token`. It is used only where the configuration allows it.
@@ -168,6 +171,8 @@ impl SocketQuery {
                 self.hops = value.parse().map_err(|_| ("hops", "hops is a small integer".to_owned()))?
             }
             "epoch" => self.epoch = value.parse().map_err(|_| ("epoch", "epoch is an integer".to_owned()))?,
+            "topics" if value == "auth" => self.topics_in_auth = true,
+            "topics" => return Err(("topics", "topics is \"auth\" or absent".to_owned())),
             "redirect" if value == "http" => self.redirect_http = true,
             "redirect" => return Err(("redirect", "redirect is \"http\" or absent".to_owned())),
             _ => {}
@@ -223,6 +228,7 @@ mod tests {
             ("heartbeat", "yes"),
             ("client", "%00"),
             ("client", ""),
+            ("topics", "news"),
         ] {
             let faults = SocketQuery::parse(&format!("{name}={bad}")).unwrap_err();
             assert!(faults.len() == 1 && faults[0].0 == name && faults[0].1.contains(name), "{faults:?}");

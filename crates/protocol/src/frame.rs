@@ -7,15 +7,17 @@
 mod client;
 
 pub use client::{
-    AUTH_MAX_BYTES, AuthCredential, AuthFrame, Begin, ClientFrame, OTHER_MAX_BYTES, REFRESH_MAX_BYTES,
-    SessionOptions, Since, WINDOW_MAX, parse_window,
+    AUTH_MAX_BYTES, AuthCredential, AuthFrame, Begin, ClientFrame, LogAcks, LogOptions, OTHER_MAX_BYTES,
+    REFRESH_MAX_BYTES, SessionOptions, Since, TOPICS_IN_AUTH, WINDOW_MAX, WatchSince, parse_window,
 };
+
+use std::collections::BTreeMap;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::message::Message;
+use crate::message::{LogId, Message, TopicName};
 
 /// The subprotocol that the server selects if the client offers any.
 pub const SUBPROTOCOL: &str = "ringpush.v1.json";
@@ -39,6 +41,71 @@ pub enum GapReason {
     Reset,
     /// The messages are stored in a form that cannot be read.
     Unreadable,
+    /// The user joined the topic after they were published.
+    Joined,
+    /// The sender of the message left the user out.
+    Excepted,
+}
+
+/// Which log a frame is about: that of a topic, that of everyone, or neither, which is the inbox.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfLog {
+    /// The topic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topic: Option<String>,
+    /// The log of all users.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub everyone: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+impl From<&LogId> for OfLog {
+    fn from(log: &LogId) -> Self {
+        let topic = log.topic().map(|name| name.as_str().to_owned());
+        Self { everyone: topic.is_none(), topic }
+    }
+}
+
+impl OfLog {
+    /// The log, unless the frame is about the inbox, or the name is none.
+    #[must_use]
+    pub fn log(&self) -> Option<LogId> {
+        match &self.topic {
+            Some(name) => TopicName::parse(name).ok().map(LogId::Topic),
+            None => self.everyone.then_some(LogId::Everyone),
+        }
+    }
+
+    /// Whether the frame is about the inbox.
+    #[must_use]
+    pub const fn is_inbox(&self) -> bool {
+        self.topic.is_none() && !self.everyone
+    }
+}
+
+/// Where a session stands in a log, in `welcome`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogPosition {
+    /// The position after which the session begins.
+    pub after: u64,
+    /// The highest number of the log.
+    pub head: u64,
+}
+
+/// What has become of a topic for a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TopicState {
+    /// The user has joined it.
+    Joined,
+    /// The user has left it, it was removed, or it is watched no more.
+    Left,
+    /// It is watched.
+    Watching,
 }
 
 /// Why a client is told to move.
@@ -54,6 +121,8 @@ pub enum MoveReason {
 /// A frame from the server. `message` is missing here: [`message_frame`] writes it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
+// `welcome` is large, and comes once on each socket.
+#[allow(clippy::large_enum_variant)]
 pub enum ServerFrame {
     /// The first frame of every session.
     Welcome {
@@ -90,16 +159,45 @@ pub enum ServerFrame {
         /// Where a device without a cursor was made to begin, with `begin: "latest"`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         began: Option<u64>,
+        /// The logs of topics that this session reads, if the client understands them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        topics: Option<BTreeMap<String, LogPosition>>,
+        /// The log of all users, if the client understands logs.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        everyone: Option<LogPosition>,
+        /// What this client would get if it understood it.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        missing: Vec<String>,
     },
     /// Comes beside each ping, for clients that see no pings.
     Heartbeat,
     /// The backlog is delivered; live messages follow.
     CaughtUp {
-        /// The last position that was sent.
-        seq: u64,
+        /// The last position that was sent; `None` with `all`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seq: Option<u64>,
+        /// Which log.
+        #[serde(flatten)]
+        of: OfLog,
+        /// Each log of `welcome` has been level once, the inbox too, or is left.
+        #[serde(default, skip_serializing_if = "is_false")]
+        all: bool,
+    },
+    /// What has become of a topic for this socket.
+    Topic {
+        /// The topic.
+        topic: String,
+        /// What has become of it.
+        state: TopicState,
+        /// The position after which its messages come.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<u64>,
     },
     /// Numbers that will never come.
     Gap {
+        /// Which log.
+        #[serde(flatten)]
+        of: OfLog,
         /// The last number before the gap.
         after: u64,
         /// The next number that can come.
@@ -136,6 +234,9 @@ pub enum ServerFrame {
         reason: String,
         /// An explanation for people.
         message: String,
+        /// The topic that it is about, if it is about one: the socket stays open then.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        topic: Option<String>,
         /// When to reconnect, if that makes sense.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         reconnect: Option<ReconnectHint>,
@@ -166,6 +267,12 @@ pub struct WelcomeFrame<'a> {
     pub heartbeat_ms: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub began: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub topics: Option<BTreeMap<&'a str, LogPosition>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub everyone: Option<LogPosition>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub missing: &'a [&'a str],
 }
 
 /// Room for a usual `welcome`, in bytes.
@@ -200,6 +307,24 @@ pub fn message_frame(message: &Message) -> Bytes {
     out.freeze()
 }
 
+/// Encodes a `message` frame of a log. It is built once and shared by all sessions that get it.
+#[must_use]
+pub fn log_message_frame(log: &LogId, message: &Message) -> Bytes {
+    let mut out = BytesMut::with_capacity(message.payload.len() + message.id.as_str().len() + 240);
+    out.put_slice(br#"{"type":"message","#);
+    match log {
+        // Its characters need no escaping.
+        LogId::Topic(topic) => {
+            out.put_slice(br#""topic":""#);
+            out.put_slice(topic.as_str().as_bytes());
+            out.put_slice(br#"","#);
+        }
+        LogId::Everyone => out.put_slice(br#""everyone":true,"#),
+    }
+    put_message_fields(&mut out, message);
+    out.freeze()
+}
+
 /// Appends a message in the form of a history response: a `message` frame without `type`.
 pub fn put_history_item(out: &mut BytesMut, message: &Message) {
     out.put_u8(b'{');
@@ -217,7 +342,7 @@ fn put_message_fields(out: &mut BytesMut, message: &Message) {
         out.put_slice(event.as_str().as_bytes());
         out.put_u8(b'"');
     }
-    if let Some(topic) = &message.via {
+    if let Some(topic) = message.topic() {
         // Its characters need no escaping either.
         out.put_slice(br#","via":""#);
         out.put_slice(topic.as_str().as_bytes());
@@ -260,9 +385,12 @@ pub struct MessageFrame {
     /// What it tells, if its sender named that.
     #[serde(default)]
     pub event: Option<String>,
-    /// The topic by which it came; `None` if it was sent to the user.
+    /// The topic by which it came to the inbox; `None` if it was sent to the user.
     #[serde(default)]
     pub via: Option<String>,
+    /// The log in which it stands.
+    #[serde(flatten)]
+    pub of: OfLog,
     /// When it was accepted, RFC 3339.
     pub accepted_at: String,
     /// When it expires, RFC 3339.
@@ -297,9 +425,8 @@ impl ReceivedFrame {
         let kind: Kind = serde_json::from_slice(text)?;
         match kind.kind.as_str() {
             "message" => serde_json::from_slice(text).map(Self::Message),
-            "welcome" | "caught_up" | "gap" | "move" | "refreshed" | "error" | "pong" | "heartbeat" => {
-                serde_json::from_slice(text).map(Self::Other)
-            }
+            "welcome" | "caught_up" | "gap" | "move" | "refreshed" | "error" | "pong" | "heartbeat"
+            | "topic" => serde_json::from_slice(text).map(Self::Other),
             _ => Ok(Self::Unknown),
         }
     }

@@ -127,6 +127,34 @@ name_type!(
 /// The built-in topic of all users.
 pub const EVERYONE: &str = "everyone";
 
+/// A log that many read: that of a topic, or that of all users. An inbox is named by its
+/// [`UserId`].
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum LogId {
+    /// The log of a topic.
+    Topic(TopicName),
+    /// The log of all users.
+    Everyone,
+}
+
+impl LogId {
+    /// The name of the topic; `None` for everyone.
+    #[must_use]
+    pub const fn topic(&self) -> Option<&TopicName> {
+        match self {
+            Self::Topic(name) => Some(name),
+            Self::Everyone => None,
+        }
+    }
+}
+
+impl fmt::Display for LogId {
+    /// The name of the topic, or `everyone`, which is the name of none.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.topic().map_or(EVERYONE, TopicName::as_str))
+    }
+}
+
 name_type!(
     /// Name and version of a client's library or program, such as `ringpush-js/1.0`, as it says
     /// itself.
@@ -260,14 +288,59 @@ pub struct Message {
     pub expires_at: Millis,
     /// What it tells, if its sender named that.
     pub event: Option<EventName>,
-    /// The topic by which the recipient was reached; `None` if the message was sent to the user.
-    /// Shared, because nearly all messages have none: it takes 8 bytes in place of 24.
-    pub via: Option<Arc<TopicName>>,
+    /// What a topic has to do with it; `None` if the message was sent to the user. Shared, because
+    /// nearly all messages have none: it takes 8 bytes.
+    pub via: Option<Arc<Via>>,
     /// Valid JSON text.
     pub payload: Bytes,
 }
 
+/// What a topic has to do with a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Via {
+    /// It stands in the inbox of a user who was reached by this topic.
+    Inbox(TopicName),
+    /// It stands in the log of a topic, or of everyone.
+    Log(LogEntry),
+}
+
+impl Via {
+    /// The topic by which the user was reached in whose inbox the message stands.
+    #[must_use]
+    pub const fn inbox(&self) -> Option<&TopicName> {
+        match self {
+            Self::Inbox(topic) => Some(topic),
+            Self::Log(_) => None,
+        }
+    }
+}
+
+/// What a message in a log has besides.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogEntry {
+    /// The life of the topic's name in which it was published; 0 for everyone. It is for the
+    /// members of that life alone.
+    pub life: u64,
+    /// Users who do not get it.
+    pub except: Vec<UserId>,
+}
+
 impl Message {
+    /// The topic by which the recipient was reached, if the message stands in an inbox.
+    #[must_use]
+    pub fn topic(&self) -> Option<&TopicName> {
+        self.via.as_deref().and_then(Via::inbox)
+    }
+
+    /// What it has besides, if it stands in a log.
+    #[must_use]
+    pub fn log_entry(&self) -> Option<&LogEntry> {
+        match self.via.as_deref() {
+            Some(Via::Log(entry)) => Some(entry),
+            _ => None,
+        }
+    }
+
     /// Whether the message has expired at `now`.
     #[must_use]
     pub fn is_expired(&self, now: Millis) -> bool {
@@ -284,8 +357,8 @@ pub enum Recipients {
     Users(Vec<UserId>),
     /// The members of topics, each topic with an outcome of its own.
     Topics {
-        /// The topics in the order given.
-        topics: Vec<TopicName>,
+        /// The topics in the order given, or everyone.
+        topics: Vec<LogId>,
         /// Users who do not get the message, although they are members.
         except: Vec<UserId>,
     },

@@ -106,7 +106,7 @@ pub struct DeviceEntry {
 pub struct TopicResponse {
     /// The topic.
     pub topic: String,
-    /// How messages reach the members: `inbox`.
+    /// How messages reach the members: `inbox` or `log`.
     pub delivery: String,
     /// Life of messages whose sender names none, in seconds.
     pub ttl_s: u64,
@@ -115,6 +115,13 @@ pub struct TopicResponse {
     /// Number of members; only where one topic is asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub members: Option<u64>,
+    /// The highest position of its log, 0 if there never was a message; only where one topic with a
+    /// log is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<u64>,
+    /// Number of sockets that read its log; as `head`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub online: Option<u64>,
 }
 
 /// The response to `GET /v1/topics` and `GET /v1/users/{user}/topics`.

@@ -8,6 +8,9 @@ pub enum Delivery {
     /// It is stored in the inbox of each member, in one order with everything else that the member
     /// gets. For up to [`INBOX_MEMBERS`] members.
     Inbox,
+    /// It is stored once, in the log of the topic, and the nodes read it for their sockets. For any
+    /// number of members; in one order for each topic, and in none with other messages.
+    Log,
 }
 
 /// Most members of a topic with [`Delivery::Inbox`]. Members that join at the same moment may
@@ -15,6 +18,8 @@ pub enum Delivery {
 pub const INBOX_MEMBERS: usize = 1_000;
 /// Most topics with [`Delivery::Inbox`] that a user is a member of.
 pub const INBOX_TOPICS: usize = 1_000;
+/// Most topics with [`Delivery::Log`] that a user is a member of.
+pub const LOG_TOPICS: usize = 100;
 
 impl Delivery {
     /// The name in requests, responses and documents.
@@ -22,13 +27,14 @@ impl Delivery {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Inbox => "inbox",
+            Self::Log => "log",
         }
     }
 
     /// The delivery of this name.
     #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
-        (name == Self::Inbox.name()).then_some(Self::Inbox)
+        [Self::Inbox, Self::Log].into_iter().find(|delivery| delivery.name() == name)
     }
 }
 

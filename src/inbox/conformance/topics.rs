@@ -7,7 +7,7 @@ use crate::inbox::topics::{
     MembersChange, MembersChanged, MembersVersion, PutTopic, Topic, TopicRecipients, TopicSettings,
 };
 use crate::inbox::{Append, Appended};
-use crate::message::{Seq, TopicName, UserId};
+use crate::message::{Seq, TopicName, UserId, Via};
 use crate::topic::{Delivery, INBOX_MEMBERS};
 
 fn topic(name: &str) -> TopicName {
@@ -19,19 +19,19 @@ fn users(names: &[&str]) -> Vec<UserId> {
 }
 
 const fn settings(ttl_s: Option<u64>) -> TopicSettings {
-    TopicSettings { delivery: Delivery::Inbox, ttl_s, default_ttl_s: DAY_S }
+    TopicSettings { delivery: None, ttl_s, default_ttl_s: DAY_S }
 }
 
 impl Bench {
     async fn make(&self, name: &str) -> Topic {
         match self.inbox.put(topic(name), settings(None)).await.unwrap() {
             PutTopic::Created(topic) => topic,
-            PutTopic::Known(topic) => panic!("it was there: {topic:?}"),
+            other => panic!("it was there: {other:?}"),
         }
     }
 
     async fn change(&self, name: &str, add: &[&str], remove: &[&str]) -> MembersChanged {
-        let change = MembersChange { add: users(add), remove: users(remove) };
+        let change = MembersChange { add: users(add), remove: users(remove), from: None };
         self.inbox.change_members(topic(name), change).await.unwrap()
     }
 
@@ -171,7 +171,8 @@ pub(super) async fn a_topic_is_full_at_its_limit(bench: &Bench) {
 
 pub(super) async fn an_id_by_a_topic_is_another_one(bench: &Bench) {
     let direct = Append { deduplicated: true, ..bench.message("via", "same", "1", DAY_S) };
-    let by = |name: &str| Append { via: Some(Arc::new(topic(name))), ..direct.clone() };
+    let via = |name: &str| Some(Arc::new(Via::Inbox(topic(name))));
+    let by = |name: &str| Append { via: via(name), ..direct.clone() };
     let outcomes =
         bench.append(vec![direct.clone(), by("news"), by("news.more"), by("news"), direct.clone()]).await;
     let seq = |n: usize| match &outcomes[n] {
@@ -185,13 +186,34 @@ pub(super) async fn an_id_by_a_topic_is_another_one(bench: &Bench) {
     let other = Append { payload: "2".into(), ..by("news.more") };
     assert_eq!(bench.append(vec![other]).await, [Appended::Conflict]);
     let page = bench.page("via", Seq::BEGINNING, WIDE).await;
-    let via: Vec<_> = page.messages.iter().map(|message| message.via.clone()).collect();
-    assert_eq!(via, [None, Some(Arc::new(topic("news"))), Some(Arc::new(topic("news.more")))]);
+    let came: Vec<_> = page.messages.iter().map(|message| message.via.clone()).collect();
+    assert_eq!(came, [None, via("news"), via("news.more")]);
     let evented = Append { event: Some(crate::message::EventName::parse("e").unwrap()), ..by("both") };
     bench.append(vec![evented]).await;
     let last = bench.page("via", seq(2), WIDE).await.messages.remove(0);
+    assert_eq!((last.via, last.event.is_some(), last.payload), (via("both"), true, "1".into()));
+}
+
+pub(super) async fn a_topic_keeps_its_delivery(bench: &Bench) {
+    let as_log = TopicSettings { delivery: Some(Delivery::Log), ..settings(Some(60)) };
+    let PutTopic::Created(log) = bench.inbox.put(topic("keeps.log"), as_log).await.unwrap() else { panic!() };
+    assert_eq!((log.delivery, log.ttl_s), (Delivery::Log, 60));
+    let as_inbox = TopicSettings { delivery: Some(Delivery::Inbox), ..settings(Some(70)) };
+    let other = PutTopic::Other(log.clone());
+    assert_eq!(bench.inbox.put(topic("keeps.log"), as_inbox).await.unwrap(), other, "nor its life");
     assert_eq!(
-        (last.via, last.event.is_some(), last.payload),
-        (Some(Arc::new(topic("both"))), true, "1".into())
+        bench.inbox.put(topic("keeps.log"), settings(None)).await.unwrap(),
+        PutTopic::Known(log.clone())
     );
+    let recipients = bench.inbox.recipients(topic("keeps.log"), None).await.unwrap();
+    assert_eq!(recipients, TopicRecipients::Log(log.clone()));
+    let of_other_kind = bench.change("keeps.log", &["a"], &[]).await;
+    assert_eq!(of_other_kind, MembersChanged::Ended, "members of a log have a beginning");
+    let inbox = bench.make("keeps.inbox").await;
+    assert_eq!(inbox.delivery, Delivery::Inbox);
+    let change = MembersChange { add: users(&["a"]), remove: vec![], from: Some(Seq::at(1)) };
+    let changed = bench.inbox.change_members(topic("keeps.inbox"), change).await.unwrap();
+    assert_eq!(changed, MembersChanged::Ended);
+    let named = ["keeps.inbox", "keeps.none", "keeps.log"].map(topic).to_vec();
+    assert_eq!(bench.inbox.topics_named(named).await.unwrap(), [Some(inbox), None, Some(log)]);
 }

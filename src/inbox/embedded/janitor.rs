@@ -4,7 +4,9 @@ use bytes::Bytes;
 use fjall::{PersistMode, Readable, Snapshot};
 
 use super::super::{InboxError, PASSED_OVER, fence_of};
-use super::records::{Cursor, decode, fence_key, head_key, message_key, prefix, seq_of, unreadable, user_of};
+use super::records::{
+    Cursor, decode, device_of, fence_key, head_key, message_key, prefix, seq_of, unreadable, user_of,
+};
 use super::{JANITOR_BATCH, Store};
 use crate::message::{Millis, UserId};
 
@@ -32,8 +34,10 @@ impl Store {
                 }
             }
         }
-        self.clean_cursors()?;
-        self.clean_topics()?;
+        if !self.is_of_logs {
+            self.clean_cursors()?;
+            self.clean_topics()?;
+        }
         Ok(removed)
     }
 
@@ -62,6 +66,7 @@ impl Store {
         for entry in self.db.snapshot().prefix(&self.cursors, prefix(user)) {
             pending.remove(&self.cursors, entry.key().map_err(unreadable)?);
         }
+        self.drop_all_positions(&self.db.snapshot(), &mut pending, user)?;
         self.commit(pending)
     }
 
@@ -117,7 +122,7 @@ impl Store {
             if !is_over || upto >= JANITOR_BATCH {
                 break;
             }
-            let fence = deduplicated.then(|| fence_of(message.via.as_ref(), &message.id));
+            let fence = deduplicated.then(|| fence_of(message.via.as_deref(), &message.id));
             run.push(Expired { seq, fence });
             upto = run.len();
         }
@@ -145,6 +150,9 @@ impl Store {
                 let stale = |raw: &[u8]| Cursor::decode(raw).map_or(true, |cursor| cursor.is_stale(now));
                 if raw.is_some_and(|raw| stale(&raw)) {
                     pending.remove(&self.cursors, key.clone());
+                    if let Some((user, device)) = device_of(key) {
+                        self.drop_positions(&self.db.snapshot(), &mut pending, (&user, device))?;
+                    }
                 }
             }
             self.commit(pending)?;

@@ -5,13 +5,15 @@ use std::collections::HashSet;
 
 use fjall::{OwnedWriteBatch, Readable, Snapshot};
 
-use super::records::{prefix, unreadable};
-use super::topics::{life_of, name_of};
+use super::records::{head_key, prefix, unreadable};
+use super::topics::{TopicRecord, encode_membership, life_of, membership_of, name_of};
 use super::{JANITOR_BATCH, Store};
 use crate::inbox::InboxError;
-use crate::inbox::topics::{MEMBERS_LOT, MemberRefusal, MembersChange, MembersChanged, Topic};
-use crate::message::{TopicName, UserId};
-use crate::topic::{INBOX_MEMBERS, INBOX_TOPICS};
+use crate::inbox::topics::{
+    LogMembership, MEMBERS_LOT, MemberRefusal, MembersChange, MembersChanged, Memberships, Topic,
+};
+use crate::message::{Seq, TopicName, UserId};
+use crate::topic::{Delivery, INBOX_MEMBERS, INBOX_TOPICS, LOG_TOPICS};
 
 fn members_prefix(topic: &TopicName) -> Vec<u8> {
     let mut key = topic.as_str().as_bytes().to_vec();
@@ -31,6 +33,16 @@ fn membership_key(user: &UserId, topic: &TopicName) -> Vec<u8> {
     key
 }
 
+/// Users who join a topic.
+struct Joining<'a> {
+    record: TopicRecord,
+    /// From where on the log is for them, if the topic has one.
+    from: Option<Seq>,
+    users: &'a [UserId],
+    /// Those who can join no more.
+    busy: &'a HashSet<UserId>,
+}
+
 impl Store {
     /// In lots, so that appends do not wait for a long list.
     pub(super) fn change(
@@ -42,21 +54,29 @@ impl Store {
         let mut life = None;
         let lots = change.remove.chunks(MEMBERS_LOT).map(|lot| (lot, false));
         for (lot, joins) in lots.chain(change.add.chunks(MEMBERS_LOT).map(|lot| (lot, true))) {
-            let busy = if joins { self.users_with_many_topics(lot)? } else { HashSet::new() };
+            let is_log = change.from.is_some();
+            let busy = if joins { self.users_with_many_topics(lot, is_log)? } else { HashSet::new() };
             let _writer = self.writer.lock();
             let snapshot = self.db.snapshot();
             let Some(mut record) = self.alive(&snapshot, name)? else {
                 return Ok(if life.is_none() { MembersChanged::NoTopic } else { MembersChanged::Ended });
             };
-            if *life.get_or_insert(record.life) != record.life {
+            let is_other = (record.delivery == Delivery::Log) != is_log;
+            if *life.get_or_insert(record.life) != record.life || is_other {
                 return Ok(MembersChanged::Ended);
             }
             let mut pending = self.synced_batch();
             if joins {
-                added +=
-                    self.join(&snapshot, (name, record.life), (lot, &busy), &mut pending, &mut refused)?;
+                let joining = Joining { record, from: change.from, users: lot, busy: &busy };
+                added += self.join(&snapshot, name, &joining, &mut pending, &mut refused)?;
             } else {
                 removed += self.leave(&snapshot, (name, record.life), lot, &mut pending)?;
+            }
+            if is_log {
+                for user in lot {
+                    let changes = self.changes_of(&snapshot, user)? + 1;
+                    pending.insert(&self.user_changes, head_key(user), changes.to_be_bytes());
+                }
             }
             record.changes += 1;
             pending.insert(&self.topics, name.as_str(), record.encode());
@@ -87,29 +107,39 @@ impl Store {
     fn join(
         &self,
         snapshot: &Snapshot,
-        (name, life): (&TopicName, u64),
-        (users, busy): (&[UserId], &HashSet<UserId>),
+        name: &TopicName,
+        joining: &Joining<'_>,
         pending: &mut OwnedWriteBatch,
         refused: &mut Vec<(UserId, MemberRefusal)>,
     ) -> Result<u64, InboxError> {
-        let mut members = self.members_of(snapshot, (name, life), None, INBOX_MEMBERS)?.len();
+        let (life, from) = (joining.record.life, joining.from);
+        let mut room = match from {
+            Some(_) => usize::MAX,
+            None => {
+                let members = self.members_of(snapshot, (name, life), None, INBOX_MEMBERS)?.len();
+                INBOX_MEMBERS.saturating_sub(members)
+            }
+        };
         let mut count = 0;
-        for user in users {
+        for user in joining.users {
             let key = member_key(name, user);
             if self.is_member(snapshot, &key, life)? {
                 continue;
             }
-            if members >= INBOX_MEMBERS {
+            if room == 0 {
                 refused.push((user.clone(), MemberRefusal::TopicIsFull));
                 continue;
             }
-            if busy.contains(user) {
-                refused.push((user.clone(), MemberRefusal::TooManyTopics));
+            if joining.busy.contains(user) {
+                let why =
+                    if from.is_some() { MemberRefusal::TooManyLogs } else { MemberRefusal::TooManyTopics };
+                refused.push((user.clone(), why));
                 continue;
             }
-            pending.insert(&self.topic_members, key, life.to_be_bytes());
-            pending.insert(&self.user_topics, membership_key(user, name), life.to_be_bytes());
-            members += 1;
+            let value = encode_membership(life, from);
+            pending.insert(&self.topic_members, key, &*value);
+            pending.insert(&self.user_topics, membership_key(user, name), &*value);
+            room -= 1;
             count += 1;
         }
         Ok(count)
@@ -117,18 +147,41 @@ impl Store {
 
     /// Those who can join no more. Without the writer's lock: it may take long, and the limit is
     /// soft.
-    fn users_with_many_topics(&self, users: &[UserId]) -> Result<HashSet<UserId>, InboxError> {
+    fn users_with_many_topics(&self, users: &[UserId], logs: bool) -> Result<HashSet<UserId>, InboxError> {
+        let (delivery, most) =
+            if logs { (Delivery::Log, LOG_TOPICS) } else { (Delivery::Inbox, INBOX_TOPICS) };
         let snapshot = self.db.snapshot();
         let mut found = HashSet::new();
         for user in users {
-            let rows = snapshot.prefix(&self.user_topics, prefix(user)).take(INBOX_TOPICS).count();
-            // Rows of topics that have ended count until they are removed: then it is looked
-            // closely.
-            if rows == INBOX_TOPICS && self.topics_of(user)?.len() >= INBOX_TOPICS {
+            let rows = snapshot.prefix(&self.user_topics, prefix(user)).take(most).count();
+            // Rows of topics that have ended count until they are removed, and those of topics with
+            // another delivery: then it is looked closely.
+            let is_same = |topic: &&Topic| topic.delivery == delivery;
+            if rows == most && self.topics_of(user)?.iter().filter(is_same).count() >= most {
                 found.insert(user.clone());
             }
         }
         Ok(found)
+    }
+
+    /// The memberships of a user in topics with a log.
+    pub(super) fn memberships(&self, user: &UserId) -> Result<Memberships, InboxError> {
+        let snapshot = self.db.snapshot();
+        let version = self.changes_of(&snapshot, user)?;
+        let mut logs = Vec::new();
+        if version == 0 {
+            return Ok(Memberships { version, logs });
+        }
+        let prefix = prefix(user);
+        for entry in snapshot.prefix(&self.user_topics, &prefix) {
+            let (key, value) = entry.into_inner().map_err(unreadable)?;
+            let Some(topic) = name_of(key.get(prefix.len()..).unwrap_or_default()) else { continue };
+            let (life, Some(from)) = membership_of(&value)? else { continue };
+            if self.alive(&snapshot, &topic)?.is_some_and(|record| record.life == life) {
+                logs.push(LogMembership { topic, life, from });
+            }
+        }
+        Ok(Memberships { version, logs })
     }
 
     fn is_member(&self, snapshot: &Snapshot, key: &[u8], life: u64) -> Result<bool, InboxError> {

@@ -16,8 +16,13 @@
 //! | keyspace | key | value |
 //! | --- | --- | --- |
 //! | topics | topic | delivery, life, last life, changes, ttl, made at |
-//! | topic_members | topic 0 user | life |
-//! | user_topics | hash user 0 topic | life |
+//! | topic_members | topic 0 user | life; where its log begins for the member |
+//! | user_topics | hash user 0 topic | the same |
+//! | user_changes | hash user | how often the memberships in topics with a log have changed |
+//! | log_positions | hash user 0 device 0 log | seq |
+//!
+//! The logs of topics have keyspaces of their own for messages, heads and fences, of the same form,
+//! and a writer's lock of their own ([`EmbeddedInbox::logs`]): an inbox never waits for a log.
 //!
 //! The hash is only for speed. fjall keeps the first four bytes of a key beside its pointer, and
 //! names of users begin alike; without the hash every comparison in the memtable went to memory
@@ -39,6 +44,7 @@
 
 mod append;
 mod janitor;
+mod log_positions;
 mod members;
 mod read;
 mod records;
@@ -60,7 +66,7 @@ use super::{
     PositionLookup, PositionQuery, Profile, UserPosition, WriteObserver,
 };
 use crate::clock::Clock;
-use crate::message::{Seq, UserId};
+use crate::message::{DeviceId, LogId, Seq, UserId};
 
 use records::Head;
 
@@ -74,6 +80,10 @@ const IDENTITY: &[u8] = b"identity";
 const KEYSPACES: [&str; 4] = ["messages.2", "heads.2", "fences.2", "cursors.2"];
 /// The keyspaces of topics. A version without topics does not open them.
 const TOPIC_KEYSPACES: [&str; 3] = ["topics.1", "topic_members.1", "user_topics.1"];
+/// The keyspaces of logs. A version without logs does not open them.
+const LOG_KEYSPACES: [&str; 3] = ["topic_messages.1", "topic_heads.1", "topic_fences.1"];
+/// The keyspaces of what users have to do with logs.
+const LOG_USER_KEYSPACES: [&str; 2] = ["user_changes.1", "log_positions.1"];
 /// A keyspace of the first layout.
 const EARLIER: &str = "messages";
 /// A sync takes a fifth of a millisecond and ten wake-ups, for one message as for many
@@ -97,9 +107,13 @@ const JANITOR_BATCH: usize = 1_000;
 #[derive(Clone)]
 pub struct EmbeddedInbox {
     store: Arc<Store>,
+    /// The store of the logs; `None` in that store itself.
+    logs: Option<Arc<Store>>,
 }
 
 struct Store {
+    /// This is the store of the logs: what belongs to users is in the other one.
+    is_of_logs: bool,
     db: Database,
     messages: Keyspace,
     heads: Keyspace,
@@ -108,13 +122,41 @@ struct Store {
     topics: Keyspace,
     topic_members: Keyspace,
     user_topics: Keyspace,
+    user_changes: Keyspace,
+    log_positions: Keyspace,
     clock: Clock,
     /// Made once and kept in the store: tells this store from every other.
     identity: String,
     /// The head record of users that are new to this process.
     newborn: Head,
     writer: Mutex<Writer>,
-    poisoned: watch::Sender<bool>,
+    poisoned: Arc<watch::Sender<bool>>,
+}
+
+impl Store {
+    /// The store of the logs, beside this one.
+    fn of_logs(&self) -> fjall::Result<Self> {
+        let keyspace = |name: &str| self.db.keyspace(name, KeyspaceCreateOptions::default);
+        let [messages, heads, fences] = LOG_KEYSPACES;
+        Ok(Self {
+            is_of_logs: true,
+            db: self.db.clone(),
+            messages: keyspace(messages)?,
+            heads: keyspace(heads)?,
+            fences: keyspace(fences)?,
+            cursors: self.cursors.clone(),
+            topics: self.topics.clone(),
+            topic_members: self.topic_members.clone(),
+            user_topics: self.user_topics.clone(),
+            user_changes: self.user_changes.clone(),
+            log_positions: self.log_positions.clone(),
+            clock: self.clock.clone(),
+            identity: self.identity.clone(),
+            newborn: self.newborn,
+            writer: Mutex::default(),
+            poisoned: Arc::clone(&self.poisoned),
+        })
+    }
 }
 
 /// State that belongs to the holder of the writer's lock.
@@ -175,7 +217,7 @@ impl EmbeddedInbox {
     ///
     /// [`OpenError`], with the remedy if there is one.
     pub fn open(directory: &Path, clock: Clock) -> Result<Self, OpenError> {
-        let open = || -> fjall::Result<Option<Store>> {
+        let open = || -> fjall::Result<Option<(Store, Store)>> {
             let db = Database::builder(directory).open()?;
             if db.keyspace_exists(EARLIER) {
                 return Ok(None);
@@ -183,6 +225,7 @@ impl EmbeddedInbox {
             let keyspace = |name: &str| db.keyspace(name, KeyspaceCreateOptions::default);
             let [messages, heads, fences, cursors] = KEYSPACES;
             let [topics, topic_members, user_topics] = TOPIC_KEYSPACES;
+            let [user_changes, log_positions] = LOG_USER_KEYSPACES;
             let about = keyspace(ABOUT)?;
             let identity = match about.get(IDENTITY)? {
                 Some(known) => String::from_utf8_lossy(&known).into_owned(),
@@ -194,7 +237,8 @@ impl EmbeddedInbox {
                     made
                 }
             };
-            Ok(Some(Store {
+            let store = Store {
+                is_of_logs: false,
                 identity,
                 messages: keyspace(messages)?,
                 heads: keyspace(heads)?,
@@ -203,19 +247,29 @@ impl EmbeddedInbox {
                 topics: keyspace(topics)?,
                 topic_members: keyspace(topic_members)?,
                 user_topics: keyspace(user_topics)?,
+                user_changes: keyspace(user_changes)?,
+                log_positions: keyspace(log_positions)?,
                 db: db.clone(),
                 newborn: Head::beginning_at(clock.now()),
                 clock,
                 writer: Mutex::default(),
-                poisoned: watch::Sender::new(false),
-            }))
+                poisoned: Arc::new(watch::Sender::new(false)),
+            };
+            let logs = store.of_logs()?;
+            Ok(Some((store, logs)))
         };
         match open() {
-            Ok(Some(store)) => Ok(Self { store: Arc::new(store) }),
+            Ok(Some((store, logs))) => Ok(Self { store: Arc::new(store), logs: Some(Arc::new(logs)) }),
             Ok(None) => Err(OpenError::Earlier),
             Err(fjall::Error::Locked) => Err(OpenError::Locked),
             Err(error) => Err(OpenError::Failed(error.to_string())),
         }
+    }
+
+    /// The store of the logs of topics, for [`Logs`](crate::inbox::Logs).
+    #[must_use]
+    pub fn logs(&self) -> Self {
+        Self { store: Arc::clone(self.logs.as_ref().unwrap_or(&self.store)), logs: None }
     }
 
     /// The identity of this store. A copy of the store has the same.
@@ -237,9 +291,12 @@ impl EmbeddedInbox {
         let mut held = Vec::new();
         loop {
             tokio::time::sleep(FREE_EVERY).await;
-            let Store { messages, heads, fences, cursors, topics, topic_members, user_topics, .. } =
+            let Store { cursors, topics, topic_members, user_topics, user_changes, log_positions, .. } =
                 &*self.store;
-            for keyspace in [messages, heads, fences, cursors, topics, topic_members, user_topics] {
+            let of_users = [cursors, topics, topic_members, user_topics, user_changes, log_positions];
+            let stores = [Some(&self.store), self.logs.as_ref()].into_iter().flatten();
+            let of_messages = stores.flat_map(|store| [&store.messages, &store.heads, &store.fences]);
+            for keyspace in of_users.into_iter().chain(of_messages) {
                 let active = keyspace.tree.active_memtable();
                 if !held.iter().any(|one| Arc::ptr_eq(one, &active)) {
                     held.push(active);
@@ -322,6 +379,14 @@ impl Inbox for EmbeddedInbox {
 
     fn forget(&self, user: UserId) -> BoxFuture<'_, Result<(), InboxError>> {
         self.run(move |store| store.forget(&user))
+    }
+
+    fn log_positions(
+        &self,
+        user: UserId,
+        device: DeviceId,
+    ) -> BoxFuture<'_, Result<Vec<(LogId, Seq)>, InboxError>> {
+        self.run(move |store| store.log_positions_of(&user, &device))
     }
 
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {

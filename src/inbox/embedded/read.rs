@@ -48,6 +48,11 @@ impl Store {
                     Self::answer_at(ask, self.newborn, self.newborn.head, None)
                 }
             });
+            if !self.is_of_logs
+                && let Some(answer) = answers.last_mut()
+            {
+                answer.memberships = self.changes_of(&snapshot, &ask.user)?;
+            }
         }
         Ok((answers, strangers))
     }
@@ -81,13 +86,13 @@ impl Store {
             StartAt::Latest => head,
         };
         let more = highest > start.get().max(record.first);
-        UserPosition { start, head, more, not_before_s: record.not_before_s }
+        UserPosition { start, head, more, not_before_s: record.not_before_s, memberships: 0 }
     }
 
     /// The result for a record that cannot be read: a page will tell more, or fail.
     pub(super) fn unknown(ask: &PositionQuery) -> UserPosition {
         let start = if let StartAt::After(seq) = &ask.from { *seq } else { Seq::BEGINNING };
-        UserPosition { start, head: start, more: true, not_before_s: 0 }
+        UserPosition { start, head: start, more: true, not_before_s: 0, memberships: 0 }
     }
 
     /// Whether a disconnect is so far in the future that the clock that made it was wrong.
@@ -225,6 +230,7 @@ impl Store {
             let (Change::Cursor { user, .. }
             | Change::Begin { user, .. }
             | Change::NotBefore { user, .. }
+            | Change::Positions { user, .. }
             | Change::Shown { user, .. }) = change;
             if !touched.insert(user) {
                 // A later change of the same user must see an earlier one.
@@ -241,6 +247,12 @@ impl Store {
                         pending.insert(&self.heads, head_key(user), self.newborn.encode());
                     }
                     self.move_cursor(&snapshot, &mut pending, (user, device), *at, now)?;
+                    synced = true;
+                }
+                Change::Positions { user, device, logs } => {
+                    // The positions of a device go with its cursor, so it has one.
+                    self.move_cursor(&snapshot, &mut pending, (user, device), Seq::BEGINNING, now)?;
+                    self.raise_positions(&snapshot, &mut pending, (user, device), logs)?;
                     synced = true;
                 }
                 // An embedded store is restored while no process has it open, so every position
@@ -278,6 +290,7 @@ impl Store {
             if others.len() >= DEVICES_PER_USER {
                 others.sort_by_key(|(_, cursor)| cursor.moved_at);
                 pending.remove(&self.cursors, cursor_key(user, &others[0].0));
+                self.drop_positions(snapshot, pending, (user, &others[0].0))?;
             }
         }
         let acked = known.map_or(acked, |cursor| cursor.acked.max(acked));

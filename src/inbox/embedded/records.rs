@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, Bytes};
 
 use super::super::{Append, Appended, CURSOR_LIFE_MS, InboxError, is_json};
-use crate::message::{EventName, Message, MessageId, Millis, Seq, TopicName, UserId};
+use crate::message::{EventName, LogEntry, Message, MessageId, Millis, Seq, TopicName, UserId, Via};
 
 /// A head record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +100,9 @@ const DEDUPLICATED: u8 = 1;
 const HAS_EVENT: u8 = 2;
 /// Flag of a message that came by a topic: its name stands next, in the same form.
 const HAS_TOPIC: u8 = 4;
+/// Flag of a message in a log: the life in which it was published stands next, then the number of
+/// users who do not get it, and their names, each with its length before it.
+const IN_LOG: u8 = 8;
 
 /// Encodes a message into `out`, replacing its content.
 pub(super) fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bool) {
@@ -108,20 +111,32 @@ pub(super) fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bo
     out.put_u8(MESSAGE_LAYOUT);
     out.put_u64(message.accepted_at.0);
     out.put_u64(message.expires_at.0);
-    let (event, topic) = (message.event.as_ref(), message.via.as_deref());
+    let (event, topic) = (message.event.as_ref(), message.topic());
+    let entry = message.log_entry();
     let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
     out.put_u8(
         flag(deduplicated, DEDUPLICATED)
             | flag(event.is_some(), HAS_EVENT)
-            | flag(topic.is_some(), HAS_TOPIC),
+            | flag(topic.is_some(), HAS_TOPIC)
+            | flag(entry.is_some(), IN_LOG),
     );
     out.put_u8(u8::try_from(id.len()).unwrap_or(u8::MAX));
     out.put_slice(id);
-    for name in [event.map(EventName::as_str), topic.map(TopicName::as_str)].into_iter().flatten() {
-        out.put_u8(u8::try_from(name.len()).unwrap_or(u8::MAX));
-        out.put_slice(name.as_bytes());
+    [event.map(EventName::as_str), topic.map(TopicName::as_str)]
+        .into_iter()
+        .flatten()
+        .for_each(|name| put_name(out, name));
+    if let Some(LogEntry { life, except }) = entry {
+        out.put_u64(*life);
+        out.put_u8(u8::try_from(except.len()).unwrap_or(u8::MAX));
+        except.iter().for_each(|user| put_name(out, user.as_str()));
     }
     out.put_slice(&message.payload);
+}
+
+fn put_name(out: &mut Vec<u8>, name: &str) {
+    out.put_u8(u8::try_from(name.len()).unwrap_or(u8::MAX));
+    out.put_slice(name.as_bytes());
 }
 
 pub(super) fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxError> {
@@ -136,8 +151,9 @@ pub(super) fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxE
     let event = take_name(flags & HAS_EVENT != 0, &mut raw)?;
     let event = event.map(|name| EventName::parse(&name)).transpose().map_err(|_| corrupt("an event"))?;
     let topic = take_name(flags & HAS_TOPIC != 0, &mut raw)?;
-    let via = topic.map(|name| TopicName::parse(&name).map(Arc::new)).transpose();
-    let via = via.map_err(|_| corrupt("a topic"))?;
+    let topic = topic.map(|name| TopicName::parse(&name)).transpose().map_err(|_| corrupt("a topic"))?;
+    let entry = if flags & IN_LOG != 0 { Some(take_entry(&mut raw)?) } else { None };
+    let via = topic.map(Via::Inbox).or(entry.map(Via::Log)).map(Arc::new);
     if !is_json(&raw) {
         return Err(corrupt("a payload"));
     }
@@ -160,9 +176,30 @@ fn take_name(is_there: bool, raw: &mut Bytes) -> Result<Option<String>, InboxErr
     String::from_utf8(name.to_vec()).map(Some).map_err(|_| corrupt("a name"))
 }
 
+/// What a message in a log has besides.
+fn take_entry(raw: &mut Bytes) -> Result<LogEntry, InboxError> {
+    if raw.len() < 9 {
+        return Err(corrupt("a message of a log"));
+    }
+    let (life, count) = (raw.get_u64(), raw.get_u8());
+    let mut except = Vec::with_capacity(count.into());
+    for _ in 0..count {
+        let name = take_name(true, raw)?.and_then(|name| UserId::parse(&name).ok());
+        except.push(name.ok_or_else(|| corrupt("a user who is left out"))?);
+    }
+    Ok(LogEntry { life, except })
+}
+
 /// The user of a head record's key; `None` if the key is not one.
 pub(super) fn user_of(key: &[u8]) -> Option<UserId> {
     UserId::parse(std::str::from_utf8(key.get(HASH_BYTES..)?).ok()?).ok()
+}
+
+/// The user and the device of a cursor's key; `None` if the key is not one.
+pub(super) fn device_of(key: &[u8]) -> Option<(UserId, &str)> {
+    let text = std::str::from_utf8(key.get(HASH_BYTES..)?).ok()?;
+    let (user, device) = text.split_once('\0')?;
+    Some((UserId::parse(user).ok()?, device))
 }
 
 pub(super) fn take_u64(raw: &mut &[u8]) -> Result<u64, InboxError> {

@@ -4,7 +4,7 @@ use super::super::conformance::{Bench, suite};
 use super::super::memory::MemoryInbox;
 use super::records::*;
 use super::*;
-use crate::inbox::StartAt;
+use crate::inbox::{Logs, StartAt};
 use crate::message::{DeviceId, MessageId, Millis};
 use bytes::Bytes;
 
@@ -13,7 +13,8 @@ const START: Millis = Millis(1_795_380_000_000);
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_model_keeps_the_contract() {
     let clock = Clock::standing(START);
-    suite(&Bench { inbox: Arc::new(MemoryInbox::new(clock.clone())), clock }).await;
+    let logs = Logs::new(Arc::new(MemoryInbox::new(clock.clone())));
+    suite(&Bench { inbox: Arc::new(MemoryInbox::new(clock.clone())), logs, clock }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -21,7 +22,8 @@ async fn the_embedded_store_keeps_the_contract() {
     let directory = tempfile::tempdir().unwrap();
     let clock = Clock::standing(START);
     let inbox = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
-    suite(&Bench { inbox: Arc::new(inbox), clock }).await;
+    let logs = Logs::new(Arc::new(inbox.logs()));
+    suite(&Bench { inbox: Arc::new(inbox), logs, clock }).await;
 }
 
 #[test]

@@ -11,19 +11,21 @@ use super::records::{corrupt, take_u64, unreadable};
 use super::{EmbeddedInbox, Store};
 use crate::inbox::InboxError;
 use crate::inbox::topics::{
-    MembersChange, MembersChanged, MembersVersion, PutTopic, Topic, TopicRecipients, TopicSettings, Topics,
+    MembersChange, MembersChanged, MembersVersion, Memberships, PutTopic, Topic, TopicRecipients,
+    TopicSettings, Topics,
 };
-use crate::message::{Millis, TopicName, UserId};
+use crate::message::{Millis, Seq, TopicName, UserId};
 use crate::topic::Delivery;
 
 /// Version of the encoding of a topic.
 const TOPIC_LAYOUT: u8 = 1;
-/// The byte of [`Delivery::Inbox`].
-const INBOX: u8 = 0;
+/// The bytes of the deliveries.
+const DELIVERIES: [(u8, Delivery); 2] = [(0, Delivery::Inbox), (1, Delivery::Log)];
 
 /// A topic as it is stored. It stays when the topic ends, so that no life is given twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TopicRecord {
+    pub(super) delivery: Delivery,
     /// 0 while the name is free.
     pub(super) life: u64,
     /// The last life that was given.
@@ -37,7 +39,8 @@ impl TopicRecord {
     pub(super) fn encode(self) -> Vec<u8> {
         let mut out = Vec::with_capacity(42);
         out.put_u8(TOPIC_LAYOUT);
-        out.put_u8(INBOX);
+        let byte = DELIVERIES.iter().find(|(_, delivery)| *delivery == self.delivery);
+        out.put_u8(byte.map_or(u8::MAX, |(byte, _)| *byte));
         for number in [self.life, self.last, self.changes, self.ttl_s, self.created_at.0] {
             out.put_u64(number);
         }
@@ -45,9 +48,13 @@ impl TopicRecord {
     }
 
     fn decode(raw: &[u8]) -> Result<Self, InboxError> {
-        let Some(mut raw) = raw.strip_prefix(&[TOPIC_LAYOUT, INBOX]) else { return Err(corrupt("a topic")) };
+        let [TOPIC_LAYOUT, delivery, raw @ ..] = raw else { return Err(corrupt("a topic")) };
+        let delivery = DELIVERIES.iter().find(|(byte, _)| byte == delivery);
+        let delivery = delivery.ok_or_else(|| corrupt("a topic"))?.1;
+        let mut raw = raw;
         let mut next = || take_u64(&mut raw);
         Ok(Self {
+            delivery,
             life: next()?,
             last: next()?,
             changes: next()?,
@@ -63,7 +70,7 @@ impl TopicRecord {
     pub(super) fn named(self, name: TopicName) -> Topic {
         Topic {
             name,
-            delivery: Delivery::Inbox,
+            delivery: self.delivery,
             ttl_s: self.ttl_s,
             created_at: self.created_at,
             version: MembersVersion { life: self.life, changes: self.changes, draw: 0 },
@@ -77,6 +84,18 @@ pub(super) fn name_of(key: &[u8]) -> Option<TopicName> {
 
 pub(super) fn life_of(mut raw: &[u8]) -> Result<u64, InboxError> {
     take_u64(&mut raw)
+}
+
+/// The life in a membership, and from where on a log is for the member.
+pub(super) fn membership_of(mut raw: &[u8]) -> Result<(u64, Option<Seq>), InboxError> {
+    let life = take_u64(&mut raw)?;
+    Ok((life, take_u64(&mut raw).ok().map(Seq::at)))
+}
+
+pub(super) fn encode_membership(life: u64, from: Option<Seq>) -> Vec<u8> {
+    let mut out = life.to_be_bytes().to_vec();
+    out.extend(from.into_iter().flat_map(|from| from.get().to_be_bytes()));
+    out
 }
 
 impl Store {
@@ -102,10 +121,14 @@ impl Store {
         let known = self.record(&self.db.snapshot(), &name)?;
         let is_new = !known.is_some_and(|record| record.is_alive());
         let record = match known.filter(TopicRecord::is_alive) {
+            Some(record) if settings.is_other_than(&record.named(name.clone())) => {
+                return Ok(PutTopic::Other(record.named(name)));
+            }
             Some(record) => TopicRecord { ttl_s: settings.ttl_s.unwrap_or(record.ttl_s), ..record },
             None => {
                 let life = known.map_or(0, |record| record.last) + 1;
                 TopicRecord {
+                    delivery: settings.delivery.unwrap_or(Delivery::Inbox),
                     life,
                     last: life,
                     changes: 0,
@@ -166,6 +189,9 @@ impl Store {
         let snapshot = self.db.snapshot();
         let Some(record) = self.alive(&snapshot, &name)? else { return Ok(TopicRecipients::NoTopic) };
         let topic = record.named(name);
+        if topic.delivery == Delivery::Log {
+            return Ok(TopicRecipients::Log(topic));
+        }
         if known == Some(topic.version) {
             return Ok(TopicRecipients::Known(topic));
         }
@@ -183,6 +209,18 @@ impl Topics for EmbeddedInbox {
         self.run(move |store| {
             Ok(store.alive(&store.db.snapshot(), &topic)?.map(|record| record.named(topic)))
         })
+    }
+
+    fn topics_named(&self, names: Vec<TopicName>) -> BoxFuture<'_, Result<Vec<Option<Topic>>, InboxError>> {
+        self.run(move |store| {
+            let snapshot = store.db.snapshot();
+            let find = |name: TopicName| Ok(store.alive(&snapshot, &name)?.map(|record| record.named(name)));
+            names.into_iter().map(find).collect()
+        })
+    }
+
+    fn log_memberships(&self, users: Vec<UserId>) -> BoxFuture<'_, Result<Vec<Memberships>, InboxError>> {
+        self.run(move |store| users.iter().map(|user| store.memberships(user)).collect())
     }
 
     fn remove(&self, topic: TopicName) -> BoxFuture<'_, Result<bool, InboxError>> {

@@ -8,6 +8,7 @@ use mongodb::bson::{Document, doc};
 use mongodb::options::ReadConcern;
 
 use super::super::{Change, DEVICES_PER_USER, InboxError, PositionQuery, StartAt};
+use super::log_positions::raised;
 use super::stored::{CURSORS, id, int, integer};
 use super::{Inner, distinct, unavailable};
 use crate::message::{DeviceId, Seq, UserId};
@@ -46,7 +47,9 @@ impl Inner {
             let id = document.get_document("_id").ok()?;
             let user = UserId::parse(id.get_str("u").ok()?).ok()?;
             let device = DeviceId::parse(id.get_str("d").ok()?).ok()?;
-            Some(((user, device), Seq::at(u64::try_from(integer(document, "acked")?).ok()?)))
+            // A device that has only positions in logs begins at the beginning of the inbox.
+            let acked = u64::try_from(integer(document, "acked").unwrap_or(0)).ok()?;
+            Some(((user, device), Seq::at(acked)))
         };
         Ok(found.iter().filter_map(read).collect())
     }
@@ -56,14 +59,23 @@ impl Inner {
         let minute = now - now % MINUTE_MS;
         let mut updates = Vec::new();
         let mut users = Vec::new();
-        // A cursor may be lost, but not where a device began.
-        let begins = changes.iter().any(|change| matches!(change, Change::Begin { .. }));
+        // A cursor may be lost, but not where a device began, in the inbox or in a log.
+        let is_lasting = |change: &Change| matches!(change, Change::Begin { .. } | Change::Positions { .. });
+        let begins = changes.iter().any(is_lasting);
         for change in changes {
             match change {
                 Change::Cursor { user, device, acked } | Change::Begin { user, device, at: acked } => {
                     updates.push(doc! {
                         "q": { "_id": { "u": user.as_str(), "d": device.as_str() } },
                         "u": { "$max": { "acked": int(acked.get()) }, "$set": { "at": int(minute), "t": int(now) } },
+                        "upsert": true,
+                    });
+                    users.push(user);
+                }
+                Change::Positions { user, device, logs } => {
+                    updates.push(doc! {
+                        "q": { "_id": { "u": user.as_str(), "d": device.as_str() } },
+                        "u": { "$max": raised(&logs), "$set": { "at": int(minute), "t": int(now) } },
                         "upsert": true,
                     });
                     users.push(user);

@@ -6,7 +6,7 @@ use mongodb::error::ErrorKind;
 use mongodb::options::IndexOptions;
 use mongodb::{Collection, IndexModel};
 
-use super::stored::{CURSORS, INBOX, MEMBERS, TOPICS};
+use super::stored::{CURSORS, MEMBERS, TOPICS};
 use super::{DUPLICATE_KEY, Inner, OpenError, index_fault, words};
 
 /// MongoDB's code for a collection that does not exist.
@@ -22,7 +22,7 @@ impl Inner {
             Err(error) if matches!(&*error.kind, ErrorKind::Command(one) if one.code == NO_COLLECTION) => {
                 Vec::new()
             }
-            all => all.map_err(|error| index_fault(INBOX, &error))?,
+            all => all.map_err(|error| index_fault(self.documents.name(), &error))?,
         };
         let is_it = |options: &IndexOptions| {
             options.name.as_deref() == Some("sender_id") && options.unique == Some(true)
@@ -49,8 +49,10 @@ impl Inner {
         let missing = !self.tells_ids_apart().await?;
         if missing && self.ids_refused.lock().is_none() {
             // Holds until the index exists, however long it takes to create it.
-            let why = "the index sender_id of the collection inbox is not there, or is not unique";
-            self.refuse_ids(Some(why.to_owned()));
+            let collection = self.documents.name();
+            self.refuse_ids(Some(format!(
+                "the index sender_id of the collection {collection} is not there, or is not unique"
+            )));
         }
         let unique = IndexOptions::builder()
             .name("sender_id".to_owned())
@@ -63,7 +65,7 @@ impl Inner {
             Err(error) if matches!(&*error.kind, ErrorKind::Command(one) if one.code == DUPLICATE_KEY) => {
                 true
             }
-            Err(error) => return Err(index_fault(INBOX, error)),
+            Err(error) => return Err(index_fault(self.documents.name(), error)),
             Ok(_) => false,
         };
         let why = if in_the_way { Some(self.ids_that_stand_twice().await) } else { None };
@@ -71,26 +73,15 @@ impl Inner {
         let named = |name: &str| IndexOptions::builder().name(name.to_owned()).build();
         let index =
             |keys: Document, name: &str| IndexModel::builder().keys(keys).options(named(name)).build();
-        let all: [(&Collection<Document>, &str, Document, &str); 4] = [
-            (&self.documents, INBOX, doc! { "x": 1, "_id.u": 1 }, "expiry"),
-            (&self.cursors, CURSORS, doc! { "at": 1 }, "unused"),
-            (&self.cursors, CURSORS, doc! { "_id.u": 1, "at": 1 }, "user"),
-            (&self.members, MEMBERS, doc! { "_id.t": 1, "_id.u": 1 }, "topic"),
-        ];
-        let partial = |keys: Document, name: &str, field: &str| {
-            let options = IndexOptions::builder()
-                .name(name.to_owned())
-                .partial_filter_expression(doc! { field: { "$exists": true } })
-                .build();
-            IndexModel::builder().keys(keys).options(options).build()
-        };
-        // Free names stay, and may be many.
-        for index in [
-            partial(doc! { "_id": 1, "life": 1 }, "alive", "life"),
-            partial(doc! { "dead": 1 }, "dead", "dead"),
-        ] {
-            let made = self.in_time(self.topics.create_index(index).into_future()).await;
-            made.map_err(|error| index_fault(TOPICS, &error))?;
+        let mut all: Vec<(&Collection<Document>, &str, Document, &str)> =
+            vec![(&self.documents, self.documents.name(), doc! { "x": 1, "_id.u": 1 }, "expiry")];
+        if !self.is_of_logs {
+            self.make_topic_indexes().await?;
+            all.extend([
+                (&self.cursors, CURSORS, doc! { "at": 1 }, "unused"),
+                (&self.cursors, CURSORS, doc! { "_id.u": 1, "at": 1 }, "user"),
+                (&self.members, MEMBERS, doc! { "_id.t": 1, "_id.u": 1 }, "topic"),
+            ]);
         }
         for (collection, shown, keys, name) in all {
             let made = self.in_time(collection.create_index(index(keys, name)).into_future()).await;
@@ -99,8 +90,30 @@ impl Inner {
         Ok(())
     }
 
+    async fn make_topic_indexes(&self) -> Result<(), OpenError> {
+        let partial = |keys: Document, name: &str, field: &str| {
+            let options = IndexOptions::builder()
+                .name(name.to_owned())
+                .partial_filter_expression(doc! { field: { "$exists": true } })
+                .build();
+            IndexModel::builder().keys(keys).options(options).build()
+        };
+        let read_at_attach = doc! { "_id.u": 1, "_id.t": 1, "life": 1, "from": 1 };
+        for (collection, shown, index) in [
+            // Free names stay, and may be many.
+            (&self.topics, TOPICS, partial(doc! { "_id": 1, "life": 1 }, "alive", "life")),
+            (&self.topics, TOPICS, partial(doc! { "dead": 1 }, "dead", "dead")),
+            (&self.members, MEMBERS, partial(read_at_attach, "logs", "from")),
+        ] {
+            let made = self.in_time(collection.create_index(index).into_future()).await;
+            made.map_err(|error| index_fault(shown, &error))?;
+        }
+        Ok(())
+    }
+
     /// An error text that names some duplicate ids and the remedy.
     async fn ids_that_stand_twice(&self) -> String {
+        let collection = self.documents.name();
         let group =
             doc! { "_id": { "u": "$_id.u", "f": "$f" }, "at": { "$push": "$_id.n" }, "count": { "$sum": 1 } };
         let pipeline = [
@@ -120,7 +133,7 @@ impl Inner {
         let found = match self.in_time(reading).await {
             Ok(found) => found,
             Err(error) => {
-                return format!("ids stand twice in {INBOX}, and cannot be listed: {}", words(&error));
+                return format!("ids stand twice in {collection}, and cannot be listed: {}", words(&error));
             }
         };
         let show = |one: &Document| {
@@ -131,8 +144,8 @@ impl Inner {
         };
         let shown: Vec<String> = found.iter().map(show).collect();
         format!(
-            "the index sender_id of {INBOX} is missing and cannot be made, for these ids stand twice: {}; unset f of all but the \
-             first of each (db.{INBOX}.updateOne({{_id: {{u: USER, n: NUMBER}}}}, {{$unset: {{f: \"\"}}}}), and they are taken \
+            "the index sender_id of {collection} is missing and cannot be made, for these ids stand twice: {}; unset f of all but the \
+             first of each (db.{collection}.updateOne({{_id: {{u: USER, n: NUMBER}}}}, {{$unset: {{f: \"\"}}}}), and they are taken \
              again within a minute",
             shown.join("; ")
         )

@@ -48,6 +48,9 @@ pub(super) async fn run_once(inner: &Inner) -> Result<u64, InboxError> {
         }
     }
     seen.runs = still;
+    if inner.is_of_logs {
+        return Ok(removed);
+    }
     let unused = int(inner.clock.now().0.saturating_sub(CURSOR_LIFE_MS));
     // `at` is the minute, which is indexed; `t` is the exact time. Cursors of earlier versions have
     // the exact time in `at`.

@@ -6,13 +6,15 @@ use futures_util::TryStreamExt;
 use mongodb::bson::{Bson, Document, doc};
 
 use super::open::MAJORITY_TIMEOUT;
-use super::stored::{MEMBERS, int, integer, number};
+use super::stored::{MEMBERS, id, int, integer, number, place_of};
 use super::topics::read_topic;
 use super::{DUPLICATE_KEY, Inner, unavailable};
 use crate::inbox::InboxError;
-use crate::inbox::topics::{MEMBERS_LOT, MemberRefusal, MembersChange, MembersChanged, Topic};
-use crate::message::{TopicName, UserId};
-use crate::topic::{INBOX_MEMBERS, INBOX_TOPICS};
+use crate::inbox::topics::{
+    LogMembership, MEMBERS_LOT, MemberRefusal, MembersChange, MembersChanged, Memberships, Topic,
+};
+use crate::message::{Seq, TopicName, UserId};
+use crate::topic::{Delivery, INBOX_MEMBERS, INBOX_TOPICS, LOG_TOPICS};
 
 /// Users whose memberships are counted in one query.
 const COUNTED_AT_ONCE: usize = 100;
@@ -30,6 +32,14 @@ fn memberships_of(user: &UserId) -> Document {
     } }
 }
 
+/// The user and the membership of a row of a topic with a log.
+fn read_membership(row: &Document) -> Option<(String, LogMembership)> {
+    let place = row.get_document("_id").ok()?;
+    let topic = TopicName::parse(place.get_str("t").ok()?).ok()?;
+    let from = Seq::at(number(row, "from"));
+    Some((place.get_str("u").ok()?.to_owned(), LogMembership { topic, life: number(row, "life"), from }))
+}
+
 impl Inner {
     pub(super) async fn change(
         &self,
@@ -38,6 +48,9 @@ impl Inner {
     ) -> Result<MembersChanged, InboxError> {
         let Some(topic) = self.topic(name).await? else { return Ok(MembersChanged::NoTopic) };
         let life = topic.version.life;
+        if (topic.delivery == Delivery::Log) != change.from.is_some() {
+            return Ok(MembersChanged::Ended);
+        }
         let rows = self.change_rows((name, life), &change).await;
         // After the rows, and only in the life in which they were written; also if some of them
         // could not be changed, or a list of before would stand for those that were.
@@ -47,6 +60,12 @@ impl Inner {
         let ended = raised.map_err(unavailable)?.matched_count == 0;
         if ended && let Err(error) = self.take_back((name, life), &change.add).await {
             tracing::debug!(%error, "rows of a topic that has ended could not be removed");
+        }
+        if change.from.is_some() {
+            // After the rows too. Also for those who are members as asked already: a repeat mends
+            // what a crash has left between the two.
+            self.raise_memberships(&change.add).await?;
+            self.raise_memberships(&change.remove).await?;
         }
         let (added, removed, refused) = rows?;
         Ok(if ended { MembersChanged::Ended } else { MembersChanged::Done { added, removed, refused } })
@@ -62,7 +81,7 @@ impl Inner {
             removed += self.take_back(topic, lot).await?;
         }
         for lot in change.add.chunks(MEMBERS_LOT) {
-            added += self.join(topic, lot, &mut refused).await?;
+            added += self.join(topic, change.from, lot, &mut refused).await?;
         }
         Ok((added, removed, refused))
     }
@@ -83,13 +102,22 @@ impl Inner {
     async fn join(
         &self,
         (name, life): (&TopicName, u64),
+        from: Option<Seq>,
         lot: &[UserId],
         refused: &mut Vec<(UserId, MemberRefusal)>,
     ) -> Result<u64, InboxError> {
         let ids: Vec<Document> = lot.iter().map(|user| member_id(user, name)).collect();
         let filter = doc! { "_id": { "$in": ids }, "life": int(life) };
         let standing: HashSet<UserId> = self.users_of(filter, 0).await?.into_iter().collect();
-        let mut room = (INBOX_MEMBERS as u64).saturating_sub(self.count((name, life)).await?);
+        let mut room = match from {
+            Some(_) => u64::MAX,
+            None => (INBOX_MEMBERS as u64).saturating_sub(self.count((name, life)).await?),
+        };
+        let (delivery, most, why) = match from {
+            Some(_) => (Delivery::Log, LOG_TOPICS, MemberRefusal::TooManyLogs),
+            None => (Delivery::Inbox, INBOX_TOPICS, MemberRefusal::TooManyTopics),
+        };
+        let is_same = |topic: &&Topic| topic.delivery == delivery;
         let counts = self.count_topics_of(lot).await?;
         let mut updates = Vec::new();
         for user in lot.iter().filter(|user| !standing.contains(*user)) {
@@ -97,19 +125,23 @@ impl Inner {
                 refused.push((user.clone(), MemberRefusal::TopicIsFull));
                 continue;
             }
-            // Rows of topics that have ended count until they are removed: then it is looked
-            // closely.
-            let has_many = counts.get(user).copied().unwrap_or(0) >= INBOX_TOPICS as u64;
-            if has_many && self.topics_of(user).await?.len() >= INBOX_TOPICS {
-                refused.push((user.clone(), MemberRefusal::TooManyTopics));
+            // Rows of topics that have ended count until they are removed, and those of topics with
+            // another delivery: then it is looked closely.
+            let has_many = counts.get(user).copied().unwrap_or(0) >= most as u64;
+            if has_many && self.topics_of(user).await?.iter().filter(is_same).count() >= most {
+                refused.push((user.clone(), why));
                 continue;
+            }
+            let mut row = doc! { "life": int(life) };
+            if let Some(from) = from {
+                row.insert("from", int(from.get()));
             }
             room -= 1;
             updates.push(doc! {
                 // A row of this life, or of a later one, stands as it is: the upsert then fails
                 // with a duplicate key.
                 "q": { "_id": member_id(user, name), "life": { "$lt": int(life) } },
-                "u": { "$set": { "life": int(life) } },
+                "u": { "$set": row },
                 "upsert": true,
             });
         }
@@ -141,6 +173,57 @@ impl Inner {
         // `n` counts what was inserted and what was replaced. Where others have joined at the same
         // moment there may be more members than allowed: they were answered, and are published to.
         Ok(number(&answer, "n"))
+    }
+
+    /// Raises the number of changes of these users' memberships in topics with a log (majority).
+    async fn raise_memberships(&self, users: &[UserId]) -> Result<(), InboxError> {
+        for lot in users.chunks(MEMBERS_LOT) {
+            self.tops_made(&lot.iter().collect::<Vec<_>>()).await?;
+            let records: Vec<Document> = lot.iter().map(|user| id(user, 0)).collect();
+            let filter = doc! { "_id": { "$in": records } };
+            let raising = self.documents.update_many(filter, doc! { "$inc": { "mv": 1i64 } }).into_future();
+            self.in_time(raising).await.map_err(unavailable)?;
+        }
+        Ok(())
+    }
+
+    /// The numbers of changes first, and then the rows.
+    pub(super) async fn log_memberships(&self, users: &[UserId]) -> Result<Vec<Memberships>, InboxError> {
+        let records = users.iter().map(|user| id(user, 0)).collect();
+        let records = self.by_ids(records, doc! { "_id": 1, "mv": 1 }).await?;
+        let versions: HashMap<&str, u64> =
+            records.iter().filter_map(|one| Some((place_of(one)?.0, number(one, "mv")))).collect();
+        let version = |user: &UserId| versions.get(user.as_str()).copied().unwrap_or(0);
+        let changed: Vec<&str> =
+            users.iter().filter(|user| version(user) > 0).map(|user| user.as_str()).collect();
+        let mut rows: HashMap<String, Vec<LogMembership>> = HashMap::new();
+        if !changed.is_empty() {
+            let reading = async {
+                let of_users = doc! { "_id.u": { "$in": changed }, "from": { "$exists": true } };
+                let found = self.members.find(of_users).batch_size(10_000).await?;
+                found.try_collect::<Vec<Document>>().await
+            };
+            for row in self.in_time(reading).await.map_err(unavailable)? {
+                if let Some((user, membership)) = read_membership(&row) {
+                    rows.entry(user).or_default().push(membership);
+                }
+            }
+        }
+        let names: HashSet<TopicName> =
+            rows.values().flatten().map(|membership| membership.topic.clone()).collect();
+        let topics = self.topics_named(&names.into_iter().collect::<Vec<_>>()).await?;
+        let lives: HashMap<TopicName, u64> = topics
+            .into_iter()
+            .flatten()
+            .filter(|topic| topic.delivery == Delivery::Log)
+            .map(|topic| (topic.name, topic.version.life))
+            .collect();
+        let of = |user: &UserId| {
+            let mut logs = rows.get(user.as_str()).cloned().unwrap_or_default();
+            logs.retain(|membership| lives.get(&membership.topic) == Some(&membership.life));
+            Memberships { version: version(user), logs }
+        };
+        Ok(users.iter().map(of).collect())
     }
 
     pub(super) async fn count(&self, (name, life): (&TopicName, u64)) -> Result<u64, InboxError> {

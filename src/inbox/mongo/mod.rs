@@ -6,6 +6,9 @@
 //! says. The rules of appending are in `append`, those of removal in `janitor`. They belong
 //! together, and `model` explores them.
 //!
+//! The logs of topics stand in a collection of their own, of the same form and by the same rules
+//! ([`MongoInbox::logs`]), with an append lock of their own: an inbox never waits for a log.
+//!
 //! A head record's `head` rises only when everything up to it has expired for good, and it is
 //! raised before anything is removed. A document at or below it counts nowhere.
 
@@ -16,6 +19,7 @@ mod explorer;
 mod identity;
 mod indexes;
 mod janitor;
+mod log_positions;
 mod members;
 #[cfg(test)]
 mod model;
@@ -48,7 +52,7 @@ use super::{
     PASSED_OVER, PageLimit, PositionLookup, PositionQuery, Profile, UserPosition, WriteObserver,
 };
 use crate::clock::Clock;
-use crate::message::{DeviceId, Seq, UserId};
+use crate::message::{DeviceId, LogId, Seq, UserId};
 
 use open::{index_fault, words};
 use stored::{HeadRecord, StoredMessage, id, ids_above, place_of};
@@ -97,9 +101,13 @@ impl MongoTimes {
 #[derive(Clone)]
 pub struct MongoInbox {
     inner: Arc<Inner>,
+    /// The store of the logs; `None` in that store itself.
+    logs: Option<Arc<Inner>>,
 }
 
 struct Inner {
+    /// This is the store of the logs: what belongs to users is in the other one.
+    is_of_logs: bool,
     database: Database,
     messages: Collection<StoredMessage>,
     documents: Collection<Document>,
@@ -122,6 +130,12 @@ struct Inner {
 }
 
 impl MongoInbox {
+    /// The store of the logs of topics, for [`Logs`](crate::inbox::Logs).
+    #[must_use]
+    pub fn logs(&self) -> Self {
+        Self { inner: Arc::clone(self.logs.as_ref().unwrap_or(&self.inner)), logs: None }
+    }
+
     /// Checks that the store responds, by a majority read of one document.
     ///
     /// # Errors
@@ -291,6 +305,14 @@ impl Inbox for MongoInbox {
 
     fn forget(&self, user: UserId) -> BoxFuture<'_, Result<(), InboxError>> {
         async move { self.inner.forget(&user).await }.boxed()
+    }
+
+    fn log_positions(
+        &self,
+        user: UserId,
+        device: DeviceId,
+    ) -> BoxFuture<'_, Result<Vec<(LogId, Seq)>, InboxError>> {
+        async move { self.inner.log_positions(&user, &device).await }.boxed()
     }
 
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {

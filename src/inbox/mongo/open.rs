@@ -4,16 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use mongodb::Client;
 use mongodb::bson::doc;
 use mongodb::error::{Error, ErrorKind};
 use mongodb::options::{
     Acknowledgment, ClientOptions, ReadConcern, ReadPreference, SelectionCriteria, WriteConcern,
 };
+use mongodb::{Client, Database};
 use parking_lot::Mutex;
 
 use super::primary::Primary;
-use super::stored::{CURSORS, INBOX, MEMBERS, TOPICS};
+use super::stored::{CURSORS, INBOX, LOGS, MEMBERS, TOPICS};
 use super::{Inner, MongoInbox, MongoTimes};
 use crate::clock::Clock;
 
@@ -55,24 +55,8 @@ impl MongoInbox {
         options.sdam_event_handler = Some(Arc::clone(&primary).observer());
         let client = Client::with_options(options).map_err(refused)?;
         let database = client.database(database);
-        let inner = Inner {
-            messages: database.collection(INBOX),
-            documents: database.collection(INBOX),
-            cursors: database.collection(CURSORS),
-            topics: database.collection(TOPICS),
-            members: database.collection(MEMBERS),
-            primary,
-            database,
-            clock,
-            times,
-            appends: tokio::sync::Mutex::default(),
-            marker: Mutex::default(),
-            restored: AtomicBool::new(false),
-            ids_refused: Mutex::default(),
-            removals: tokio::sync::Mutex::default(),
-            identity: std::sync::OnceLock::new(),
-        };
-        Ok(Self { inner: Arc::new(inner) })
+        let inner = |collection| Inner::new(collection, &database, &primary, &clock, times);
+        Ok(Self { inner: Arc::new(inner(INBOX)), logs: Some(Arc::new(inner(LOGS))) })
     }
 
     /// Connects and checks or creates what must exist: a replica set, the indexes, and the store's
@@ -94,12 +78,47 @@ impl MongoInbox {
                     .to_owned(),
             ));
         }
-        inner.check_indexes().await?;
-        inner.make_indexes().await?;
-        super::watch::look(inner).await.map_err(|error| OpenError::Unreachable(error.to_string()))?;
+        for inner in [Some(inner), self.logs.as_ref()].into_iter().flatten() {
+            inner.check_indexes().await?;
+            inner.make_indexes().await?;
+            super::watch::look(inner).await.map_err(|error| OpenError::Unreachable(error.to_string()))?;
+        }
         let made = ulid::Ulid::generate().to_string();
         let identity = inner.identity(&made).await.map_err(|error| open_fault(&error))?;
+        if let Some(logs) = &self.logs {
+            logs.identity.get_or_init(|| identity.clone());
+        }
         Ok(inner.identity.get_or_init(|| identity).clone())
+    }
+}
+
+impl Inner {
+    /// A store whose messages stand in `collection`.
+    fn new(
+        collection: &'static str,
+        database: &Database,
+        primary: &Arc<Primary>,
+        clock: &Clock,
+        times: MongoTimes,
+    ) -> Self {
+        Self {
+            is_of_logs: collection == LOGS,
+            messages: database.collection(collection),
+            documents: database.collection(collection),
+            cursors: database.collection(CURSORS),
+            topics: database.collection(TOPICS),
+            members: database.collection(MEMBERS),
+            primary: Arc::clone(primary),
+            database: database.clone(),
+            clock: clock.clone(),
+            times,
+            appends: tokio::sync::Mutex::default(),
+            marker: Mutex::default(),
+            restored: AtomicBool::new(false),
+            ids_refused: Mutex::default(),
+            removals: tokio::sync::Mutex::default(),
+            identity: std::sync::OnceLock::new(),
+        }
     }
 }
 

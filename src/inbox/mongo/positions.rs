@@ -7,7 +7,7 @@ use mongodb::bson::{Bson, Document, doc};
 use mongodb::options::ReadConcern;
 
 use super::super::{InboxError, PositionQuery, REVOCATION_AHEAD_MAX_S, StartAt, UserPosition};
-use super::stored::{HeadRecord, INBOX, id, int, place_of};
+use super::stored::{HeadRecord, id, int, place_of};
 use super::{Inner, distinct, is_taken, unavailable};
 use crate::message::{Seq, UserId};
 
@@ -27,9 +27,10 @@ impl Inner {
             doc! { "$limit": 1 },
             doc! { "$project": { "_id": 1 } },
         ];
-        let look_up = doc! { "from": INBOX, "let": { "u": "$_id.u" }, "pipeline": top, "as": "top" };
+        let collection = self.documents.name();
+        let look_up = doc! { "from": collection, "let": { "u": "$_id.u" }, "pipeline": top, "as": "top" };
         let command = doc! {
-            "aggregate": INBOX,
+            "aggregate": collection,
             "pipeline": [{ "$match": { "_id": { "$in": records } } }, { "$lookup": look_up }],
             "cursor": { "batchSize": 10_000 },
             "readConcern": { "level": "snapshot" },
@@ -156,7 +157,7 @@ impl Inner {
                 ids.extend([id(&ask.user, 0), id(&ask.user, start.get()), id(&ask.user, start.get() + 1)]);
             }
         }
-        let fields = doc! { "_id": 1, "head": 1, "first": 1, "nb": 1 };
+        let fields = doc! { "_id": 1, "head": 1, "first": 1, "nb": 1, "mv": 1 };
         let found = self.by_ids(ids, fields).await?;
         let found: HashMap<(&str, u64), &Document> =
             found.iter().filter_map(|document| Some((place_of(document)?, document))).collect();
@@ -168,7 +169,13 @@ impl Inner {
             let more = next || record.head > p;
             let is_there = record.head >= p || found.contains_key(&(user, p));
             let head = if record.head > p { record.head } else { p + u64::from(next) };
-            let answer = UserPosition { start, head: Seq::at(head), more, not_before_s: record.not_before_s };
+            let answer = UserPosition {
+                start,
+                head: Seq::at(head),
+                more,
+                not_before_s: record.not_before_s,
+                memberships: record.memberships,
+            };
             Some(Near { answer, is_settled: more || is_there })
         };
         Ok(batch.iter().zip(starts).map(near).collect())
@@ -193,6 +200,7 @@ impl Inner {
             head: Seq::at(head),
             more: head > start.get() && !(never && start.is_beginning()),
             not_before_s: record.not_before_s,
+            memberships: record.memberships,
         };
         if start.get() > head && self.is_there_after_all(&ask.user, start).await? {
             answer.head = start;

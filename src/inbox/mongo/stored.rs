@@ -8,10 +8,12 @@ use mongodb::bson::{Binary, Bson, Document, doc};
 use serde::{Deserialize, Serialize};
 
 use crate::inbox::{Append, InboxError, is_json};
-use crate::message::{EventName, Message, MessageId, Millis, Seq, TopicName, UserId};
+use crate::message::{EventName, LogEntry, Message, MessageId, Millis, Seq, TopicName, UserId, Via};
 
 /// The collection of head records and messages.
 pub(super) const INBOX: &str = "inbox";
+/// The same for the logs of topics. The name of a topic stands there as the user.
+pub(super) const LOGS: &str = "topic_messages";
 /// The collection of cursors.
 pub(super) const CURSORS: &str = "cursors";
 
@@ -41,6 +43,12 @@ pub(super) struct StoredMessage {
     /// Topic by which the recipient was reached, if it was one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(super) v: Option<String>,
+    /// In a log: the life of the topic's name in which it was published.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(super) l: Option<i64>,
+    /// In a log: users who do not get it.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub(super) ex: Vec<String>,
     /// Payload.
     pub(super) p: Binary,
     /// The idempotency key; unset when it is given up.
@@ -68,6 +76,8 @@ pub(super) struct HeadRecord {
     pub(super) not_before_s: u64,
     /// Numbers up to this one were sent to a client before the store was restored.
     pub(super) shown: u64,
+    /// How often the user's memberships in topics with a log have changed.
+    pub(super) memberships: u64,
 }
 
 /// A number as MongoDB stores it.
@@ -91,6 +101,11 @@ pub(super) fn ids_above(user: &UserId, n: u64) -> Document {
 
 impl StoredMessage {
     pub(super) fn new(append: &Append, append_id: &str, n: u64) -> Self {
+        let via = append.via.as_deref();
+        let entry = match via {
+            Some(Via::Log(entry)) => Some(entry),
+            _ => None,
+        };
         Self {
             place: Place { u: append.user.as_str().to_owned(), n: int(n) },
             a: append_id.to_owned(),
@@ -98,7 +113,11 @@ impl StoredMessage {
             at: int(append.accepted_at.0),
             x: int(append.expires_at.0),
             e: append.event.as_ref().map(|event| event.as_str().to_owned()),
-            v: append.via.as_ref().map(|topic| topic.as_str().to_owned()),
+            v: via.and_then(Via::inbox).map(|topic| topic.as_str().to_owned()),
+            l: entry.map(|entry| int(entry.life)),
+            ex: entry
+                .map(|entry| entry.except.iter().map(|user| user.as_str().to_owned()).collect())
+                .unwrap_or_default(),
             p: binary(&append.payload),
             f: append.deduplicated.then(|| append.fence()),
             d: append.deduplicated.then(|| binary(&append.digest())),
@@ -115,6 +134,8 @@ impl StoredMessage {
             x: 0,
             e: None,
             v: None,
+            l: None,
+            ex: Vec::new(),
             p: binary(&[]),
             f: None,
             d: None,
@@ -135,22 +156,28 @@ impl StoredMessage {
     }
 
     pub(super) fn into_message(self) -> Result<Message, InboxError> {
-        let corrupt = || InboxError::Corrupt(format!("message {} of {:?}", self.place.n, self.place.u));
-        let is_bridge = self.x == 0;
+        let place = self.place.clone();
+        let corrupt = || InboxError::Corrupt(format!("message {} of {:?}", place.n, place.u));
+        let (n, is_bridge) = (self.n(), self.x == 0);
         if !is_bridge && !is_json(&self.p.bytes) {
             return Err(corrupt());
         }
+        let topic = self.v.map(|topic| TopicName::parse(&topic)).transpose().map_err(|_| corrupt())?;
+        let except = self.ex.iter().map(|user| UserId::parse(user)).collect::<Result<_, _>>();
+        let entry = match self.l {
+            Some(life) => {
+                Some(LogEntry { life: life.max(0).unsigned_abs(), except: except.map_err(|_| corrupt())? })
+            }
+            None => None,
+        };
+        let via = topic.map(Via::Inbox).or(entry.map(Via::Log));
         Ok(Message {
-            seq: Seq::new(self.n()).ok_or_else(corrupt)?,
+            seq: Seq::new(n).ok_or_else(corrupt)?,
             id: MessageId::parse(&self.i).map_err(|_| corrupt())?,
             accepted_at: Millis(self.at.max(0).unsigned_abs()),
             expires_at: Millis(self.x.max(0).unsigned_abs()),
             event: self.e.map(|event| EventName::parse(&event)).transpose().map_err(|_| corrupt())?,
-            via: self
-                .v
-                .map(|topic| TopicName::parse(&topic).map(Arc::new))
-                .transpose()
-                .map_err(|_| corrupt())?,
+            via: via.map(Arc::new),
             payload: Bytes::from(self.p.bytes),
         })
     }
@@ -160,7 +187,8 @@ impl HeadRecord {
     pub(super) fn read(document: &Document) -> Self {
         let number = |name: &str| number(document, name);
         let (head, first) = (number("head"), number("first"));
-        Self { head, first, not_before_s: number("nb"), shown: number("shown") }
+        let (not_before_s, shown) = (number("nb"), number("shown"));
+        Self { head, first, not_before_s, shown, memberships: number("mv") }
     }
 }
 

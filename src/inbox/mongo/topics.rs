@@ -4,6 +4,7 @@
 //! which version its members have, stands in that one document, and each change of it is one
 //! majority write that is conditional on what was read.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
@@ -15,7 +16,8 @@ use super::stored::{int, integer, number};
 use super::{Inner, MongoInbox, is_taken, unavailable};
 use crate::inbox::InboxError;
 use crate::inbox::topics::{
-    MembersChange, MembersChanged, MembersVersion, PutTopic, Topic, TopicRecipients, TopicSettings, Topics,
+    MembersChange, MembersChanged, MembersVersion, Memberships, PutTopic, Topic, TopicRecipients,
+    TopicSettings, Topics,
 };
 use crate::message::{Millis, TopicName, UserId};
 use crate::topic::Delivery;
@@ -59,10 +61,26 @@ impl Inner {
         found.as_ref().map_or(Ok(None), read_topic)
     }
 
+    pub(super) async fn topics_named(&self, names: &[TopicName]) -> Result<Vec<Option<Topic>>, InboxError> {
+        let ids: Vec<&str> = names.iter().map(TopicName::as_str).collect();
+        let reading = async {
+            let found = self.topics.find(doc! { "_id": { "$in": ids } }).await?;
+            found.try_collect::<Vec<Document>>().await
+        };
+        let found = self.in_time(reading).await.map_err(unavailable)?;
+        // One that cannot be read counts as none, and hides no other.
+        let topics = found.iter().filter_map(|document| read_topic(document).ok().flatten());
+        let by_name: HashMap<TopicName, Topic> = topics.map(|topic| (topic.name.clone(), topic)).collect();
+        Ok(names.iter().map(|name| by_name.get(name).cloned()).collect())
+    }
+
     async fn put_topic(&self, name: TopicName, settings: TopicSettings) -> Result<PutTopic, InboxError> {
         for _ in 0..TRIES {
             let found = self.topic_document(&name).await?;
             let topic = found.as_ref().map_or(Ok(None), read_topic)?;
+            if let Some(topic) = topic.as_ref().filter(|topic| settings.is_other_than(topic)) {
+                return Ok(PutTopic::Other(topic.clone()));
+            }
             let (filter, update) = match (&topic, settings.ttl_s) {
                 (Some(topic), None) => return Ok(PutTopic::Known(topic.clone())),
                 (Some(topic), Some(ttl_s)) => (
@@ -76,7 +94,7 @@ impl Inner {
                     let set = doc! {
                         "life": int(last + 1),
                         "last": int(last + 1),
-                        "delivery": settings.delivery.name(),
+                        "delivery": settings.delivery.unwrap_or(Delivery::Inbox).name(),
                         "ttl_s": int(ttl_s.unwrap_or(settings.default_ttl_s)),
                         "at": int(now),
                         "draw": rand::random::<i64>(),
@@ -141,7 +159,7 @@ impl Inner {
             range.insert("$gt", after.as_str());
         }
         // A topic of a newer version is not shown.
-        let known = [Delivery::Inbox.name()];
+        let known = [Delivery::Inbox.name(), Delivery::Log.name()];
         let reading = async {
             let found = self
                 .topics
@@ -170,6 +188,9 @@ impl Inner {
                 self.topic(name).await?
             };
             let Some(topic) = topic else { return Ok(TopicRecipients::NoTopic) };
+            if topic.delivery == Delivery::Log {
+                return Ok(TopicRecipients::Log(topic));
+            }
             if known == Some(topic.version) {
                 return Ok(TopicRecipients::Known(topic));
             }
@@ -205,6 +226,14 @@ impl Topics for MongoInbox {
 
     fn topic(&self, topic: TopicName) -> BoxFuture<'_, Result<Option<Topic>, InboxError>> {
         async move { self.inner.topic(&topic).await }.boxed()
+    }
+
+    fn topics_named(&self, names: Vec<TopicName>) -> BoxFuture<'_, Result<Vec<Option<Topic>>, InboxError>> {
+        async move { self.inner.topics_named(&names).await }.boxed()
+    }
+
+    fn log_memberships(&self, users: Vec<UserId>) -> BoxFuture<'_, Result<Vec<Memberships>, InboxError>> {
+        async move { self.inner.log_memberships(&users).await }.boxed()
     }
 
     fn remove(&self, topic: TopicName) -> BoxFuture<'_, Result<bool, InboxError>> {

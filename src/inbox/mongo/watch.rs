@@ -61,7 +61,8 @@ pub(super) async fn watch(inner: &Inner, every: Duration) {
         if let Err(error) = look(inner).await {
             tracing::debug!(%error, "the store could not be looked at");
         }
-        if inner.restored.load(Ordering::Acquire)
+        if !inner.is_of_logs
+            && inner.restored.load(Ordering::Acquire)
             && let Some(identity) = inner.identity.get()
             && let Err(error) = inner.identity(identity).await
         {

@@ -9,12 +9,13 @@ use tokio::sync::watch;
 use tower::ServiceExt;
 
 use super::super::DispatchService;
-use super::super::backlog::Backlog;
+use super::super::backlog::{Backlog, Queued};
 use crate::inbox::WriteObserver;
+use crate::inbox::logs::log_of;
 use crate::membership::View;
 use crate::message::{Message, UserId};
 use crate::telemetry::{Metrics, WAY};
-use crate::wire::peer::{DispatchRequest, LiveMessage};
+use crate::wire::peer::{DispatchRequest, LiveMessage, LogHint, ViewVersion};
 
 /// Delay after no dispatch could be reached.
 const HAND_ON_REST: Duration = Duration::from_millis(200);
@@ -31,6 +32,8 @@ pub(super) struct CollectMetrics {
     hints_dropped: Counter,
     /// Appends per write.
     batch: Histogram,
+    /// Appends to logs per write.
+    log_batch: Histogram,
 }
 
 impl CollectMetrics {
@@ -41,6 +44,7 @@ impl CollectMetrics {
             refused: Counter::default(),
             hints_dropped: Counter::default(),
             batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
+            log_batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
         };
         metrics.register(|r| {
             r.register("stored", "Messages stored, one per recipient", own.stored.clone());
@@ -48,6 +52,7 @@ impl CollectMetrics {
             r.register("publish_refused", "Recipients refused", own.refused.clone());
             r.register("hints_dropped", "Stored messages that no dispatch took", own.hints_dropped.clone());
             r.register("append_batch", "Appends per write", own.batch.clone());
+            r.register("log_append_batch", "Appends to logs of topics per write", own.log_batch.clone());
         });
         own
     }
@@ -55,13 +60,41 @@ impl CollectMetrics {
 
 /// Stored messages on their way to dispatch, and the metrics.
 pub(super) struct HandingOn {
-    pub(super) backlog: Backlog,
+    pub(super) backlog: Backlog<LiveMessage>,
+    /// What concerns logs goes a way of its own: inboxes never wait for it.
+    pub(super) hints: Backlog<LogHint>,
     pub(super) metrics: CollectMetrics,
 }
 
 impl HandingOn {
     pub(super) fn new(metrics: &Metrics) -> Self {
-        Self { backlog: Backlog::default(), metrics: CollectMetrics::register(metrics) }
+        let metrics = CollectMetrics::register(metrics);
+        Self { backlog: Backlog::default(), hints: Backlog::default(), metrics }
+    }
+
+    /// Tells the nodes, if there is room.
+    pub(super) fn hint(&self, hints: Vec<LogHint>) {
+        let dropped = self.hints.put(hints);
+        self.metrics.hints_dropped.inc_by(dropped as u64);
+    }
+}
+
+/// Is told of what was stored in logs.
+pub(super) struct StoredInLogs(pub(super) Arc<HandingOn>);
+
+impl WriteObserver for StoredInLogs {
+    fn writing(&self, count: usize) {
+        self.0.metrics.log_batch.observe(count as f64);
+    }
+
+    fn stored(&self, messages: Vec<(UserId, Arc<Message>)>) {
+        let hint = |(key, message): (UserId, Arc<Message>)| {
+            let log = log_of(&key)?;
+            let (id, seq) = (&message.id, message.seq);
+            tracing::debug!(target: WAY, step = 5, %log, %id, %seq, "stored in a log, and on the way to dispatch");
+            Some(LogHint::Message { log, message })
+        };
+        self.0.hint(messages.into_iter().filter_map(hint).collect());
     }
 }
 
@@ -81,23 +114,47 @@ impl WriteObserver for HandingOn {
     }
 }
 
-/// Hands stored messages to dispatch, batch after batch. If no dispatch takes one, the sweeps find
+/// What is handed to dispatch in a queue of its own.
+pub(super) trait HandedOn: Queued {
+    fn backlog(handing_on: &HandingOn) -> &Backlog<Self>;
+    fn request(batch: Vec<Self>, missed: bool, stamp: ViewVersion) -> DispatchRequest;
+}
+
+impl HandedOn for LiveMessage {
+    fn backlog(handing_on: &HandingOn) -> &Backlog<Self> {
+        &handing_on.backlog
+    }
+    fn request(batch: Vec<Self>, missed: bool, stamp: ViewVersion) -> DispatchRequest {
+        DispatchRequest::Deliver { batch, missed, stamp }
+    }
+}
+
+impl HandedOn for LogHint {
+    fn backlog(handing_on: &HandingOn) -> &Backlog<Self> {
+        &handing_on.hints
+    }
+    fn request(hints: Vec<Self>, missed: bool, stamp: ViewVersion) -> DispatchRequest {
+        DispatchRequest::Hint { hints, missed, stamp }
+    }
+}
+
+/// Hands what was stored to dispatch, batch after batch. If no dispatch takes one, the sweeps find
 /// it; they are requested as soon as there is a dispatch again.
-pub(super) async fn hand_on(
+pub(super) async fn hand_on<T: HandedOn>(
     handing_on: Arc<HandingOn>,
     dispatch: DispatchService,
     views: watch::Receiver<Arc<View>>,
 ) {
     loop {
-        let (batch, missed) = handing_on.backlog.take().await;
+        let (batch, missed) = T::backlog(&handing_on).take().await;
         let count = batch.len();
         let stamp = views.borrow().stamp();
-        let request = DispatchRequest::Deliver { batch, missed, stamp };
+        let request = T::request(batch, missed, stamp);
         if let Err(fault) = dispatch.clone().oneshot(request).await {
             tracing::debug!(%fault, "no dispatch took a batch; the sweeps will find it");
             handing_on.metrics.hints_dropped.inc_by(count as u64);
             tokio::time::sleep(HAND_ON_REST).await;
-            handing_on.backlog.mark_missed();
+            T::backlog(&handing_on).mark_missed();
         }
     }
 }

@@ -4,6 +4,7 @@
 mod hand_on;
 mod members;
 mod publish;
+mod rates;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,20 +13,26 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 
-use self::hand_on::{HandingOn, hand_on};
+use self::hand_on::{HandingOn, StoredInLogs, hand_on};
 use self::members::MemberLists;
 pub use self::publish::{Addressed, Lists, PUBLISH_DEADLINE, REQUEST_RECIPIENTS};
+pub use self::rates::LogLimits;
+use self::rates::Rates;
 use super::DispatchService;
 use crate::backoff::around;
 use crate::clock::Clock;
-use crate::inbox::topics::{MembersChange, MembersChanged};
-use crate::inbox::{Appender, Change, Inbox, InboxError, Janitor, PageLimit, Profile, Topics};
+use crate::inbox::logs::EVERYONES_LIFE;
+use crate::inbox::topics::{MembersChange, MembersChanged, PutTopic, TopicSettings};
+use crate::inbox::{
+    Appender, Change, Inbox, InboxError, Janitor, Logs, PageLimit, Profile, StartAt, Stores, Topics,
+};
 use crate::membership::View;
-use crate::message::{Message, NodeId, Seq, TopicName, UserId};
+use crate::message::{LogId, Message, NodeId, Seq, TopicName, UserId};
 use crate::tasks::raised_or_else;
 use crate::telemetry::Metrics;
+use crate::topic::Delivery;
 use crate::wire::http::PublishError;
-use crate::wire::peer::{DispatchRequest, DispatchResponse, Presence, Revocation};
+use crate::wire::peer::{DispatchRequest, DispatchResponse, LiveMessage, LogHint, Presence, Revocation};
 
 /// How long nodes may take to write the last acks of sockets that were closed.
 const CURSORS_SETTLE: Duration = Duration::from_secs(1);
@@ -39,6 +46,8 @@ pub struct CollectLimits {
     pub ttl_s: u64,
     /// Memory of the lists of members that are kept, in bytes.
     pub member_lists_bytes: u64,
+    /// Publishes to logs.
+    pub logs: LogLimits,
 }
 
 /// The role collect. Cheap to clone.
@@ -50,11 +59,15 @@ pub struct Collect {
 struct Inner {
     inbox: Arc<dyn Inbox>,
     topics: Arc<dyn Topics>,
+    logs: Logs,
     members: MemberLists,
+    rates: Rates,
     /// Turns of publishes to topics.
     lots: Semaphore,
     limits: CollectLimits,
     appender: Appender,
+    /// The writer of the logs.
+    log_appender: Appender,
     dispatch: DispatchService,
     handing_on: Arc<HandingOn>,
     clock: Clock,
@@ -74,7 +87,7 @@ pub struct UserReport {
 impl Collect {
     /// Starts the role. Its writer and its tasks end with `tasks`.
     pub fn start(
-        (inbox, topics): (Arc<dyn Inbox>, Arc<dyn Topics>),
+        Stores { inbox, topics, logs }: Stores,
         limits: CollectLimits,
         dispatch: DispatchService,
         views: watch::Receiver<Arc<View>>,
@@ -84,10 +97,26 @@ impl Collect {
     ) -> Self {
         let handing_on = Arc::new(HandingOn::new(metrics));
         let appender = Arc::clone(&inbox).appender(Arc::clone(&handing_on) as _, tasks);
-        tasks.spawn(hand_on(Arc::clone(&handing_on), dispatch.clone(), views));
+        let stored_in_logs = Arc::new(StoredInLogs(Arc::clone(&handing_on)));
+        let log_appender = Arc::clone(logs.store()).appender(stored_in_logs, tasks);
+        tasks.spawn(hand_on::<LiveMessage>(Arc::clone(&handing_on), dispatch.clone(), views.clone()));
+        tasks.spawn(hand_on::<LogHint>(Arc::clone(&handing_on), dispatch.clone(), views));
         let members = MemberLists::new(Arc::clone(&topics), limits.member_lists_bytes);
         let lots = Semaphore::new(publish::LOTS_AT_ONCE);
-        let inner = Inner { inbox, topics, members, lots, limits, appender, dispatch, handing_on, clock };
+        let inner = Inner {
+            inbox,
+            topics,
+            logs,
+            members,
+            rates: Rates::new(limits.logs),
+            lots,
+            limits,
+            appender,
+            log_appender,
+            dispatch,
+            handing_on,
+            clock,
+        };
         Self { inner: Arc::new(inner) }
     }
 
@@ -103,6 +132,35 @@ impl Collect {
         self.inner.limits
     }
 
+    /// Creates a topic, or changes the life of its messages.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn put_topic(&self, name: TopicName, settings: TopicSettings) -> Result<PutTopic, InboxError> {
+        self.inner.members.changed(&name);
+        let put = self.inner.topics.put(name, settings).await?;
+        if let PutTopic::Created(topic) = &put
+            && topic.delivery == Delivery::Log
+        {
+            // Its head record is made with it.
+            self.inner.logs.head(&LogId::Topic(topic.name.clone())).await?;
+        }
+        Ok(put)
+    }
+
+    /// Ends a topic and its memberships. Returns whether there was one.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn remove_topic(&self, name: TopicName) -> Result<bool, InboxError> {
+        let removed = self.inner.topics.remove(name.clone()).await?;
+        self.inner.members.changed(&name);
+        self.inner.handing_on.hint(vec![LogHint::Look(LogId::Topic(name))]);
+        Ok(removed)
+    }
+
     /// Adds and removes members of a topic. It is carried out whether or not its sender still
     /// waits: half of a change would leave lists that hold who has left.
     ///
@@ -112,12 +170,73 @@ impl Collect {
     pub async fn change_members(
         &self,
         topic: TopicName,
-        change: MembersChange,
+        add: Vec<UserId>,
+        remove: Vec<UserId>,
     ) -> Result<MembersChanged, InboxError> {
-        let topics = Arc::clone(&self.inner.topics);
-        let changing = tokio::spawn(async move { topics.change_members(topic, change).await });
+        let this = self.clone();
+        let changing = tokio::spawn(async move { this.change_now(topic, add, remove).await });
         let stopping = || Err(InboxError::Unavailable("this process is stopping".to_owned()));
         raised_or_else(changing.await, stopping)
+    }
+
+    async fn change_now(
+        &self,
+        name: TopicName,
+        add: Vec<UserId>,
+        remove: Vec<UserId>,
+    ) -> Result<MembersChanged, InboxError> {
+        let Inner { topics, logs, handing_on, .. } = &*self.inner;
+        let Some(topic) = topics.topic(name.clone()).await? else { return Ok(MembersChanged::NoTopic) };
+        if topic.delivery != Delivery::Log {
+            return topics.change_members(name, MembersChange { add, remove, from: None }).await;
+        }
+        // Before the rows: whatever is published after the answer stands above it.
+        let from = Some(logs.head(&LogId::Topic(name.clone())).await?);
+        let hints = add.iter().chain(&remove).cloned().map(LogHint::Memberships).collect();
+        let changed = topics.change_members(name, MembersChange { add, remove, from }).await;
+        // Also after a failure, which may have changed some.
+        handing_on.hint(hints);
+        changed
+    }
+
+    /// The unexpired messages in the log of a topic after a position, and where the next page
+    /// begins; `None` if there is no such topic, or it has no log.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn log_history(
+        &self,
+        log: &LogId,
+        after: Seq,
+        limit: usize,
+    ) -> Result<Option<(Vec<Message>, Option<Seq>)>, InboxError> {
+        let Some(life) = self.life(log).await? else { return Ok(None) };
+        let limit = PageLimit { messages: limit.min(HISTORY_PAGE.messages), ..HISTORY_PAGE };
+        let page = self.inner.logs.page(log, life, after, limit).await?;
+        Ok(Some((page.messages, page.more.then_some(page.upto))))
+    }
+
+    /// The life of a log; `None` if there is no such topic, or it has no log.
+    async fn life(&self, log: &LogId) -> Result<Option<u64>, InboxError> {
+        let LogId::Topic(name) = log else { return Ok(Some(EVERYONES_LIFE)) };
+        let topic = self.inner.topics.topic(name.clone()).await?;
+        Ok(topic.filter(|topic| topic.delivery == Delivery::Log).map(|topic| topic.version.life))
+    }
+
+    /// The highest position of a message in a log, 0 if there never was one; and how many sockets
+    /// read it.
+    ///
+    /// # Errors
+    ///
+    /// The store's, or dispatch cannot be asked.
+    pub async fn log_report(&self, log: LogId) -> Result<(Seq, u64), InboxError> {
+        let answers = self.inner.logs.positions(vec![(log.clone(), StartAt::Latest)]).await?;
+        let head = answers.first().map_or(Seq::BEGINNING, |answer| answer.start);
+        match self.inner.dispatch.clone().oneshot(DispatchRequest::Readers(log)).await {
+            Ok(DispatchResponse::Readers(count)) => Ok((head, count)),
+            _ => Err(InboxError::Unavailable("dispatch cannot be asked".to_owned())),
+        }
     }
 
     /// Ends all memberships of a user. Returns how many there were.
@@ -128,8 +247,7 @@ impl Collect {
     pub async fn leave_all(&self, user: UserId) -> Result<u64, InboxError> {
         let mut count = 0;
         for topic in self.inner.topics.topics_of(user.clone()).await? {
-            let change = MembersChange { add: Vec::new(), remove: vec![user.clone()] };
-            let changed = self.change_members(topic.name, change).await?;
+            let changed = self.change_members(topic.name, Vec::new(), vec![user.clone()]).await?;
             if let MembersChanged::Done { removed, .. } = changed {
                 count += removed;
             }
@@ -175,7 +293,8 @@ impl Collect {
 
     /// Resolves when everything that was stored so far was handed to dispatch, or given up.
     pub async fn handed_on(&self) {
-        while !self.inner.handing_on.backlog.is_idle() {
+        let handing_on = &self.inner.handing_on;
+        while !handing_on.backlog.is_idle() || !handing_on.hints.is_idle() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }

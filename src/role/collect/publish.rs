@@ -7,11 +7,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use super::members::Found;
 use super::{Collect, refusal};
 use crate::inbox::group_commit::PendingReceipt;
-use crate::inbox::topics::Topic;
+use crate::inbox::logs::{EVERYONES_LIFE, key};
 use crate::inbox::{Append, Receipt};
-use crate::message::{EventName, MessageId, Millis, Recipients, TopicName, UserId};
+use crate::message::{EventName, LogEntry, LogId, MessageId, Millis, Recipients, TopicName, UserId, Via};
 use crate::wire::http::{FieldError, Problem, Publish, PublishError, Published, Stored, TopicOutcome};
 
 /// Deadline of a publish, after which it is answered 503. The message may be stored nevertheless; a
@@ -28,7 +29,18 @@ pub(super) const LOTS_AT_ONCE: usize = 8;
 /// A publish whose recipients are known.
 pub struct Addressed {
     publish: Publish,
-    groups: Vec<(TopicName, Result<Group, PublishError>)>,
+    groups: Groups,
+}
+
+/// How the recipients of each topic are reached, or why they cannot be.
+type Groups = Vec<(LogId, Result<Way, PublishError>)>;
+
+/// How a message reaches the recipients by one topic.
+enum Way {
+    /// By the inbox of each member.
+    Members(Group),
+    /// By the log: the life of the topic's name, and that of the message in seconds.
+    Log { life: u64, ttl_s: u64 },
 }
 
 /// The recipients by one topic.
@@ -47,13 +59,23 @@ impl Addressed {
     /// The number of its recipients.
     #[must_use]
     pub fn recipients(&self) -> usize {
-        let members = self.groups.iter().filter_map(|(_, group)| group.as_ref().ok());
-        self.publish.to.users().len() + members.map(|group| group.count).sum::<usize>()
+        let ways = self.groups.iter().filter_map(|(_, way)| way.as_ref().ok());
+        self.publish.to.users().len() + ways.map(Way::count).sum::<usize>()
+    }
+}
+
+impl Way {
+    /// What it counts for among the recipients: a log counts as one.
+    fn count(&self) -> usize {
+        match self {
+            Self::Members(group) => group.count,
+            Self::Log { .. } => 1,
+        }
     }
 }
 
 /// A topic and its members, with the server from which they were read; or why they could not be.
-type ListRead = Result<(u64, Topic, Arc<[UserId]>), PublishError>;
+type ListRead = Result<(u64, Found), PublishError>;
 
 /// The lists of members that one request needs. Each is read once, and none is read after the
 /// request's time or once it reaches too many.
@@ -121,26 +143,32 @@ impl Collect {
             return Addressed { publish, groups: Vec::new() };
         };
         let mut groups = Vec::with_capacity(topics.len());
-        for name in topics {
+        for log in topics {
             if lists.recipients > REQUEST_RECIPIENTS {
                 break;
             }
-            let group = self.group(name, publish.ttl_s, except, lists).await;
-            lists.recipients += group.as_ref().map_or(0, |group| group.count);
-            groups.push((name.clone(), group));
+            let way = match log {
+                LogId::Everyone => {
+                    let ttl_s = publish.ttl_s.unwrap_or(self.inner.limits.ttl_s);
+                    Ok(Way::Log { life: EVERYONES_LIFE, ttl_s })
+                }
+                LogId::Topic(name) => self.way(name, publish.ttl_s, except, lists).await,
+            };
+            lists.recipients += way.as_ref().map_or(0, Way::count);
+            groups.push((log.clone(), way));
         }
         Addressed { publish, groups }
     }
 
-    /// The members of a topic, but for some users.
-    async fn group(
+    /// How the members of a topic are reached, but for some users.
+    async fn way(
         &self,
         name: &TopicName,
         ttl_s: Option<u64>,
         except: &[UserId],
         lists: &mut Lists,
-    ) -> Result<Group, PublishError> {
-        let (primary, topic, users) = match lists.read.get(name) {
+    ) -> Result<Way, PublishError> {
+        let (primary, Found { topic, members }) = match lists.read.get(name) {
             Some(read) => read.clone(),
             None => {
                 let read = self.list(name, lists).await;
@@ -148,8 +176,13 @@ impl Collect {
                 read
             }
         }?;
+        let Some(users) = members else {
+            // A longer life than the topic's is cut to it.
+            let ttl_s = ttl_s.unwrap_or(topic.ttl_s).min(topic.ttl_s);
+            return Ok(Way::Log { life: topic.version.life, ttl_s });
+        };
         let count = users.iter().filter(|user| !except.contains(user)).count();
-        Ok(Group { primary, ttl_s: ttl_s.unwrap_or(topic.ttl_s), users, count })
+        Ok(Way::Members(Group { primary, ttl_s: ttl_s.unwrap_or(topic.ttl_s), users, count }))
     }
 
     async fn list(&self, name: &TopicName, lists: &mut Lists) -> ListRead {
@@ -162,7 +195,7 @@ impl Collect {
         let hints = !lists.read.values().any(|read| read.as_ref().is_err_and(|error| error.status == 404));
         let reading = self.inner.members.of(name, hints);
         let read = match tokio::time::timeout_at(lists.deadline, reading).await {
-            Ok(read) => read.map(|(topic, users)| (primary, topic, users)),
+            Ok(read) => read.map(|found| (primary, found)),
             Err(_) => Err(refusal(503, "the members of the topics could not be read in time")),
         };
         // A store that does not answer once is not asked again for this request.
@@ -181,12 +214,7 @@ impl Collect {
         Box::pin(self.publish_to_topics(publish, groups, deadline)).await
     }
 
-    async fn publish_to_topics(
-        &self,
-        publish: Publish,
-        groups: Vec<(TopicName, Result<Group, PublishError>)>,
-        deadline: Instant,
-    ) -> Published {
+    async fn publish_to_topics(&self, publish: Publish, groups: Groups, deadline: Instant) -> Published {
         let except = match publish.to {
             Recipients::Topics { except, .. } => except,
             _ => Vec::new(),
@@ -205,10 +233,17 @@ impl Collect {
             deadline,
         };
         let mut topics = Vec::with_capacity(groups.len());
-        for (name, group) in groups {
-            let outcome = match group {
-                Ok(group) => self.publish_to_members(&publish, &name, group).await,
-                Err(refusal) => Err(refusal),
+        for (name, way) in groups {
+            let outcome = match (way, &name) {
+                (Ok(Way::Members(group)), LogId::Topic(name)) => {
+                    self.publish_to_members(&publish, name, group).await
+                }
+                (Ok(Way::Members(_)), LogId::Everyone) => unreachable!("everyone has a log"),
+                (Ok(Way::Log { life, ttl_s }), log) => {
+                    let stored = self.publish_to_log(&publish, log, life, ttl_s).await;
+                    stored.map(TopicOutcome::Log)
+                }
+                (Err(refusal), _) => Err(refusal),
             };
             if let Err(refusal) = &outcome {
                 self.count(&Err(refusal.clone()));
@@ -216,6 +251,34 @@ impl Collect {
             topics.push((name, outcome));
         }
         Published { id: publish.draft.id, repeatable: true, accepted: Vec::new(), topics }
+    }
+
+    /// Stores a message in a log.
+    async fn publish_to_log(&self, publish: &TopicPublish, log: &LogId, life: u64, ttl_s: u64) -> Outcome {
+        let most = self.inner.limits.logs.bytes_of(log);
+        let bytes = publish.payload.len();
+        if bytes > most {
+            return Err(refusal(413, format!("the payload has {bytes} bytes; {log} takes at most {most}")));
+        }
+        if !self.inner.rates.try_take(log, Instant::now()) {
+            return Err(refusal(
+                429,
+                format!("too many messages to {log} in one second; repeat after a moment"),
+            ));
+        }
+        let via = Arc::new(Via::Log(LogEntry { life, except: publish.except.clone() }));
+        let append = publish.draft.append(&key(log), Some(&via), ttl_s, publish.payload.clone());
+        let submitted = self.inner.log_appender.submit(append, bytes);
+        let submitted = submitted.map_err(|busy| refusal(503, format!("{busy}; repeat after a moment")));
+        // A refusal is counted by the caller.
+        let stored = match submitted {
+            Ok(waiter) => wait_until(publish.deadline, waiter).await,
+            Err(refusal) => Err(refusal),
+        };
+        if stored.is_ok() {
+            self.count(&stored);
+        }
+        stored
     }
 
     /// Stores a message for the members of one topic. If another server has taken over since they
@@ -226,7 +289,7 @@ impl Collect {
         topic: &TopicName,
         mut group: Group,
     ) -> Result<TopicOutcome, PublishError> {
-        let mut outcome = self.store_for(publish, topic, &group, &HashSet::new()).await;
+        let (mut members, mut failed) = self.store_for(publish, topic, &group, &HashSet::new()).await;
         let mut known: HashSet<UserId> = HashSet::new();
         while group.primary != self.inner.topics.primary() {
             if Instant::now() > publish.deadline {
@@ -237,31 +300,33 @@ impl Collect {
             }
             known.extend(group.users.iter().cloned());
             let mut lists = Lists { deadline: publish.deadline, ..Lists::default() };
-            group = match self.group(topic, publish.ttl_s, &publish.except, &mut lists).await {
-                Ok(group) => group,
+            group = match self.way(topic, publish.ttl_s, &publish.except, &mut lists).await {
+                Ok(Way::Members(group)) => group,
                 // It has ended meanwhile; it was published to before.
+                Ok(Way::Log { .. }) => break,
                 Err(error) if error.status == 404 => break,
                 Err(error) => return Err(error),
             };
             let more = self.store_for(publish, topic, &group, &known).await;
-            outcome.members += more.members;
-            outcome.failed.extend(more.failed);
+            members += more.0;
+            failed.extend(more.1);
         }
-        Ok(outcome)
+        Ok(TopicOutcome::Members { members, failed })
     }
 
-    /// Stores a message for the members of a group who are not known to have it.
+    /// Stores a message for the members of a group who are not known to have it. Returns how many
+    /// they are, and for whom it is not stored.
     async fn store_for(
         &self,
         publish: &TopicPublish,
         topic: &TopicName,
         group: &Group,
         known: &HashSet<UserId>,
-    ) -> TopicOutcome {
+    ) -> (usize, Vec<(UserId, PublishError)>) {
         let is_meant = |user: &&UserId| !publish.except.contains(user) && !known.contains(*user);
         let users: Vec<&UserId> = group.users.iter().filter(is_meant).collect();
-        let via = Arc::new(topic.clone());
-        let mut outcome = TopicOutcome { members: users.len(), failed: Vec::new() };
+        let via = Arc::new(Via::Inbox(topic.clone()));
+        let mut failed = Vec::new();
         for lot in users.chunks(MEMBERS_AT_ONCE) {
             // Lots beyond those would only be refused for want of room.
             let turn = tokio::time::timeout_at(publish.deadline, self.inner.lots.acquire()).await;
@@ -287,10 +352,10 @@ impl Collect {
             }
             for (user, waiter) in waiting {
                 let stored = self.outcome(waiter, publish.deadline).await;
-                outcome.failed.extend(stored.err().map(|refusal| (user.clone(), refusal)));
+                failed.extend(stored.err().map(|refusal| (user.clone(), refusal)));
             }
         }
-        outcome
+        (users.len(), failed)
     }
 
     /// Stores a publish for each of the users that it names. Returns the outcome of each.
@@ -354,7 +419,7 @@ impl Collect {
 }
 
 impl Draft {
-    fn append(&self, user: &UserId, via: Option<&Arc<TopicName>>, ttl_s: u64, payload: Bytes) -> Append {
+    fn append(&self, user: &UserId, via: Option<&Arc<Via>>, ttl_s: u64, payload: Bytes) -> Append {
         Append {
             user: user.clone(),
             id: self.id.clone(),

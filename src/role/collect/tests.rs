@@ -9,12 +9,14 @@ use tower::util::BoxCloneSyncService;
 
 use super::*;
 use crate::inbox::memory::MemoryInbox;
-use crate::inbox::topics::{MembersVersion, PutTopic, Topic, TopicRecipients, TopicSettings};
+use crate::inbox::topics::{
+    MembersChange, MembersVersion, Memberships, PutTopic, Topic, TopicRecipients, TopicSettings,
+};
 use crate::membership::Membership;
 use crate::membership::local::LocalMembership;
 use crate::message::{Millis, Recipients};
-use crate::topic::Delivery;
 use crate::wire::http::Publish;
+use crate::wire::http::TopicOutcome;
 
 /// Topics of two servers: the second has taken over, and the first still answers with what it had.
 struct Replaced {
@@ -49,6 +51,12 @@ impl Topics for Replaced {
     }
     fn topic(&self, topic: TopicName) -> BoxFuture<'_, Result<Option<Topic>, InboxError>> {
         self.now.topic(topic)
+    }
+    fn topics_named(&self, names: Vec<TopicName>) -> BoxFuture<'_, Result<Vec<Option<Topic>>, InboxError>> {
+        self.now.topics_named(names)
+    }
+    fn log_memberships(&self, users: Vec<UserId>) -> BoxFuture<'_, Result<Vec<Memberships>, InboxError>> {
+        self.now.log_memberships(users)
     }
     fn remove(&self, topic: TopicName) -> BoxFuture<'_, Result<bool, InboxError>> {
         self.now.remove(topic)
@@ -105,10 +113,10 @@ async fn replaced_after(reads: u64, topics: &[&str]) -> Bench {
     let inbox = Arc::new(MemoryInbox::new(clock.clone()));
     let mut before = Vec::new();
     for topic in topics {
-        let settings = TopicSettings { delivery: Delivery::Inbox, ttl_s: None, default_ttl_s: 60 };
+        let settings = TopicSettings { delivery: None, ttl_s: None, default_ttl_s: 60 };
         inbox.put(name(topic), settings).await.unwrap();
         for who in ["old", "new"] {
-            let change = MembersChange { add: vec![user(who)], remove: Vec::new() };
+            let change = MembersChange { add: vec![user(who)], remove: Vec::new(), from: None };
             inbox.change_members(name(topic), change).await.unwrap();
             if who == "old" {
                 before.push((name(topic), inbox.recipients(name(topic), None).await.unwrap()));
@@ -119,10 +127,15 @@ async fn replaced_after(reads: u64, topics: &[&str]) -> Bench {
         Replaced { now: Arc::clone(&inbox), before: Mutex::new(before), reads_left: AtomicU64::new(reads) };
     let dispatch =
         BoxCloneSyncService::new(tower::service_fn(|_| std::future::ready(Ok(DispatchResponse::Done))));
+    let logs = LogLimits { topic_bytes: 1_000, everyone_bytes: 1_000, topic_per_s: 10, everyone_per_s: 10 };
     let mut tasks = JoinSet::new();
     let collect = Collect::start(
-        (Arc::clone(&inbox) as _, Arc::new(replaced)),
-        CollectLimits { ttl_s: 60, member_lists_bytes: 1 << 20 },
+        Stores {
+            inbox: Arc::clone(&inbox) as _,
+            topics: Arc::new(replaced),
+            logs: Logs::new(Arc::new(MemoryInbox::new(clock.clone()))),
+        },
+        CollectLimits { ttl_s: 60, member_lists_bytes: 1 << 20, logs },
         dispatch,
         LocalMembership::new(clock.clone()).views(),
         clock,
@@ -137,7 +150,7 @@ impl Bench {
         let mut lists = Lists::default();
         let publish = Publish {
             to: Recipients::Topics {
-                topics: topics.iter().map(|topic| name(topic)).collect(),
+                topics: topics.iter().map(|topic| LogId::Topic(name(topic))).collect(),
                 except: vec![],
             },
             event: None,
@@ -159,7 +172,8 @@ async fn whoever_joined_at_the_server_that_took_over_is_reached() {
     let bench = replaced_after(1, &["team"]).await;
     let published = bench.publish(&["team"]).await;
     assert_eq!(published.problem(), None);
-    assert_eq!(published.topics[0].1.as_ref().unwrap().members, 2);
+    let outcome = published.topics[0].1.as_ref().unwrap();
+    assert!(matches!(outcome, TopicOutcome::Members { members: 2, .. }), "{outcome:?}");
     assert_eq!((bench.stored_for("old").await, bench.stored_for("new").await), (1, 1));
 }
 
@@ -170,7 +184,7 @@ async fn a_list_that_is_used_twice_in_a_request_keeps_the_server_that_it_is_of()
     let bench = replaced_after(1, &["a", "b"]).await;
     let mut lists = Lists::default();
     let publish = |topic: &str, id: &str| Publish {
-        to: Recipients::Topics { topics: vec![name(topic)], except: vec![] },
+        to: Recipients::Topics { topics: vec![LogId::Topic(name(topic))], except: vec![] },
         event: None,
         payload: Bytes::from_static(b"1"),
         ttl_s: None,

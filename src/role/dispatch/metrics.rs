@@ -13,6 +13,8 @@ pub(super) struct DispatchMetrics {
     pub(super) routed: Counter,
     /// A message was dropped, because the queue was full or the node did not answer.
     pub(super) dropped: Counter,
+    /// A hint about logs was put into a queue.
+    pub(super) hints: Counter,
     /// There was no node for a message.
     pub(super) unowned: Counter,
     /// The fallback entries were looked up for a batch.
@@ -27,6 +29,7 @@ impl DispatchMetrics {
         metrics.register(|r| {
             r.register("dispatch_routed", "Messages put into a queue of a node", own.routed.clone());
             r.register("dispatch_dropped", "Hints dropped: queue full or node silent", own.dropped.clone());
+            r.register("dispatch_hints", "Hints about logs put into a queue of a node", own.hints.clone());
             r.register("dispatch_unowned", "Messages without a node to go to", own.unowned.clone());
             r.register(
                 "dispatch_fallback_lookups",

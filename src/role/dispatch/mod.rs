@@ -30,17 +30,17 @@ use super::backlog::Backlog;
 use super::{PeerDirectory, PushService};
 use crate::fallback::Fallback;
 use crate::membership::{Membership, View};
-use crate::message::{NodeId, UserId};
+use crate::message::{LogId, NodeId, UserId};
 use crate::ring;
 use crate::tasks::raised;
 use crate::telemetry::{Metrics, WAY};
 use crate::wire::peer::{
-    DispatchRequest, DispatchResponse, LiveMessage, PeerError, Presence, PushRequest, PushResponse,
+    DispatchRequest, DispatchResponse, LiveMessage, LogHint, PeerError, Presence, PushRequest, PushResponse,
     Revocation, ViewVersion,
 };
 
 use metrics::DispatchMetrics;
-use peer_queue::{PeerQueue, call, deliver_request, run_queue, settle, silent};
+use peer_queue::{Lane, PeerQueue, call, request_of, run_queue, settle, silent};
 use recent::Recent;
 
 /// Deadline of one call to a node.
@@ -63,12 +63,14 @@ struct Inner {
     membership: Arc<dyn Membership>,
     fallback: Arc<dyn Fallback>,
     directory: Arc<dyn PeerDirectory>,
-    queues: Mutex<HashMap<NodeId, PeerQueue>>,
+    queues: Mutex<HashMap<NodeId, PeerQueue<LiveMessage>>>,
+    /// The queues of hints about logs. Inboxes never wait for them.
+    hint_queues: Mutex<HashMap<NodeId, PeerQueue<LogHint>>>,
     /// Messages whose users may be displaced. They are looked up beside the main path, which never
     /// waits for that.
-    lookups: Backlog,
+    lookups: Backlog<LiveMessage>,
     /// Messages that a node took that has a newer view than this router.
-    again: Backlog,
+    again: Backlog<LiveMessage>,
     /// The newest version of such a view.
     news: Mutex<ViewVersion>,
     metrics: Arc<DispatchMetrics>,
@@ -104,6 +106,7 @@ impl Dispatch {
             fallback,
             directory,
             queues: Mutex::default(),
+            hint_queues: Mutex::default(),
             lookups: Backlog::default(),
             again: Backlog::default(),
             news: Mutex::default(),
@@ -163,9 +166,15 @@ impl Dispatch {
     }
 
     /// Delivers to a node of this process, on the caller's thread, bypassing the queue.
-    fn deliver_here(&self, node: &NodeId, service: PushService, queue: &Backlog, batch: Vec<LiveMessage>) {
+    fn deliver_here(
+        &self,
+        node: &NodeId,
+        service: PushService,
+        queue: &Backlog<LiveMessage>,
+        batch: Vec<LiveMessage>,
+    ) {
         let stamp = self.inner.recent.lock().current.stamp();
-        let (request, batch) = deliver_request(batch, false, &stamp);
+        let (request, batch) = request_of(batch, false, &stamp);
         let answer = service.oneshot(request).now_or_never().unwrap_or_else(|| Err(silent(node)));
         if !settle(&self.inner, node, &stamp, &batch, answer) {
             queue.mark_missed();
@@ -278,8 +287,33 @@ impl Dispatch {
         }
     }
 
-    fn queue(&self, node: &NodeId) -> Arc<Backlog> {
-        let mut queues = self.inner.queues.lock();
+    /// Tells all nodes of the recent views: any of them may read the log, or hold the user.
+    fn hint(&self, hints: &[LogHint], missed: bool) {
+        let nodes = {
+            let mut recent = self.inner.recent.lock();
+            self.refresh(&mut recent);
+            recent.nodes()
+        };
+        for node in nodes {
+            let queue = self.queue_in(&self.inner.hint_queues, &node);
+            self.inner.metrics.hints.inc_by(hints.len() as u64);
+            self.inner.metrics.dropped.inc_by(queue.put(hints.to_vec()) as u64);
+            if missed {
+                queue.mark_missed();
+            }
+        }
+    }
+
+    fn queue(&self, node: &NodeId) -> Arc<Backlog<LiveMessage>> {
+        self.queue_in(&self.inner.queues, node)
+    }
+
+    fn queue_in<T: Lane>(
+        &self,
+        queues: &Mutex<HashMap<NodeId, PeerQueue<T>>>,
+        node: &NodeId,
+    ) -> Arc<Backlog<T>> {
+        let mut queues = queues.lock();
         let queue = queues.entry(node.clone()).or_insert_with(|| {
             let backlog = Arc::new(Backlog::default());
             // The queue's task must not keep alive what keeps the queue.
@@ -295,15 +329,16 @@ impl Dispatch {
     fn take_ended_queues(&self) -> Vec<AbortOnDropHandle<()>> {
         let mut queues = self.inner.queues.lock();
         let ended = queues.extract_if(|_, queue| queue.task.is_finished());
-        ended.map(|(_, queue)| queue.task).collect()
+        let mut tasks: Vec<_> = ended.map(|(_, queue)| queue.task).collect();
+        let mut queues = self.inner.hint_queues.lock();
+        tasks.extend(queues.extract_if(|_, queue| queue.task.is_finished()).map(|(_, queue)| queue.task));
+        tasks
     }
 
     /// Ends the queues of nodes that are in no recent view.
     fn close_old_queues(&self, recent: &Recent) {
-        self.inner.queues.lock().retain(|node, _| {
-            recent.current.member(node).is_some()
-                || recent.earlier.iter().any(|(view, _)| view.member(node).is_some())
-        });
+        self.inner.queues.lock().retain(|node, _| recent.has(node));
+        self.inner.hint_queues.lock().retain(|node, _| recent.has(node));
     }
 
     async fn lookup(&self, user: UserId) -> DispatchResponse {
@@ -328,6 +363,18 @@ impl Dispatch {
             })
             .collect();
         DispatchResponse::Found { owner, sessions }
+    }
+
+    /// Counts the sockets that read a log, on all nodes that answer.
+    async fn readers(&self, log: LogId) -> u64 {
+        let nodes = {
+            let mut recent = self.inner.recent.lock();
+            self.refresh(&mut recent);
+            recent.nodes()
+        };
+        let asked = nodes.iter().map(|node| self.ask(node, PushRequest::Readers(log.clone())));
+        let count = |answer| if let Ok(PushResponse::Readers(count)) = answer { count } else { 0 };
+        join_all(asked).await.into_iter().map(count).sum()
     }
 
     /// Tells every push node, because a session may be anywhere.
@@ -366,7 +413,15 @@ impl Service<DispatchRequest> for Dispatch {
                     this.deliver(batch, missed, &stamp);
                     Ok(DispatchResponse::Done)
                 }
+                DispatchRequest::Hint { hints, missed, stamp } => {
+                    this.hint(&hints, missed);
+                    if stamp.is_news_to(&this.inner.recent.lock().current.stamp()) {
+                        this.inner.membership.refresh();
+                    }
+                    Ok(DispatchResponse::Done)
+                }
                 DispatchRequest::Lookup(user) => Ok(this.lookup(user).await),
+                DispatchRequest::Readers(log) => Ok(DispatchResponse::Readers(this.readers(log).await)),
                 DispatchRequest::Disconnect(revocation) => {
                     this.disconnect(revocation).await.map(|()| DispatchResponse::Done)
                 }

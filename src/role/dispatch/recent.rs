@@ -49,6 +49,25 @@ impl Recent {
         changed || known != self.earlier.len()
     }
 
+    /// The nodes of all these views.
+    pub(super) fn nodes(&self) -> Vec<NodeId> {
+        let views = std::iter::once(&self.current).chain(self.earlier.iter().map(|(view, _)| view));
+        let all = views.flat_map(|view| view.members.iter().map(|member| &member.info.node));
+        let mut nodes: Vec<NodeId> = Vec::new();
+        for node in all {
+            if !nodes.contains(node) {
+                nodes.push(node.clone());
+            }
+        }
+        nodes
+    }
+
+    /// Whether a node is in one of these views.
+    pub(super) fn has(&self, node: &NodeId) -> bool {
+        self.current.member(node).is_some()
+            || self.earlier.iter().any(|(view, _)| view.member(node).is_some())
+    }
+
     /// Calls `each` with the nodes that own this key now or did in the last 30 s, the current owner
     /// first.
     pub(super) fn owners(&self, key: u64, mut each: impl FnMut(&NodeId)) {

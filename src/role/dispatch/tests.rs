@@ -1,6 +1,6 @@
 //! Dispatch against nodes that write down what they are told.
 
-use super::super::backlog::{BACKLOG_MESSAGES, BATCH};
+use super::super::backlog::Queued;
 use super::peer_queue::FAILURE_REST;
 use super::*;
 use crate::clock::Clock;
@@ -187,10 +187,10 @@ async fn a_node_that_missed_something_is_told_to_look_for_itself() {
 #[tokio::test(start_paused = true)]
 async fn a_full_lane_drops_the_hint_and_says_so() {
     let backlog = Backlog::default();
-    let many: Vec<LiveMessage> = (0..BACKLOG_MESSAGES as u64 + 5).map(|n| live("alice", n)).collect();
+    let many: Vec<LiveMessage> = (0..LiveMessage::ITEMS as u64 + 5).map(|n| live("alice", n)).collect();
     assert_eq!(backlog.put(many), 5);
     let (first, sweep) = backlog.take().await;
-    assert_eq!((first.len(), sweep), (BATCH, true));
+    assert_eq!((first.len(), sweep), (LiveMessage::BATCH, true));
     assert!(!backlog.take().await.1, "it is said once");
 }
 

@@ -65,6 +65,8 @@ pub struct Admission {
     pub(super) identity: Option<Known>,
     pub(super) options: SessionOptions,
     pub(super) arrival: Arrival,
+    /// An `auth` frame follows, whoever the client is.
+    pub(super) topics_in_auth: bool,
 }
 
 /// The response instead of the upgrade.
@@ -164,7 +166,8 @@ impl Admitter {
         {
             return Err(AdmissionError::Redirect(url));
         }
-        Ok(Admission { identity, options: query.options, arrival })
+        let topics_in_auth = query.topics_in_auth;
+        Ok(Admission { identity, options: query.options, arrival, topics_in_auth })
     }
 
     /// A client that was sent on twice, or whose path names another node, is kept until the view

@@ -15,6 +15,8 @@ use super::cursors::CursorWriter;
 use super::displaced::DisplacedSet;
 use super::drain::Drainer;
 use super::lease::{GoneNotice, LeaseWatch};
+use super::log_attach::{LogAttacher, MembershipReads};
+use super::log_positions::LogPositions;
 use super::moves::{MoveOrders, Mover};
 use super::ownership::Ownership;
 use super::page_reads::PageReads;
@@ -23,10 +25,11 @@ use super::refresh::Refresher;
 use super::registry::{Registry, SessionLimits};
 use super::serving::ServingContext;
 use super::sweep::Sweeper;
+use super::tails::Tails;
 use super::welcome::Welcomer;
 use crate::clock::Clock;
 use crate::fallback::{Fallback, Holder};
-use crate::inbox::{Inbox, PositionLookup};
+use crate::inbox::{Inbox, PositionLookup, Stores};
 use crate::membership::LeaseState;
 use crate::role::connect::PublicUrls;
 use crate::role::reach::PeerProbe;
@@ -85,6 +88,13 @@ impl Base {
             clock: clock.clone(),
             cursors: Arc::clone(&reading.cursors),
             reads: Arc::clone(&reading.pages),
+            log_positions: Arc::clone(&reading.log_positions),
+            logs: Arc::new(LogAttacher {
+                stores: reading.stores.clone(),
+                tails: Arc::clone(&reading.tails),
+                positions: Arc::clone(&reading.log_positions),
+                everyone_backlog: self.limits.logs.everyone_backlog,
+            }),
             refresher: Arc::new(Refresher { tokens: Arc::clone(tokens), lookup: reading.lookup.clone() }),
             welcomer: Welcomer {
                 ownership: Arc::clone(&self.ownership),
@@ -106,30 +116,48 @@ impl Base {
 
 /// All that reads or writes the inbox.
 pub(super) struct Reading {
+    pub(super) stores: Stores,
     pub(super) inbox: Arc<dyn Inbox>,
     pub(super) lookup: PositionLookup,
     pub(super) pages: Arc<PageReads>,
     pub(super) cursors: Arc<CursorWriter>,
     pub(super) sweeper: Arc<Sweeper>,
+    pub(super) tails: Arc<Tails>,
+    pub(super) memberships: Arc<MembershipReads>,
+    pub(super) log_positions: Arc<LogPositions>,
 }
 
 impl Reading {
     /// Starts its tasks in `tasks`.
-    pub(super) fn start(base: &Base, inbox: Arc<dyn Inbox>, tasks: &mut JoinSet<()>) -> Self {
+    pub(super) fn start(base: &Base, stores: Stores, clock: Clock, tasks: &mut JoinSet<()>) -> Self {
+        let inbox = Arc::clone(&stores.inbox);
         let lookup = Arc::clone(&inbox).lookup(tasks);
         let pages = Arc::new(PageReads::new(Arc::clone(&inbox), base.metrics.clone()));
         tasks.spawn(Arc::clone(&pages).run());
         let cursors = Arc::new(CursorWriter::new(Arc::clone(&inbox)));
         tasks.spawn(Arc::clone(&cursors).run());
+        let memberships = Arc::new(MembershipReads::new(stores.clone(), Arc::clone(&base.registry)));
+        tasks.spawn(Arc::clone(&memberships).run());
         let sweeper = Arc::new(Sweeper::new(
             Arc::clone(&inbox),
             Arc::clone(&base.registry),
             Arc::clone(&base.availability),
             base.metrics.clone(),
             base.limits.sweep_every,
+            Arc::clone(&memberships),
         ));
         tasks.spawn(Arc::clone(&sweeper).run());
-        Self { inbox, lookup, pages, cursors, sweeper }
+        let tails = Tails::new(
+            stores.clone(),
+            (clock, base.metrics.clone()),
+            Arc::clone(&base.availability),
+            base.limits.sweep_every,
+            base.limits.logs,
+        );
+        tasks.spawn(Arc::clone(&tails).run());
+        let log_positions = Arc::new(LogPositions::new(Arc::clone(&inbox), base.limits.logs));
+        tasks.spawn(Arc::clone(&log_positions).run());
+        Self { stores, inbox, lookup, pages, cursors, sweeper, tails, memberships, log_positions }
     }
 }
 

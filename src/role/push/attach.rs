@@ -118,7 +118,8 @@ impl Attacher {
     }
 }
 
-fn not_now(error: InboxError) -> End {
+/// The end of a connection that could not attach because the store does not answer.
+pub(super) fn not_now(error: InboxError) -> End {
     tracing::debug!(%error, "a session could not attach");
     End::close(CloseCode::Overloaded, "the inbox cannot be read now")
 }

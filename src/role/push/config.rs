@@ -8,9 +8,10 @@ use prometheus_client::metrics::gauge::Gauge;
 
 use super::admission::Origins;
 use super::sweep::SWEEP_EVERY;
+use super::tails::LogReadingLimits;
 use crate::clock::Clock;
 use crate::fallback::Fallback;
-use crate::inbox::Inbox;
+use crate::inbox::Stores;
 use crate::membership::{Membership, NodeInfo};
 use crate::role::VerifyService;
 use crate::role::connect::PublicUrls;
@@ -51,6 +52,8 @@ pub struct PushLimits {
     /// Most frames of one client per second. An ack for each message of a fast catch-up stays well
     /// below.
     pub client_frames_per_s: u32,
+    /// Reading logs.
+    pub logs: LogReadingLimits,
 }
 
 impl Default for PushLimits {
@@ -63,14 +66,15 @@ impl Default for PushLimits {
             sweep_every: SWEEP_EVERY,
             reconnect_jitter_ms: 5_000,
             client_frames_per_s: 20_000,
+            logs: LogReadingLimits::default(),
         }
     }
 }
 
 /// What a push node needs from other modules.
 pub struct PushParts {
-    /// The inbox.
-    pub inbox: Arc<dyn Inbox>,
+    /// The store.
+    pub stores: Stores,
     /// The service that verifies tokens.
     pub verify: VerifyService,
     /// Membership.
@@ -116,6 +120,8 @@ pub struct PushMetrics {
     pub moves: Counter,
     /// Sessions that fell behind because their socket was full.
     pub demoted: Counter,
+    /// Sockets whose client does not know of logs, though its user is a member of topics with one.
+    pub topic_unaware: Counter,
     /// Sockets refused before the upgrade, for any reason.
     pub refused: Counter,
 }
@@ -140,6 +146,11 @@ impl PushMetrics {
             r.register("forced_sweeps", "Sweeps out of turn", own.forced_sweeps.clone());
             r.register("moves", "Move frames sent", own.moves.clone());
             r.register("demoted", "Sessions that fell behind on a full socket", own.demoted.clone());
+            r.register(
+                "topic_unaware",
+                "Sockets of members of topics with a log whose client knows of none",
+                own.topic_unaware.clone(),
+            );
             r.register("refused", "Sockets refused before the upgrade", own.refused.clone());
         });
         own

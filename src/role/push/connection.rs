@@ -13,16 +13,19 @@ use futures_util::{FutureExt, SinkExt, StreamExt};
 use tracing::Instrument;
 
 use super::admission::{Admission, AdmissionError, Admitter};
-use super::attach::Attacher;
+use super::attach::{Attacher, not_now};
 use super::availability::Availability;
 use super::end::{End, Socket, farewell};
+use super::log_attach::LogsAttached;
 use super::ownership::Ownership;
 use super::registry::{Arrival, SessionHandle};
 use super::serving::{Attached, Serving, ServingContext, Shared};
 use super::tokens::Known;
+use crate::inbox::UserPosition;
+use crate::message::Seq;
 use crate::telemetry::{Counted, WAY};
 use crate::wire::close::CloseCode;
-use crate::wire::frame::{AuthCredential, ClientFrame, SessionOptions};
+use crate::wire::frame::{AuthCredential, AuthFrame, ClientFrame, LogOptions, SessionOptions};
 use crate::wire::refusal::RefusalReason;
 use crate::wire::socket::Incoming;
 
@@ -82,16 +85,16 @@ async fn begin<S: Socket + 'static>(
 
 impl Connector {
     async fn attached<S: Socket>(&self, admission: Admission, socket: &mut S) -> Result<Attached, End> {
-        let Admission { identity, mut options, mut arrival } = admission;
+        let Admission { identity, mut options, mut arrival, topics_in_auth } = admission;
         let known = match identity {
-            Some(known) => known,
-            None => {
+            Some(known) if !topics_in_auth => known,
+            identity => {
                 // The client waits for the response to the handshake before it shows a token.
                 socket.flush().await?;
-                Box::pin(self.identify(socket, &mut options, &mut arrival)).await?
+                Box::pin(self.identify(socket, identity, &mut options, &mut arrival)).await?
             }
         };
-        let SessionOptions { device, since, begin, heartbeat, window, client } = options;
+        let SessionOptions { device, since, begin, heartbeat, window, client, logs } = options;
         let now = self.context.clock.now();
         let handle = SessionHandle::new(
             known.user.clone(),
@@ -115,19 +118,44 @@ impl Connector {
             },
         };
         let (handle, position, began) = attached?;
+        let (logs, missing) =
+            Box::pin(self.attach_logs(&handle, logs.as_deref(), &position, (began, window))).await?;
         if tracing::enabled!(target: WAY, tracing::Level::DEBUG) {
             let (view, node) = (self.ownership.view(), self.ownership.node());
             let owner = view.owner(&handle.user).map(|owner| owner.info.node.to_string());
             tracing::debug!(target: WAY, step = 3, user = %handle.user, %node, owner, "registered and welcome");
         }
         let heartbeat = heartbeat.unwrap_or(false);
-        Ok(Attached { known, handle, position, began, heartbeat, window })
+        Ok(Attached { known, handle, position, began, heartbeat, window, logs, missing })
     }
 
-    /// Waits for the first frame, which must have a token.
+    /// What the session reads of logs, and what it misses because its client does not know of them.
+    async fn attach_logs(
+        &self,
+        handle: &Arc<SessionHandle>,
+        options: Option<&LogOptions>,
+        position: &UserPosition,
+        (began, window): (Option<Seq>, Option<u32>),
+    ) -> Result<(Option<LogsAttached>, &'static [&'static str]), End> {
+        let logs = &self.context.logs;
+        let changes = position.memberships;
+        handle.set_memberships(changes);
+        let Some(options) = options else {
+            if changes > 0 && logs.has_memberships(&handle.user).await.map_err(not_now)? {
+                self.context.metrics.topic_unaware.inc();
+                return Ok((None, &["topics"]));
+            }
+            return Ok((None, &[]));
+        };
+        let asked = (changes, began.is_some(), window.is_some());
+        Ok((Some(logs.attach(handle, options, asked).await.map_err(not_now)?), &[]))
+    }
+
+    /// Waits for the first frame, which must have a token unless the client is `known`.
     async fn identify<S: Socket>(
         &self,
         socket: &mut S,
+        known: Option<Known>,
         options: &mut SessionOptions,
         arrival: &mut Arrival,
     ) -> Result<Known, End> {
@@ -145,10 +173,24 @@ impl Connector {
             let why = "the first frame must be auth, with a token or a ticket";
             return Err(End::refused(RefusalReason::TokenMissing, why));
         };
-        *options = auth.options.or(std::mem::take(options));
-        match auth.credential {
-            AuthCredential::Token(token) => self.context.refresher.verify(&token).await,
-            AuthCredential::Ticket(ticket) => {
+        let AuthFrame { credential, options: asked } = *auth;
+        *options = asked.or(std::mem::take(options));
+        match credential {
+            None => known.ok_or_else(|| {
+                End::refused(RefusalReason::TokenMissing, "auth needs \"token\" or \"ticket\", a string")
+            }),
+            Some(AuthCredential::Token(token)) => {
+                let other = self.context.refresher.verify(&token).await?;
+                if known.is_some_and(|known| known.user != other.user) {
+                    let why = "the token is of another user than the one that came with the request";
+                    return Err(End::refused(RefusalReason::TokenInvalid, why));
+                }
+                Ok(other)
+            }
+            Some(AuthCredential::Ticket(_)) if known.is_some() => {
+                Err(End::close(CloseCode::BadFrame, "a token or a ticket came with the request already"))
+            }
+            Some(AuthCredential::Ticket(ticket)) => {
                 self.admitter.redeem(&ticket, arrival, options).map_err(|error| match error {
                     AdmissionError::Unauthorized(refused) => End::Refused(refused),
                     _ => End::close(CloseCode::Overloaded, "this node takes no more sockets this second"),

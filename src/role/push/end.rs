@@ -75,6 +75,7 @@ pub(super) async fn farewell<S: Socket>(socket: &mut S, end: End, hint: Reconnec
         if !matches!(code, CloseCode::Protocol | CloseCode::InvalidUtf8 | CloseCode::Normal) {
             let reconnect = CloseCode::may_reconnect(code.number()).then_some(hint);
             let frame = ServerFrame::Error {
+                topic: None,
                 code: code.name().to_owned(),
                 reason: reason.to_owned(),
                 message: why,

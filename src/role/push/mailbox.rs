@@ -4,6 +4,7 @@
 //! where a channel would keep a block of slots. It is bounded by dropping: a live message that has
 //! no room only leaves a mark, and the session reads the inbox instead.
 
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -12,7 +13,9 @@ use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::time::Duration;
 
-use crate::message::{Message, Seq};
+use super::tail::LogFrame;
+use crate::inbox::topics::Memberships;
+use crate::message::{LogId, Message, Seq};
 use crate::session::{Item, Page};
 use crate::wire::close::CloseCode;
 use crate::wire::frame::message_frame;
@@ -42,8 +45,25 @@ pub(super) struct Mail {
     /// The first position is above everything in the store; the session goes on after the second
     /// one.
     pub(super) reset: Option<(Seq, Seq)>,
+    /// What concerns logs.
+    pub(super) logs: Option<Box<LogMail>>,
     /// Orders of the node, which are rare.
     pub(super) orders: Option<Box<Orders>>,
+}
+
+/// What concerns the logs of a session.
+#[derive(Default)]
+pub(super) struct LogMail {
+    /// A block that was requested.
+    pub(super) block: Option<(LogId, Arc<Page<LogFrame>>)>,
+    /// The memberships of the user, read anew.
+    pub(super) memberships: Option<Arc<Memberships>>,
+}
+
+impl std::fmt::Debug for LogMail {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LogMail")
+    }
 }
 
 /// What the node wants from a session.
@@ -89,6 +109,29 @@ impl Mailbox {
     /// Live messages were lost on the way here.
     pub(super) fn lost(&self) {
         self.put(|mail| mail.lost = true);
+    }
+
+    /// The logs have moved.
+    pub(super) fn logs_moved(&self) {
+        self.put(|mail| {
+            mail.logs.get_or_insert_default();
+        });
+    }
+
+    /// Adds the block that the session requested; it requests one at a time.
+    pub(super) fn log_block(&self, log: LogId, block: Arc<Page<LogFrame>>) {
+        self.put(|mail| mail.logs.get_or_insert_default().block = Some((log, block)));
+    }
+
+    /// The memberships of the user were read anew.
+    pub(super) fn memberships(&self, memberships: Arc<Memberships>) {
+        self.put(|mail| {
+            let logs = mail.logs.get_or_insert_default();
+            let newer = |known: &Arc<Memberships>| known.version < memberships.version;
+            if logs.memberships.as_ref().is_none_or(newer) {
+                logs.memberships = Some(memberships);
+            }
+        });
     }
 
     /// Adds the page that the session requested; it requests one at a time.

@@ -9,6 +9,8 @@
 //! - `availability`, `ownership`, `reconnect`, `tokens`: whether the node takes sockets, which
 //!   users it owns, the reconnect hint, and the check of tokens.
 //! - `page_reads`, `cursors`, `sweep`: what is asked of the inbox, besides single positions.
+//! - `tail`, `tails`, `log_readers`, `log_attach`, `log_positions`: the logs of topics, which are
+//!   read once for all sockets.
 //! - `displaced`, `moves`, `drain`, `lease`: where users belong, and what happens when that
 //!   changes.
 //! - `admission`, `connection`, `attach`, `serving`, `refresh`, `welcome`, `end`: a connection,
@@ -26,6 +28,9 @@ mod drain;
 mod end;
 mod history;
 mod lease;
+mod log_attach;
+mod log_positions;
+mod log_readers;
 mod mailbox;
 mod moves;
 mod ownership;
@@ -35,6 +40,8 @@ mod refresh;
 mod registry;
 mod serving;
 mod sweep;
+mod tail;
+mod tails;
 mod tokens;
 mod welcome;
 
@@ -51,6 +58,7 @@ pub use admission::{Admission, AdmissionError, Origins, SocketRequest};
 pub use config::{PushConfig, PushLimits, PushMetrics, PushParts};
 pub use drain::Drain;
 pub use history::{HistoryRange, OWN_HISTORY_PAGE};
+pub use tails::LogReadingLimits;
 
 use crate::fallback::Holder;
 use crate::inbox::{InboxError, PositionQuery, StartAt};
@@ -59,7 +67,7 @@ use crate::message::{Message, NodeId, Seq, UserId};
 use crate::telemetry::WAY;
 use crate::wire::frame::ReconnectHint;
 use crate::wire::peer::{
-    LiveMessage, PeerError, Presence, PushRequest, PushResponse, Revocation, ViewVersion,
+    LiveMessage, LogHint, PeerError, Presence, PushRequest, PushResponse, Revocation, ViewVersion,
 };
 use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
@@ -136,6 +144,19 @@ impl Node {
         }
     }
 
+    /// Takes news about logs.
+    fn take_hints(&self, hints: &[LogHint], missed: bool) {
+        for hint in hints {
+            self.reading.tails.take(hint);
+            if let LogHint::Memberships(user) = hint {
+                self.reading.memberships.note(user);
+            }
+        }
+        if missed {
+            self.reading.tails.force();
+        }
+    }
+
     /// Returns this node's version of the view, and looks for a newer view if the sender has one.
     fn compare(&self, theirs: &ViewVersion) -> PushResponse {
         let ours = self.base.ownership.view().stamp();
@@ -181,7 +202,7 @@ impl Push {
         let base = Base::new(&config, &parts, holder.clone());
         let tokens = Arc::new(TokenCheck::new(parts.verify, parts.refusals));
         let urls = Arc::new(parts.urls);
-        let reading = Reading::start(&base, parts.inbox, tasks);
+        let reading = Reading::start(&base, parts.stores, parts.clock.clone(), tasks);
         let placement = Placement::start(&base, &reading, parts.fallback, parts.reach, &urls, tasks);
         tasks.spawn(placement.watch(&base, &reading, registration.standing).run());
         let admitter = Arc::new(Admitter {
@@ -309,6 +330,7 @@ impl Push {
         // wait.
         let _ = tokio::time::timeout(end::FAREWELL * 2, node.connections.wait()).await;
         node.reading.cursors.flush().await;
+        node.reading.log_positions.flush().await;
         if let Err(error) = node.placement.displaced.clear().await {
             tracing::warn!(%error, "the fallback entries could not be removed; they end with their lease");
         }
@@ -341,6 +363,11 @@ impl tower::Service<PushRequest> for Push {
                 self.node.deliver(&batch, sweep);
                 self.node.compare(&stamp)
             }
+            PushRequest::Hint { hints, missed, stamp } => {
+                self.node.take_hints(&hints, missed);
+                self.node.compare(&stamp)
+            }
+            PushRequest::Readers(log) => PushResponse::Readers(self.node.reading.tails.readers(&log)),
             PushRequest::Gone(stamp) => {
                 self.node.placement.notice.note();
                 self.node.compare(&stamp)

@@ -39,6 +39,10 @@ pub(super) struct Arrival {
 pub(super) trait InlineSend: Send + Sync {
     /// Sends the message, or returns it if it must go through the mailbox.
     fn send(&self, item: Item<Bytes>) -> Option<Item<Bytes>>;
+
+    /// Looks at the logs, which have moved. Returns the bytes that were given to the socket; `None`
+    /// if the task must look.
+    fn look_at_logs(&self) -> Option<usize>;
 }
 
 /// One session as the rest of the node sees it.
@@ -56,6 +60,8 @@ pub(super) struct SessionHandle {
     pub(super) device: DeviceId,
     /// What the client says that it is.
     pub(super) client: Option<Box<ClientName>>,
+    /// How often the memberships of the user in topics with a log have changed, as far as known.
+    memberships: AtomicU64,
     /// A ping of the server is unanswered.
     silent: AtomicBool,
     /// The owner incarnation that the client was told of.
@@ -76,6 +82,7 @@ impl SessionHandle {
             user,
             device,
             client: client.map(Box::new),
+            memberships: AtomicU64::new(0),
             silent: AtomicBool::new(false),
             id: ulid::Ulid::generate(),
             connected_at: now,
@@ -104,6 +111,26 @@ impl SessionHandle {
         if let Some(item) = rest {
             self.mailbox.try_live(item);
         }
+    }
+
+    /// Looks at the logs inline, or has the task look. Returns the bytes that were given to the
+    /// socket.
+    pub(super) fn look_at_logs(&self) -> usize {
+        let looked = self.serving.get().and_then(Weak::upgrade).and_then(|serving| serving.look_at_logs());
+        looked.unwrap_or_else(|| {
+            self.mailbox.logs_moved();
+            0
+        })
+    }
+
+    /// How often the memberships of the user in topics with a log have changed, as far as known.
+    pub(super) fn memberships(&self) -> u64 {
+        self.memberships.load(Ordering::Relaxed)
+    }
+
+    /// They have changed as often as this, or more often.
+    pub(super) fn set_memberships(&self, changes: u64) {
+        self.memberships.fetch_max(changes, Ordering::Relaxed);
     }
 
     /// When the token in use was issued, in whole seconds.

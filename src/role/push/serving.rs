@@ -25,6 +25,8 @@
 //! One lock per session, held while the session is polled or written to, never across an await. An
 //! inline sender uses `try_lock` and falls back to the mailbox.
 
+mod logs;
+
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -43,7 +45,10 @@ use tokio::time::{Instant, Sleep};
 use super::connection::read_frame;
 use super::cursors::CursorWriter;
 use super::end::{End, Socket, farewell};
-use super::mailbox::Mail;
+use super::log_attach::{LogAttacher, LogsAttached, shown};
+use super::log_positions::LogPositions;
+use super::log_readers::{Act, LogReaders, LogStart, Next};
+use super::mailbox::{LogMail, Mail};
 use super::page_reads::PageReads;
 use super::reconnect::ReconnectWindow;
 use super::refresh::Refresher;
@@ -58,7 +63,7 @@ use crate::message::{Millis, Seq};
 use crate::session::{Input, Item, Output, Session, StartPoint};
 use crate::telemetry::Counted;
 use crate::wire::close::CloseCode;
-use crate::wire::frame::{ClientFrame, ServerFrame};
+use crate::wire::frame::{ClientFrame, OfLog, ServerFrame};
 use crate::wire::refusal::RefusalReason;
 use crate::wire::socket::{Incoming, Outgoing, SocketError};
 
@@ -73,12 +78,19 @@ const FEED_BYTES: usize = 4 * 1024;
 /// Pings that may go unanswered.
 const UNANSWERED_PINGS: u32 = 2;
 
+/// Bytes queued for one socket up to which a frame of a log is taken: one or two.
+const LOG_QUEUE_BYTES: usize = FEED_BYTES;
+/// Frames of logs that one poll takes, before others have their turn.
+const LOG_FRAMES_PER_POLL: usize = 32;
+
 /// What all sessions of a node use while they serve.
 pub(super) struct ServingContext {
     pub(super) limits: PushLimits,
     pub(super) metrics: PushMetrics,
     pub(super) clock: Clock,
     pub(super) cursors: Arc<CursorWriter>,
+    pub(super) log_positions: Arc<LogPositions>,
+    pub(super) logs: Arc<LogAttacher>,
     pub(super) reads: Arc<PageReads>,
     pub(super) refresher: Arc<Refresher>,
     pub(super) welcomer: Welcomer,
@@ -96,6 +108,10 @@ pub(super) struct Attached {
     pub(super) heartbeat: bool,
     /// Most messages that are sent ahead of the client's acks.
     pub(super) window: Option<u32>,
+    /// What it reads of logs, if the client understands them.
+    pub(super) logs: Option<LogsAttached>,
+    /// What the client would get if it understood it.
+    pub(super) missing: &'static [&'static str],
 }
 
 /// An event of the serving stage.
@@ -105,6 +121,8 @@ enum Event {
     Mail(Box<Mail>),
     Frame(Incoming),
     Refreshed(Result<Known, End>),
+    /// The logs that the user has joined, by the number of changes.
+    Joined(u64, Vec<LogStart>),
     Timer,
     Fault(SocketError),
     Over,
@@ -150,6 +168,13 @@ impl<S: Socket + 'static> InlineSend for Shared<S> {
             _ => Some(item),
         }
     }
+
+    fn look_at_logs(&self) -> Option<usize> {
+        match self.0.try_lock().as_deref_mut() {
+            Some(Some(serving)) => serving.look_inline(),
+            _ => None,
+        }
+    }
 }
 
 /// The serving stage.
@@ -178,11 +203,23 @@ pub(super) struct Serving<S> {
     frames_this_second: u32,
     second_began: Instant,
     refresh: Option<BoxFuture<'static, Result<Known, End>>>,
+    /// What is read of logs, if the client understands them.
+    logs: Option<Box<Logs>>,
     timer: Pin<Box<Sleep>>,
     next_ping: Instant,
     token_ends: Instant,
     close_at: Option<Instant>,
     _counted: (Counted, Counted),
+}
+
+/// What a session reads of logs.
+struct Logs {
+    readers: LogReaders,
+    inbox_was_level: bool,
+    /// Topics that the user has joined, being found out.
+    joining: Option<BoxFuture<'static, (u64, Vec<LogStart>)>>,
+    /// What readers want done, in their order; empty between two events.
+    acts: Vec<Act>,
 }
 
 impl<S: Socket> Serving<S> {
@@ -193,17 +230,23 @@ impl<S: Socket> Serving<S> {
         attached: Attached,
         connection: Counted,
     ) -> Self {
-        let Attached { known, handle, position, began, heartbeat, window } = attached;
+        let Attached { known, handle, position, began, heartbeat, window, logs, missing } = attached;
         let session_counted = Counted::in_gauge(&context.metrics.sessions);
         let now = Instant::now();
         // The first ping comes at a random time; otherwise a restarted node would ping all clients
         // at the same time for ever.
         let next_ping = now + between(Duration::ZERO, context.limits.ping_every, &mut rand::rng());
         let token_ends = now + until(known.expires_at_s, context.clock.now());
-        let welcome =
-            Outgoing::Text(context.welcomer.frame(&handle, &known, position.start, began, heartbeat));
+        let positions = logs.as_ref().map(|logs| shown(&logs.starts));
+        let welcome = context.welcomer.frame(
+            &handle,
+            &known,
+            (position.start, began, heartbeat),
+            (positions.as_deref(), missing),
+        );
         let mut outputs = Vec::with_capacity(2);
-        let start = StartPoint { start: position.start, head: position.head, more: position.more };
+        let start =
+            StartPoint { start: position.start, head: position.head, more: position.more, fresh: false };
         let session = Session::start(start, window, |output| outputs.push(output));
         let mut this = Self {
             timer: Box::pin(tokio::time::sleep_until(next_ping.min(token_ends))),
@@ -219,6 +262,7 @@ impl<S: Socket> Serving<S> {
             frames_first: false,
             heartbeat,
             refresh: None,
+            logs: None,
             timer_asked: false,
             task: None,
             noticed: None,
@@ -231,14 +275,23 @@ impl<S: Socket> Serving<S> {
             _counted: (connection, session_counted),
         };
         this.context.metrics.welcomed.inc();
-        this.push(welcome);
+        this.push(Outgoing::Text(welcome));
+        if let Some(LogsAttached { readers, starts }) = logs {
+            this.begin_logs(*readers, starts);
+        }
         outputs.into_iter().for_each(|output| this.perform(output));
         this.handle.set_position(this.session.position());
+        this.look_whether_level();
+        this.look_at_logs();
         this
     }
 
     async fn leave(self, end: End) {
-        let Self { context, mut socket, handle, _counted, .. } = self;
+        let Self { context, mut socket, handle, logs, _counted, .. } = self;
+        if logs.is_some() {
+            context.log_positions.hurry(&handle.user, &handle.device);
+        }
+        drop(logs);
         // Unregister before the farewell: the place is free at once.
         drop(handle);
         farewell(&mut socket, end, context.window.hint()).await;
@@ -270,6 +323,27 @@ impl<S: Socket> Serving<S> {
         None
     }
 
+    /// Looks at the logs on behalf of the task and writes. Returns the bytes that were given to the
+    /// socket; `None` if the task must look.
+    fn look_inline(&mut self) -> Option<usize> {
+        if self.logs.is_none() {
+            return Some(0);
+        }
+        if self.noticed.is_some() || !self.handle.mailbox.is_empty() {
+            return None;
+        }
+        let task = self.task.take()?;
+        let before = self.queued_bytes;
+        self.look_at_logs();
+        let given = self.queued_bytes - before;
+        if let Poll::Ready(event) = self.poll_write(&mut Context::from_waker(&task)) {
+            self.noticed = Some(Box::new(event));
+            task.wake_by_ref();
+        }
+        self.task = Some(task);
+        Some(given)
+    }
+
     fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         if let Some(event) = self.noticed.take() {
             return Poll::Ready(*event);
@@ -294,6 +368,13 @@ impl<S: Socket> Serving<S> {
         {
             self.refresh = None;
             return Poll::Ready(Event::Refreshed(refreshed));
+        }
+        if let Some(logs) = &mut self.logs
+            && let Some(joining) = &mut logs.joining
+            && let Poll::Ready((changes, starts)) = joining.poll_unpin(cx)
+        {
+            logs.joining = None;
+            return Poll::Ready(Event::Joined(changes, starts));
         }
         self.poll_timer(cx)
     }
@@ -321,6 +402,7 @@ impl<S: Socket> Serving<S> {
     /// Writes as much as the socket takes. Ready with [`Event::HasRoom`] when a full queue has
     /// drained.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        let mut frames = 0;
         loop {
             while self.unflushed_bytes < FEED_BYTES && !self.queue.is_empty() {
                 match self.socket.poll_ready_unpin(cx) {
@@ -337,7 +419,17 @@ impl<S: Socket> Serving<S> {
                 }
             }
             if self.unflushed_bytes == 0 {
-                break;
+                // The socket takes more. Logs give it, a frame or two at a time.
+                if frames >= LOG_FRAMES_PER_POLL {
+                    cx.waker().wake_by_ref();
+                    break;
+                }
+                let taken = self.take_of_logs();
+                frames += taken;
+                if taken == 0 {
+                    break;
+                }
+                continue;
             }
             match self.socket.poll_flush_unpin(cx) {
                 Poll::Ready(Ok(())) => {
@@ -372,6 +464,7 @@ impl<S: Socket> Serving<S> {
             Event::Mail(mail) => self.handle_mail(*mail)?,
             Event::Frame(incoming) => self.handle_frame(incoming)?,
             Event::Refreshed(known) => self.refreshed(known?)?,
+            Event::Joined(changes, starts) => self.joined(changes, starts),
             Event::Timer => self.timer()?,
             Event::Fault(fault) => return Err(fault.into()),
             Event::Over => return Err(End::Gone),
@@ -388,6 +481,9 @@ impl<S: Socket> Serving<S> {
                 });
             }
             if let Some(order) = orders.move_to {
+                if self.logs.is_some() {
+                    self.context.log_positions.hurry(&self.handle.user, &self.handle.device);
+                }
                 self.push(Outgoing::Text(order.frame));
                 if let Some(after) = order.close_after {
                     self.close_at = Some(Instant::now() + after);
@@ -414,6 +510,9 @@ impl<S: Socket> Serving<S> {
         if let Some(position) = mail.more_after {
             self.step(Input::MoreAfter(position));
         }
+        if let Some(mail) = mail.logs {
+            self.handle_log_mail(*mail);
+        }
         Ok(())
     }
 
@@ -428,6 +527,10 @@ impl<S: Socket> Serving<S> {
         };
         match read_frame(&text)? {
             ClientFrame::Ack(seq) => self.step(Input::Ack(seq)),
+            ClientFrame::AckLogs(acks) => self.acked(*acks),
+            ClientFrame::Watch(topic, _) => self.refuse_watch(&topic),
+            // Nothing is watched, and a membership is not ended by that.
+            ClientFrame::Unwatch(_) => {}
             ClientFrame::Ping => self.reply(&ServerFrame::Pong),
             ClientFrame::Refresh(token) => self.begin_refresh(token)?,
             ClientFrame::Auth(_) => {
@@ -517,6 +620,7 @@ impl<S: Socket> Serving<S> {
         session.step(input, now, |output| perform(output, queue, queued_bytes, handle, context));
         self.handle.set_position(self.session.position());
         self.look_whether_full();
+        self.look_whether_level();
     }
 
     fn look_whether_full(&mut self) {
@@ -558,12 +662,16 @@ fn perform(
             frame
         }
         Output::Gap { after, before, reason } => {
-            ServerFrame::Gap { after: after.get(), before: before.get(), reason }.encode()
+            let of = OfLog::default();
+            ServerFrame::Gap { of, after: after.get(), before: before.get(), reason }.encode()
         }
-        Output::CaughtUp(seq) => ServerFrame::CaughtUp { seq: seq.get() }.encode(),
+        Output::CaughtUp(seq) => {
+            ServerFrame::CaughtUp { seq: Some(seq.get()), of: OfLog::default(), all: false }.encode()
+        }
         Output::Read { after, most } => return context.reads.request(handle, after, most),
         Output::Cursor(acked) => {
             handle.set_acked(acked);
+            context.log_positions.hurry(&handle.user, &handle.device);
             return context.cursors.note(handle, acked);
         }
     };

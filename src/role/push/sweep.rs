@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::PushMetrics;
 use super::availability::Availability;
+use super::log_attach::MembershipReads;
 use super::registry::{Registry, SessionHandle};
 use crate::backoff::around;
 use crate::inbox::{Change, Inbox, InboxError, PositionQuery, StartAt};
@@ -20,7 +21,7 @@ const BATCH: usize = 1_000;
 /// Every session is swept once in this time, ± [`SWEEP_JITTER`].
 pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(30);
 /// The same on a node that was cut off.
-const SWEEP_EVERY_CUT_OFF: Duration = Duration::from_secs(3);
+pub(super) const SWEEP_EVERY_CUT_OFF: Duration = Duration::from_secs(3);
 /// Part of the period by which a sweep may be early or late.
 pub(super) const SWEEP_JITTER: f64 = 0.2;
 /// Shortest time between two forced sweeps.
@@ -33,6 +34,7 @@ pub(super) struct Sweeper {
     availability: Arc<Availability>,
     metrics: PushMetrics,
     every: Duration,
+    memberships: Arc<MembershipReads>,
     forced: Notify,
 }
 
@@ -44,8 +46,9 @@ impl Sweeper {
         availability: Arc<Availability>,
         metrics: PushMetrics,
         every: Duration,
+        memberships: Arc<MembershipReads>,
     ) -> Self {
-        Self { inbox, registry, availability, metrics, every, forced: Notify::new() }
+        Self { inbox, registry, availability, metrics, every, memberships, forced: Notify::new() }
     }
 
     /// Sweeps all sessions soon, because hints were dropped.
@@ -135,6 +138,7 @@ impl Sweeper {
             } else if answer.head < position {
                 self.reset(handle, position, answer.head).await?;
             }
+            self.memberships.compare(handle, answer.memberships);
             close_if_revoked(handle, answer.not_before_s);
         }
         Ok(())

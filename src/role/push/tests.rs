@@ -20,12 +20,12 @@ use crate::fallback::Fallback;
 use crate::fallback::local::LocalFallback;
 use crate::inbox::memory::MemoryInbox;
 use crate::inbox::{
-    Append, Appended, Appender, Change, Inbox, InboxError, InboxPage, PageLimit, PositionLookup,
-    PositionQuery, Profile, UserPosition, WriteObserver,
+    Append, Appended, Appender, Change, Inbox, InboxError, InboxPage, Logs, PageLimit, PositionLookup,
+    PositionQuery, Profile, Stores, UserPosition, WriteObserver,
 };
 use crate::membership::local::LocalMembership;
 use crate::membership::{LeaseState, NodeInfo};
-use crate::message::{Message, MessageId, Millis, Seq, UserId};
+use crate::message::{DeviceId, LogId, Message, MessageId, Millis, Seq, UserId};
 use crate::ring::Ring;
 use crate::role::connect::PublicUrls;
 use crate::role::reach::PeerProbe;
@@ -136,6 +136,13 @@ impl Inbox for Faulty {
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {
         self.0.update(changes)
     }
+    fn log_positions(
+        &self,
+        user: UserId,
+        device: DeviceId,
+    ) -> BoxFuture<'_, Result<Vec<(LogId, Seq)>, InboxError>> {
+        self.0.log_positions(user, device)
+    }
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
         Arc::clone(&self.0).appender(observer, tasks)
     }
@@ -197,6 +204,7 @@ struct Cluster {
     membership: LocalMembership,
     fallback: LocalFallback,
     inbox: Arc<MemoryInbox>,
+    logs: Arc<MemoryInbox>,
     trouble: Trouble,
     clock: Clock,
     nodes: Vec<Push>,
@@ -213,6 +221,7 @@ impl Cluster {
             membership: LocalMembership::new(clock.clone()),
             fallback: LocalFallback::default(),
             inbox: Arc::new(MemoryInbox::new(clock.clone())),
+            logs: Arc::new(MemoryInbox::new(clock.clone())),
             trouble: Trouble::None,
             clock,
             nodes: Vec::new(),
@@ -254,7 +263,11 @@ impl Cluster {
         let health = Health::default();
         self.healths.push(health.clone());
         let parts = PushParts {
-            inbox: Arc::new(Faulty(Arc::clone(&self.inbox), self.trouble)),
+            stores: Stores {
+                inbox: Arc::new(Faulty(Arc::clone(&self.inbox), self.trouble)),
+                topics: Arc::clone(&self.inbox) as _,
+                logs: Logs::new(Arc::clone(&self.logs) as _),
+            },
             verify,
             membership: Arc::new(self.membership.clone()),
             fallback: Arc::new(self.fallback.clone()),

@@ -5,7 +5,7 @@ use super::{NEVER, NOW};
 
 fn start(start: u64, head: u64, more: bool) -> (Session, Vec<Output<u64>>) {
     let mut outputs = Vec::new();
-    let standing = StartPoint { start: Seq::at(start), head: Seq::at(head), more };
+    let standing = StartPoint { start: Seq::at(start), head: Seq::at(head), more, fresh: false };
     (Session::start(standing, None, |o| outputs.push(o)), outputs)
 }
 
@@ -144,7 +144,7 @@ fn a_position_above_a_restored_store_is_told_and_left_also_while_a_page_is_read(
 
 #[test]
 fn a_client_with_a_window_is_sent_no_more_than_that_ahead_and_a_read_waits_for_half_of_it() {
-    let standing = StartPoint { start: Seq::at(40), head: Seq::at(41), more: true };
+    let standing = StartPoint { start: Seq::at(40), head: Seq::at(41), more: true, fresh: false };
     let mut began = Vec::new();
     let mut session = Session::start(standing, Some(4), |o: Output<u64>| began.push(o));
     assert_eq!(began, [Output::Read { after: Seq::at(40), most: Some(4) }]);

@@ -14,8 +14,9 @@ use super::calls::push_server::{Push, PushServer};
 use super::{FindPush, MESSAGE_MAX, NODE, PROOF, Service, Verify};
 use crate::wire::peer::{
     DispatchRequest, DispatchResponse, LiveMessage, PeerError, PushRequest, PushResponse, Revocation,
+    ViewVersion,
 };
-use crate::wire::proto::{ProtoError, batch_of, peer as message, user_of};
+use crate::wire::proto::{ProtoError, batch_of, hints_of, peer as message, user_of};
 
 /// What a process offers to its peers: all calls of the roles that run there, each looked at by
 /// `verify` before anything of it is read.
@@ -74,9 +75,16 @@ impl Dispatch for DispatchPeer {
         &self,
         request: Request<message::DispatchBatch>,
     ) -> Result<Response<message::Taken>, Status> {
-        let message::DispatchBatch { messages, missed, stamp } = request.into_inner();
-        let batch = batch_of(messages).map_err(invalid)?;
-        self.ask(DispatchRequest::Deliver { batch, missed, stamp: stamp.into() }).await?;
+        let message::DispatchBatch { messages, missed, stamp, hints, hints_missed } = request.into_inner();
+        let (batch, hints) = (batch_of(messages).map_err(invalid)?, hints_of(hints).map_err(invalid)?);
+        let stamp: ViewVersion = stamp.into();
+        if !hints.is_empty() || hints_missed {
+            let (missed, stamp) = (hints_missed, stamp.clone());
+            self.ask(DispatchRequest::Hint { hints, missed, stamp }).await?;
+        }
+        if !batch.is_empty() || missed {
+            self.ask(DispatchRequest::Deliver { batch, missed, stamp }).await?;
+        }
         Ok(Response::new(message::Taken::default()))
     }
 
@@ -87,7 +95,18 @@ impl Dispatch for DispatchPeer {
                 owner: owner.map(|node| node.as_str().to_owned()),
                 sessions: sessions.iter().map(message::Session::from).collect(),
             })),
-            DispatchResponse::Done => Err(Status::internal("no answer to a lookup")),
+            _ => Err(Status::internal("no answer to a lookup")),
+        }
+    }
+
+    async fn count_readers(
+        &self,
+        request: Request<message::Log>,
+    ) -> Result<Response<message::Readers>, Status> {
+        let log = request.into_inner().try_into().map_err(invalid)?;
+        match self.ask(DispatchRequest::Readers(log)).await? {
+            DispatchResponse::Readers(count) => Ok(Response::new(message::Readers { count })),
+            _ => Err(Status::internal("no number of readers")),
         }
     }
 
@@ -123,7 +142,7 @@ async fn taken(
 ) -> Result<message::Taken, Status> {
     match role.oneshot(request).await.map_err(status)? {
         PushResponse::Done(stamp) => Ok(message::Taken { stamp: Some((&stamp).into()) }),
-        PushResponse::Sessions(_) => Err(Status::internal("sessions are no answer to this")),
+        _ => Err(Status::internal("this is no answer to a batch")),
     }
 }
 
@@ -139,9 +158,15 @@ impl Push for PushPeer {
         let answers = request.into_inner().then(move |batch| {
             let role = role.clone();
             async move {
-                let message::PushBatch { messages, sweep, stamp } = batch?;
+                let message::PushBatch { messages, sweep, stamp, hints, hints_missed } = batch?;
                 let batch: Vec<LiveMessage> = batch_of(messages).map_err(invalid)?;
-                taken(role, PushRequest::Deliver { batch: batch.into(), sweep, stamp: stamp.into() }).await
+                let hints = hints_of(hints).map_err(invalid)?;
+                let stamp: ViewVersion = stamp.into();
+                if !hints.is_empty() || hints_missed {
+                    let hints = hints.into();
+                    return taken(role, PushRequest::Hint { hints, missed: hints_missed, stamp }).await;
+                }
+                taken(role, PushRequest::Deliver { batch: batch.into(), sweep, stamp }).await
             }
         });
         Ok(Response::new(Box::pin(answers)))
@@ -154,7 +179,19 @@ impl Push for PushPeer {
             PushResponse::Sessions(sessions) => Ok(Response::new(message::Sessions {
                 sessions: sessions.iter().map(message::Session::from).collect(),
             })),
-            PushResponse::Done(_) => Err(Status::internal("no answer to a lookup")),
+            _ => Err(Status::internal("no answer to a lookup")),
+        }
+    }
+
+    async fn count_readers(
+        &self,
+        request: Request<message::Log>,
+    ) -> Result<Response<message::Readers>, Status> {
+        let role = self.meant(&request)?;
+        let log = request.into_inner().try_into().map_err(invalid)?;
+        match role.oneshot(PushRequest::Readers(log)).await.map_err(status)? {
+            PushResponse::Readers(count) => Ok(Response::new(message::Readers { count })),
+            _ => Err(Status::internal("no number of readers")),
         }
     }
 

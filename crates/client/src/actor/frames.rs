@@ -66,7 +66,8 @@ impl Actor {
 
     pub(super) async fn frame(&mut self, is_next: bool, frame: ReceivedFrame) -> ControlFlow<Ending> {
         match frame {
-            ReceivedFrame::Message(frame) => {
+            // This library reads no logs of topics yet, and does not ask for them.
+            ReceivedFrame::Message(frame) if frame.of.is_inbox() => {
                 let seq = frame.seq;
                 let item = Item::Message(Message::new(frame, self.is_caught_up));
                 if !self.shared.put(item, |ledger| ledger.take(seq)) {
@@ -75,7 +76,7 @@ impl Actor {
                 }
                 self.take_next_if_level();
             }
-            ReceivedFrame::Other(ServerFrame::Gap { after, before, reason }) => {
+            ReceivedFrame::Other(ServerFrame::Gap { of, after, before, reason }) if of.is_inbox() => {
                 let line = if is_next { &self.next } else { &self.line };
                 let id = line.as_ref().map_or(0, |line| line.id);
                 self.shared.put(Item::Gap(Gap { after, before, reason }), |ledger| match reason {
@@ -84,7 +85,9 @@ impl Actor {
                 });
                 self.take_next_if_level();
             }
-            ReceivedFrame::Other(ServerFrame::CaughtUp { .. }) => self.caught_up(is_next),
+            ReceivedFrame::Other(ServerFrame::CaughtUp { of, all: false, .. }) if of.is_inbox() => {
+                self.caught_up(is_next);
+            }
             ReceivedFrame::Other(ServerFrame::Move { url, node, after_ms, reason, .. }) if !is_next => {
                 self.next = None;
                 self.shared.set(State::Moving { node, reason });
@@ -99,7 +102,7 @@ impl Actor {
                 }
             }
             ReceivedFrame::Other(ServerFrame::Error { reconnect: Some(hint), .. }) => self.hint = hint,
-            ReceivedFrame::Other(_) | ReceivedFrame::Unknown => {}
+            ReceivedFrame::Message(_) | ReceivedFrame::Other(_) | ReceivedFrame::Unknown => {}
         }
         ControlFlow::Continue(())
     }

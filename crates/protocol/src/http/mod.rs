@@ -116,7 +116,7 @@ pub fn parse_publish(body: &Bytes, limits: &PublishLimits) -> Result<Publish, Pr
         None => {
             faults.push(fault(
                 "/to",
-                "is required: {\"user\":\"…\"}, {\"users\":[…]}, {\"topic\":\"…\"} or {\"topics\":[…]}",
+                "is required: {\"user\":\"…\"}, {\"users\":[…]}, {\"topic\":\"…\"}, {\"topics\":[…]} or {\"everyone\":true}",
             ));
             None
         }

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::{FieldError, PublishLimits, UpTo, fault};
-use crate::message::{Recipients, TopicName, UserId};
+use crate::message::{LogId, Recipients, TopicName, UserId};
 
 #[derive(Deserialize)]
 struct RawTo<'a> {
@@ -19,6 +19,8 @@ struct RawTo<'a> {
     #[serde(default, borrow)]
     topics: Option<&'a RawValue>,
     #[serde(default, borrow)]
+    everyone: Option<&'a RawValue>,
+    #[serde(default, borrow)]
     except: Option<&'a RawValue>,
 }
 
@@ -27,23 +29,45 @@ pub(super) fn parse_to(
     limits: &PublishLimits,
     faults: &mut Vec<FieldError>,
 ) -> Option<Recipients> {
-    const FORM: &str = "must be an object with exactly one of \"user\", \"users\", \"topic\" and \"topics\", and \"except\" only \
-         beside a topic";
+    const FORM: &str = "must be an object with exactly one of \"user\", \"users\", \"topic\", \"topics\" and \"everyone\": true, and \
+         \"except\" only beside the last three";
     let parsed =
         raw.get().starts_with('{').then(|| serde_json::from_str::<RawTo<'_>>(raw.get()).ok()).flatten();
     match parsed {
-        Some(RawTo { user: Some(user), users: None, topic: None, topics: None, except: None }) => {
-            parse_user(user, "/to/user", faults).map(Recipients::User)
-        }
-        Some(RawTo { user: None, users: Some(users), topic: None, topics: None, except: None }) => {
-            parse_users(users, "/to/users", 1..=limits.recipients, faults).map(Recipients::Users)
-        }
-        Some(RawTo { user: None, users: None, topic: Some(topic), topics: None, except }) => {
+        Some(RawTo {
+            user: Some(user),
+            users: None,
+            topic: None,
+            topics: None,
+            everyone: None,
+            except: None,
+        }) => parse_user(user, "/to/user", faults).map(Recipients::User),
+        Some(RawTo {
+            user: None,
+            users: Some(users),
+            topic: None,
+            topics: None,
+            everyone: None,
+            except: None,
+        }) => parse_users(users, "/to/users", 1..=limits.recipients, faults).map(Recipients::Users),
+        Some(RawTo { user: None, users: None, topic: Some(topic), topics: None, everyone: None, except }) => {
             let topics = parse_topic_name(topic, "/to/topic", faults).map(|topic| vec![topic]);
             parse_except(topics, except, faults)
         }
-        Some(RawTo { user: None, users: None, topic: None, topics: Some(topics), except }) => {
-            parse_except(parse_topics(topics, faults), except, faults)
+        Some(RawTo {
+            user: None,
+            users: None,
+            topic: None,
+            topics: Some(topics),
+            everyone: None,
+            except,
+        }) => parse_except(parse_topics(topics, faults), except, faults),
+        Some(RawTo { user: None, users: None, topic: None, topics: None, everyone: Some(all), except }) => {
+            let everyone = (all.get() == "true").then(|| vec![LogId::Everyone]);
+            if everyone.is_none() {
+                faults.push(fault("/to/everyone", "must be true"));
+            }
+            parse_except(everyone, except, faults)
         }
         _ => {
             faults.push(fault("/to", FORM));
@@ -88,12 +112,13 @@ fn parse_users(
     (read.len() == count).then_some(read)
 }
 
-fn parse_topic_name(raw: &RawValue, pointer: &str, faults: &mut Vec<FieldError>) -> Option<TopicName> {
+fn parse_topic_name(raw: &RawValue, pointer: &str, faults: &mut Vec<FieldError>) -> Option<LogId> {
     let Ok(text) = serde_json::from_str::<String>(raw.get()) else {
         faults.push(fault(pointer, "must be a string"));
         return None;
     };
-    TopicName::parse(&text).map_err(|rule| faults.push(fault(pointer, rule.to_string()))).ok()
+    let name = TopicName::parse(&text).map_err(|rule| faults.push(fault(pointer, rule.to_string())));
+    name.ok().map(LogId::Topic)
 }
 
 /// Most topics of one publish.
@@ -101,7 +126,7 @@ pub const TOPICS_PER_PUBLISH: usize = 100;
 /// Most users that one publish to topics leaves out.
 pub const EXCEPT_PER_PUBLISH: usize = 100;
 
-fn parse_topics(raw: &RawValue, faults: &mut Vec<FieldError>) -> Option<Vec<TopicName>> {
+fn parse_topics(raw: &RawValue, faults: &mut Vec<FieldError>) -> Option<Vec<LogId>> {
     let Ok(UpTo { items: topics, count }) = serde_json::from_str::<UpTo<'_>>(raw.get()) else {
         faults.push(fault("/to/topics", "must be a list of names of topics"));
         return None;
@@ -112,13 +137,13 @@ fn parse_topics(raw: &RawValue, faults: &mut Vec<FieldError>) -> Option<Vec<Topi
         return None;
     }
     let topics = topics.into_iter().enumerate();
-    let read: Vec<TopicName> =
+    let read: Vec<LogId> =
         topics.filter_map(|(n, topic)| parse_topic_name(topic, &format!("/to/topics/{n}"), faults)).collect();
     (read.len() == count).then_some(read)
 }
 
 fn parse_except(
-    topics: Option<Vec<TopicName>>,
+    topics: Option<Vec<LogId>>,
     except: Option<&RawValue>,
     faults: &mut Vec<FieldError>,
 ) -> Option<Recipients> {

@@ -4,8 +4,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 use super::problem::Problem;
-use crate::frame::{put_history_item, put_id, put_number};
-use crate::message::{Message, MessageId, Seq, TopicName, UserId};
+use crate::frame::{OfLog, put_history_item, put_id, put_number};
+use crate::message::{LogId, Message, MessageId, Seq, UserId};
 
 /// The outcome for one recipient, as it is returned.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,10 +38,22 @@ pub enum Accepted {
         /// The others, and why.
         failed: Vec<FailedMember>,
     },
-    /// The topic is not there, or it is not known for which of its members the message is stored.
+    /// The message is in the log of a topic, or of everyone, on stable storage.
+    Log {
+        /// Which log.
+        #[serde(flatten)]
+        of: OfLog,
+        /// Position in the log.
+        seq: u64,
+        /// It was stored before under the same id.
+        duplicate: bool,
+    },
+    /// The topic is not there, the message is not in its log, or it is not known for which of its
+    /// members the message is stored.
     TopicFailed {
-        /// The topic.
-        topic: String,
+        /// The topic, or everyone.
+        #[serde(flatten)]
+        of: OfLog,
         /// Why it is not stored.
         error: PublishError,
     },
@@ -59,7 +71,7 @@ pub struct FailedMember {
 /// Why a message was not stored for one recipient.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublishError {
-    /// HTTP status: 404, 409, 422 or 503.
+    /// HTTP status: 404, 409, 413, 422, 429 or 503.
     pub status: u16,
     /// An explanation for people.
     #[serde(default)]
@@ -76,22 +88,44 @@ pub struct Published {
     /// One entry per recipient, in the order given.
     pub accepted: Vec<(UserId, Result<Stored, PublishError>)>,
     /// One entry per topic, in the order given.
-    pub topics: Vec<(TopicName, Result<TopicOutcome, PublishError>)>,
+    pub topics: Vec<(LogId, Result<TopicOutcome, PublishError>)>,
 }
 
 /// What became of a publish to one topic.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct TopicOutcome {
-    /// Members that the message is for.
-    pub members: usize,
-    /// Those for whom it is not stored.
-    pub failed: Vec<(UserId, PublishError)>,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TopicOutcome {
+    /// It was stored for the members, or for some of them.
+    Members {
+        /// Members that the message is for.
+        members: usize,
+        /// Those for whom it is not stored.
+        failed: Vec<(UserId, PublishError)>,
+    },
+    /// It stands in the log.
+    Log(Stored),
+}
+
+impl TopicOutcome {
+    fn failed(&self) -> &[(UserId, PublishError)] {
+        match self {
+            Self::Members { failed, .. } => failed,
+            Self::Log(_) => &[],
+        }
+    }
+
+    /// What it counts for among the recipients: a log counts as one.
+    fn count(&self) -> usize {
+        match self {
+            Self::Members { members, .. } => *members,
+            Self::Log(_) => 1,
+        }
+    }
 }
 
 /// Where a message is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored {
-    /// Position in the recipient's inbox.
+    /// Position in the recipient's inbox, or in the log.
     pub seq: Seq,
     /// It was stored before under the same id.
     pub duplicate: bool,
@@ -104,18 +138,19 @@ impl Published {
         let of_users = self.accepted.iter().filter_map(|(_, outcome)| outcome.as_ref().err());
         let of_topics = self.topics.iter().filter_map(|(_, outcome)| outcome.as_ref().err());
         let of_members = self.topics.iter().filter_map(|(_, outcome)| outcome.as_ref().ok());
-        let of_members = of_members.flat_map(|topic| topic.failed.iter().map(|(_, error)| error));
+        let of_members = of_members.flat_map(|topic| topic.failed().iter().map(|(_, error)| error));
         let failed: Vec<&PublishError> = of_users.chain(of_topics).chain(of_members).collect();
         // What a repeat mends goes before what it does not.
         let rank = |refusal: &&&PublishError| match refusal.status {
             503 => 0,
-            409 => 2,
-            _ => 1,
+            409 => 3,
+            429 => 1,
+            _ => 2,
         };
         let first = *failed.iter().min_by_key(rank)?;
         // A topic that failed as a whole counts as one.
-        let members = |(_, outcome): &(TopicName, Result<TopicOutcome, PublishError>)| {
-            outcome.as_ref().map_or(1, |topic| topic.members)
+        let members = |(_, outcome): &(LogId, Result<TopicOutcome, PublishError>)| {
+            outcome.as_ref().map_or(1, TopicOutcome::count)
         };
         let count = self.accepted.len() + self.topics.iter().map(members).sum::<usize>();
         let detail = if count == 1 {
@@ -126,13 +161,16 @@ impl Published {
                 failed.len(),
             )
         };
+        let problem = Problem::new(first.status, detail);
         Some(Problem {
             // An id that is not deduplicated must not be offered for a repeat.
             id: self.repeatable.then(|| self.id.as_str().to_owned()),
             accepted: Some(
                 self.accepted.iter().map(as_accepted).chain(self.topics.iter().map(as_topic)).collect(),
             ),
-            ..Problem::new(first.status, detail)
+            // A budget of a log has room again within a second.
+            retry_after_s: if first.status == 429 { Some(1) } else { problem.retry_after_s },
+            ..problem
         })
     }
 
@@ -166,20 +204,23 @@ pub(super) fn as_accepted((user, outcome): &(UserId, Result<Stored, PublishError
     }
 }
 
-fn as_topic((topic, outcome): &(TopicName, Result<TopicOutcome, PublishError>)) -> Accepted {
-    let topic = topic.as_str().to_owned();
+fn as_topic((log, outcome): &(LogId, Result<TopicOutcome, PublishError>)) -> Accepted {
+    let of = OfLog::from(log);
     let failed = |(user, error): &(UserId, PublishError)| FailedMember {
         user: user.as_str().to_owned(),
         error: error.clone(),
     };
     match outcome {
-        Ok(TopicOutcome { members, failed: all }) => Accepted::Topic {
-            topic,
+        Ok(TopicOutcome::Log(stored)) => {
+            Accepted::Log { of, seq: stored.seq.get(), duplicate: stored.duplicate }
+        }
+        Ok(TopicOutcome::Members { members, failed: all }) => Accepted::Topic {
+            topic: log.to_string(),
             members: *members,
             stored: members - all.len(),
             failed: all.iter().map(failed).collect(),
         },
-        Err(error) => Accepted::TopicFailed { topic, error: error.clone() },
+        Err(error) => Accepted::TopicFailed { of, error: error.clone() },
     }
 }
 

@@ -1,7 +1,7 @@
 //! Bodies as senders write them, well and badly.
 
 use super::*;
-use crate::message::{Seq, TopicName, UserId};
+use crate::message::{LogId, Seq, TopicName, UserId};
 use bytes::BytesMut;
 use proptest::prelude::*;
 
@@ -53,7 +53,7 @@ fn what_is_wrong_is_named_field_by_field() {
         (r#"{"to":{"topic":"t","user":"a"},"payload":1}"#, (422, vec!["/to"])),
         (r#"{"to":{"topic":"t","topics":["t"]},"payload":1}"#, (422, vec!["/to"])),
         (r#"{"to":{"user":"t","except":["a"]},"payload":1}"#, (422, vec!["/to"])),
-        (r#"{"to":{"everyone":true},"payload":1}"#, (422, vec!["/to"])),
+        (r#"{"to":{"everyone":1},"payload":1}"#, (422, vec!["/to/everyone"])),
         (r#"{"to":{"topic":"everyone"},"payload":1}"#, (422, vec!["/to/topic"])),
         (r#"{"to":{"topic":7},"payload":1}"#, (422, vec!["/to/topic"])),
         (r#"{"to":{"topics":[]},"payload":1}"#, (422, vec!["/to/topics"])),
@@ -138,7 +138,7 @@ fn a_publish_that_was_not_stored_for_all_says_for_whom() {
 
 #[test]
 fn a_publish_to_topics_says_for_each_how_many_have_it() {
-    let topic = |name: &str| TopicName::parse(name).unwrap();
+    let topic = |name: &str| LogId::Topic(TopicName::parse(name).unwrap());
     let user = |name: &str| UserId::parse(name).unwrap();
     let busy = PublishError { status: 503, detail: "later".into() };
     let of = |topics| Published {
@@ -147,13 +147,22 @@ fn a_publish_to_topics_says_for_each_how_many_have_it() {
         accepted: Vec::new(),
         topics,
     };
-    let whole = of(vec![(topic("news"), Ok(TopicOutcome { members: 2, failed: Vec::new() }))]);
+    let whole = of(vec![(topic("news"), Ok(TopicOutcome::Members { members: 2, failed: Vec::new() }))]);
     assert_eq!(whole.problem(), None);
     let mut body = BytesMut::new();
     whole.put(&mut body);
     assert_eq!(body, r#"{"id":"m","accepted":[{"topic":"news","members":2,"stored":2,"failed":[]}]}"#);
+    let log = of(vec![
+        (topic("news"), Ok(TopicOutcome::Log(Stored { seq: Seq::at(9), duplicate: false }))),
+        (LogId::Everyone, Ok(TopicOutcome::Log(Stored { seq: Seq::at(7), duplicate: true }))),
+    ]);
+    assert_eq!(log.problem(), None);
+    let mut body = BytesMut::new();
+    log.put(&mut body);
+    let expected = r#"{"id":"m","accepted":[{"topic":"news","seq":9,"duplicate":false},{"everyone":true,"seq":7,"duplicate":true}]}"#;
+    assert_eq!(body, expected);
     let part = of(vec![
-        (topic("news"), Ok(TopicOutcome { members: 2, failed: vec![(user("b"), busy.clone())] })),
+        (topic("news"), Ok(TopicOutcome::Members { members: 2, failed: vec![(user("b"), busy.clone())] })),
         (topic("new"), Err(PublishError { status: 404, detail: "no such topic".into() })),
     ]);
     let problem = part.problem().unwrap();
@@ -169,13 +178,15 @@ fn a_publish_to_topics_says_for_each_how_many_have_it() {
 #[test]
 fn topics_are_read_with_those_who_are_left_out() {
     let to = |text: &str| publish(&format!(r#"{{"to":{text},"payload":1}}"#)).unwrap().to;
-    let topic = |name: &str| TopicName::parse(name).unwrap();
+    let topic = |name: &str| LogId::Topic(TopicName::parse(name).unwrap());
     let bob = UserId::parse("bob").unwrap();
     assert_eq!(to(r#"{"topic":"news"}"#), Recipients::Topics { topics: vec![topic("news")], except: vec![] });
     assert_eq!(
         to(r#"{"topics":["b","a"],"except":["bob"]}"#),
         Recipients::Topics { topics: vec![topic("b"), topic("a")], except: vec![bob] }
     );
+    let everyone = Recipients::Topics { topics: vec![LogId::Everyone], except: vec![] };
+    assert_eq!(to(r#"{"everyone":true}"#), everyone);
     let many = |count: usize| vec!["\"t\""; count].join(",");
     let topics = |count: usize| publish(&format!(r#"{{"to":{{"topics":[{}]}},"payload":1}}"#, many(count)));
     assert!(topics(TOPICS_PER_PUBLISH).is_ok() && topics(TOPICS_PER_PUBLISH + 1).is_err());

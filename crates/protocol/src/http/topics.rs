@@ -17,8 +17,8 @@ const FAULTS_TOLD: usize = 100;
 /// The body of `PUT /v1/topics/{topic}`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TopicRequest {
-    /// How messages reach the members.
-    pub delivery: Delivery,
+    /// How messages reach the members, if the sender says so.
+    pub delivery: Option<Delivery>,
     /// Life of messages whose sender names none, in seconds.
     pub ttl_s: Option<u64>,
 }
@@ -38,17 +38,12 @@ pub fn parse_topic(body: &[u8]) -> Result<TopicRequest, Problem> {
     }
     let raw: Raw<'_> = parse_object(body, "")?;
     let mut faults = Vec::new();
-    let delivery = match raw.delivery.map(RawValue::get) {
-        None | Some("\"inbox\"") => Delivery::Inbox,
-        Some("\"log\"") => {
-            faults.push(fault("/delivery", "\"log\" is not built yet: leave it out, or name \"inbox\""));
-            Delivery::Inbox
-        }
-        Some(_) => {
-            faults.push(fault("/delivery", "must be \"inbox\""));
-            Delivery::Inbox
-        }
-    };
+    let named = raw.delivery.map(|raw| serde_json::from_str::<String>(raw.get()).unwrap_or_default());
+    let delivery = named.map(|name| Delivery::parse(&name));
+    if delivery == Some(None) {
+        faults.push(fault("/delivery", "must be \"inbox\" or \"log\""));
+    }
+    let delivery = delivery.flatten();
     let ttl_s = parse_ttl(raw.ttl_s, "/ttl_s", &mut faults);
     if faults.is_empty() { Ok(TopicRequest { delivery, ttl_s }) } else { Err(Problem::fields(faults)) }
 }
@@ -136,13 +131,16 @@ mod tests {
 
     #[test]
     fn a_topic_is_described_and_its_faults_are_named() {
-        let inbox = |ttl_s| Ok(TopicRequest { delivery: Delivery::Inbox, ttl_s });
-        assert_eq!(parse_topic(b"{}"), inbox(None));
-        assert_eq!(parse_topic(br#"{"delivery":"inbox","ttl_s":60}"#), inbox(Some(60)));
+        let asked = |delivery, ttl_s| Ok(TopicRequest { delivery, ttl_s });
+        assert_eq!(parse_topic(b"{}"), asked(None, None));
+        assert_eq!(
+            parse_topic(br#"{"delivery":"inbox","ttl_s":60}"#),
+            asked(Some(Delivery::Inbox), Some(60))
+        );
+        assert_eq!(parse_topic(br#"{"delivery":"log"}"#), asked(Some(Delivery::Log), None));
         for (body, pointer) in [
             (r#"{"delivery":"mail"}"#, "/delivery"),
             (r#"{"delivery":7}"#, "/delivery"),
-            (r#"{"delivery":"log"}"#, "/delivery"),
             (r#"{"ttl_s":0}"#, "/ttl_s"),
             (r#"{"ttl_s":"60"}"#, "/ttl_s"),
             ("[]", ""),

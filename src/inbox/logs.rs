@@ -1,0 +1,104 @@
+//! The logs of topics: one for each topic with a log, and one for all users.
+//!
+//! A log is kept by the rules of an inbox, in a store of its own of the same kind: dense numbers, a
+//! head record, idempotency keys, expiry when reading, removal from below. There, the name of a
+//! topic stands where the name of a user stands in the inbox, and `*` for everyone. An inbox and a
+//! log therefore never meet.
+//!
+//! Numbers go on over the lives of a topic's name. Each message carries the life in which it was
+//! published; what is of another life is passed over like what has expired, whatever publish
+//! crosses the removal of its topic.
+
+use std::sync::Arc;
+
+use super::{Inbox, InboxError, InboxPage, PageLimit, PositionQuery, StartAt, UserPosition};
+use crate::message::{LogEntry, LogId, Seq, UserId};
+
+/// The name of the log of everyone in the store of logs. No topic has it.
+const EVERYONE: &str = "*";
+
+/// The life of the log of everyone, which is never removed.
+pub const EVERYONES_LIFE: u64 = 0;
+
+/// The logs. Cheap to clone.
+#[derive(Clone)]
+pub struct Logs {
+    store: Arc<dyn Inbox>,
+}
+
+impl Logs {
+    /// The logs in a store that holds nothing else.
+    #[must_use]
+    pub fn new(store: Arc<dyn Inbox>) -> Self {
+        Self { store }
+    }
+
+    /// The store, for the writer of a process.
+    #[must_use]
+    pub fn store(&self) -> &Arc<dyn Inbox> {
+        &self.store
+    }
+
+    /// Where logs stand: for each, whether there is something after a position.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn positions(&self, queries: Vec<(LogId, StartAt)>) -> Result<Vec<UserPosition>, InboxError> {
+        let query = |(log, from): (LogId, StartAt)| PositionQuery { user: key(&log), from };
+        self.store.positions(queries.into_iter().map(query).collect()).await
+    }
+
+    /// The head of a log: what is published from now on stands above it. A new log is made durable
+    /// first, because the head is told and stored.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn head(&self, log: &LogId) -> Result<Seq, InboxError> {
+        // A position that a store did not assign makes it write a head record before it answers.
+        let told = StartAt::After(Seq::BEGINNING.next());
+        let answers = self.positions(vec![(log.clone(), told), (log.clone(), StartAt::Latest)]).await?;
+        let answer = answers.get(1).ok_or_else(|| InboxError::Corrupt("no answer".to_owned()))?;
+        Ok(answer.head)
+    }
+
+    /// The unexpired messages of one life after a position.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn page(
+        &self,
+        log: &LogId,
+        life: u64,
+        after: Seq,
+        limit: PageLimit,
+    ) -> Result<InboxPage, InboxError> {
+        let mut page = self.store.page(key(log), after, limit).await?;
+        page.messages.retain(|message| message.log_entry().is_some_and(|entry| entry.life == life));
+        Ok(page)
+    }
+}
+
+/// The name under which a log stands in the store of logs.
+#[must_use]
+pub fn key(log: &LogId) -> UserId {
+    let name = log.topic().map_or(EVERYONE, |name| name.as_str());
+    UserId::parse(name).unwrap_or_else(|_| unreachable!("the name of a topic follows the rule of a user's"))
+}
+
+/// The log that stands under a name in the store of logs.
+#[must_use]
+pub fn log_of(key: &UserId) -> Option<LogId> {
+    match key.as_str() {
+        EVERYONE => Some(LogId::Everyone),
+        name => crate::message::TopicName::parse(name).ok().map(LogId::Topic),
+    }
+}
+
+/// Whether a message of a log is for this user.
+#[must_use]
+pub fn is_for(entry: Option<&LogEntry>, user: &UserId) -> bool {
+    entry.is_none_or(|entry| !entry.except.contains(user))
+}

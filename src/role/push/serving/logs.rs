@@ -1,0 +1,160 @@
+//! The part of the serving stage that concerns logs of topics.
+
+use futures_util::FutureExt;
+
+use super::{Act, LOG_QUEUE_BYTES, LogMail, LogReaders, LogStart, Logs, Next, Outgoing, Serving, Socket};
+use crate::backoff::Backoff;
+use crate::message::{LogId, Millis, TopicName};
+use crate::session::Input;
+use crate::wire::frame::{LogAcks, ServerFrame};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The code of a topic that a client may not watch.
+const FORBIDDEN_TOPIC: &str = "forbidden_topic";
+/// Delay between two tries to join what the store did not tell, at first and at most.
+const RETRY_FIRST: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+impl<S: Socket> Serving<S> {
+    /// Begins to read logs, after `welcome`.
+    pub(super) fn begin_logs(&mut self, mut readers: LogReaders, starts: Vec<LogStart>) {
+        let mut acts = Vec::new();
+        starts.into_iter().for_each(|start| readers.begin(start, &mut acts));
+        self.logs = Some(Box::new(Logs { readers, inbox_was_level: false, joining: None, acts }));
+        self.of_logs(|_, _, _| ());
+    }
+
+    /// Lets the readers do something, and does what they want.
+    pub(super) fn of_logs(&mut self, act: impl FnOnce(&mut LogReaders, &mut Vec<Act>, Millis)) {
+        let now = self.context.clock.now();
+        let Some(logs) = &mut self.logs else { return };
+        act(&mut logs.readers, &mut logs.acts, now);
+        for act in std::mem::take(&mut logs.acts) {
+            let frame = match act {
+                Act::Message(frame) => {
+                    self.context.metrics.delivered.inc();
+                    frame
+                }
+                Act::Frame(frame) => frame.encode(),
+                Act::Acked(log, seq) => {
+                    self.context.log_positions.note(&self.handle, &log, seq);
+                    continue;
+                }
+            };
+            self.push(Outgoing::Text(frame));
+        }
+    }
+
+    /// Tells the readers once that the inbox is level.
+    pub(super) fn look_whether_level(&mut self) {
+        if self.session.was_caught_up()
+            && let Some(logs) = &mut self.logs
+            && !std::mem::replace(&mut logs.inbox_was_level, true)
+        {
+            self.of_logs(|readers, acts, _| readers.inbox_is_level(acts));
+        }
+    }
+
+    /// The tails may have moved.
+    pub(super) fn look_at_logs(&mut self) {
+        self.of_logs(|readers, acts, now| readers.look(now, acts));
+        self.take_of_logs();
+    }
+
+    /// Takes frames of logs, as long as nearly nothing is queued and the client has credit. Returns
+    /// how many steps were taken.
+    pub(super) fn take_of_logs(&mut self) -> usize {
+        let mut taken = 0;
+        while self.logs.is_some() && !self.told_full && self.queued_bytes < LOG_QUEUE_BYTES {
+            if self.session.free() == Some(0) {
+                break;
+            }
+            let mut next = None;
+            self.of_logs(|readers, acts, now| next = readers.next(now, acts));
+            match next {
+                None => break,
+                Some(Next::Read(wanted)) => self.context.logs.tails.request(&self.handle, wanted),
+                Some(Next::Given) => {
+                    taken += 1;
+                    self.count_unacked();
+                }
+            }
+        }
+        taken
+    }
+
+    /// Tells the session of the inbox what is unacked elsewhere: the window is of the socket.
+    fn count_unacked(&mut self) {
+        if self.session.free().is_none() {
+            return;
+        }
+        let Some(logs) = &self.logs else { return };
+        let (unacked, mut outputs) = (logs.readers.unacked(), Vec::new());
+        self.session.count_elsewhere(unacked, |output| outputs.push(output));
+        outputs.into_iter().for_each(|output| self.perform(output));
+    }
+
+    pub(super) fn handle_log_mail(&mut self, mail: LogMail) {
+        if let Some((log, block)) = mail.block {
+            self.of_logs(|readers, _, _| readers.take_block(log, block));
+        }
+        if let Some(memberships) = mail.memberships {
+            let mut joined = Vec::new();
+            let changes = memberships.version;
+            self.of_logs(|readers, acts, _| joined = readers.compare(changes, &memberships.logs, acts));
+            if let Some(logs) = self.logs.as_mut().filter(|_| !joined.is_empty()) {
+                let (attacher, handle) = (Arc::clone(&self.context.logs), Arc::clone(&self.handle));
+                let joining = async move {
+                    let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
+                    loop {
+                        match attacher.join(&handle, joined.clone()).await {
+                            Ok(starts) => return (changes, starts),
+                            Err(error) => tracing::debug!(%error, "a session could not join a topic yet"),
+                        }
+                        let delay = backoff.next(&mut rand::rng());
+                        tokio::time::sleep(delay).await;
+                    }
+                };
+                logs.joining = Some(joining.boxed());
+            }
+        }
+        self.look_at_logs();
+    }
+
+    /// The user has joined topics.
+    pub(super) fn joined(&mut self, changes: u64, starts: Vec<LogStart>) {
+        self.of_logs(|readers, acts, _| {
+            starts.into_iter().for_each(|start| readers.joined(changes, start, acts));
+        });
+        self.look_at_logs();
+    }
+
+    /// The client has handled messages of logs, and perhaps of the inbox.
+    pub(super) fn acked(&mut self, acks: LogAcks) {
+        self.of_logs(|readers, acts, now| {
+            for (topic, seq) in acks.topics {
+                readers.ack(&LogId::Topic(topic), seq, now, acts);
+            }
+            if let Some(seq) = acks.everyone {
+                readers.ack(&LogId::Everyone, seq, now, acts);
+            }
+        });
+        self.count_unacked();
+        if let Some(seq) = acks.seq {
+            self.step(Input::Ack(seq));
+        }
+        self.take_of_logs();
+    }
+
+    /// Watching is not built: no token allows it.
+    pub(super) fn refuse_watch(&mut self, topic: &TopicName) {
+        self.reply(&ServerFrame::Error {
+            code: FORBIDDEN_TOPIC.to_owned(),
+            reason: FORBIDDEN_TOPIC.to_owned(),
+            message: "this server lets nobody watch topics".to_owned(),
+            topic: Some(topic.to_string()),
+            reconnect: None,
+        });
+    }
+}

@@ -1,0 +1,557 @@
+//! The tails of a node, and what is done for them: reading, telling readers, looking.
+//!
+//! Nothing here runs on the thread that brought a message. That thread steps the tail and queues
+//! what the tail wants.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+use tokio::sync::{Notify, OnceCell, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::PushMetrics;
+use super::availability::Availability;
+use super::log_readers::Wanted;
+use super::registry::SessionHandle;
+use super::sweep::{SWEEP_EVERY_CUT_OFF, SWEEP_JITTER};
+use super::tail::{LogFrame, Reading, Tail, TailMemory, Wants, encoded, page_of};
+use crate::backoff::{Backoff, around};
+use crate::clock::Clock;
+use crate::inbox::logs::{EVERYONES_LIFE, key};
+use crate::inbox::{Change, InboxError, PageLimit, StartAt, Stores};
+use crate::message::{LogId, Message, Seq, TopicName};
+use crate::session::{Input, Page};
+use crate::tasks::raised;
+use crate::topic::Delivery;
+use crate::wire::peer::LogHint;
+
+/// Reads of logs at the same time: half of what the node reads of inboxes.
+const READS_IN_FLIGHT: usize = 32;
+/// A page that a tail reads.
+const PAGE: PageLimit = PageLimit { messages: 256, bytes: 1024 * 1024 };
+/// Numbers of a block, and its largest payload: as many of the largest messages.
+const BLOCK: u64 = 64;
+const BLOCK_PAGE: PageLimit = PageLimit { messages: BLOCK as usize, bytes: 1024 * 1024 };
+/// Blocks that are expected to be kept.
+const BLOCKS: usize = 1_000;
+/// Delay between two tries of a read that the store did not answer, at first and at most.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// A tail whose last reader left this long ago is dropped.
+const IDLE: Duration = Duration::from_secs(60);
+/// When a new tail looks again: by then every router knows that this node is here.
+const LOOK_AGAIN: Duration = Duration::from_secs(3);
+/// Tails in one question.
+const LOT: usize = 1_000;
+/// Sockets that are told in one piece of a walk: about a millisecond.
+const WALK_PART: usize = 64;
+
+/// What is to be done.
+enum Work {
+    Read(Arc<Tail>, Seq),
+    Walk(Arc<Tail>),
+    Block(Weak<SessionHandle>, Wanted),
+    Look(LogId),
+}
+
+/// A tail, once it is there.
+struct Slot {
+    life: u64,
+    tail: Arc<OnceCell<Arc<Tail>>>,
+}
+
+type Block = Arc<Page<LogFrame>>;
+
+/// The weight of a block, in bytes.
+#[derive(Clone)]
+struct Weight;
+
+impl Weighter<(LogId, u64, u64), Block> for Weight {
+    fn weight(&self, _: &(LogId, u64, u64), block: &Block) -> u64 {
+        let of = |item: &crate::session::Item<LogFrame>| item.frame.frame.len() + size_of_val(item);
+        (block.items.iter().map(of).sum::<usize>() + 200) as u64
+    }
+}
+
+/// The tails of a node.
+pub(super) struct Tails {
+    stores: Stores,
+    clock: Clock,
+    metrics: PushMetrics,
+    availability: Arc<Availability>,
+    every: Duration,
+    memory: Arc<TailMemory>,
+    slots: Mutex<HashMap<LogId, Slot>>,
+    /// What was read for sockets below the tails, by log, life and the first number before it.
+    blocks: Cache<(LogId, u64, u64), Block, Weight>,
+    reads: Semaphore,
+    pace: Pace,
+    /// What is to be done: at most a read, a walk and some looks of each tail, and a block of each
+    /// socket.
+    works: Mutex<VecDeque<Work>>,
+    queued: Notify,
+    forced: Notify,
+}
+
+/// Limits of what tails hold and give out.
+#[derive(Debug, Clone, Copy)]
+pub struct LogReadingLimits {
+    /// Bytes of frames and blocks that a node holds.
+    pub memory_bytes: usize,
+    /// Bytes that all walks of a node give to sockets per second; 0: any number.
+    pub fanout_bytes_per_s: u64,
+    /// Messages to everyone that a device without a position begins with.
+    pub everyone_backlog: u64,
+    /// Longest time until a position in a log is written, while its socket lives.
+    pub position_every: Duration,
+    /// Positions that are written per second, of sockets that live.
+    pub positions_per_s: u32,
+}
+
+impl Default for LogReadingLimits {
+    fn default() -> Self {
+        Self {
+            memory_bytes: 64 * 1024 * 1024,
+            fanout_bytes_per_s: 64 * 1024 * 1024,
+            everyone_backlog: 20,
+            position_every: Duration::from_secs(60),
+            positions_per_s: 200,
+        }
+    }
+}
+
+/// How fast walks may give out bytes.
+struct Pace {
+    per_s: u64,
+    /// When what was given out so far is paid for.
+    paid: Mutex<Instant>,
+}
+
+impl Pace {
+    /// Notes that so many bytes were given out. Returns how long to rest.
+    fn give(&self, bytes: usize) -> Duration {
+        if self.per_s == 0 {
+            return Duration::ZERO;
+        }
+        let now = Instant::now();
+        let mut paid = self.paid.lock();
+        let cost = Duration::from_secs_f64(bytes as f64 / self.per_s as f64);
+        *paid = (*paid).max(now) + cost;
+        paid.saturating_duration_since(now)
+    }
+}
+
+impl Tails {
+    /// Tails that read `stores`.
+    pub(super) fn new(
+        stores: Stores,
+        (clock, metrics): (Clock, PushMetrics),
+        availability: Arc<Availability>,
+        every: Duration,
+        limits: LogReadingLimits,
+    ) -> Arc<Self> {
+        let half = limits.memory_bytes / 2;
+        let tails = Self {
+            stores,
+            clock,
+            metrics,
+            availability,
+            every,
+            memory: Arc::new(TailMemory::new(half)),
+            slots: Mutex::default(),
+            blocks: Cache::with_weighter(BLOCKS, half as u64, Weight),
+            reads: Semaphore::new(READS_IN_FLIGHT),
+            pace: Pace { per_s: limits.fanout_bytes_per_s, paid: Mutex::new(Instant::now()) },
+            works: Mutex::default(),
+            queued: Notify::new(),
+            forced: Notify::new(),
+        };
+        Arc::new(tails)
+    }
+
+    /// Takes news about logs. Messages go to tails that are read here.
+    pub(super) fn take(&self, hint: &LogHint) {
+        match hint {
+            LogHint::Message { log, message } => self.live(log, message),
+            LogHint::Look(log) => self.look_at(log),
+            LogHint::Memberships(_) => {}
+        }
+    }
+
+    fn live(&self, log: &LogId, message: &Message) {
+        let Some(tail) = self.find(log) else { return };
+        let life = message.log_entry().map_or(EVERYONES_LIFE, |entry| entry.life);
+        if life > tail.life {
+            self.look_at(log);
+        }
+        let mut item = encoded(log, message);
+        if life != tail.life {
+            // Its number counts, and it is shown to nobody.
+            item.expires_at = crate::message::Millis(0);
+        }
+        self.step(&tail, Input::Live(item));
+    }
+
+    /// The tail of a log, if it is there.
+    fn find(&self, log: &LogId) -> Option<Arc<Tail>> {
+        self.slots.lock().get(log).and_then(|slot| slot.tail.get().cloned())
+    }
+
+    /// Number of sockets that read a log here.
+    pub(super) fn readers(&self, log: &LogId) -> u64 {
+        self.find(log).map_or(0, |tail| tail.count() as u64)
+    }
+
+    fn look_at(&self, log: &LogId) {
+        if self.slots.lock().contains_key(log) {
+            self.queue(Work::Look(log.clone()));
+        }
+    }
+
+    fn queue(&self, work: Work) {
+        self.works.lock().push_back(work);
+        self.queued.notify_one();
+    }
+
+    async fn next_work(&self) -> Work {
+        loop {
+            let queued = self.queued.notified();
+            if let Some(next) = self.works.lock().pop_front() {
+                return next;
+            }
+            queued.await;
+        }
+    }
+
+    fn step(&self, tail: &Arc<Tail>, input: Input<LogFrame>) {
+        let Wants { read, walk } = tail.step(input, self.clock.now());
+        if let Some(after) = read {
+            self.queue(Work::Read(Arc::clone(tail), after));
+        }
+        if walk {
+            self.tell(tail);
+        }
+    }
+
+    /// Has the readers of a tail told, unless they are being told.
+    fn tell(&self, tail: &Arc<Tail>) {
+        if !tail.walking.swap(true, Ordering::AcqRel) {
+            self.queue(Work::Walk(Arc::clone(tail)));
+        }
+    }
+
+    /// Begins to read a log in this life for a session; `None` if it is known that the life is
+    /// over.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub(super) async fn read(
+        &self,
+        log: &LogId,
+        life: u64,
+        handle: &Arc<SessionHandle>,
+    ) -> Result<Option<Reading>, InboxError> {
+        loop {
+            let Some(cell) = self.slot(log, life) else { return Ok(None) };
+            let tail = Arc::clone(cell.get_or_try_init(|| self.made(log, life)).await?);
+            let slots = self.slots.lock();
+            match slots.get(log) {
+                // Under the lock: an idle tail must not be dropped now.
+                Some(slot) if Arc::ptr_eq(&slot.tail, &cell) => return Ok(Some(tail.join(handle))),
+                _ => {}
+            }
+        }
+    }
+
+    /// The place of a tail of this life; `None` if a later one is read here.
+    fn slot(&self, log: &LogId, life: u64) -> Option<Arc<OnceCell<Arc<Tail>>>> {
+        let mut slots = self.slots.lock();
+        match slots.get(log) {
+            Some(slot) if slot.life == life => Some(Arc::clone(&slot.tail)),
+            Some(slot) if slot.life > life => None,
+            earlier => {
+                if let Some(tail) = earlier.and_then(|slot| slot.tail.get()) {
+                    tail.end();
+                    self.tell(tail);
+                }
+                let slot = Slot { life, tail: Arc::default() };
+                let cell = Arc::clone(&slot.tail);
+                slots.insert(log.clone(), slot);
+                Some(cell)
+            }
+        }
+    }
+
+    /// A new tail. It begins at the head, which is read after its place is there; what passes
+    /// before it stands there is found by the look that follows at once.
+    async fn made(&self, log: &LogId, life: u64) -> Result<Arc<Tail>, InboxError> {
+        let head = self.stores.logs.head(log).await?;
+        let tail = Arc::new(Tail::new(log.clone(), life, head, Arc::clone(&self.memory)));
+        self.queue(Work::Look(log.clone()));
+        Ok(tail)
+    }
+
+    /// Reads what a session wants of the store. It arrives in its mailbox.
+    pub(super) fn request(&self, handle: &Arc<SessionHandle>, wanted: Wanted) {
+        self.queue(Work::Block(Arc::downgrade(handle), wanted));
+    }
+
+    /// All tails look soon, because hints were dropped.
+    pub(super) fn force(&self) {
+        self.forced.notify_one();
+    }
+
+    /// Does what is queued, and sweeps, for ever.
+    pub(super) async fn run(self: Arc<Self>) {
+        let mut under_way = JoinSet::new();
+        let mut again: VecDeque<(Instant, LogId)> = VecDeque::new();
+        let mut next_sweep = Instant::now() + self.pause();
+        loop {
+            let look_again = again.front().map_or(next_sweep, |(at, _)| (*at).min(next_sweep));
+            tokio::select! {
+                work = self.next_work() => {
+                    if let Work::Look(log) = &work {
+                        again.push_back((Instant::now() + LOOK_AGAIN, log.clone()));
+                    }
+                    under_way.spawn(Arc::clone(&self).work(work));
+                }
+                Some(ended) = under_way.join_next() => raised(ended),
+                () = self.forced.notified() => {
+                    self.metrics.forced_sweeps.inc();
+                    under_way.spawn(Arc::clone(&self).sweep_all());
+                }
+                () = tokio::time::sleep_until(look_again) => {
+                    let now = Instant::now();
+                    while again.front().is_some_and(|(at, _)| *at <= now) {
+                        let tail = again.pop_front().and_then(|(_, log)| self.find(&log));
+                        if let Some(tail) = tail {
+                            under_way.spawn(Arc::clone(&self).sweep(vec![tail]));
+                        }
+                    }
+                    if next_sweep <= now {
+                        next_sweep = now + self.pause();
+                        under_way.spawn(Arc::clone(&self).sweep_all());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Time until the next sweep.
+    fn pause(&self) -> Duration {
+        let every = match self.availability.bar() {
+            None => self.every,
+            // Routers do not know this node, and messages pass it by.
+            Some(_) => SWEEP_EVERY_CUT_OFF.min(self.every),
+        };
+        around(every, SWEEP_JITTER, &mut rand::rng())
+    }
+
+    async fn work(self: Arc<Self>, work: Work) {
+        match work {
+            Work::Read(tail, after) => self.read_page(tail, after).await,
+            Work::Walk(tail) => self.walk(&tail).await,
+            Work::Block(handle, wanted) => self.read_block(handle, wanted).await,
+            Work::Look(log) => {
+                if let Some(tail) = self.find(&log) {
+                    self.sweep(vec![tail]).await;
+                }
+            }
+        }
+    }
+
+    /// Reads a page for a tail that is behind. While the store does not respond, it tries again
+    /// with growing delays.
+    async fn read_page(self: Arc<Self>, tail: Arc<Tail>, after: Seq) {
+        let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
+        // Until nobody has read it for long: what it asked for is forgotten with it.
+        while !tail.has_ended() && !self.drop_if_unread(&tail) {
+            let page = {
+                let Ok(_permit) = self.reads.acquire().await else { return };
+                self.stores.logs.page(&tail.log, tail.life, after, PAGE).await
+            };
+            match page {
+                Ok(page) => {
+                    self.metrics.pages.inc();
+                    self.report_unreadable(&tail.log, &page.unreadable);
+                    let page = page_of(&tail.log, after, page);
+                    return self.step(&tail, Input::Page(page));
+                }
+                Err(error) => tracing::debug!(%error, log = %tail.log, "a page of a log could not be read"),
+            }
+            let delay = backoff.next(&mut rand::rng());
+            tokio::time::sleep(delay).await;
+        }
+    }
+
+    fn report_unreadable(&self, log: &LogId, unreadable: &[Seq]) {
+        for seq in unreadable {
+            self.metrics.unreadable.inc();
+            tracing::warn!(%log, %seq, "a message in a log cannot be read, and is passed over");
+        }
+    }
+
+    /// Tells the readers of a tail that it has moved, piece by piece.
+    async fn walk(&self, tail: &Arc<Tail>) {
+        loop {
+            while tail.moved.swap(false, Ordering::AcqRel) {
+                let readers = tail.readers.lock().clone();
+                let mut gone = 0;
+                for part in readers.chunks(WALK_PART) {
+                    let mut given = 0;
+                    for reader in part {
+                        match reader.upgrade() {
+                            Some(handle) => given += handle.look_at_logs(),
+                            None => gone += 1,
+                        }
+                    }
+                    let rest = self.pace.give(given);
+                    if rest > Duration::from_millis(1) {
+                        tokio::time::sleep(rest).await;
+                    } else {
+                        tokio::task::yield_now().await;
+                    }
+                }
+                if gone * 4 > readers.len() {
+                    tail.readers.lock().retain(|reader| reader.strong_count() > 0);
+                }
+            }
+            tail.walking.store(false, Ordering::Release);
+            // It may have moved before the mark was taken back.
+            if !tail.moved.load(Ordering::Acquire) || tail.walking.swap(true, Ordering::AcqRel) {
+                return;
+            }
+        }
+    }
+
+    /// Reads the block around a position for a session that still exists.
+    async fn read_block(self: Arc<Self>, handle: Weak<SessionHandle>, wanted: Wanted) {
+        let Wanted { tail, after } = wanted;
+        let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
+        while handle.strong_count() > 0 {
+            match self.block(&tail, after).await {
+                Ok(block) if block.upto > after => {
+                    if let Some(handle) = handle.upgrade() {
+                        handle.mailbox.log_block(tail.log.clone(), block);
+                    }
+                    return;
+                }
+                // A server that was just replaced may not have it yet.
+                Ok(_) => {}
+                Err(error) => tracing::debug!(%error, log = %tail.log, "a block of a log could not be read"),
+            }
+            let delay = backoff.next(&mut rand::rng());
+            tokio::time::sleep(delay).await;
+        }
+    }
+
+    async fn block(&self, tail: &Tail, after: Seq) -> Result<Block, InboxError> {
+        let number = after.get() / BLOCK;
+        let place = (tail.log.clone(), tail.life, number);
+        if let Some(block) = self.blocks.get(&place) {
+            return Ok(block);
+        }
+        let Ok(_permit) = self.reads.acquire().await else {
+            return Err(InboxError::Unavailable("the node has ended".to_owned()));
+        };
+        // Others that waited for the same may have read it meanwhile.
+        if let Some(block) = self.blocks.get(&place) {
+            return Ok(block);
+        }
+        let (first, last) = (Seq::at(number * BLOCK), Seq::at((number + 1) * BLOCK));
+        let page = self.stores.logs.page(&tail.log, tail.life, first, BLOCK_PAGE).await?;
+        self.metrics.pages.inc();
+        let mut page = page_of(&tail.log, first, page);
+        let is_whole = page.upto >= last;
+        // What begins above the block is kept as it is: a long run that has expired is passed over
+        // at once.
+        if page.items.first().is_some_and(|item| item.seq <= last) {
+            page.items.retain(|item| item.seq <= last);
+            page.unreadable.retain(|seq| *seq <= last);
+            page.upto = page.upto.min(last);
+        }
+        let block = Arc::new(page);
+        if is_whole {
+            self.blocks.insert(place, Arc::clone(&block));
+        }
+        Ok(block)
+    }
+
+    async fn sweep_all(self: Arc<Self>) {
+        let all: Vec<Arc<Tail>> =
+            self.slots.lock().values().filter_map(|slot| slot.tail.get().cloned()).collect();
+        for lot in all.chunks(LOT) {
+            Arc::clone(&self).sweep(lot.to_vec()).await;
+        }
+        for tail in &all {
+            self.drop_if_unread(tail);
+            // Readers are compared with their tail, also where nothing has moved.
+            tail.moved.store(true, Ordering::Release);
+            self.tell(tail);
+        }
+    }
+
+    /// Asks for each of these tails whether there is more, and whether its topic lives.
+    async fn sweep(self: Arc<Self>, tails: Vec<Arc<Tail>>) {
+        if let Err(error) = self.ask(&tails).await {
+            tracing::debug!(%error, "logs could not be looked at; the sweep comes round again");
+        }
+    }
+
+    async fn ask(&self, tails: &[Arc<Tail>]) -> Result<(), InboxError> {
+        let asked: Vec<(&Arc<Tail>, Seq)> = tails.iter().map(|tail| (tail, tail.position())).collect();
+        let queries = asked.iter().map(|(tail, at)| (tail.log.clone(), StartAt::After(*at))).collect();
+        let answers = self.stores.logs.positions(queries).await?;
+        for ((tail, position), answer) in asked.into_iter().zip(answers) {
+            self.metrics.swept.inc();
+            if answer.more {
+                self.step(tail, Input::MoreAfter(position));
+            } else if answer.head < position {
+                let shown = Change::Shown { user: key(&tail.log), upto: position };
+                self.stores.logs.store().update(vec![shown]).await?;
+                let head = answer.head;
+                tracing::warn!(log = %tail.log, %position, %head, "a log was read further than the store has it (a restore)");
+                self.step(tail, Input::Reset(position, head));
+            }
+        }
+        let named: Vec<(&Arc<Tail>, TopicName)> =
+            tails.iter().filter_map(|tail| Some((tail, tail.log.topic()?.clone()))).collect();
+        if named.is_empty() {
+            return Ok(());
+        }
+        let names = named.iter().map(|(_, name)| name.clone()).collect();
+        for ((tail, _), topic) in named.into_iter().zip(self.stores.topics.topics_named(names).await?) {
+            let life = topic.filter(|topic| topic.delivery == Delivery::Log);
+            if life.map(|topic| topic.version.life) != Some(tail.life) {
+                self.end(tail);
+            }
+        }
+        Ok(())
+    }
+
+    /// The life that a tail reads is over.
+    fn end(&self, tail: &Arc<Tail>) {
+        self.take_out(tail, |_| true);
+        tail.end();
+        self.tell(tail);
+    }
+
+    fn drop_if_unread(&self, tail: &Arc<Tail>) -> bool {
+        self.take_out(tail, |tail| tail.idle_since().is_some_and(|since| since.elapsed() >= IDLE))
+    }
+
+    /// Takes a tail out, if it is there and `only` says so. Returns whether it was.
+    fn take_out(&self, tail: &Arc<Tail>, only: impl Fn(&Tail) -> bool) -> bool {
+        let mut slots = self.slots.lock();
+        let is_it =
+            |slot: &Slot| slot.tail.get().is_some_and(|known| Arc::ptr_eq(known, tail) && only(known));
+        slots.get(&tail.log).is_some_and(is_it) && slots.remove(&tail.log).is_some()
+    }
+}

@@ -1,0 +1,271 @@
+//! Topics with a log, and everyone: one append, and every socket of every member reads it.
+
+use serde_json::{Value, json};
+
+use ringpush_testing::{Server, Socket, http};
+
+async fn with(topics: &[(&str, &[&str])]) -> Server {
+    let server = Server::start().await;
+    for (topic, members) in topics {
+        let made = server.put(&format!("/v1/topics/{topic}"), &json!({"delivery": "log"})).await;
+        assert_eq!(made.status, 201, "{made:?}");
+        if !members.is_empty() {
+            change(&server, topic, members, &[]).await;
+        }
+    }
+    server
+}
+
+async fn change(server: &Server, topic: &str, add: &[&str], remove: &[&str]) -> Value {
+    let path = format!("/v1/topics/{topic}/members");
+    let changed = server.send("POST", &path, &json!({"add": add, "remove": remove})).await;
+    assert_eq!(changed.status, 202, "{changed:?}");
+    changed.json()
+}
+
+async fn publish(server: &Server, to: Value, payload: Value) -> http::Answer {
+    server.try_publish(&json!({"to": to, "payload": payload})).await
+}
+
+/// Publishes to a topic, and returns the position in its log.
+async fn to_topic(server: &Server, topic: &str, payload: Value) -> u64 {
+    let sent = publish(server, json!({"topic": topic}), payload).await;
+    assert_eq!(sent.status, 202, "{sent:?}");
+    let accepted = &sent.json()["accepted"][0];
+    assert_eq!((&accepted["topic"], &accepted["duplicate"]), (&json!(topic), &json!(false)));
+    accepted["seq"].as_u64().unwrap()
+}
+
+/// A socket that understands logs, with these fields in its `auth` frame.
+async fn open(server: &Server, user: &str, device: &str, more: Value) -> (Socket, Value) {
+    let url = format!("ws://{}/v1/ws", server.at("push"));
+    let mut socket = Socket::open(&url, None).await;
+    let mut auth =
+        json!({"type": "auth", "token": server.token(user).await, "device": device, "topics": true});
+    auth.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    socket.say(&auth).await;
+    let welcome = socket.expect("welcome").await;
+    (socket, welcome)
+}
+
+async fn level(socket: &mut Socket) -> Vec<Value> {
+    let mut before = Vec::new();
+    loop {
+        let (others, frame) = socket.until("caught_up").await;
+        before.extend(others);
+        if frame["all"] == true {
+            return before;
+        }
+        before.push(frame);
+    }
+}
+
+/// The next messages, of whichever logs.
+async fn messages(socket: &mut Socket, count: usize) -> Vec<Value> {
+    let mut all = Vec::with_capacity(count);
+    while all.len() < count {
+        all.push(socket.until("message").await.1);
+    }
+    all
+}
+
+fn payloads(frames: &[Value]) -> Vec<Value> {
+    let messages = frames.iter().filter(|frame| frame["type"] == "message");
+    messages.map(|frame| frame["payload"].clone()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_has_it_at_once_or_when_it_comes_and_everyone_reaches_all() {
+    let server = with(&[("news", &["alice", "bob"])]).await;
+    let (mut alice, welcome) = open(&server, "alice", "web", json!({})).await;
+    assert!(welcome["features"].as_array().unwrap().contains(&json!("topics")));
+    let at = welcome["topics"]["news"].clone();
+    assert_eq!(at["after"], at["head"], "{welcome}");
+    level(&mut alice).await;
+    let first = to_topic(&server, "news", json!("hello")).await;
+    assert_eq!(at["head"], first - 1);
+    let message = alice.expect("message").await;
+    assert_eq!(
+        (&message["topic"], &message["seq"], &message["payload"]),
+        (&json!("news"), &json!(first), &json!("hello"))
+    );
+    assert_eq!(message.get("via"), None);
+    let sent = publish(&server, json!({"everyone": true}), json!("all")).await;
+    let everyone = sent.json()["accepted"][0].clone();
+    assert_eq!(
+        (sent.status, &everyone["everyone"], &everyone["duplicate"]),
+        (202, &json!(true), &json!(false))
+    );
+    let message = alice.expect("message").await;
+    assert_eq!((&message["everyone"], &message["seq"]), (&json!(true), &everyone["seq"]));
+    // Bob was away, and carol is no member.
+    let (mut bob, _) = open(&server, "bob", "web", json!({})).await;
+    let mut had = payloads(&level(&mut bob).await);
+    had.sort_by_key(Value::to_string);
+    assert_eq!(had, ["all", "hello"]);
+    let (mut carol, welcome) = open(&server, "carol", "web", json!({})).await;
+    assert_eq!(welcome["topics"], json!({}));
+    assert_eq!(payloads(&level(&mut carol).await), ["all"]);
+    // One who does not know of logs is told so.
+    let mut old = server.connect("bob", "?device=old").await;
+    let (_, caught_up) = old.until("caught_up").await;
+    assert_eq!(caught_up["all"], Value::Null);
+    old.is_quiet(std::time::Duration::from_millis(200)).await;
+    assert!(server.metric("ringpush_topic_unaware_total").await >= 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_goes_on_where_it_acked_and_a_client_where_it_says() {
+    let server = with(&[("news", &["alice"])]).await;
+    let (mut alice, _) = open(&server, "alice", "web", json!({})).await;
+    level(&mut alice).await;
+    let mut all = Vec::new();
+    for n in 0..5 {
+        all.push(to_topic(&server, "news", json!(n)).await);
+    }
+    assert_eq!(payloads(&messages(&mut alice, 5).await), [0, 1, 2, 3, 4]);
+    alice.say(&json!({"type": "ack", "topics": {"news": all[2]}})).await;
+    // An ack of something that is not read crosses with a leave.
+    alice.say(&json!({"type": "ack", "topics": {"other": 7}, "everyone": 0})).await;
+    alice.close().await;
+    server.nobody_is_left().await;
+    let (mut again, welcome) = open(&server, "alice", "web", json!({})).await;
+    assert_eq!(welcome["topics"]["news"], json!({"after": all[2], "head": all[4]}));
+    let frames = level(&mut again).await;
+    assert_eq!(payloads(&frames), [3, 4]);
+    let caught_up = frames.iter().find(|frame| frame["type"] == "caught_up" && frame["topic"] == "news");
+    assert_eq!(caught_up.unwrap()["seq"], all[4]);
+    let (mut told, _) = open(&server, "alice", "web", json!({"topics": {"news": all[0]}})).await;
+    assert_eq!(payloads(&level(&mut told).await), [1, 2, 3, 4]);
+    // Also after a restart, if it was written in time.
+    again.say(&json!({"type": "ack", "topics": {"news": all[3]}})).await;
+    again.close().await;
+    told.close().await;
+    server.nobody_is_left().await;
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    let server = server.kill_and_restart().await;
+    let (mut last, welcome) = open(&server, "alice", "web", json!({})).await;
+    assert_eq!(welcome["topics"]["news"]["after"], all[3]);
+    assert_eq!(payloads(&level(&mut last).await), [4]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_joins_or_leaves_while_it_is_connected_is_told() {
+    let server = with(&[("news", &[]), ("team", &["alice"])]).await;
+    let (mut alice, _) = open(&server, "alice", "web", json!({})).await;
+    level(&mut alice).await;
+    let before = to_topic(&server, "news", json!("before")).await;
+    change(&server, "news", &["alice"], &[]).await;
+    let joined = alice.expect("topic").await;
+    assert_eq!(joined, json!({"type": "topic", "topic": "news", "state": "joined", "after": before}));
+    to_topic(&server, "news", json!("after")).await;
+    assert_eq!(alice.expect("message").await["payload"], "after");
+    change(&server, "team", &[], &["alice"]).await;
+    assert_eq!(alice.expect("topic").await, json!({"type": "topic", "topic": "team", "state": "left"}));
+    to_topic(&server, "team", json!("not for her")).await;
+    // Removed and made anew: whoever was a member is none.
+    let gone = server.send("DELETE", "/v1/topics/news", &json!({})).await;
+    assert_eq!(gone.status, 202);
+    assert_eq!(alice.expect("topic").await["state"], "left");
+    server.put("/v1/topics/news", &json!({"delivery": "log"})).await;
+    let after = to_topic(&server, "news", json!("of the second life")).await;
+    change(&server, "news", &["alice"], &[]).await;
+    assert_eq!(alice.expect("topic").await["after"], after);
+    to_topic(&server, "news", json!("for her")).await;
+    assert_eq!(alice.expect("message").await["payload"], "for her");
+    // A client's own position from before it joined is a gap.
+    let (mut old, _) = open(&server, "alice", "old", json!({"topics": {"news": before}})).await;
+    let frames = level(&mut old).await;
+    let gap = frames.iter().find(|frame| frame["type"] == "gap").unwrap();
+    assert_eq!(
+        *gap,
+        json!({"type": "gap", "topic": "news", "after": before, "before": after + 1, "reason": "joined"})
+    );
+    assert_eq!(payloads(&frames), ["for her"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_limits_of_logs_are_told_and_left_out_users_get_a_gap() {
+    let server = with(&[("news", &["alice", "bob"])]).await;
+    let text = |bytes: usize| json!("x".repeat(bytes - 2));
+    let news = || json!({"topic": "news"});
+    assert_eq!(publish(&server, news(), text(16 * 1024)).await.status, 202);
+    let large = publish(&server, news(), text(16 * 1024 + 1)).await;
+    assert_eq!(large.status, 413, "{large:?}");
+    let everyone = || json!({"everyone": true});
+    assert_eq!(publish(&server, everyone(), text(4 * 1024)).await.status, 202);
+    assert_eq!(publish(&server, everyone(), text(4 * 1024 + 1)).await.status, 413);
+    let (mut alice, _) = open(&server, "alice", "web", json!({})).await;
+    level(&mut alice).await;
+    let sent = publish(&server, json!({"topic": "news", "except": ["alice"]}), json!("surprise")).await;
+    let seq = sent.json()["accepted"][0]["seq"].as_u64().unwrap();
+    let gap = alice.expect("gap").await;
+    let expected =
+        json!({"type": "gap", "topic": "news", "after": seq - 1, "before": seq + 1, "reason": "excepted"});
+    assert_eq!(gap, expected);
+    let (mut bob, _) = open(&server, "bob", "web", json!({})).await;
+    assert!(payloads(&level(&mut bob).await).contains(&json!("surprise")));
+    // A message under an id of its own is stored once.
+    let repeat = json!({"to": {"topic": "news"}, "payload": 1, "id": "once"});
+    let first = server.try_publish(&repeat).await.json()["accepted"][0].clone();
+    let again = server.try_publish(&repeat).await.json()["accepted"][0].clone();
+    assert_eq!((&again["seq"], &again["duplicate"]), (&first["seq"], &json!(true)));
+    let conflict = json!({"to": {"topic": "news"}, "payload": 2, "id": "once"});
+    assert_eq!(server.try_publish(&conflict).await.status, 409);
+    // The eleventh to everyone in one second, of which two have been.
+    let many = (0..20).map(|n| publish(&server, json!({"everyone": true}), json!(n)));
+    let refused: Vec<http::Answer> = futures_util::future::join_all(many)
+        .await
+        .into_iter()
+        .filter(|answer| answer.status == 429)
+        .collect();
+    assert!(!refused.is_empty() && refused.len() < 20, "{}", refused.len());
+    assert_eq!(refused[0].header("retry-after"), "1");
+    let other = server.put("/v1/topics/news", &json!({"delivery": "inbox"})).await;
+    assert_eq!(other.status, 409, "{other:?}");
+    let shown = server.get("/v1/topics/news").await.json();
+    assert_eq!(
+        (&shown["delivery"], &shown["members"], &shown["online"]),
+        (&json!("log"), &json!(2), &json!(2))
+    );
+    assert_eq!(shown["head"], first["seq"]);
+    let history = server.get("/v1/topics/news/messages").await.json();
+    assert_eq!(history["messages"].as_array().unwrap().len(), 3);
+    let all = server.get("/v1/everyone/messages?limit=2").await.json();
+    assert_eq!(all["messages"].as_array().unwrap().len(), 2);
+    assert_eq!(server.get("/v1/topics/mews/messages").await.status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_window_counts_all_logs_of_a_socket_together() {
+    let server = with(&[("a", &["alice"]), ("b", &["alice"])]).await;
+    let (mut alice, _) = open(&server, "alice", "web", json!({"window": 4})).await;
+    level(&mut alice).await;
+    for n in 0..6 {
+        to_topic(&server, "a", json!(n)).await;
+        to_topic(&server, "b", json!(n)).await;
+        server.publish("alice", json!(n)).await;
+    }
+    let mut unacked = messages(&mut alice, 4).await;
+    alice.is_quiet(std::time::Duration::from_millis(300)).await;
+    let mut got = Vec::new();
+    while got.len() < 18 {
+        let ack = match unacked.last().unwrap() {
+            last if last["topic"].is_string() => {
+                json!({"type": "ack", "topics": {last["topic"].as_str().unwrap(): last["seq"]}})
+            }
+            last => json!({"type": "ack", "seq": last["seq"]}),
+        };
+        let of = unacked.last().unwrap()["topic"].clone();
+        let freed = unacked.iter().filter(|message| message["topic"] == of).count();
+        got.extend(unacked.iter().filter(|message| message["topic"] == of).cloned());
+        unacked.retain(|message| message["topic"] != of);
+        alice.say(&ack).await;
+        let left = 18 - got.len() - unacked.len();
+        unacked.extend(messages(&mut alice, freed.min(left)).await);
+    }
+    for of in [json!("a"), json!("b"), Value::Null] {
+        let part: Vec<Value> = got.iter().filter(|message| message["topic"] == of).cloned().collect();
+        assert_eq!(payloads(&part), [0, 1, 2, 3, 4, 5], "{of}");
+    }
+}
