@@ -159,7 +159,7 @@ impl Actor {
     async fn cycle(&mut self) -> Stopped {
         loop {
             self.shared.set(State::Connecting);
-            let position = self.shared.with(|ledger| ledger.position());
+            let position = self.shared.with(|books| books.standing());
             let ending = match self.dialer.open(position).await {
                 Ok(line) => {
                     self.line = Some(line);
@@ -278,9 +278,8 @@ impl Actor {
     }
 
     async fn ack_soon(&mut self) -> ControlFlow<Ending> {
-        let acked = self.shared.with(|ledger| ledger.acked()).unwrap_or(0);
-        let said = self.line.as_ref().and_then(|line| line.acked).unwrap_or(0);
-        if acked.saturating_sub(said) >= u64::from(self.dialer.window / 2).max(1) && said > 0 {
+        let due = self.line.as_ref().map_or(0, |line| self.shared.with(|books| books.due(&line.said)));
+        if due >= u64::from(self.dialer.window / 2).max(1) {
             self.say_acks(false).await;
         } else {
             self.ack_at.get_or_insert_with(|| Instant::now() + ACK_DELAY);
@@ -291,12 +290,9 @@ impl Actor {
     /// Acks are cumulative: the newest says it all. It goes to both lines of a move.
     async fn say_acks(&mut self, again: bool) {
         self.ack_at = None;
-        let Some(seq) = self.shared.with(|ledger| ledger.acked()) else { return };
         for line in self.line.iter_mut().chain(&mut self.next) {
-            if again || line.acked != Some(seq) {
-                line.acked = Some(seq);
-                line.say(ClientFrame::Ack(seq).encode()).await;
-            }
+            let acks = self.shared.with(|books| books.acks(&mut line.said, again));
+            line.say_acks(acks).await;
         }
     }
 }

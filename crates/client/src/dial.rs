@@ -12,6 +12,7 @@ use ringpush_protocol::frame::{
 use ringpush_protocol::message::{ClientName, DeviceId, Seq};
 use ringpush_protocol::rest::{ConnectRequest, ConnectResponse};
 
+use crate::books::Positions;
 use crate::http::HttpClient;
 use crate::line::{Line, OPEN_DEADLINE};
 use crate::options::Options;
@@ -85,35 +86,35 @@ impl Dialer {
         }
     }
 
-    /// Opens a line at the user's node, after `position` if there is one.
-    pub(crate) async fn open(&self, position: Option<u64>) -> Result<Line, DialError> {
+    /// Opens a line at the user's node, after these positions.
+    pub(crate) async fn open(&self, positions: Positions) -> Result<Line, DialError> {
         let token = self.tokens.get().await.map_err(DialError::Token)?;
         let place = if self.ask_first { self.place(&token).await? } else { None };
         let Some(place) = place else {
             let url = format!("{}/v1/ws", self.url.replacen("http", "ws", 1));
-            return self.open_at(&url, Some(AuthCredential::Token(token)), position).await;
+            return self.open_at(&url, Some(AuthCredential::Token(token)), positions).await;
         };
         match (place.socket, place.ticket) {
             (Some(socket), Some(ticket)) => {
-                self.open_at(&socket, Some(AuthCredential::Ticket(ticket)), position).await
+                self.open_at(&socket, Some(AuthCredential::Ticket(ticket)), positions).await
             }
-            _ => self.open_at(&place.url, None, position).await,
+            _ => self.open_at(&place.url, None, positions).await,
         }
     }
 
     /// Opens the line that a move names.
-    pub(crate) async fn open_moved(&self, url: &str, position: Option<u64>) -> Result<Line, DialError> {
+    pub(crate) async fn open_moved(&self, url: &str, positions: Positions) -> Result<Line, DialError> {
         let token = self.tokens.get().await.map_err(DialError::Token)?;
-        self.open_at(url, Some(AuthCredential::Token(token)), position).await
+        self.open_at(url, Some(AuthCredential::Token(token)), positions).await
     }
 
     async fn open_at(
         &self,
         url: &str,
         credential: Option<AuthCredential>,
-        position: Option<u64>,
+        positions: Positions,
     ) -> Result<Line, DialError> {
-        let since = position.and_then(Seq::new).map(Since::After).or(self.since);
+        let since = positions.inbox.and_then(Seq::new).map(Since::After).or(self.since);
         let options = SessionOptions {
             device: Some(self.device.clone()),
             since,
@@ -121,7 +122,7 @@ impl Dialer {
             heartbeat: Some(true),
             window: Some(self.window),
             client: ClientName::parse(CLIENT).ok(),
-            logs: None,
+            logs: Some(Box::new(positions.logs)),
         };
         let id = self.opened.fetch_add(1, Ordering::Relaxed);
         match credential {

@@ -7,6 +7,7 @@ use ringpush_protocol::message::DeviceId;
 use tokio::sync::{Notify, broadcast, watch};
 
 use crate::actor::Actor;
+use crate::books::{Books, Of};
 use crate::dial::Dialer;
 use crate::items::{Item, Notice, State, Stopped};
 use crate::ledger::{Ledger, Mark};
@@ -63,8 +64,8 @@ pub(crate) struct Shared {
 }
 
 struct Inner {
-    ledger: Ledger,
-    queue: VecDeque<(Mark, Item)>,
+    books: Books,
+    queue: VecDeque<(Of, Mark, Item)>,
     state: State,
     ack: AckWhen,
 }
@@ -75,18 +76,21 @@ impl Shared {
     }
 
     /// Changes the positions.
-    pub(crate) fn with<T>(&self, change: impl FnOnce(&mut Ledger) -> T) -> T {
-        change(&mut self.inner().ledger)
+    pub(crate) fn with<T>(&self, change: impl FnOnce(&mut Books) -> T) -> T {
+        change(&mut self.inner().books)
     }
 
-    /// Queues an item if `take` says that it is new. Returns whether it is.
-    pub(crate) fn put(&self, item: Item, take: impl FnOnce(&mut Ledger) -> Option<Mark>) -> bool {
+    /// Queues an item of a log, or of the inbox, if `take` says that it is new. Returns whether it
+    /// is. What is of a log that is not read is none.
+    pub(crate) fn put(&self, of: Of, item: Item, take: impl FnOnce(&mut Ledger) -> Option<Mark>) -> bool {
         let mut inner = self.inner();
-        let Some(mark) = take(&mut inner.ledger) else { return false };
-        if inner.ack == AckWhen::Received && mark.is_message && inner.ledger.ack(mark.seq) {
+        let received = inner.ack == AckWhen::Received;
+        let Some(ledger) = inner.books.of(&of) else { return false };
+        let Some(mark) = take(ledger) else { return false };
+        if received && mark.is_message && ledger.ack(mark.seq) {
             self.acks.notify_one();
         }
-        inner.queue.push_back((mark, item));
+        inner.queue.push_back((of, mark, item));
         self.filled.notify_one();
         true
     }
@@ -99,9 +103,9 @@ impl Shared {
     /// All lines are gone: what was not handed on comes again.
     pub(crate) fn rewind(&self) {
         let mut inner = self.inner();
-        let Inner { ledger, queue, .. } = &mut *inner;
-        queue.retain(|(mark, _)| ledger.outlives_lines(mark));
-        ledger.rewind();
+        let Inner { books, queue, .. } = &mut *inner;
+        queue.retain(|(of, mark, _)| books.of(of).is_some_and(|ledger| ledger.outlives_lines(mark)));
+        books.rewind();
     }
 
     pub(crate) fn set(&self, state: State) {
@@ -126,8 +130,8 @@ impl Shared {
 
     fn handled(&self) {
         let mut inner = self.inner();
-        let Some(handled) = inner.ledger.handle() else { return };
-        if inner.ack == AckWhen::Handled && inner.ledger.ack(handled) {
+        let Some((of, handled)) = inner.books.handle() else { return };
+        if inner.ack == AckWhen::Handled && inner.books.of(&of).is_some_and(|ledger| ledger.ack(handled)) {
             self.acks.notify_one();
         }
     }
@@ -135,8 +139,8 @@ impl Shared {
     /// Hands an item on, or says why there is none.
     fn pop(&self) -> Result<Option<Item>, Stopped> {
         let mut inner = self.inner();
-        if let Some((mark, item)) = inner.queue.pop_front() {
-            inner.ledger.hand(mark);
+        if let Some((of, mark, item)) = inner.queue.pop_front() {
+            inner.books.hand(of, mark);
             drop(inner);
             self.room.notify_one();
             return Ok(Some(item));
@@ -170,7 +174,7 @@ impl Inbox {
         runtime: &tokio::runtime::Handle,
     ) -> Self {
         let inner = Inner {
-            ledger: Ledger::default(),
+            books: Books::default(),
             queue: VecDeque::new(),
             state: State::Connecting,
             ack: options.ack,
@@ -219,10 +223,10 @@ impl Inbox {
     /// Gives the last item back: [`next`](Self::next) returns it again. Nothing is acked over it.
     pub fn put_back(&mut self, item: Item) {
         let mut inner = self.shared.inner();
-        if let Some(mark) = inner.ledger.give_back()
+        if let Some((of, mark)) = inner.books.give_back()
             && !matches!(inner.state, State::Stopped(_))
         {
-            inner.queue.push_front((mark, item));
+            inner.queue.push_front((of, mark, item));
         }
     }
 

@@ -2,20 +2,21 @@
 
 use std::time::Duration;
 
-use ringpush_protocol::frame::{GapReason, MessageFrame, MoveReason};
+use ringpush_protocol::frame::{GapReason, MessageFrame, MoveReason, OfLog};
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 /// A message.
 #[derive(Debug, Clone)]
 pub struct Message {
-    /// Its number in the user's inbox.
+    /// Its number in the user's inbox, or in the log of its topic.
     pub seq: u64,
     /// Its id.
     pub id: String,
     /// What it tells, if its sender named that.
     pub event: Option<String>,
-    /// The topic by which it came; `None` if it was sent to the user.
+    /// The topic by which it came, `everyone` if it was sent to all users; `None` if it was sent to
+    /// the user.
     pub topic: Option<String>,
     /// The payload as the sender wrote it: JSON.
     pub payload: Box<RawValue>,
@@ -38,14 +39,23 @@ impl Message {
     }
 
     pub(crate) fn new(frame: MessageFrame, live: bool) -> Self {
-        let MessageFrame { seq, id, event, via, accepted_at, expires_at, payload, of: _ } = frame;
-        Self { seq, id, event, topic: via, payload, accepted_at, expires_at, live }
+        let MessageFrame { seq, id, event, via, accepted_at, expires_at, payload, of } = frame;
+        let topic = via.or(name_of(&of));
+        Self { seq, id, event, topic, payload, accepted_at, expires_at, live }
     }
 }
 
+/// The name of the log that a frame is about, as applications know it.
+pub(crate) fn name_of(of: &OfLog) -> Option<String> {
+    of.log().map(|log| log.to_string())
+}
+
 /// Numbers that will never come. Reload the state that the messages would have changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gap {
+    /// The topic in whose log they are missing, `everyone` for that of all users; `None`: in the
+    /// inbox.
+    pub topic: Option<String>,
     /// The last number before the gap.
     pub after: u64,
     /// The next number that can come.

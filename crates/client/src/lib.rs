@@ -24,6 +24,7 @@
 //! the old one is closed when the new one has caught up. What both bring is told apart by `seq`.
 
 mod actor;
+mod books;
 mod dial;
 pub mod http;
 mod inbox;

@@ -6,8 +6,10 @@ use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use http::HeaderValue;
 use http::header::SEC_WEBSOCKET_PROTOCOL;
-use ringpush_protocol::frame::{ReceivedFrame, ReconnectHint, SUBPROTOCOL, ServerFrame};
-use ringpush_protocol::message::Millis;
+use ringpush_protocol::frame::{
+    ClientFrame, LogAcks, LogPosition, ReceivedFrame, ReconnectHint, SUBPROTOCOL, ServerFrame,
+};
+use ringpush_protocol::message::{LogId, Millis, TopicName};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
@@ -15,6 +17,7 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
+use crate::books::Said;
 use crate::dial::DialError;
 use crate::ledger::LineId;
 
@@ -36,6 +39,8 @@ pub(crate) struct Welcome {
     pub(crate) user: String,
     pub(crate) node: String,
     pub(crate) since: u64,
+    /// The logs that are read here, each after a position; `None`: the server knows of none.
+    pub(crate) logs: Option<Vec<(LogId, u64)>>,
     pub(crate) hint: ReconnectHint,
     /// The server's time now, and when the token expires: `None` from an earlier version.
     pub(crate) times: Option<(Millis, Millis)>,
@@ -50,10 +55,10 @@ pub(crate) struct Line {
     pub(crate) id: LineId,
     pub(crate) welcome: Welcome,
     pub(crate) is_caught_up: bool,
-    /// The last number that came here.
+    /// The last number of the inbox that came here.
     pub(crate) seq: u64,
-    /// The last ack that was said here.
-    pub(crate) acked: Option<u64>,
+    /// The last acks that were said here.
+    pub(crate) said: Said,
     /// Frames and pings so far.
     pub(crate) heard: u64,
     /// The `reason` of an `error` frame, which precedes a close.
@@ -94,7 +99,7 @@ impl Line {
                 id,
                 is_caught_up: false,
                 seq: 0,
-                acked: None,
+                said: Said::default(),
                 heard: 0,
                 reason: String::new(),
                 welcome,
@@ -129,7 +134,9 @@ impl Line {
     fn parsed(&mut self, text: &[u8]) -> Heard {
         match ReceivedFrame::parse(text) {
             Ok(frame) => {
-                if let ReceivedFrame::Message(message) = &frame {
+                if let ReceivedFrame::Message(message) = &frame
+                    && message.of.is_inbox()
+                {
                     self.seq = self.seq.max(message.seq);
                 }
                 if let ReceivedFrame::Other(ServerFrame::Error { reason, .. }) = &frame {
@@ -150,6 +157,16 @@ impl Line {
     /// Sends a text. A line that is gone is noticed by [`hear`](Self::hear).
     pub(crate) async fn say(&mut self, text: String) {
         let _ = timeout(OPEN_DEADLINE, self.stream.send(Message::Text(text.into()))).await;
+    }
+
+    /// Says acks, if there are any. A server that knows of no logs is told of none.
+    pub(crate) async fn say_acks(&mut self, acks: LogAcks) {
+        let of_logs = self.welcome.logs.is_some() && (!acks.topics.is_empty() || acks.everyone.is_some());
+        if of_logs {
+            self.say(ClientFrame::AckLogs(Box::new(acks)).encode()).await;
+        } else if let Some(seq) = acks.seq {
+            self.say(ClientFrame::Ack(seq).encode()).await;
+        }
     }
 
     /// Closes in good order, within a second.
@@ -205,6 +222,8 @@ impl Welcome {
             token_expires_at,
             server_time,
             heartbeat_ms,
+            topics,
+            everyone,
             ..
         } = frame
         else {
@@ -213,7 +232,15 @@ impl Welcome {
         let every = Duration::from_millis(heartbeat_ms.unwrap_or(ping_every_ms).max(1));
         let times = Millis::parse_rfc3339(&server_time).zip(Millis::parse_rfc3339(&token_expires_at));
         let ask_every = heartbeat_ms.is_none().then_some(every);
-        Some(Self { user, node, since, hint: reconnect, times, ask_every, silence: every + GRACE })
+        let logs = topics.map(|topics| {
+            let named = |(name, at): (String, LogPosition)| {
+                Some((LogId::Topic(TopicName::parse(&name).ok()?), at.after))
+            };
+            let everyone = everyone.map(|at| (LogId::Everyone, at.after));
+            topics.into_iter().filter_map(named).chain(everyone).collect()
+        });
+        let hint = reconnect;
+        Some(Self { user, node, since, logs, hint, times, ask_every, silence: every + GRACE })
     }
 }
 

@@ -3,12 +3,12 @@
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use ringpush_protocol::frame::{ClientFrame, GapReason, ReceivedFrame, ServerFrame};
-use ringpush_protocol::message::Millis;
+use ringpush_protocol::frame::{GapReason, ReceivedFrame, ServerFrame, TopicState};
+use ringpush_protocol::message::{LogId, Millis, TopicName};
 use tokio::time::Instant;
 
 use super::{Actor, Ending, Moving};
-use crate::items::{Gap, Item, Message, State, Stopped};
+use crate::items::{Gap, Item, Message, State, Stopped, name_of};
 use crate::line::Heard;
 
 impl Actor {
@@ -29,7 +29,10 @@ impl Actor {
         self.refresh_is_shown = false;
         self.failures = 0;
         self.hint = welcome.hint;
-        self.shared.with(|ledger| ledger.begin(welcome.since));
+        self.shared.with(|books| {
+            books.inbox.begin(welcome.since);
+            books.begin_logs(welcome.logs.as_deref().unwrap_or_default());
+        });
         self.ask_at = welcome.ask_every.map(|every| Instant::now() + every);
         if let Some((server_time, expires_at)) = welcome.times {
             self.server_time = Some((Instant::now(), server_time));
@@ -66,26 +69,43 @@ impl Actor {
 
     pub(super) async fn frame(&mut self, is_next: bool, frame: ReceivedFrame) -> ControlFlow<Ending> {
         match frame {
-            // This library reads no logs of topics yet, and does not ask for them.
-            ReceivedFrame::Message(frame) if frame.of.is_inbox() => {
-                let seq = frame.seq;
+            ReceivedFrame::Message(frame) => {
+                let (seq, of) = (frame.seq, frame.of.log());
                 let item = Item::Message(Message::new(frame, self.is_caught_up));
-                if !self.shared.put(item, |ledger| ledger.take(seq)) {
+                if !self.shared.put(of, item, |ledger| ledger.take(seq)) {
                     // The ack of a repeat gives its credit back.
                     self.say_acks(true).await;
                 }
                 self.take_next_if_level();
             }
-            ReceivedFrame::Other(ServerFrame::Gap { of, after, before, reason }) if of.is_inbox() => {
+            ReceivedFrame::Other(ServerFrame::Gap { of, before, reason: GapReason::Excepted, .. }) => {
+                // Nobody is told that there is something that is not for this user.
+                self.shared.with(|books| books.of(&of.log()).and_then(|ledger| ledger.take_gap(before)));
+            }
+            ReceivedFrame::Other(ServerFrame::Gap { of, after, before, reason }) => {
                 let line = if is_next { &self.next } else { &self.line };
                 let id = line.as_ref().map_or(0, |line| line.id);
-                self.shared.put(Item::Gap(Gap { after, before, reason }), |ledger| match reason {
+                let gap = Gap { topic: name_of(&of), after, before, reason };
+                self.shared.put(of.log(), Item::Gap(gap), |ledger| match reason {
                     GapReason::Reset => ledger.take_reset(id, before),
                     _ => ledger.take_gap(before),
                 });
                 self.take_next_if_level();
             }
-            ReceivedFrame::Other(ServerFrame::CaughtUp { of, all: false, .. }) if of.is_inbox() => {
+            ReceivedFrame::Other(ServerFrame::Topic { topic, state, after }) => {
+                if let Ok(name) = TopicName::parse(&topic) {
+                    let log = LogId::Topic(name);
+                    self.shared.with(|books| match state {
+                        TopicState::Left => books.end_log(&log),
+                        TopicState::Joined | TopicState::Watching => {
+                            books.begin_log(&log, after.unwrap_or(0));
+                        }
+                    });
+                }
+            }
+            ReceivedFrame::Other(ServerFrame::CaughtUp { of, all, .. })
+                if all || of.is_inbox() && !self.reads_logs(is_next) =>
+            {
                 self.caught_up(is_next);
             }
             ReceivedFrame::Other(ServerFrame::Move { url, node, after_ms, reason, .. }) if !is_next => {
@@ -102,9 +122,15 @@ impl Actor {
                 }
             }
             ReceivedFrame::Other(ServerFrame::Error { reconnect: Some(hint), .. }) => self.hint = hint,
-            ReceivedFrame::Message(_) | ReceivedFrame::Other(_) | ReceivedFrame::Unknown => {}
+            ReceivedFrame::Other(_) | ReceivedFrame::Unknown => {}
         }
         ControlFlow::Continue(())
+    }
+
+    /// Whether a line reads logs: then it is level when all of them are.
+    fn reads_logs(&self, is_next: bool) -> bool {
+        let line = if is_next { &self.next } else { &self.line };
+        line.as_ref().is_some_and(|line| line.welcome.logs.is_some())
     }
 
     pub(super) fn caught_up(&mut self, is_next: bool) {
@@ -130,8 +156,12 @@ impl Actor {
         });
     }
 
-    /// A move also ends when the new line has brought all that the old one had.
+    /// A move also ends when the new line has brought all that the old one had. Where logs are read
+    /// the server says when that is.
     pub(super) fn take_next_if_level(&mut self) {
+        if self.reads_logs(true) {
+            return;
+        }
         let old = self.line.as_ref().map_or(0, |line| line.seq);
         if self.next.as_ref().is_some_and(|next| next.seq > 0 && next.seq >= old) {
             self.take_next();
@@ -142,15 +172,13 @@ impl Actor {
         let Some(next) = self.next.take() else { return };
         self.is_caught_up |= next.is_caught_up;
         let old = self.line.replace(next);
-        self.shared.with(|ledger| ledger.end_of_move());
+        self.shared.with(|books| books.end_of_move());
         (self.moving, self.probe) = (None, None);
         self.set_served();
         if let Some(mut old) = old {
-            let acked = self.shared.with(|ledger| ledger.acked());
+            let acks = self.shared.with(|books| books.acks(&mut old.said, true));
             tokio::spawn(async move {
-                if let Some(seq) = acked {
-                    old.say(ClientFrame::Ack(seq).encode()).await;
-                }
+                old.say_acks(acks).await;
                 old.close().await;
             });
         }

@@ -21,8 +21,8 @@ impl Actor {
         let future = async move {
             sleep(after).await;
             // What comes until the new line begins is sent twice, and told apart by its number.
-            let position = shared.with(|ledger| ledger.received());
-            dialer.open_moved(&url, position).await
+            let positions = shared.with(|books| books.received());
+            dialer.open_moved(&url, positions).await
         };
         self.opening = Some(Opening { future: future.boxed(), replaces: false });
     }
@@ -75,8 +75,8 @@ impl Actor {
             return;
         }
         self.moving = None;
-        let (dialer, position) = (Arc::clone(&self.dialer), self.shared.with(|ledger| ledger.received()));
-        let future = async move { dialer.open(position).await };
+        let (dialer, positions) = (Arc::clone(&self.dialer), self.shared.with(|books| books.received()));
+        let future = async move { dialer.open(positions).await };
         self.opening = Some(Opening { future: future.boxed(), replaces: true });
     }
 }
