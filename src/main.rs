@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ringpush::app::{App, Ended};
-use ringpush::cli::audit::{AuditPlan, TopicPlan, audit};
+use ringpush::cli::audit::{AuditPlan, ClientLibrary, TopicPlan, audit};
 use ringpush::cli::commands::{self, Addressed};
 use ringpush::cli::options::{AuditOptions, Cli, Command, Common, ConfigCommand, Serve};
 use ringpush::cli::publish::{self, Recipient};
@@ -28,13 +28,18 @@ const FILES_AT_FIRST: u64 = 65_536;
 const USAGE: u8 = 64;
 
 /// Whom a publish is for, and its payload.
-fn recipient(mut words: Vec<String>, topics: Vec<String>) -> Result<(Recipient, String), Faults> {
-    match (words.pop(), words.pop(), topics.is_empty()) {
+fn recipient(
+    mut words: Vec<String>,
+    topics: Vec<String>,
+    everyone: bool,
+) -> Result<(Recipient, String), Faults> {
+    match (words.pop(), words.pop(), topics.is_empty() && !everyone) {
+        (Some(payload), None, false) if everyone => Ok((Recipient::Everyone, payload)),
         (Some(payload), Some(user), true) => Ok((Recipient::User(user), payload)),
         (Some(payload), None, false) => Ok((Recipient::Topics(topics), payload)),
         (_, _, true) => Err(Faults(vec!["PAYLOAD: is missing: ringpush publish USER PAYLOAD".to_owned()])),
         (_, _, false) => {
-            let rule = "USER: is not for --topic: ringpush publish --topic TOPIC PAYLOAD";
+            let rule = "USER: is not for --topic and --everyone: ringpush publish --topic TOPIC PAYLOAD";
             Err(Faults(vec![rule.to_owned()]))
         }
     }
@@ -100,8 +105,8 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         None => serve(&common, Serve { log: "text".to_owned(), ..Serve::default() }).await,
         Some(Command::Serve(options)) => serve(&common, options).await,
         Some(Command::Token { user, ttl }) => commands::token(command_config(&common)?, &user, &ttl),
-        Some(Command::Publish { words, topic, target }) => {
-            let (recipient, payload) = recipient(words, topic)?;
+        Some(Command::Publish { words, topic, everyone, target }) => {
+            let (recipient, payload) = recipient(words, topic, everyone)?;
             publish::publish(command_config(&common)?, at(target), &recipient, &payload).await
         }
         Some(Command::Topic { command, target }) => {
@@ -136,6 +141,8 @@ async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<Exit
         topics: options.topics as usize,
         members: options.members as usize,
         rate: f64::from(options.topic_rate),
+        // The other libraries do not read logs yet.
+        logs: options.clients == ClientLibrary::Rust,
     });
     let plan = AuditPlan {
         topics,

@@ -162,8 +162,13 @@ async fn listen(bench: Arc<Bench>, n: usize, token: String) {
                 Notice::Fault { .. } => None,
             },
             item = inbox.next() => match item {
-                Ok(Some(Item::Message(message))) => Some(Happened::Message(message.id, message.seq)),
-                Ok(Some(Item::Gap(gap))) => Some(Happened::Gap(gap.after, gap.before)),
+                Ok(Some(Item::Message(message))) => {
+                    let log = message.topic.filter(|_| message.in_log);
+                    Some(Happened::Message(message.id, message.seq, log))
+                }
+                Ok(Some(Item::Gap(gap))) => {
+                    gap.topic.is_none().then_some(Happened::Gap(gap.after, gap.before))
+                }
                 Ok(None) => return,
                 Err(stopped) => {
                     bench.book.note(n, Happened::Refused(stopped.code.unwrap_or_default()));

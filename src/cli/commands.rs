@@ -14,7 +14,7 @@ use crate::app::keys::Keys;
 use crate::client::{Item, Message, Notice, State, TokenError, connect};
 use crate::clock::Clock;
 use crate::config::{Config, Faults};
-use crate::message::{DeviceId, TopicName, UserId};
+use crate::message::{DeviceId, EVERYONE, TopicName, UserId};
 use crate::ring::Ring;
 use crate::role::auth::{Auth, TOKEN_TTL_S};
 use crate::wire::frame::Since;
@@ -154,8 +154,11 @@ pub async fn listen(
             item = inbox.next() => match item {
                 Ok(Some(Item::Message(message))) => show(&message)?,
                 Ok(Some(Item::Gap(gap))) => say(format_args!(
-                    "ringpush: what was between {} and {} is gone ({:?})",
-                    gap.after, gap.before, gap.reason
+                    "ringpush: what was between {} and {}{} is gone ({:?})",
+                    gap.after,
+                    gap.before,
+                    gap.topic.map_or_else(String::new, |topic| format!(" of {topic}")),
+                    gap.reason
                 )),
                 Ok(None) => return Ok(ExitCode::SUCCESS),
                 Err(stopped) => match stopped.code {
@@ -173,7 +176,12 @@ pub async fn listen(
 /// Prints a message to standard output.
 fn show(message: &Message) -> Result<()> {
     let event = message.event.as_ref().map_or_else(String::new, |event| format!(r#""event":"{event}","#));
-    let topic = message.topic.as_ref().map_or_else(String::new, |topic| format!(r#""via":"{topic}","#));
+    let topic = match (&message.topic, message.in_log) {
+        (Some(topic), true) if topic == EVERYONE => r#""everyone":true,"#.to_owned(),
+        (Some(topic), true) => format!(r#""topic":"{topic}","#),
+        (Some(topic), false) => format!(r#""via":"{topic}","#),
+        (None, _) => String::new(),
+    };
     let line = format!(
         r#"{{"seq":{},"id":{},{event}{topic}"accepted_at":"{}","expires_at":"{}","payload":{}}}"#,
         message.seq,

@@ -9,6 +9,7 @@ use super::commands;
 use super::topic::TopicCommand;
 use crate::app::PUSH_NODES_MAX;
 use crate::config::Faults;
+use crate::topic::Delivery;
 use crate::wire::frame::Since;
 
 /// The command line.
@@ -66,20 +67,25 @@ pub enum Command {
     /// topic.
     #[command(
         override_usage = "ringpush publish [OPTIONS] USER PAYLOAD
-       ringpush publish [OPTIONS] --topic TOPIC PAYLOAD",
+       ringpush publish [OPTIONS] --topic TOPIC PAYLOAD
+       ringpush publish [OPTIONS] --everyone PAYLOAD",
         after_help = "Examples:
   ringpush publish alice '{\"text\":\"hello\"}'
   ringpush publish --topic news '{\"text\":\"hello\"}'
+  ringpush publish --everyone '{\"text\":\"hello\"}'
   seq 1000 | ringpush publish alice -          one payload per line (NDJSON)"
     )]
     Publish {
-        /// The user id; not with --topic. Then JSON text, or - to read one payload per line from
-        /// standard input.
+        /// The user id; not with --topic and --everyone. Then JSON text, or - to read one payload
+        /// per line from standard input.
         #[arg(required = true, num_args = 1..=2, allow_hyphen_values = true, value_names = ["USER", "PAYLOAD"])]
         words: Vec<String>,
         /// A topic whose members get it; more than one may be named.
         #[arg(long, value_name = "TOPIC")]
         topic: Vec<String>,
+        /// All users get it.
+        #[arg(long, conflicts_with = "topic")]
+        everyone: bool,
         /// Collect's URL [default: the server of the data directory].
         #[arg(long, value_name = "URL")]
         target: Option<String>,
@@ -104,6 +110,7 @@ pub enum Command {
     /// Make topics; change and show their members.
     #[command(after_help = "Examples:
   ringpush topic create news
+  ringpush topic create announcements --delivery log
   ringpush topic add news alice bob
   ringpush topic members news")]
     Topic {
@@ -142,6 +149,9 @@ pub enum TopicOptions {
     Create {
         /// Its name.
         topic: String,
+        /// How messages reach the members: inbox, for up to 1,000 members, or log [default: inbox].
+        #[arg(long, value_name = "DELIVERY", value_parser = parse_delivery)]
+        delivery: Option<Delivery>,
         /// Life of messages whose sender names none, such as 1h or 7d.
         #[arg(long, value_name = "TIME")]
         ttl: Option<String>,
@@ -189,11 +199,11 @@ impl TopicOptions {
     /// A bad time.
     pub fn command(self) -> Result<TopicCommand, Faults> {
         Ok(match self {
-            Self::Create { topic, ttl } => {
+            Self::Create { topic, delivery, ttl } => {
                 let rule =
                     |text| Faults(vec![format!("--ttl: {text:?} must be a time such as 15m, 1h or 7d")]);
                 let seconds = |text: String| commands::seconds(&text).ok_or_else(|| rule(text));
-                TopicCommand::Create(topic, ttl.map(seconds).transpose()?)
+                TopicCommand::Create(topic, delivery, ttl.map(seconds).transpose()?)
             }
             Self::Show { topic } => TopicCommand::Show(topic),
             Self::Delete { topic } => TopicCommand::Delete(topic),
@@ -220,7 +230,8 @@ pub struct AuditOptions {
     /// Messages per second, to users at random.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub rate: u32,
-    /// Topics that are published to beside, while members join and leave.
+    /// Topics that are published to beside, while members join and leave; every second one has a
+    /// log. Everyone gets a message each second.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=10_000))]
     pub topics: u32,
     /// Members of each topic at the beginning.
@@ -277,6 +288,10 @@ pub enum ConfigCommand {
         /// The file [default: --config, or none].
         file: Option<PathBuf>,
     },
+}
+
+fn parse_delivery(text: &str) -> Result<Delivery, String> {
+    Delivery::parse(text).ok_or_else(|| "it is inbox or log".to_owned())
 }
 
 fn parse_since(text: &str) -> Result<Since, String> {

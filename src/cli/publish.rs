@@ -87,12 +87,15 @@ pub enum Recipient {
     User(String),
     /// The members of topics.
     Topics(Vec<String>),
+    /// All users.
+    Everyone,
 }
 
 impl Recipient {
     /// `to` of a publish, as JSON.
     fn to_json(&self) -> Result<String> {
         match self {
+            Self::Everyone => Ok(serde_json::json!({ "everyone": true }).to_string()),
             Self::User(user) => Ok(serde_json::json!({ "user": user_id(user)?.as_str() }).to_string()),
             Self::Topics(topics) => {
                 let names = topics.iter().map(|topic| Ok(topic_name("--topic", topic)?.to_string()));

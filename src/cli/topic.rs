@@ -13,12 +13,13 @@ use super::publish::{Collector, problem_of};
 use super::terminal::{OutputError, print_line, say};
 use crate::config::Config;
 use crate::message::UserId;
+use crate::topic::Delivery;
 use crate::wire::rest::{MembersChangedResponse, MembersResponse, TopicsResponse};
 
 /// What to do.
 pub enum TopicCommand {
-    /// Makes a topic, or changes the life of its messages, in seconds.
-    Create(String, Option<u64>),
+    /// Makes a topic with a delivery, or changes the life of its messages, in seconds.
+    Create(String, Option<Delivery>, Option<u64>),
     /// Shows a topic.
     Show(String),
     /// Ends a topic.
@@ -69,8 +70,12 @@ pub async fn topic(mut config: Config, at: Addressed, command: TopicCommand) -> 
     let collector = Collector::new(&mut config, &at)?;
     let collector = &collector;
     match command {
-        TopicCommand::Create(topic, ttl_s) => {
-            let body = json!({ "ttl_s": ttl_s }).to_string();
+        TopicCommand::Create(topic, delivery, ttl_s) => {
+            let mut body = json!({ "ttl_s": ttl_s });
+            if let Some(delivery) = delivery {
+                body["delivery"] = delivery.name().into();
+            }
+            let body = body.to_string();
             let answer = send(collector, "PUT", &path_of(&topic)?, body.into()).await?;
             print_line(String::from_utf8_lossy(&answer))?;
         }

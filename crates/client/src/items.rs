@@ -18,6 +18,8 @@ pub struct Message {
     /// The topic by which it came, `everyone` if it was sent to all users; `None` if it was sent to
     /// the user.
     pub topic: Option<String>,
+    /// Whether it stands in the log of that topic. Otherwise it stands in the user's inbox.
+    pub in_log: bool,
     /// The payload as the sender wrote it: JSON.
     pub payload: Box<RawValue>,
     /// When it was accepted, RFC 3339.
@@ -40,8 +42,9 @@ impl Message {
 
     pub(crate) fn new(frame: MessageFrame, live: bool) -> Self {
         let MessageFrame { seq, id, event, via, accepted_at, expires_at, payload, of } = frame;
+        let in_log = !of.is_inbox();
         let topic = via.or(name_of(&of));
-        Self { seq, id, event, topic, payload, accepted_at, expires_at, live }
+        Self { seq, id, event, topic, in_log, payload, accepted_at, expires_at, live }
     }
 }
 

@@ -14,9 +14,9 @@ const MOVE_LIFE: Duration = Duration::from_secs(15);
 
 /// What happened to a client.
 pub(super) enum Happened {
-    /// A message came: its id and its number.
-    Message(String, u64),
-    /// Numbers between these two will never come.
+    /// A message came: its id, its number, and the topic in whose log it has that number.
+    Message(String, u64, Option<String>),
+    /// Numbers of the inbox between these two will never come.
     Gap(u64, u64),
     /// It has a line on this node, and the backlog is on its way.
     Welcome(String),
@@ -46,9 +46,9 @@ impl Book {
         let mut users = self.users.lock();
         let Some(own) = users.get_mut(user) else { return };
         match happened {
-            Happened::Message(id, seq) => {
+            Happened::Message(id, seq, log) => {
                 let in_move = own.moving_since.is_some_and(|since| since.elapsed() < MOVE_LIFE);
-                own.received.push(Received { id, seq, at: Instant::now(), in_move });
+                own.received.push(Received { id, seq, log, at: Instant::now(), in_move });
             }
             Happened::Gap(after, before) => own.gaps.push((after, before)),
             Happened::Welcome(node) => own.is_on(node),
@@ -119,6 +119,8 @@ impl UserBook {
 pub(super) struct Received {
     pub(super) id: String,
     pub(super) seq: u64,
+    /// The topic in whose log it has that number; `None`: in the inbox.
+    pub(super) log: Option<String>,
     pub(super) at: Instant,
     pub(super) in_move: bool,
 }

@@ -171,7 +171,7 @@ fn parse(line: &str) -> Result<(usize, Option<Happened>)> {
     };
     let happened = match (kind.as_str(), second) {
         ("message", Some(id)) => {
-            Some(Happened::Message(serde_json::from_value(id)?, serde_json::from_value(first)?))
+            Some(Happened::Message(serde_json::from_value(id)?, serde_json::from_value(first)?, None))
         }
         ("gap", Some(before)) => {
             Some(Happened::Gap(serde_json::from_value(first)?, serde_json::from_value(before)?))
@@ -207,7 +207,7 @@ mod tests {
     fn what_the_clients_say_is_read_and_rubbish_is_told() {
         assert!(matches!(
             parse(r#"[3,"message",17,"m-1"]"#).unwrap(),
-            (3, Some(Happened::Message(id, 17))) if id == "m-1"
+            (3, Some(Happened::Message(id, 17, None))) if id == "m-1"
         ));
         assert!(matches!(parse(r#"[0,"gap",1,5]"#).unwrap(), (0, Some(Happened::Gap(1, 5)))));
         let js = parse(r#"[0,"state",{"name":"moving","node":"a","to":"b","reason":"drain"}]"#).unwrap();

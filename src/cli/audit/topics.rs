@@ -3,6 +3,10 @@
 //! Who is a member at a moment is known from outside only between the beginning and the end of a
 //! change. So a message is *due* to whoever was a member through the whole publish, *wrong* for
 //! whoever was none through the whole publish, and may or may not come to the others.
+//!
+//! Every second topic has a log. There, whoever leaves gets no more of what was published before,
+//! and may get a message until its node knows that it has left: around a leave, nothing is due.
+//! Everyone is a topic with a log of which all users are members.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -34,6 +38,8 @@ pub struct TopicPlan {
     pub members: usize,
     /// Messages per second, each to one topic.
     pub rate: f64,
+    /// Every second topic has a log, and everyone is published to.
+    pub logs: bool,
 }
 
 /// How long an attempt may go on after its answer was lost.
@@ -41,6 +47,16 @@ const ATTEMPT_LIFE: Duration = Duration::from_secs(40);
 /// A publish that takes longer met a change of the primary. Who had left before it may then get it
 /// by the list of the primary of before (docs/topics.md).
 const SMOOTH: Duration = Duration::from_secs(2);
+
+/// A message to a log that was published this long before a leave may not come any more: its client
+/// may be on its way to another node.
+const BEFORE_LEAVE: Duration = Duration::from_secs(30);
+/// A node that was not told knows of a leave by its sweep, within this time.
+const AFTER_LEAVE: Duration = Duration::from_secs(45);
+/// The index of everyone among the topics.
+const EVERYONE: usize = usize::MAX;
+/// Time between two messages to everyone.
+const EVERYONE_EVERY: Duration = Duration::from_secs(1);
 
 /// How a request went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,8 +101,15 @@ enum Due {
 }
 
 /// By the changes of a user, whether a message that was sent between two moments is due.
-fn due(changes: &[Change], (began, ended): (Instant, Instant)) -> Due {
-    if changes.iter().any(|change| change.sent.0 <= ended && began <= change.sent.1) {
+fn due(changes: &[Change], (began, ended): (Instant, Instant), in_log: bool) -> Due {
+    let crosses = |change: &Change| {
+        let (before, after) = match in_log && !change.joins {
+            true => (BEFORE_LEAVE, AFTER_LEAVE),
+            false => (Duration::ZERO, Duration::ZERO),
+        };
+        change.sent.0 <= ended + before && began <= change.sent.1 + after
+    };
+    if changes.iter().any(crosses) {
         return Due::Perhaps;
     }
     match changes.iter().rev().find(|change| change.sent.1 < began) {
@@ -129,6 +152,11 @@ impl TopicVerdict {
 }
 
 impl Bench {
+    /// Whether a topic has a log.
+    fn has_log(&self, topic: usize) -> bool {
+        topic % 2 == 1 && self.plan.topics.is_some_and(|plan| plan.logs)
+    }
+
     fn topic(&self, n: usize) -> String {
         format!("audit-{}-{n}", self.run)
     }
@@ -142,7 +170,9 @@ impl Bench {
         let mut random = StdRng::seed_from_u64(self.plan.seed);
         for topic in 0..plan.topics {
             let path = format!("/v1/topics/{}", self.topic(topic));
-            if self.sent("PUT", &path, "{}".into()).await == Sent::Refused {
+            let delivery = if self.has_log(topic) { "log" } else { "inbox" };
+            let body = json!({ "delivery": delivery }).to_string();
+            if self.sent("PUT", &path, body.into()).await == Sent::Refused {
                 bail!("the topic {} cannot be made", self.topic(topic));
             }
             let members = (0..self.users.len()).choose_multiple(&mut random, plan.members);
@@ -207,7 +237,22 @@ impl Bench {
 
     /// Publishes to topics at the rate, and changes their members meanwhile.
     pub(super) async fn load_topics(self: Arc<Self>, plan: TopicPlan) {
-        tokio::join!(self.publish_to_topics(plan), self.exchange_members(plan));
+        let to_everyone = async {
+            if plan.logs {
+                self.publish_to_everyone().await;
+            }
+        };
+        tokio::join!(self.publish_to_topics(plan), self.exchange_members(plan), to_everyone);
+    }
+
+    async fn publish_to_everyone(&self) {
+        let (began, mut k) = (Instant::now(), 0);
+        while began.elapsed() < self.plan.time {
+            let due = began + EVERYONE_EVERY * k;
+            tokio::time::sleep_until(due).await;
+            self.publish_to_topic(format!("audit-{}-e{k}", self.run), EVERYONE, due).await;
+            k += 1;
+        }
     }
 
     async fn publish_to_topics(self: &Arc<Self>, plan: TopicPlan) {
@@ -219,15 +264,17 @@ impl Bench {
             let due = began + Duration::from_secs_f64(k as f64 / plan.rate);
             tokio::time::sleep_until(due).await;
             let (bench, topic) = (Arc::clone(self), random.random_range(0..plan.topics));
-            sending.spawn(async move { bench.publish_to_topic(k, topic, due).await });
+            let id = format!("audit-{}-t{k}", self.run);
+            sending.spawn(async move { bench.publish_to_topic(id, topic, due).await });
             while sending.try_join_next().is_some() {}
         }
         while sending.join_next().await.is_some() {}
     }
 
-    async fn publish_to_topic(&self, k: u64, topic: usize, due: Instant) {
-        let id = format!("audit-{}-t{k}", self.run);
-        let body = json!({"to": {"topic": self.topic(topic)}, "payload": {"t": k}, "id": id, "ttl_s": 3600});
+    async fn publish_to_topic(&self, id: String, topic: usize, due: Instant) {
+        let to =
+            if topic == EVERYONE { json!({"everyone": true}) } else { json!({"topic": self.topic(topic)}) };
+        let body = json!({"to": to, "payload": 1, "id": id, "ttl_s": 3600});
         let began = Instant::now();
         if self.sent("POST", "/v1/messages", body.to_string().into()).await != Sent::Refused {
             let message = TopicMessage { topic, due, sent: (began, Instant::now()) };
@@ -264,8 +311,12 @@ impl Bench {
             users.iter().map(|user| user.received.iter().map(|one| one.id.as_str()).collect()).collect();
         let (accepted, changes) = (self.book.topics.accepted.lock(), self.book.topics.changes.lock());
         accepted.iter().all(|(id, message)| {
+            if message.topic == EVERYONE {
+                return received.iter().all(|received| received.contains(id.as_str()));
+            }
             changes.iter().filter(|((topic, _), _)| *topic == message.topic).all(|((_, user), all)| {
-                due(all, message.sent) != Due::Yes || received[*user].contains(id.as_str())
+                due(all, message.sent, self.has_log(message.topic)) != Due::Yes
+                    || received[*user].contains(id.as_str())
             })
         })
     }
@@ -287,7 +338,11 @@ impl Bench {
             }
             for (id, message) in &accepted {
                 let of = changes.get(&(message.topic, n)).map(Vec::as_slice).unwrap_or_default();
-                match (due(of, message.sent), arrivals.get(id.as_str())) {
+                let due = match message.topic {
+                    EVERYONE => Due::Yes,
+                    topic => due(of, message.sent, self.has_log(topic)),
+                };
+                match (due, arrivals.get(id.as_str())) {
                     (_, Some((2.., _))) => verdict.again += 1,
                     (Due::No, Some(_)) if message.sent.1 - message.sent.0 < SMOOTH => verdict.wrong += 1,
                     (Due::Perhaps, _) | (Due::No, Some(_)) => verdict.unclear += 1,
@@ -303,7 +358,18 @@ impl Bench {
             }
         }
         for (user, ids) in missing {
-            let stored = self.stored(user).await?;
+            let mut stored = self.stored(user).await?;
+            if !users[user].ready || users[user].refused.is_some() {
+                let of = |id: &&str| accepted.get(*id).map(|message| message.topic);
+                let logs: HashSet<usize> = ids.iter().filter_map(of).collect();
+                for topic in logs.into_iter().filter(|topic| *topic == EVERYONE || self.has_log(*topic)) {
+                    let path = match topic {
+                        EVERYONE => "/v1/everyone/messages".to_owned(),
+                        topic => format!("/v1/topics/{}/messages", self.topic(topic)),
+                    };
+                    stored.extend(self.stored_in(&path).await?);
+                }
+            }
             for id in ids {
                 let is_away = !users[user].ready || users[user].refused.is_some();
                 if is_away && stored.contains(id) {
@@ -340,8 +406,14 @@ mod tests {
             (211, 300, Due::Yes),
             (30, 300, Due::Perhaps),
         ] {
-            assert_eq!(due(&all, (at(began), at(ended))), expected, "{began} to {ended}");
+            assert_eq!(due(&all, (at(began), at(ended)), false), expected, "{began} to {ended}");
         }
-        assert_eq!(due(&[], (at(0), at(1))), Due::No);
+        assert_eq!(due(&[], (at(0), at(1)), false), Due::No);
+        let second = 1_000;
+        let leave = [change(true, 10, 20), change(false, 60 * second, 60 * second + 10)];
+        for (at_s, expected) in [(20, Due::Yes), (40, Due::Perhaps), (100, Due::Perhaps), (110, Due::No)] {
+            let sent = (at(at_s * second), at(at_s * second + 5));
+            assert_eq!(due(&leave, sent, true), expected, "{at_s} s, in a log");
+        }
     }
 }

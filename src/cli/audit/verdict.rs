@@ -75,8 +75,12 @@ impl Bench {
         let mut arrivals: HashMap<&str, u64> = HashMap::new();
         let began = accepted.values().map(|one| one.due).min();
         for user in &users {
-            verdict.out_of_order +=
-                user.received.windows(2).filter(|pair| pair[1].seq <= pair[0].seq).count() as u64;
+            // Each log has an order of its own.
+            let mut last: HashMap<Option<&str>, u64> = HashMap::new();
+            for one in &user.received {
+                let before = last.insert(one.log.as_deref(), one.seq);
+                verdict.out_of_order += u64::from(before.is_some_and(|before| one.seq <= before));
+            }
             for one in &user.received {
                 *arrivals.entry(&one.id).or_default() += 1;
                 let Some(accepted) = accepted.get(&one.id) else { continue };
@@ -124,12 +128,15 @@ impl Bench {
 
     /// The ids that stand in a user's inbox.
     pub(super) async fn stored(&self, user: usize) -> Result<HashSet<String>> {
+        self.stored_in(&format!("/v1/users/{}/messages", escape(self.users[user].as_str()))).await
+    }
+
+    /// The ids that stand in an inbox or a log, by the path of its messages.
+    pub(super) async fn stored_in(&self, path: &str) -> Result<HashSet<String>> {
         let mut ids = HashSet::new();
         let mut after = 0;
         loop {
-            let path =
-                format!("/v1/users/{}/messages?after={after}&limit=1000", escape(self.users[user].as_str()));
-            let page: Value = self.get(&path).await?;
+            let page: Value = self.get(&format!("{path}?after={after}&limit=1000")).await?;
             for message in page["messages"].as_array().into_iter().flatten() {
                 ids.extend(message["id"].as_str().map(str::to_owned));
             }
