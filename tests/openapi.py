@@ -39,8 +39,8 @@ def validate(schema, value):
     jsonschema.Draft202012Validator(whole, format_checker=jsonschema.FormatChecker()).validate(value)
 
 
-def call(operation_id, status, path, body=None, key=None, raw=None):
-    """Calls an operation, and validates its answer."""
+def call(operation_id, status, path, body=None, key=None, raw=None, role=None):
+    """Calls an operation, at the first of its roles unless another one is named, and validates its answer."""
     for template, item in DOCUMENT["paths"].items():
         for method, operation in item.items():
             if method != "parameters" and operation["operationId"] == operation_id:
@@ -50,7 +50,7 @@ def call(operation_id, status, path, body=None, key=None, raw=None):
         break
     else:
         raise AssertionError(f"no operation {operation_id}")
-    url = f"http://{LISTEN[operation['tags'][0]]}{path}"
+    url = f"http://{LISTEN[role or operation['tags'][0]]}{path}"
     data = raw if raw is not None else None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, method=method.upper(), data=data, headers={"Content-Type": "application/json"})
     if key is not None:
@@ -101,6 +101,19 @@ def operations():
     call("topicsOfUser", 200, "/v1/users/alice/topics", key=API_KEY)
     call("leaveTopics", 202, "/v1/users/bob/topics", key=API_KEY)
     call("history", 200, "/v1/users/alice/messages", key=API_KEY)
+    call("makeTopic", 201, "/v1/topics/log", {"delivery": "log"}, API_KEY)
+    call("makeTopic", 409, "/v1/topics/log", {"delivery": "inbox"}, API_KEY)
+    call("changeMembers", 202, "/v1/topics/log/members", {"add": ["alice"]}, API_KEY)
+    call("publish", 202, "/v1/messages", {"to": {"topic": "log"}, "payload": 1}, API_KEY)
+    call("publish", 202, "/v1/messages", {"to": {"everyone": True, "except": ["bob"]}, "payload": 1}, API_KEY)
+    call("publish", 413, "/v1/messages", {"to": {"everyone": True}, "payload": "x" * 5_000}, API_KEY)
+    call("topic", 200, "/v1/topics/log", key=API_KEY)
+    call("logHistory", 200, "/v1/topics/log/messages?before=9007199254740991", key=API_KEY)
+    call("logHistory", 404, "/v1/topics/news/messages", key=API_KEY)
+    call("logHistory", 422, "/v1/topics/log/messages?before=1&after=1", key=API_KEY)
+    call("logHistory", 200, "/v1/topics/log/messages", key=TOKEN, role="push")
+    call("logHistory", 403, "/v1/topics/news/messages", key=TOKEN, role="push")
+    call("everyonesHistory", 200, "/v1/everyone/messages?limit=1", key=API_KEY)
     call("removeTopic", 202, "/v1/topics/news", key=API_KEY)
     call("removeTopic", 404, "/v1/topics/news", key=API_KEY)
     call("user", 200, "/v1/users/alice", key=API_KEY)
@@ -161,6 +174,20 @@ async def frames():
         await until(socket, "refreshed")
         await socket.send("[]")
         assert (await until(socket, "error"))["code"] == "bad_frame"
+    async with websockets.connect(f"ws://{LISTEN['push']}/v1/ws?topics=auth",
+                                  additional_headers={"Authorization": f"Bearer {TOKEN}"}) as socket:
+        await say(socket, {"type": "auth", "device": "logs", "topics": {"log": 1, "none": 7}})
+        assert (await until(socket, "welcome"))["topics"].keys() == {"log"}
+        assert (await until(socket, "gap"))["reason"] == "joined"
+        while (caught_up := await until(socket, "caught_up")).get("all") is not True:
+            pass
+        await say(socket, {"type": "ack", "seq": 1, "topics": {"log": 1}, "everyone": 1})
+        await say(socket, {"type": "watch", "topic": "other", "since": "last"})
+        refused = await until(socket, "error")
+        assert (refused["code"], refused["topic"]) == ("forbidden_topic", "other")
+        await say(socket, {"type": "unwatch", "topic": "other"})
+        await say(socket, {"type": "ping"})
+        await until(socket, "pong")
     async with websockets.connect(f"ws://{LISTEN['push']}/v1/ws?since=9007199254740991",
                                   additional_headers={"Authorization": f"Bearer {TOKEN}"}) as socket:
         assert (await until(socket, "gap"))["reason"] == "reset"

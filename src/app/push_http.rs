@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{RawPathParams, State};
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, LOCATION, ORIGIN, SEC_WEBSOCKET_VERSION, UPGRADE,
@@ -18,11 +18,10 @@ use futures_util::future::{BoxFuture, FutureExt, ready};
 use super::edge::{
     Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, json_of, not_found, refuse,
 };
-use crate::message::Seq;
+use crate::inbox::history::HistoryRange;
+use crate::message::{Seq, TopicName};
 use crate::role::connect::{Connect, ConnectError};
-use crate::role::push::{
-    Admission, AdmissionError, HistoryRange, OWN_HISTORY_PAGE, Origins, Push, SocketRequest,
-};
+use crate::role::push::{Admission, AdmissionError, OWN_HISTORY_PAGE, Origins, Push, SocketRequest};
 use crate::telemetry::{Credential, Refusals};
 use crate::ticket::TICKET_LIFE_MS;
 use crate::transport::http::{ConnectionFuture, UpgradeHandler};
@@ -78,6 +77,7 @@ pub(super) fn push_routes(edge: Arc<PushEdge>) -> Routes {
         .route("/n/{node}/v1/ws", get(socket))
         .route("/v1/connect", post(connect_on_push).options(preflight_on_push))
         .route("/v1/inbox/messages", get(own_history).options(preflight_on_push))
+        .route("/v1/topics/{topic}/messages", get(topic_history).options(preflight_on_push))
         .with_state(edge)
 }
 
@@ -255,15 +255,35 @@ async fn identify(edge: &ConnectEdge, headers: &HeaderMap) -> Result<Identity, H
 }
 
 async fn own_history(State(edge): State<Arc<PushEdge>>, headers: HeaderMap, uri: Uri) -> Response<Body> {
-    let mut response = match read_history(&edge, &headers, uri.query().unwrap_or_default()).await {
+    shown_history(&edge, &headers, &uri, None).await
+}
+
+/// The log of a topic, for a member.
+async fn topic_history(
+    State(edge): State<Arc<PushEdge>>,
+    path: RawPathParams,
+    headers: HeaderMap,
+    uri: Uri,
+) -> Response<Body> {
+    let topic = path.iter().find(|(name, _)| *name == "topic").map(|(_, topic)| topic);
+    shown_history(&edge, &headers, &uri, Some(topic.unwrap_or_default())).await
+}
+
+async fn shown_history(
+    edge: &PushEdge,
+    headers: &HeaderMap,
+    uri: &Uri,
+    topic: Option<&str>,
+) -> Response<Body> {
+    let mut response = match read_history(edge, headers, uri.query().unwrap_or_default(), topic).await {
         Ok(response) => response,
         Err(refused) => refused.into_response(),
     };
-    allow_origin(&edge.connect, &headers, &mut response);
+    allow_origin(&edge.connect, headers, &mut response);
     response
 }
 
-async fn read_history(edge: &PushEdge, headers: &HeaderMap, query: &str) -> Answer {
+async fn read_history(edge: &PushEdge, headers: &HeaderMap, query: &str, topic: Option<&str>) -> Answer {
     check_origin(&edge.connect, headers)?;
     let identity = identify(&edge.connect, headers).await?;
     if edge.push.has_revoked(&identity.user, identity.issued_at_s).await {
@@ -271,11 +291,19 @@ async fn read_history(edge: &PushEdge, headers: &HeaderMap, query: &str) -> Answ
         return Err(edge.connect.unauthorized(refused));
     }
     let (range, limit) = history_query(query)?;
-    let page = edge.push.history(&identity.user, range, limit).await;
-    let (messages, next) = page.map_err(|error| {
+    let user = &identity.user;
+    let page = match topic.map(TopicName::parse) {
+        None => edge.push.history(user, range, limit).await.map(Some),
+        Some(Ok(topic)) => edge.push.log_history(user, &topic, range, limit).await,
+        Some(Err(rule)) => return Err(refuse(422, rule.to_string())),
+    };
+    let page = page.map_err(|error| {
         tracing::warn!(%error, "a user's own history could not be read");
         refuse(503, "the inbox cannot be read now")
     })?;
+    // The same, whether there is such a topic or not.
+    let not_for_you = || refuse(403, "the user is no member of such a topic with a log");
+    let (messages, next) = page.ok_or_else(not_for_you)?;
     Ok(json(StatusCode::OK, history_body(&messages, next)))
 }
 

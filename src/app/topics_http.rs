@@ -9,8 +9,9 @@ use axum::routing::{get, put};
 
 use super::collect_http::{Answer, CollectEdge, Edge, Path, history_query, part_of, unavailable, user_of};
 use super::edge::{HttpError, SMALL_BODY, json, json_body, json_of, refuse};
+use crate::inbox::history::HistoryRange;
 use crate::inbox::topics::{MembersChanged, PutTopic, Topic, TopicSettings};
-use crate::message::{LogId, TopicName, UserId};
+use crate::message::{LogId, Seq, TopicName, UserId};
 use crate::topic::Delivery;
 use crate::wire::http::{MembersRequest, history_body, parse_members, parse_topic};
 use crate::wire::rest::{
@@ -168,7 +169,20 @@ async fn page_of_log(
     log: &LogId,
     uri: &Uri,
 ) -> Result<Option<Response<Body>>, HttpError> {
-    let (range, limit) = history_query(uri.query().unwrap_or_default())?;
+    let query = uri.query().unwrap_or_default();
+    let (after, limit) = history_query(query)?;
+    let named = |name: &str| form_urlencoded::parse(query.as_bytes()).find(|(key, _)| key == name);
+    let range = match named("before") {
+        None => HistoryRange::After(after),
+        Some(_) if named("after").is_some() => {
+            return Err(refuse(422, "before: give either after or before, not both"));
+        }
+        Some((_, text)) => {
+            let before = text.parse().ok().and_then(Seq::new);
+            let rule = || refuse(422, "before: must be an integer from 0 to 2^53 - 1");
+            HistoryRange::Before(before.ok_or_else(rule)?)
+        }
+    };
     let found = edge.collect.log_history(log, range, limit).await.map_err(unavailable)?;
     Ok(found.map(|(messages, next)| json(StatusCode::OK, history_body(&messages, next))))
 }

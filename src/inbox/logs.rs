@@ -11,8 +11,9 @@
 
 use std::sync::Arc;
 
+use super::history::{self, HistoryRange};
 use super::{Inbox, InboxError, InboxPage, PageLimit, PositionQuery, StartAt, UserPosition};
-use crate::message::{LogEntry, LogId, Seq, UserId};
+use crate::message::{LogEntry, LogId, Message, Seq, UserId};
 
 /// The name of the log of everyone in the store of logs. No topic has it.
 const EVERYONE: &str = "*";
@@ -63,6 +64,24 @@ impl Logs {
         Ok(answer.head)
     }
 
+    /// Reads a page of at most `limit` unexpired messages of one life, and where the following page
+    /// begins.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn history(
+        &self,
+        log: &LogId,
+        life: u64,
+        range: HistoryRange,
+        limit: usize,
+    ) -> Result<(Vec<Message>, Option<Seq>), InboxError> {
+        let (mut messages, next) = history::read(&self.store, &key(log), range, limit).await?;
+        messages.retain(|message| is_of(message, life));
+        Ok((messages, next))
+    }
+
     /// The unexpired messages of one life after a position.
     ///
     /// # Errors
@@ -76,9 +95,13 @@ impl Logs {
         limit: PageLimit,
     ) -> Result<InboxPage, InboxError> {
         let mut page = self.store.page(key(log), after, limit).await?;
-        page.messages.retain(|message| message.log_entry().is_some_and(|entry| entry.life == life));
+        page.messages.retain(|message| is_of(message, life));
         Ok(page)
     }
+}
+
+fn is_of(message: &Message, life: u64) -> bool {
+    message.log_entry().is_some_and(|entry| entry.life == life)
 }
 
 /// The name under which a log stands in the store of logs.

@@ -26,6 +26,7 @@
 pub mod conformance;
 pub mod embedded;
 pub mod group_commit;
+pub mod history;
 pub mod logs;
 mod lookup;
 #[cfg(any(test, feature = "test-support"))]

@@ -20,6 +20,11 @@ pub(super) trait Queued: Clone + Send + Sync + 'static {
 
     /// Bytes of its payload.
     fn bytes(&self) -> usize;
+
+    /// Whether others must be told if it is dropped.
+    fn is_missed(&self) -> bool {
+        true
+    }
 }
 
 impl Queued for LiveMessage {
@@ -43,8 +48,14 @@ impl Queued for LogHint {
     fn bytes(&self) -> usize {
         match self {
             Self::Message { message, .. } => message.payload.len(),
-            Self::Memberships(_) | Self::Look(_) => 0,
+            Self::Memberships(users) => users.iter().map(|user| user.as_str().len()).sum(),
+            Self::Look(_) => 0,
         }
+    }
+
+    /// Changes of memberships are found by the sweep of sessions.
+    fn is_missed(&self) -> bool {
+        !matches!(self, Self::Memberships(_))
     }
 }
 
@@ -90,9 +101,9 @@ impl<T: Queued> Backlog<T> {
                 queue.waiting.push_back(item);
             } else {
                 dropped += 1;
+                queue.missed |= item.is_missed();
             }
         }
-        queue.missed |= dropped > 0;
         drop(queue);
         self.filled.notify_one();
         dropped

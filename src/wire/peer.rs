@@ -53,8 +53,8 @@ pub enum LogHint {
         /// The message as it is stored.
         message: Arc<Message>,
     },
-    /// The memberships of this user in topics with a log have changed.
-    Memberships(UserId),
+    /// The memberships of these users in topics with a log have changed.
+    Memberships(Vec<UserId>),
     /// The topic was removed, or a message of it has ended before its time: look at it.
     Look(LogId),
 }

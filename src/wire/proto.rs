@@ -117,7 +117,9 @@ impl From<&LogHint> for peer::Hint {
                         except: entry.except.iter().map(|user| user.as_str().to_owned()).collect(),
                     })
                 }
-                LogHint::Memberships(user) => About::Memberships(user.as_str().to_owned()),
+                LogHint::Memberships(users) => About::Memberships(peer::Users {
+                    users: users.iter().map(|user| user.as_str().to_owned()).collect(),
+                }),
                 LogHint::Look(log) => About::Look(log.into()),
             }),
         }
@@ -144,7 +146,10 @@ impl TryFrom<peer::Hint> for LogHint {
                 let log = sent.log.ok_or(ProtoError("log"))?.try_into()?;
                 Self::Message { log, message: Arc::new(message) }
             }
-            About::Memberships(user) => Self::Memberships(user_of(&user)?),
+            About::Memberships(all) => {
+                let users = all.users.iter().map(|user| user_of(user)).collect::<Result<_, _>>()?;
+                Self::Memberships(users)
+            }
             About::Look(log) => Self::Look(log.try_into()?),
         })
     }

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use ringpush_testing::{Server, Socket, http};
+use ringpush_testing::{Options, Server, Socket, http};
 
 async fn with(topics: &[(&str, &[&str])]) -> Server {
     let server = Server::start().await;
@@ -267,5 +267,46 @@ async fn a_window_counts_all_logs_of_a_socket_together() {
     for of in [json!("a"), json!("b"), Value::Null] {
         let part: Vec<Value> = got.iter().filter(|message| message["topic"] == of).cloned().collect();
         assert_eq!(payloads(&part), [0, 1, 2, 3, 4, 5], "{of}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_is_left_gives_its_credit_back() {
+    let server = with(&[("a", &["alice"])]).await;
+    let (mut alice, _) = open(&server, "alice", "web", json!({"window": 2})).await;
+    level(&mut alice).await;
+    for n in 0..3 {
+        to_topic(&server, "a", json!(n)).await;
+    }
+    assert_eq!(payloads(&messages(&mut alice, 2).await), [0, 1]);
+    change(&server, "a", &[], &["alice"]).await;
+    alice.expect("topic").await;
+    server.publish("alice", json!("free again")).await;
+    assert_eq!(alice.expect("message").await["payload"], "free again");
+}
+
+/// Frames above a tail are read in blocks, also where a block has more bytes than are read at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_backlog_of_large_messages_comes_whole_and_in_order() {
+    let options = Options::default()
+        .with("limits.topic_message_bytes", "65536")
+        .with("limits.topic_per_s", "100000")
+        .with("limits.tail_mib", "1");
+    let server = Server::with(options).await;
+    server.put("/v1/topics/big", &json!({"delivery": "log"})).await;
+    change(&server, "big", &["alice"], &[]).await;
+    // Somebody reads it, so that there is a tail; it keeps half a MiB.
+    change(&server, "big", &["bob"], &[]).await;
+    let (mut bob, _) = open(&server, "bob", "web", json!({})).await;
+    level(&mut bob).await;
+    let filler = "x".repeat(60_000);
+    for n in 0..150 {
+        to_topic(&server, "big", json!([n, filler])).await;
+    }
+    let all = messages(&mut bob, 150).await;
+    let (mut alice, _) = open(&server, "alice", "web", json!({})).await;
+    for expected in all {
+        let message = alice.until("message").await.1;
+        assert_eq!((&message["seq"], &message["payload"][0]), (&expected["seq"], &expected["payload"][0]));
     }
 }

@@ -134,8 +134,8 @@ impl Books {
         of(self.inbox.acked(), said.inbox.as_ref()) + logs.sum::<u64>()
     }
 
-    /// What is to be said on a line of what may be acked; all of it if `again`. Acks are cumulative:
-    /// the newest says it all.
+    /// What is to be said on a line of what may be acked; all of it if `again`. The newest ack of a
+    /// log says it all.
     pub(crate) fn acks(&self, said: &mut Said, again: bool) -> LogAcks {
         let mut acks = LogAcks::default();
         let seq = self.inbox.acked().filter(|seq| again || said.inbox != Some(*seq));

@@ -1,12 +1,11 @@
 //! Topics and their members, as a publish needs them: members are read once for each version, and
-//! kept. That a topic has a log is believed for a while.
+//! kept. The topic itself is read for each publish: whoever publishes after a topic was made anew
+//! and joined must reach its members.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
-use tokio::time::Instant;
 
 use super::refusal;
 use crate::inbox::InboxError;
@@ -27,10 +26,6 @@ const SEARCHED: usize = 1_000;
 const TOLD: usize = 3;
 /// How near a name must be: from 0.0, nothing in common, to 1.0, the same (Jaro-Winkler).
 const NEAR: f64 = 0.8;
-
-/// How long a topic with a log is believed to be as it was read: a publish that crosses its removal
-/// may be accepted, and is shown to nobody.
-const LOG_BELIEVED: Duration = Duration::from_secs(10);
 
 /// A topic, and its members unless it has a log.
 #[derive(Clone)]
@@ -63,19 +58,12 @@ impl Weighter<TopicName, List> for Weight {
 pub(super) struct MemberLists {
     topics: Arc<dyn Topics>,
     lists: Cache<TopicName, List, Weight>,
-    /// Topics with a log, and when they were read.
-    logs: Cache<TopicName, (Topic, Instant)>,
 }
 
 impl MemberLists {
     /// Keeps lists of at most `bytes` together.
     pub(super) fn new(topics: Arc<dyn Topics>, bytes: u64) -> Self {
-        Self { topics, lists: Cache::with_weighter(LISTS, bytes, Weight), logs: Cache::new(LISTS) }
-    }
-
-    /// A topic was changed or removed here: what is believed of it ends.
-    pub(super) fn changed(&self, name: &TopicName) {
-        self.logs.remove(name);
+        Self { topics, lists: Cache::with_weighter(LISTS, bytes, Weight) }
     }
 
     /// A topic and its members. `hints`: whether near names are looked for if it is not there.
@@ -84,21 +72,12 @@ impl MemberLists {
     ///
     /// 404, 503.
     pub(super) async fn of(&self, name: &TopicName, hints: bool) -> Result<Found, PublishError> {
-        let asked = Instant::now();
-        if let Some((topic, read)) = self.logs.get(name)
-            && asked < read + LOG_BELIEVED
-        {
-            return Ok(Found { topic, members: None });
-        }
         let known = self.lists.get(name);
         let version = known.as_ref().map(|list| list.version);
         match self.topics.recipients(name.clone(), version).await.map_err(|error| unread(&error))? {
             TopicRecipients::NoTopic if hints => Err(refusal(404, self.no_topic(name).await)),
             TopicRecipients::NoTopic => Err(refusal(404, no_topic(name))),
-            TopicRecipients::Log(topic) => {
-                self.logs.insert(name.clone(), (topic.clone(), asked));
-                Ok(Found { topic, members: None })
-            }
+            TopicRecipients::Log(topic) => Ok(Found { topic, members: None }),
             TopicRecipients::Read(topic, users) => {
                 let list = List { version: topic.version, users: users.into() };
                 self.lists.insert(name.clone(), list.clone());

@@ -21,8 +21,9 @@ use self::rates::Rates;
 use super::DispatchService;
 use crate::backoff::around;
 use crate::clock::Clock;
+use crate::inbox::history::HistoryRange;
 use crate::inbox::logs::EVERYONES_LIFE;
-use crate::inbox::topics::{MembersChange, MembersChanged, PutTopic, TopicSettings};
+use crate::inbox::topics::{MEMBERS_LOT, MembersChange, MembersChanged, PutTopic, TopicSettings};
 use crate::inbox::{
     Appender, Change, Inbox, InboxError, Janitor, Logs, PageLimit, Profile, StartAt, Stores, Topics,
 };
@@ -138,7 +139,6 @@ impl Collect {
     ///
     /// The store's.
     pub async fn put_topic(&self, name: TopicName, settings: TopicSettings) -> Result<PutTopic, InboxError> {
-        self.inner.members.changed(&name);
         let put = self.inner.topics.put(name, settings).await?;
         if let PutTopic::Created(topic) = &put
             && topic.delivery == Delivery::Log
@@ -156,7 +156,6 @@ impl Collect {
     /// The store's.
     pub async fn remove_topic(&self, name: TopicName) -> Result<bool, InboxError> {
         let removed = self.inner.topics.remove(name.clone()).await?;
-        self.inner.members.changed(&name);
         self.inner.handing_on.hint(vec![LogHint::Look(LogId::Topic(name))]);
         Ok(removed)
     }
@@ -192,15 +191,16 @@ impl Collect {
         }
         // Before the rows: whatever is published after the answer stands above it.
         let from = Some(logs.head(&LogId::Topic(name.clone())).await?);
-        let hints = add.iter().chain(&remove).cloned().map(LogHint::Memberships).collect();
+        let users: Vec<UserId> = add.iter().chain(&remove).cloned().collect();
+        let hints = users.chunks(MEMBERS_LOT).map(|lot| LogHint::Memberships(lot.to_vec())).collect();
         let changed = topics.change_members(name, MembersChange { add, remove, from }).await;
         // Also after a failure, which may have changed some.
         handing_on.hint(hints);
         changed
     }
 
-    /// The unexpired messages in the log of a topic after a position, and where the next page
-    /// begins; `None` if there is no such topic, or it has no log.
+    /// The unexpired messages in the log of a topic, and where the next page begins; `None` if
+    /// there is no such topic, or it has no log.
     ///
     /// # Errors
     ///
@@ -208,13 +208,12 @@ impl Collect {
     pub async fn log_history(
         &self,
         log: &LogId,
-        after: Seq,
+        range: HistoryRange,
         limit: usize,
     ) -> Result<Option<(Vec<Message>, Option<Seq>)>, InboxError> {
         let Some(life) = self.life(log).await? else { return Ok(None) };
-        let limit = PageLimit { messages: limit.min(HISTORY_PAGE.messages), ..HISTORY_PAGE };
-        let page = self.inner.logs.page(log, life, after, limit).await?;
-        Ok(Some((page.messages, page.more.then_some(page.upto))))
+        let limit = limit.min(HISTORY_PAGE.messages);
+        self.inner.logs.history(log, life, range, limit).await.map(Some)
     }
 
     /// The life of a log; `None` if there is no such topic, or it has no log.

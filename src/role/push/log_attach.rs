@@ -81,10 +81,13 @@ impl LogAttacher {
             let found = self.stores.topics.log_memberships(vec![user.clone()]).await?;
             found.into_iter().next().unwrap_or_default()
         };
-        handle.set_memberships(memberships.version.max(changes));
+        if memberships.version < changes {
+            // A server that was replaced answered, and no sweep would ask again.
+            return Err(InboxError::Unavailable("the memberships that were read are outdated".to_owned()));
+        }
+        handle.set_memberships(memberships.version);
         let stands = self.stands(handle, options, new_at_end).await?;
-        let version = memberships.version.max(changes);
-        let mut readers = LogReaders::new(user.clone(), version, windowed);
+        let mut readers = LogReaders::new(user.clone(), memberships.version, windowed);
         readers.reserve(memberships.logs.len() + 1);
         let (mut starts, mut begun) = (Vec::with_capacity(memberships.logs.len() + 1), Vec::new());
         for membership in &memberships.logs {
@@ -136,7 +139,7 @@ impl LogAttacher {
         membership: &LogMembership,
         stands: &Stands,
     ) -> Result<LogStart, InboxError> {
-        let log = reading.tail.log.clone();
+        let (log, resets) = (reading.tail.log.clone(), reading.tail.resets());
         let from = membership.from;
         let position = stands.of(&log);
         let after = match position {
@@ -152,11 +155,12 @@ impl LogAttacher {
             restored_to,
             fresh: position.is_none_or(|position| position < from),
             before_joining: stands.told.get(&log).copied().filter(|told| *told < from),
+            resets,
         })
     }
 
     async fn everyones_start(&self, reading: Reading, stands: &Stands) -> Result<LogStart, InboxError> {
-        let head = reading.tail.position();
+        let (head, resets) = (reading.tail.position(), reading.tail.resets());
         let position = stands.of(&LogId::Everyone);
         let after = match position {
             Some(position) => position,
@@ -165,7 +169,7 @@ impl LogAttacher {
         };
         let restored_to = self.restored_to(&reading, after).await?;
         let (why, fresh) = (Why::Everyone, position.is_none_or(|position| position.is_beginning()));
-        Ok(LogStart { reading, why, after, restored_to, fresh, before_joining: None })
+        Ok(LogStart { reading, why, after, restored_to, fresh, before_joining: None, resets })
     }
 
     /// The head of the store, if a position is above it. Only the store may say so; a tail may be
@@ -215,12 +219,14 @@ pub(super) struct MembershipReads {
     stores: Stores,
     registry: Arc<Registry>,
     changed: Mutex<HashSet<UserId>>,
+    /// Those of them whose changes are counted anew.
+    anew: Mutex<HashSet<UserId>>,
     noted: Notify,
 }
 
 impl MembershipReads {
     pub(super) fn new(stores: Stores, registry: Arc<Registry>) -> Self {
-        Self { stores, registry, changed: Mutex::default(), noted: Notify::new() }
+        Self { stores, registry, changed: Mutex::default(), anew: Mutex::default(), noted: Notify::new() }
     }
 
     /// The memberships of a user may have changed.
@@ -233,7 +239,12 @@ impl MembershipReads {
 
     /// The number of changes of a session's user was read.
     pub(super) fn compare(&self, handle: &SessionHandle, changes: u64) {
-        if changes > handle.memberships() {
+        if changes < handle.memberships() {
+            // The store was restored, or a server that was replaced has answered; then the next
+            // look finds a higher number again.
+            self.anew.lock().insert(handle.user.clone());
+        }
+        if changes != handle.memberships() {
             self.note(&handle.user);
         }
     }
@@ -261,9 +272,13 @@ impl MembershipReads {
                         backoff.reset();
                         for (user, memberships) in lot.iter().zip(found) {
                             let memberships = Arc::new(memberships);
+                            let anew = self.anew.lock().remove(user);
                             self.registry.for_user(user, |handle| {
+                                if anew {
+                                    handle.count_memberships_anew(memberships.version);
+                                }
                                 handle.set_memberships(memberships.version);
-                                handle.mailbox.memberships(Arc::clone(&memberships));
+                                handle.mailbox.memberships(Arc::clone(&memberships), anew);
                             });
                         }
                         LOT_EVERY

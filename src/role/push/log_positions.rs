@@ -25,6 +25,8 @@ type Device = (UserId, DeviceId);
 struct Unwritten {
     logs: HashMap<LogId, Seq>,
     due: Instant,
+    /// It is written with the next look, whatever the pace.
+    hurries: bool,
 }
 
 #[derive(Default)]
@@ -56,6 +58,7 @@ impl LogPositions {
             logs: HashMap::new(),
             // At other times for each, or sockets that came together would write together.
             due: Instant::now() + between(every / 2, every, &mut rand::rng()),
+            hurries: false,
         });
         let known = unwritten.logs.entry(log.clone()).or_default();
         *known = seq.max(*known);
@@ -69,7 +72,7 @@ impl LogPositions {
             return;
         }
         if let Some(unwritten) = state.moved.get_mut(&(user.clone(), device.clone())) {
-            unwritten.due = Instant::now();
+            (unwritten.due, unwritten.hurries) = (Instant::now(), true);
         }
     }
 
@@ -82,19 +85,21 @@ impl LogPositions {
         writing.chain(moved).map(|(log, seq)| (log.clone(), *seq)).collect()
     }
 
-    /// Takes what is due, the oldest first: all that must be written now, and of the rest as much
-    /// as the pace allows.
-    fn take_due(&self, now: Instant, all: bool) -> Vec<(Device, HashMap<LogId, Seq>)> {
+    /// Takes what is due: all that hurries, and `most` of the rest, the oldest first.
+    fn take_due(&self, now: Instant, most: usize) -> Vec<(Device, HashMap<LogId, Seq>)> {
         let mut state = self.state.lock();
-        let mut due: Vec<(Instant, Device)> = state
+        let mut due: Vec<(bool, Instant, Device)> = state
             .moved
             .iter()
-            .filter(|(_, unwritten)| all || unwritten.due <= now)
-            .map(|(device, unwritten)| (unwritten.due, device.clone()))
+            .filter(|(_, unwritten)| unwritten.due <= now)
+            .map(|(device, unwritten)| (!unwritten.hurries, unwritten.due, device.clone()))
             .collect();
-        due.sort_by_key(|(at, _)| *at);
+        due.sort_by_key(|(rests, at, _)| (*rests, *at));
+        let hurry = due.partition_point(|(rests, ..)| !rests);
+        due.truncate(hurry.saturating_add(most));
         let taken: Vec<_> = due
             .into_iter()
+            .map(|(_, at, device)| (at, device))
             .filter_map(|(_, device)| Some((device.clone(), state.moved.remove(&device)?.logs)))
             .collect();
         state.writing.extend(taken.iter().cloned());
@@ -120,7 +125,7 @@ impl LogPositions {
     fn keep(&self, failed: &[(Device, HashMap<LogId, Seq>)]) {
         let mut state = self.state.lock();
         for (device, logs) in failed {
-            let again = || Unwritten { logs: HashMap::new(), due: Instant::now() };
+            let again = || Unwritten { logs: HashMap::new(), due: Instant::now(), hurries: true };
             let unwritten = state.moved.entry(device.clone()).or_insert_with(again);
             for (log, seq) in logs {
                 let known = unwritten.logs.entry(log.clone()).or_default();
@@ -131,26 +136,19 @@ impl LogPositions {
 
     /// Writes all.
     pub(super) async fn flush(&self) {
-        let all = self.take_due(Instant::now(), true);
+        let all = self.take_due(Instant::now() + self.limits.position_every, usize::MAX);
         self.write(all).await;
     }
 
-    /// Writes what is due, for ever. Beyond the pace of the limits it takes longer, the oldest
-    /// first.
+    /// Writes what is due, for ever.
     pub(super) async fn run(self: Arc<Self>) {
+        let per_look = f64::from(self.limits.positions_per_s) * LOOK_EVERY.as_secs_f64();
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
-            let due = self.take_due(Instant::now(), false);
-            if due.is_empty() {
-                continue;
+            let due = self.take_due(Instant::now(), per_look.ceil() as usize);
+            if !due.is_empty() {
+                self.write(due).await;
             }
-            let cost = due.len() as f64 / f64::from(self.limits.positions_per_s.max(1));
-            let began = Instant::now();
-            self.write(due).await;
-            // What was written at once is made up for by a rest: sockets that end together are
-            // written in one batch.
-            let rest = Duration::from_secs_f64(cost.min(2.0));
-            tokio::time::sleep_until(began + rest.saturating_sub(LOOK_EVERY)).await;
         }
     }
 }
@@ -173,9 +171,11 @@ mod tests {
         positions.note(&handle, &LogId::Everyone, Seq::at(7));
         positions.note(&handle, &LogId::Everyone, Seq::at(5));
         assert_eq!(positions.pending(&user, &device), [(LogId::Everyone, Seq::at(7))]);
-        assert!(positions.take_due(Instant::now(), false).is_empty(), "not yet");
+        assert!(positions.take_due(Instant::now(), 9).is_empty(), "not yet");
+        let later = Instant::now() + LogReadingLimits::default().position_every;
+        assert!(positions.take_due(later, 0).is_empty(), "beyond the pace");
         positions.hurry(&user, &device);
-        let due = positions.take_due(Instant::now(), false);
+        let due = positions.take_due(Instant::now(), 0);
         assert_eq!(positions.pending(&user, &device), [(LogId::Everyone, Seq::at(7))], "being written");
         positions.keep(&due);
         positions.flush().await;

@@ -9,10 +9,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::tail::{Held, LogFrame, Reading, Tail};
+use super::tail::{Block, Held, LogFrame, Reading, Tail};
 use crate::inbox::topics::LogMembership;
 use crate::message::{LogId, Millis, Seq, TopicName, UserId};
 use crate::session::{Input, Output, Page, Session, StartPoint, Unacked};
+use crate::topic::LOG_TOPICS;
 use crate::wire::frame::{GapReason, OfLog, ServerFrame, TopicState};
 
 /// Why a socket reads a log.
@@ -36,6 +37,9 @@ pub(super) struct LogStart {
     pub(super) fresh: bool,
     /// A position of the client below where it begins, which it is told of.
     pub(super) before_joining: Option<Seq>,
+    /// How often the store was restored below what the tail had read, before all this was found
+    /// out.
+    pub(super) resets: u64,
 }
 
 struct Reader {
@@ -81,6 +85,8 @@ impl Act {
 pub(super) struct Wanted {
     pub(super) tail: Arc<Tail>,
     pub(super) after: Seq,
+    /// The resets of the tail at this moment.
+    pub(super) resets: u64,
 }
 
 impl std::fmt::Debug for Tail {
@@ -101,7 +107,9 @@ pub(super) struct LogReaders {
     /// A read of the store for this socket is under way.
     is_reading: bool,
     /// What was read and not used yet.
-    block: Option<(LogId, Arc<Page<LogFrame>>)>,
+    block: Option<(Arc<Tail>, Block)>,
+    /// What was sent of topics that were left, in this life, until they are joined again.
+    left: Vec<(TopicName, u64, Seq)>,
     inbox_is_level: bool,
     told_level: bool,
 }
@@ -118,6 +126,7 @@ impl LogReaders {
             turn: 0,
             is_reading: false,
             block: None,
+            left: Vec::new(),
             inbox_is_level: false,
             told_level: false,
         }
@@ -130,13 +139,12 @@ impl LogReaders {
 
     /// Begins to read a log.
     pub(super) fn begin(&mut self, start: LogStart, out: &mut Vec<Act>) {
-        let LogStart { reading, why, after, restored_to, fresh, before_joining } = start;
+        let LogStart { reading, why, after, restored_to, fresh, before_joining, resets } = start;
         let tail = &reading.tail;
         let log = tail.log.clone();
         if let Some(position) = before_joining.filter(|position| *position < after) {
             out.push(Act::frame(gap(&log, position, after.next(), GapReason::Joined)));
         }
-        let resets = tail.resets();
         let head = restored_to.unwrap_or_else(|| tail.position().max(after));
         let point =
             StartPoint { start: after, head, more: head > after, fresh: fresh && before_joining.is_none() };
@@ -154,28 +162,26 @@ impl LogReaders {
     /// Ends the reading of a log.
     fn end(&mut self, at: usize, out: &mut Vec<Act>) {
         let reader = self.all.remove(at);
-        let log = &reader.tail().log;
-        if self.block.as_ref().is_some_and(|(of, _)| of == log) {
+        if self.block.as_ref().is_some_and(|(of, _)| Arc::ptr_eq(of, reader.tail())) {
             self.block = None;
         }
-        if let Some(topic) = log.topic() {
+        if let Some(topic) = reader.tail().log.topic() {
             out.push(Act::frame(topic_frame(topic, TopicState::Left, None)));
         }
     }
 
     /// The memberships of the user have changed. Returns those that are to be joined, with what was
-    /// sent of them on this socket.
+    /// sent of them on this socket. `anew`: the store was restored, and counts changes anew.
     pub(super) fn compare(
         &mut self,
-        version: u64,
+        (version, anew): (u64, bool),
         now_members: &[LogMembership],
         out: &mut Vec<Act>,
     ) -> Vec<(LogMembership, Option<Seq>)> {
-        if version < self.memberships {
+        if version < self.memberships && !anew {
             return Vec::new();
         }
         self.memberships = version;
-        let mut sent = Vec::new();
         for at in (0..self.all.len()).rev() {
             let reader = &self.all[at];
             let (Some(topic), Why::Member(from)) = (reader.tail().log.topic(), reader.why) else { continue };
@@ -183,7 +189,9 @@ impl LogReaders {
             let stays =
                 now_members.iter().any(|one| one.topic == *topic && one.life == life && one.from <= from);
             if !stays {
-                sent.push((topic.clone(), life, reader.session.position()));
+                let sent = (topic.clone(), life, reader.session.position());
+                self.left.retain(|(topic, ..)| *topic != sent.0);
+                self.left.push(sent);
                 self.end(at, out);
             }
         }
@@ -191,10 +199,14 @@ impl LogReaders {
             !self.all.iter().any(|reader| reader.tail().log.topic() == Some(&one.topic))
         };
         let with_sent = |one: &LogMembership| {
-            let same = sent.iter().find(|(topic, life, _)| *topic == one.topic && *life == one.life);
+            let same = self.left.iter().find(|(topic, life, _)| *topic == one.topic && *life == one.life);
             (one.clone(), same.map(|(.., seq)| *seq))
         };
-        now_members.iter().filter(is_new).map(with_sent).collect()
+        let joined = now_members.iter().filter(is_new).map(with_sent).collect();
+        // Older ones are of no use: what is published meanwhile makes up for it.
+        let excess = self.left.len().saturating_sub(LOG_TOPICS);
+        self.left.drain(..excess);
+        joined
     }
 
     /// The user has joined a topic. Nothing happens if the socket reads it already, or the
@@ -205,6 +217,7 @@ impl LogReaders {
             return;
         }
         if let Some(topic) = log.topic() {
+            self.left.retain(|(left, ..)| left != topic);
             out.push(Act::frame(topic_frame(topic, TopicState::Joined, Some(start.after))));
         }
         self.begin(start, out);
@@ -220,13 +233,16 @@ impl LogReaders {
         for at in 0..self.all.len() {
             let reader = &self.all[at];
             let (position, tail) = (reader.session.position(), reader.tail());
-            let (resets, head) = (tail.resets(), tail.position());
+            let (resets, to) = (tail.resets(), tail.reset_to());
             if resets != reader.resets {
                 self.all[at].resets = resets;
-                if position > head {
-                    self.step(at, Input::Reset(position, head), now, out);
+                if position > to {
+                    self.step(at, Input::Reset(position, to), now, out);
                 }
-            } else if position < head && !reader.wants {
+            }
+            let reader = &self.all[at];
+            let position = reader.session.position();
+            if position < reader.tail().position() && !reader.wants {
                 self.step(at, Input::MoreAfter(position), now, out);
             }
         }
@@ -246,10 +262,10 @@ impl LogReaders {
         }
     }
 
-    /// Takes what was read of the store.
-    pub(super) fn take_block(&mut self, log: LogId, page: Arc<Page<LogFrame>>) {
+    /// Takes what was read of the store; `None`: what was asked for is not there any more.
+    pub(super) fn take_block(&mut self, tail: Arc<Tail>, page: Option<Block>) {
         self.is_reading = false;
-        self.block = Some((log, page));
+        self.block = page.map(|page| (tail, page));
     }
 
     /// Gives the next reader that waits what comes next. Returns `None` when nobody waits, or what
@@ -265,13 +281,14 @@ impl LogReaders {
             let tail = Arc::clone(self.all[at].tail());
             let page = match tail.after(after) {
                 Held::Page(page) => page,
-                Held::Below => match self.of_block(&tail.log, after) {
+                Held::Below => match self.of_block(&tail, after) {
                     Some(page) => page,
                     // One read at a time for each socket; others that are held go on.
                     None if self.is_reading => continue,
                     None => {
                         self.is_reading = true;
-                        return Some(Next::Read(Wanted { tail, after }));
+                        let resets = self.all[at].resets;
+                        return Some(Next::Read(Wanted { tail, after, resets }));
                     }
                 },
             };
@@ -285,8 +302,9 @@ impl LogReaders {
     }
 
     /// The next message of the block that was read, or that there is none in it.
-    fn of_block(&mut self, log: &LogId, after: Seq) -> Option<Page<LogFrame>> {
-        let (_, block) = self.block.as_ref().filter(|(of, block)| of == log && block.after <= after)?;
+    fn of_block(&mut self, tail: &Arc<Tail>, after: Seq) -> Option<Page<LogFrame>> {
+        let is_it = |(of, block): &&(Arc<Tail>, Block)| Arc::ptr_eq(of, tail) && block.after <= after;
+        let (_, block) = self.block.as_ref().filter(is_it)?;
         if block.upto <= after {
             // It tells nothing more.
             self.block = None;

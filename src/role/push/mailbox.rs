@@ -13,9 +13,9 @@ use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::time::Duration;
 
-use super::tail::LogFrame;
+use super::tail::{Block, Tail};
 use crate::inbox::topics::Memberships;
-use crate::message::{LogId, Message, Seq};
+use crate::message::{Message, Seq};
 use crate::session::{Item, Page};
 use crate::wire::close::CloseCode;
 use crate::wire::frame::message_frame;
@@ -54,10 +54,12 @@ pub(super) struct Mail {
 /// What concerns the logs of a session.
 #[derive(Default)]
 pub(super) struct LogMail {
-    /// A block that was requested.
-    pub(super) block: Option<(LogId, Arc<Page<LogFrame>>)>,
+    /// A block that was requested; none, if what was asked for is not there any more.
+    pub(super) block: Option<(Arc<Tail>, Option<Block>)>,
     /// The memberships of the user, read anew.
     pub(super) memberships: Option<Arc<Memberships>>,
+    /// Changes are counted anew, because the store was restored.
+    pub(super) counted_anew: bool,
 }
 
 impl std::fmt::Debug for LogMail {
@@ -119,14 +121,18 @@ impl Mailbox {
     }
 
     /// Adds the block that the session requested; it requests one at a time.
-    pub(super) fn log_block(&self, log: LogId, block: Arc<Page<LogFrame>>) {
-        self.put(|mail| mail.logs.get_or_insert_default().block = Some((log, block)));
+    pub(super) fn log_block(&self, tail: Arc<Tail>, block: Option<Block>) {
+        self.put(|mail| mail.logs.get_or_insert_default().block = Some((tail, block)));
     }
 
-    /// The memberships of the user were read anew.
-    pub(super) fn memberships(&self, memberships: Arc<Memberships>) {
+    /// The memberships of the user were read anew; `anew` if the store was restored, and counts
+    /// their changes anew.
+    pub(super) fn memberships(&self, memberships: Arc<Memberships>, anew: bool) {
         self.put(|mail| {
             let logs = mail.logs.get_or_insert_default();
+            if anew {
+                (logs.memberships, logs.counted_anew) = (None, true);
+            }
             let newer = |known: &Arc<Memberships>| known.version < memberships.version;
             if logs.memberships.as_ref().is_none_or(newer) {
                 logs.memberships = Some(memberships);

@@ -26,7 +26,6 @@ mod cursors;
 mod displaced;
 mod drain;
 mod end;
-mod history;
 mod lease;
 mod log_attach;
 mod log_positions;
@@ -57,13 +56,14 @@ use tokio_util::task::TaskTracker;
 pub use admission::{Admission, AdmissionError, Origins, SocketRequest};
 pub use config::{PushConfig, PushLimits, PushMetrics, PushParts};
 pub use drain::Drain;
-pub use history::{HistoryRange, OWN_HISTORY_PAGE};
 pub use tails::LogReadingLimits;
 
 use crate::fallback::Holder;
+use crate::inbox::history::{self, HistoryRange};
+use crate::inbox::logs::is_for;
 use crate::inbox::{InboxError, PositionQuery, StartAt};
 use crate::membership::{Counts, Departure, Membership, MembershipError, Reached};
-use crate::message::{Message, NodeId, Seq, UserId};
+use crate::message::{LogId, Message, NodeId, Seq, TopicName, UserId};
 use crate::telemetry::WAY;
 use crate::wire::frame::ReconnectHint;
 use crate::wire::peer::{
@@ -84,6 +84,9 @@ const INLINE_BATCH_MAX: usize = 64;
 /// The thread yields after this many inline sends (about 0.1 ms), so that clients on this machine,
 /// the writer thread and a sync are not starved.
 const INLINE_SENDS_PER_YIELD: usize = 8;
+
+/// Most messages in one page of a user's own history.
+pub const OWN_HISTORY_PAGE: usize = 100;
 
 /// How often a node reports its counts.
 const COUNTS_EVERY: Duration = Duration::from_millis(500);
@@ -148,8 +151,8 @@ impl Node {
     fn take_hints(&self, hints: &[LogHint], missed: bool) {
         for hint in hints {
             self.reading.tails.take(hint);
-            if let LogHint::Memberships(user) = hint {
-                self.reading.memberships.note(user);
+            if let LogHint::Memberships(users) = hint {
+                users.iter().for_each(|user| self.reading.memberships.note(user));
             }
         }
         if missed {
@@ -301,7 +304,37 @@ impl Push {
         range: HistoryRange,
         limit: usize,
     ) -> Result<(Vec<Message>, Option<Seq>), InboxError> {
-        history::read(&self.node.reading.inbox, user, range, limit).await
+        history::read(&self.node.reading.inbox, user, range, limit.min(OWN_HISTORY_PAGE)).await
+    }
+
+    /// Reads a page of the log of a topic for a member, and where the following page begins; `None`
+    /// if the user is no member.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn log_history(
+        &self,
+        user: &UserId,
+        topic: &TopicName,
+        range: HistoryRange,
+        limit: usize,
+    ) -> Result<Option<(Vec<Message>, Option<Seq>)>, InboxError> {
+        let stores = &self.node.reading.stores;
+        let memberships = stores.topics.log_memberships(vec![user.clone()]).await?;
+        let of = memberships.iter().flat_map(|found| &found.logs).find(|one| one.topic == *topic);
+        let Some(membership) = of else { return Ok(None) };
+        let range = match range {
+            HistoryRange::After(after) => HistoryRange::After(after.max(membership.from)),
+            before => before,
+        };
+        let log = LogId::Topic(topic.clone());
+        let limit = limit.min(OWN_HISTORY_PAGE);
+        let (mut messages, next) = stores.logs.history(&log, membership.life, range, limit).await?;
+        messages.retain(|message| message.seq > membership.from && is_for(message.log_entry(), user));
+        // What stands further below is not for this member.
+        let next = next.filter(|next| matches!(range, HistoryRange::After(_)) || *next > membership.from);
+        Ok(Some((messages, next)))
     }
 
     /// Serves an admitted client to its end, once its socket is there. The future is small, because

@@ -40,9 +40,8 @@ pub(super) trait InlineSend: Send + Sync {
     /// Sends the message, or returns it if it must go through the mailbox.
     fn send(&self, item: Item<Bytes>) -> Option<Item<Bytes>>;
 
-    /// Looks at the logs, which have moved. Returns the bytes that were given to the socket; `None`
-    /// if the task must look.
-    fn look_at_logs(&self) -> Option<usize>;
+    /// Looks at the logs, which have moved. Returns false if the task must look.
+    fn look_at_logs(&self) -> bool;
 }
 
 /// One session as the rest of the node sees it.
@@ -113,19 +112,22 @@ impl SessionHandle {
         }
     }
 
-    /// Looks at the logs inline, or has the task look. Returns the bytes that were given to the
-    /// socket.
-    pub(super) fn look_at_logs(&self) -> usize {
-        let looked = self.serving.get().and_then(Weak::upgrade).and_then(|serving| serving.look_at_logs());
-        looked.unwrap_or_else(|| {
+    /// Looks at the logs inline, or has the task look.
+    pub(super) fn look_at_logs(&self) {
+        let serving = self.serving.get().and_then(Weak::upgrade);
+        if !serving.is_some_and(|serving| serving.look_at_logs()) {
             self.mailbox.logs_moved();
-            0
-        })
+        }
     }
 
     /// How often the memberships of the user in topics with a log have changed, as far as known.
     pub(super) fn memberships(&self) -> u64 {
         self.memberships.load(Ordering::Relaxed)
+    }
+
+    /// They are counted anew, because the store was restored.
+    pub(super) fn count_memberships_anew(&self, changes: u64) {
+        self.memberships.store(changes, Ordering::Relaxed);
     }
 
     /// They have changed as often as this, or more often.

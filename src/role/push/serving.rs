@@ -169,10 +169,10 @@ impl<S: Socket + 'static> InlineSend for Shared<S> {
         }
     }
 
-    fn look_at_logs(&self) -> Option<usize> {
+    fn look_at_logs(&self) -> bool {
         match self.0.try_lock().as_deref_mut() {
             Some(Some(serving)) => serving.look_inline(),
-            _ => None,
+            _ => false,
         }
     }
 }
@@ -291,9 +291,9 @@ impl<S: Socket> Serving<S> {
         if logs.is_some() {
             context.log_positions.hurry(&handle.user, &handle.device);
         }
-        drop(logs);
         // Unregister before the farewell: the place is free at once.
         drop(handle);
+        drop(logs);
         farewell(&mut socket, end, context.window.hint()).await;
     }
 
@@ -323,25 +323,22 @@ impl<S: Socket> Serving<S> {
         None
     }
 
-    /// Looks at the logs on behalf of the task and writes. Returns the bytes that were given to the
-    /// socket; `None` if the task must look.
-    fn look_inline(&mut self) -> Option<usize> {
+    /// Looks at the logs on behalf of the task and writes. Returns false if the task must look.
+    fn look_inline(&mut self) -> bool {
         if self.logs.is_none() {
-            return Some(0);
+            return true;
         }
         if self.noticed.is_some() || !self.handle.mailbox.is_empty() {
-            return None;
+            return false;
         }
-        let task = self.task.take()?;
-        let before = self.queued_bytes;
+        let Some(task) = self.task.take() else { return false };
         self.look_at_logs();
-        let given = self.queued_bytes - before;
         if let Poll::Ready(event) = self.poll_write(&mut Context::from_waker(&task)) {
             self.noticed = Some(Box::new(event));
             task.wake_by_ref();
         }
         self.task = Some(task);
-        Some(given)
+        true
     }
 
     fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
@@ -616,8 +613,9 @@ impl<S: Socket> Serving<S> {
     /// Passes one event to the session and performs its actions.
     fn step(&mut self, input: Input<Bytes>) {
         let now = self.context.clock.now();
-        let Self { session, queue, queued_bytes, handle, context, .. } = self;
-        session.step(input, now, |output| perform(output, queue, queued_bytes, handle, context));
+        let Self { session, queue, queued_bytes, handle, context, logs, .. } = self;
+        let has_logs = logs.is_some();
+        session.step(input, now, |output| perform(output, queue, queued_bytes, (handle, has_logs), context));
         self.handle.set_position(self.session.position());
         self.look_whether_full();
         self.look_whether_level();
@@ -641,7 +639,8 @@ impl<S: Socket> Serving<S> {
     }
 
     fn perform(&mut self, output: Output<Bytes>) {
-        perform(output, &mut self.queue, &mut self.queued_bytes, &self.handle, &self.context);
+        let handle = (&*self.handle, self.logs.is_some());
+        perform(output, &mut self.queue, &mut self.queued_bytes, handle, &self.context);
     }
 
     fn push(&mut self, outgoing: Outgoing) {
@@ -653,7 +652,7 @@ fn perform(
     output: Output<Bytes>,
     queue: &mut VecDeque<Outgoing>,
     queued_bytes: &mut usize,
-    handle: &Arc<SessionHandle>,
+    (handle, has_logs): (&Arc<SessionHandle>, bool),
     context: &ServingContext,
 ) {
     let frame = match output {
@@ -671,7 +670,9 @@ fn perform(
         Output::Read { after, most } => return context.reads.request(handle, after, most),
         Output::Cursor(acked) => {
             handle.set_acked(acked);
-            context.log_positions.hurry(&handle.user, &handle.device);
+            if has_logs {
+                context.log_positions.hurry(&handle.user, &handle.device);
+            }
             return context.cursors.note(handle, acked);
         }
     };

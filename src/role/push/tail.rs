@@ -55,6 +55,9 @@ pub(super) fn encoded(log: &LogId, message: &Message) -> Item<LogFrame> {
     Item { seq: message.seq, expires_at: message.expires_at, frame }
 }
 
+/// What was read of a log below its tail, shared by all sockets that need it.
+pub(super) type Block = Arc<Page<LogFrame>>;
+
 /// A page of a log in the form of sessions.
 pub(super) fn page_of(log: &LogId, after: Seq, page: InboxPage) -> Page<LogFrame> {
     let items = page.messages.iter().map(|message| encoded(log, message)).collect();
@@ -105,8 +108,10 @@ pub(super) struct Tail {
     core: Mutex<Core>,
     /// The highest number that is held or gone, as the core has it.
     position: AtomicU64,
-    /// How often the store was found to be restored below what was read.
+    /// How often the store was found to be restored below what was read, and where the tail went on
+    /// the last time.
     resets: AtomicU64,
+    reset_to: AtomicU64,
     /// The topic was removed.
     ended: AtomicBool,
     /// A walk is under way, or queued.
@@ -189,6 +194,7 @@ impl Tail {
             core: Mutex::new(core),
             position: AtomicU64::new(head.get()),
             resets: AtomicU64::new(0),
+            reset_to: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             walking: AtomicBool::new(false),
             moved: AtomicBool::new(false),
@@ -208,6 +214,11 @@ impl Tail {
         self.resets.load(Ordering::Acquire)
     }
 
+    /// Where the tail went on after the store was restored the last time.
+    pub(super) fn reset_to(&self) -> Seq {
+        Seq::at(self.reset_to.load(Ordering::Acquire))
+    }
+
     /// Whether the topic was removed.
     pub(super) fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
@@ -216,7 +227,7 @@ impl Tail {
     /// The topic was removed: readers are told with the next walk.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::Release);
-        self.moved.store(true, Ordering::Release);
+        self.moved.store(true, Ordering::SeqCst);
     }
 
     /// Passes an event to the machine.
@@ -251,12 +262,13 @@ impl Tail {
         if position < before {
             // The store was restored to a state below.
             core.clear(position);
+            self.reset_to.store(position.get(), Ordering::Release);
             self.resets.fetch_add(1, Ordering::AcqRel);
         }
         self.position.store(position.get(), Ordering::Release);
         wants.walk |= position != before;
         if wants.walk {
-            self.moved.store(true, Ordering::Release);
+            self.moved.store(true, Ordering::SeqCst);
         }
         wants
     }
@@ -310,20 +322,13 @@ impl Drop for Reading {
         // Of a socket that ends, the entry is removed by the next walk: all leave at once when a
         // node drains. Of one that goes on, it must go now.
         if self.handle.strong_count() > 0 {
-            let mut readers = self.tail.readers.lock();
-            if readers.len() < FEW_READERS {
-                readers.retain(|reader| !reader.ptr_eq(&self.handle));
-            }
+            self.tail.readers.lock().retain(|reader| !reader.ptr_eq(&self.handle));
         }
         if self.tail.count.fetch_sub(1, Ordering::AcqRel) == 1 {
             *self.tail.idle_since.lock() = Instant::now();
         }
     }
 }
-
-/// Up to this many entries are searched for one that leaves. In a longer list the entry stays until
-/// the socket ends, and costs a look at each walk.
-const FEW_READERS: usize = 1_000;
 
 #[cfg(test)]
 mod tests;

@@ -20,13 +20,14 @@ use super::availability::Availability;
 use super::log_readers::Wanted;
 use super::registry::SessionHandle;
 use super::sweep::{SWEEP_EVERY_CUT_OFF, SWEEP_JITTER};
-use super::tail::{LogFrame, Reading, Tail, TailMemory, Wants, encoded, page_of};
+use super::tail::{Block, LogFrame, Reading, Tail, TailMemory, Wants, encoded, page_of};
 use crate::backoff::{Backoff, around};
 use crate::clock::Clock;
 use crate::inbox::logs::{EVERYONES_LIFE, key};
+use crate::inbox::topics::TopicRecipients;
 use crate::inbox::{Change, InboxError, PageLimit, StartAt, Stores};
 use crate::message::{LogId, Message, Seq, TopicName};
-use crate::session::{Input, Page};
+use crate::session::Input;
 use crate::tasks::raised;
 use crate::topic::Delivery;
 use crate::wire::peer::LogHint;
@@ -37,7 +38,9 @@ const READS_IN_FLIGHT: usize = 32;
 const PAGE: PageLimit = PageLimit { messages: 256, bytes: 1024 * 1024 };
 /// Numbers of a block, and its largest payload: as many of the largest messages.
 const BLOCK: u64 = 64;
-const BLOCK_PAGE: PageLimit = PageLimit { messages: BLOCK as usize, bytes: 1024 * 1024 };
+const BLOCK_PAGE: PageLimit = PageLimit { messages: BLOCK as usize, bytes: BLOCK as usize * 16 * 1024 };
+/// Shortest time between two forced sweeps.
+const FORCED_SWEEP_PAUSE: Duration = Duration::from_secs(10);
 /// Blocks that are expected to be kept.
 const BLOCKS: usize = 1_000;
 /// Delay between two tries of a read that the store did not answer, at first and at most.
@@ -65,8 +68,6 @@ struct Slot {
     life: u64,
     tail: Arc<OnceCell<Arc<Tail>>>,
 }
-
-type Block = Arc<Page<LogFrame>>;
 
 /// The weight of a block, in bytes.
 #[derive(Clone)]
@@ -126,7 +127,8 @@ impl Default for LogReadingLimits {
     }
 }
 
-/// How fast walks may give out bytes.
+/// How fast bytes of logs are given to sockets. What sockets take by themselves counts, and walks
+/// rest for it.
 struct Pace {
     per_s: u64,
     /// When what was given out so far is paid for.
@@ -134,16 +136,21 @@ struct Pace {
 }
 
 impl Pace {
-    /// Notes that so many bytes were given out. Returns how long to rest.
-    fn give(&self, bytes: usize) -> Duration {
+    /// Notes that so many bytes were given out.
+    fn give(&self, bytes: usize) {
+        if self.per_s > 0 && bytes > 0 {
+            let mut paid = self.paid.lock();
+            let cost = Duration::from_secs_f64(bytes as f64 / self.per_s as f64);
+            *paid = (*paid).max(Instant::now()) + cost;
+        }
+    }
+
+    /// How long it takes until what was given out is paid for.
+    fn debt(&self) -> Duration {
         if self.per_s == 0 {
             return Duration::ZERO;
         }
-        let now = Instant::now();
-        let mut paid = self.paid.lock();
-        let cost = Duration::from_secs_f64(bytes as f64 / self.per_s as f64);
-        *paid = (*paid).max(now) + cost;
-        paid.saturating_duration_since(now)
+        self.paid.lock().saturating_duration_since(Instant::now())
     }
 }
 
@@ -241,7 +248,7 @@ impl Tails {
 
     /// Has the readers of a tail told, unless they are being told.
     fn tell(&self, tail: &Arc<Tail>) {
-        if !tail.walking.swap(true, Ordering::AcqRel) {
+        if !tail.walking.swap(true, Ordering::SeqCst) {
             self.queue(Work::Walk(Arc::clone(tail)));
         }
     }
@@ -260,13 +267,34 @@ impl Tails {
     ) -> Result<Option<Reading>, InboxError> {
         loop {
             let Some(cell) = self.slot(log, life) else { return Ok(None) };
-            let tail = Arc::clone(cell.get_or_try_init(|| self.made(log, life)).await?);
+            let was_there = cell.initialized();
+            let tail = match cell.get_or_try_init(|| self.made(log, life)).await {
+                Ok(tail) => Arc::clone(tail),
+                Err(error) => {
+                    self.forget_empty(log, &cell);
+                    return Err(error);
+                }
+            };
+            if !was_there {
+                // What passed before it stood in its place is found by this look.
+                self.queue(Work::Look(log.clone()));
+            }
             let slots = self.slots.lock();
             match slots.get(log) {
                 // Under the lock: an idle tail must not be dropped now.
                 Some(slot) if Arc::ptr_eq(&slot.tail, &cell) => return Ok(Some(tail.join(handle))),
                 _ => {}
             }
+        }
+    }
+
+    /// Takes out a place in which no tail could be made, unless another one is made there.
+    fn forget_empty(&self, log: &LogId, cell: &Arc<OnceCell<Arc<Tail>>>) {
+        let mut slots = self.slots.lock();
+        // Two: the place itself, and the caller.
+        let is_unused = Arc::strong_count(cell) == 2 && !cell.initialized();
+        if is_unused && slots.get(log).is_some_and(|slot| Arc::ptr_eq(&slot.tail, cell)) {
+            slots.remove(log);
         }
     }
 
@@ -289,13 +317,15 @@ impl Tails {
         }
     }
 
-    /// A new tail. It begins at the head, which is read after its place is there; what passes
-    /// before it stands there is found by the look that follows at once.
+    /// A new tail. It begins at the head, which is read after its place is there.
     async fn made(&self, log: &LogId, life: u64) -> Result<Arc<Tail>, InboxError> {
         let head = self.stores.logs.head(log).await?;
-        let tail = Arc::new(Tail::new(log.clone(), life, head, Arc::clone(&self.memory)));
-        self.queue(Work::Look(log.clone()));
-        Ok(tail)
+        Ok(Arc::new(Tail::new(log.clone(), life, head, Arc::clone(&self.memory))))
+    }
+
+    /// Sockets were given so many bytes of logs.
+    pub(super) fn given(&self, bytes: usize) {
+        self.pace.give(bytes);
     }
 
     /// Reads what a session wants of the store. It arrives in its mailbox.
@@ -313,6 +343,7 @@ impl Tails {
         let mut under_way = JoinSet::new();
         let mut again: VecDeque<(Instant, LogId)> = VecDeque::new();
         let mut next_sweep = Instant::now() + self.pause();
+        let mut not_before = Instant::now();
         loop {
             let look_again = again.front().map_or(next_sweep, |(at, _)| (*at).min(next_sweep));
             tokio::select! {
@@ -323,7 +354,8 @@ impl Tails {
                     under_way.spawn(Arc::clone(&self).work(work));
                 }
                 Some(ended) = under_way.join_next() => raised(ended),
-                () = self.forced.notified() => {
+                () = self.forced_after(not_before) => {
+                    not_before = Instant::now() + FORCED_SWEEP_PAUSE;
                     self.metrics.forced_sweeps.inc();
                     under_way.spawn(Arc::clone(&self).sweep_all());
                 }
@@ -342,6 +374,11 @@ impl Tails {
                 }
             }
         }
+    }
+
+    async fn forced_after(&self, not_before: Instant) {
+        tokio::time::sleep_until(not_before).await;
+        self.forced.notified().await;
     }
 
     /// Time until the next sweep.
@@ -401,18 +438,17 @@ impl Tails {
     /// Tells the readers of a tail that it has moved, piece by piece.
     async fn walk(&self, tail: &Arc<Tail>) {
         loop {
-            while tail.moved.swap(false, Ordering::AcqRel) {
+            while tail.moved.swap(false, Ordering::SeqCst) {
                 let readers = tail.readers.lock().clone();
                 let mut gone = 0;
                 for part in readers.chunks(WALK_PART) {
-                    let mut given = 0;
                     for reader in part {
                         match reader.upgrade() {
-                            Some(handle) => given += handle.look_at_logs(),
+                            Some(handle) => handle.look_at_logs(),
                             None => gone += 1,
                         }
                     }
-                    let rest = self.pace.give(given);
+                    let rest = self.pace.debt();
                     if rest > Duration::from_millis(1) {
                         tokio::time::sleep(rest).await;
                     } else {
@@ -423,26 +459,29 @@ impl Tails {
                     tail.readers.lock().retain(|reader| reader.strong_count() > 0);
                 }
             }
-            tail.walking.store(false, Ordering::Release);
-            // It may have moved before the mark was taken back.
-            if !tail.moved.load(Ordering::Acquire) || tail.walking.swap(true, Ordering::AcqRel) {
+            // In one order with those who say that it has moved: it may have done so before the
+            // mark was taken back.
+            tail.walking.store(false, Ordering::SeqCst);
+            if !tail.moved.load(Ordering::SeqCst) || tail.walking.swap(true, Ordering::SeqCst) {
                 return;
             }
         }
     }
 
-    /// Reads the block around a position for a session that still exists.
+    /// Reads the block around a position for a session that still exists. If the topic ends or the
+    /// store is restored meanwhile, the session is told that there is none.
     async fn read_block(self: Arc<Self>, handle: Weak<SessionHandle>, wanted: Wanted) {
-        let Wanted { tail, after } = wanted;
+        let Wanted { tail, after, resets } = wanted;
+        let tell = |block| {
+            if let Some(handle) = handle.upgrade() {
+                handle.mailbox.log_block(Arc::clone(&tail), block);
+            }
+        };
         let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
         while handle.strong_count() > 0 {
             match self.block(&tail, after).await {
-                Ok(block) if block.upto > after => {
-                    if let Some(handle) = handle.upgrade() {
-                        handle.mailbox.log_block(tail.log.clone(), block);
-                    }
-                    return;
-                }
+                _ if tail.has_ended() || tail.resets() != resets => return tell(None),
+                Ok(block) if block.upto > after => return tell(Some(block)),
                 // A server that was just replaced may not have it yet.
                 Ok(_) => {}
                 Err(error) => tracing::debug!(%error, log = %tail.log, "a block of a log could not be read"),
@@ -468,6 +507,11 @@ impl Tails {
         let (first, last) = (Seq::at(number * BLOCK), Seq::at((number + 1) * BLOCK));
         let page = self.stores.logs.page(&tail.log, tail.life, first, BLOCK_PAGE).await?;
         self.metrics.pages.inc();
+        if page.more && page.upto <= after {
+            // Large messages: the page was cut below the position.
+            let page = self.stores.logs.page(&tail.log, tail.life, after, BLOCK_PAGE).await?;
+            return Ok(Arc::new(page_of(&tail.log, after, page)));
+        }
         let mut page = page_of(&tail.log, first, page);
         let is_whole = page.upto >= last;
         // What begins above the block is kept as it is: a long run that has expired is passed over
@@ -493,7 +537,7 @@ impl Tails {
         for tail in &all {
             self.drop_if_unread(tail);
             // Readers are compared with their tail, also where nothing has moved.
-            tail.moved.store(true, Ordering::Release);
+            tail.moved.store(true, Ordering::SeqCst);
             self.tell(tail);
         }
     }
@@ -529,11 +573,23 @@ impl Tails {
         let names = named.iter().map(|(_, name)| name.clone()).collect();
         for ((tail, _), topic) in named.into_iter().zip(self.stores.topics.topics_named(names).await?) {
             let life = topic.filter(|topic| topic.delivery == Delivery::Log);
-            if life.map(|topic| topic.version.life) != Some(tail.life) {
+            if life.map(|topic| topic.version.life) != Some(tail.life) && self.is_over(tail).await? {
                 self.end(tail);
             }
         }
         Ok(())
+    }
+
+    /// Whether the life that a tail reads is over. It is asked in the way that a publish asks,
+    /// which is not deceived by a server that was replaced.
+    async fn is_over(&self, tail: &Tail) -> Result<bool, InboxError> {
+        let Some(name) = tail.log.topic() else { return Ok(false) };
+        Ok(match self.stores.topics.recipients(name.clone(), None).await? {
+            TopicRecipients::NoTopic => true,
+            TopicRecipients::Log(topic) | TopicRecipients::Known(topic) | TopicRecipients::Read(topic, _) => {
+                topic.version.life > tail.life
+            }
+        })
     }
 
     /// The life that a tail reads is over.

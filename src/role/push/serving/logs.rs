@@ -59,13 +59,15 @@ impl<S: Socket> Serving<S> {
     /// The tails may have moved.
     pub(super) fn look_at_logs(&mut self) {
         self.of_logs(|readers, acts, now| readers.look(now, acts));
+        // A log that was left, or reset, has given its credit back.
+        self.count_unacked();
         self.take_of_logs();
     }
 
     /// Takes frames of logs, as long as nearly nothing is queued and the client has credit. Returns
     /// how many steps were taken.
     pub(super) fn take_of_logs(&mut self) -> usize {
-        let mut taken = 0;
+        let (mut taken, before) = (0, self.queued_bytes);
         while self.logs.is_some() && !self.told_full && self.queued_bytes < LOG_QUEUE_BYTES {
             if self.session.free() == Some(0) {
                 break;
@@ -81,6 +83,7 @@ impl<S: Socket> Serving<S> {
                 }
             }
         }
+        self.context.logs.tails.given(self.queued_bytes - before);
         taken
     }
 
@@ -96,13 +99,14 @@ impl<S: Socket> Serving<S> {
     }
 
     pub(super) fn handle_log_mail(&mut self, mail: LogMail) {
-        if let Some((log, block)) = mail.block {
-            self.of_logs(|readers, _, _| readers.take_block(log, block));
+        if let Some((tail, block)) = mail.block {
+            self.of_logs(|readers, _, _| readers.take_block(tail, block));
         }
         if let Some(memberships) = mail.memberships {
             let mut joined = Vec::new();
             let changes = memberships.version;
-            self.of_logs(|readers, acts, _| joined = readers.compare(changes, &memberships.logs, acts));
+            let counted = (changes, mail.counted_anew);
+            self.of_logs(|readers, acts, _| joined = readers.compare(counted, &memberships.logs, acts));
             if let Some(logs) = self.logs.as_mut().filter(|_| !joined.is_empty()) {
                 let (attacher, handle) = (Arc::clone(&self.context.logs), Arc::clone(&self.handle));
                 let joining = async move {

@@ -196,6 +196,7 @@ impl World {
             restored_to: None,
             fresh: false,
             before_joining: None,
+            resets: 0,
         };
         let mut readers = LogReaders::new(handle.user.clone(), 0, false);
         let mut acts = Vec::new();
@@ -236,8 +237,8 @@ impl World {
             page.items.retain(|item| item.seq.get() <= first + 4);
             page.upto = page.upto.min(Seq::at(first + 4));
         }
-        let log = self.log.clone();
-        self.of_socket(at, |readers, _| readers.take_block(log, Arc::new(page)));
+        let tail = Arc::clone(&self.tail);
+        self.of_socket(at, |readers, _| readers.take_block(tail, Some(Arc::new(page))));
     }
 
     fn performed(&mut self, at: usize, acts: Vec<Act>) {
@@ -322,4 +323,36 @@ proptest! {
             prop_assert!(Arc::strong_count(&socket.handle) > 0);
         }
     }
+}
+
+/// The store is restored and numbers go on above what was sent, before a socket was looked at.
+#[test]
+fn a_socket_that_is_looked_at_late_is_told_of_a_reset_all_the_same() {
+    let mut world = World::new();
+    (0..5).for_each(|_| world.act(Event::Publish(Kind::Plain)));
+    world.join(0);
+    world.settle();
+    assert_eq!(world.sockets[0].at, HEAD + 5);
+    // Three are gone, and what comes next stands above all that were shown.
+    world.stored.retain(|n, _| *n <= HEAD + 2);
+    world.step(Input::Reset(Seq::at(HEAD + 5), Seq::at(HEAD + 2)));
+    world.stored.insert(HEAD + 6, Kind::Plain);
+    world.wanted = None;
+    let page = Page {
+        after: Seq::at(HEAD + 2),
+        items: vec![encoded(&world.log, &world.message(HEAD + 6))],
+        unreadable: Vec::new(),
+        upto: Seq::at(HEAD + 6),
+        more: false,
+    };
+    world.step(Input::Page(page));
+    assert_eq!(world.tail.position(), Seq::at(HEAD + 6));
+    let (mut acts, socket) = (Vec::new(), &mut world.sockets[0]);
+    socket.readers.look(NOW, &mut acts);
+    while matches!(socket.readers.next(NOW, &mut acts), Some(Next::Given)) {}
+    let told = acts.iter().any(|act| {
+        matches!(act, Act::Frame(frame) if matches!(**frame, ServerFrame::Gap { reason: GapReason::Reset, before, .. } if before == HEAD + 3))
+    });
+    assert!(told, "{acts:?}");
+    assert!(matches!(acts.last(), Some(Act::Message(_))), "and the next message follows at once: {acts:?}");
 }

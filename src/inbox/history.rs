@@ -1,12 +1,11 @@
-//! A user's own history: the stored messages, forwards from a position or backwards from one.
+//! The history of an inbox or a log: the stored messages, forwards from a position or backwards
+//! from one.
 
 use std::sync::Arc;
 
-use crate::inbox::{Inbox, InboxError, PageLimit, PositionQuery, StartAt};
+use super::{Inbox, InboxError, PageLimit, PositionQuery, StartAt};
 use crate::message::{Message, Seq, UserId};
 
-/// Most messages in one page.
-pub const OWN_HISTORY_PAGE: usize = 100;
 /// Most bytes of payload in one page; one message always fits.
 const PAGE_BYTES: usize = 1024 * 1024;
 
@@ -25,13 +24,13 @@ pub enum HistoryRange {
 /// # Errors
 ///
 /// The inbox's.
-pub(super) async fn read(
+pub async fn read(
     inbox: &Arc<dyn Inbox>,
     user: &UserId,
     range: HistoryRange,
     limit: usize,
 ) -> Result<(Vec<Message>, Option<Seq>), InboxError> {
-    let limit = limit.clamp(1, OWN_HISTORY_PAGE);
+    let limit = limit.max(1);
     match range {
         HistoryRange::After(after) => {
             let page =
@@ -160,11 +159,7 @@ mod tests {
         let (inbox, user, first) = inbox(&all).await;
         let expected: Vec<u64> = (1..=60).rev().filter(|n| n % 5 != 0).collect();
         for limit in [1, 3, 7, 100, 5_000] {
-            assert_eq!(
-                all_backwards(&inbox, &user, first, limit.min(OWN_HISTORY_PAGE)).await,
-                expected,
-                "{limit}"
-            );
+            assert_eq!(all_backwards(&inbox, &user, first, limit.min(100)).await, expected, "{limit}");
         }
     }
 
