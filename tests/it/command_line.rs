@@ -303,18 +303,50 @@ async fn what_the_readme_posts_reaches_a_user_and_a_group() {
     let blocks = readme.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
     let script: String = blocks.filter(|block| block.contains("curl")).collect();
     assert!(script.contains("/v1/topics/news/members"), "{script}");
+    assert!(script.contains("/v1/topics/city/members") && script.contains(r#""everyone":true"#), "{script}");
     let script = script
         .replace("127.0.0.1:8081", &server.at("collect"))
         .replace("data/dev-keys.toml", &server.directory.path().join("dev-keys.toml").display().to_string())
         .replace("curl ", "curl --silent --show-error --fail-with-body ");
     let mut bob = server.connect("bob", "").await;
     bob.caught_up().await;
+    // A member of the topic, and somebody who is none; another member comes afterwards.
+    let mut alice_reads = reads_logs(&server, "alice").await;
+    let mut carol_reads = reads_logs(&server, "carol").await;
     let (code, said, wrong) = output(Command::new("bash").args(["-ec", &script]));
     assert_eq!(code, 0, "{said}\n{wrong}");
     assert!(said.contains(r#""topic":"news","members":2,"stored":2,"failed":[]"#), "{said}");
     assert_eq!(bob.until("message").await.1["payload"], json!({"text": "hello, all"}));
+    let mut bob_reads = reads_logs(&server, "bob").await;
+    for reads in [&mut alice_reads, &mut bob_reads] {
+        assert_eq!(of_logs(reads).await, ["hello, city", "hello, world"]);
+    }
+    assert_eq!(carol_reads.until("message").await.1["everyone"], true);
     let alice = server.get("/v1/users/alice/messages").await.json();
     let texts: Vec<&Value> =
         alice["messages"].as_array().unwrap().iter().map(|message| &message["payload"]["text"]).collect();
     assert_eq!(texts, [&json!("hello"), &json!("hello, all")]);
+}
+
+/// A socket of a device that reads logs.
+async fn reads_logs(server: &Server, user: &str) -> Socket {
+    let mut socket = server.connect(user, "?device=reads&topics=auth").await;
+    socket.say(&json!({"type": "auth", "topics": true})).await;
+    socket.expect("welcome").await;
+    socket
+}
+
+/// The texts of the next message of a topic's log and of the next one to everyone, in whichever
+/// order they come.
+async fn of_logs(socket: &mut Socket) -> [Value; 2] {
+    let mut found = [Value::Null, Value::Null];
+    while found.contains(&Value::Null) {
+        let message = socket.until("message").await.1;
+        for (kind, found) in ["topic", "everyone"].iter().zip(&mut found) {
+            if message.get(kind).is_some() {
+                *found = message["payload"]["text"].clone();
+            }
+        }
+    }
+    found
 }

@@ -47,6 +47,8 @@ pub enum Order {
     Stall(usize),
     /// Read for this long, in ms, or until `expect` messages have come.
     Listen { ms: u64, expect: u64 },
+    /// Read for this long, in ms, or until so many copies of messages have come.
+    Gather { ms: u64, copies: u64 },
     /// Forget what was counted.
     Reset,
 }
@@ -112,6 +114,8 @@ pub struct Report {
     pub p50: f64,
     pub p99: f64,
     pub max: f64,
+    /// The longest delay of any copy, in ms: when the last socket had a message that goes to all.
+    pub last: f64,
 }
 
 /// Makes the n-th socket, with an address of its own for every few thousand: an address has 28,000
@@ -208,7 +212,10 @@ impl Client {
             }),
             Order::Publish(plan) => self.publish(&plan),
             Order::Stall(count) => self.stall(count),
-            Order::Listen { ms, expect } => self.listen(Duration::from_millis(ms), expect),
+            Order::Listen { ms, expect } => self.listen(Duration::from_millis(ms), |r| r.received >= expect),
+            Order::Gather { ms, copies } => {
+                self.listen(Duration::from_millis(ms), |r| r.received + r.repeated >= copies)
+            }
             Order::Reset => {
                 self.report = Report::default();
                 self.seen.clear();
@@ -459,6 +466,8 @@ impl Client {
         if word >= self.seen.len() {
             self.seen.resize(word + 4096, 0);
         }
+        let delay = (due > 0 && !self.subscribers[n].stalled).then(|| self.now_us().saturating_sub(due));
+        self.report.last = self.report.last.max(delay.unwrap_or(0) as f64 / 1000.0);
         // Ready-made frames all have the number 0.
         if number > 0 && self.seen[word] & bit != 0 {
             self.report.repeated += 1;
@@ -466,8 +475,7 @@ impl Client {
         }
         self.seen[word] |= bit;
         self.report.received += 1;
-        if due > 0 && !self.subscribers[n].stalled {
-            let delay = self.now_us().saturating_sub(due);
+        if let Some(delay) = delay {
             self.delays_us.push(u32::try_from(delay).unwrap_or(u32::MAX));
         }
     }
@@ -485,9 +493,9 @@ impl Client {
         Ok(())
     }
 
-    fn listen(&mut self, time: Duration, expect: u64) -> Result<(), String> {
+    fn listen(&mut self, time: Duration, done: impl Fn(&Report) -> bool) -> Result<(), String> {
         let (until, mut events) = (Instant::now() + time, Events::with_capacity(1024));
-        while Instant::now() < until && self.report.received < expect {
+        while Instant::now() < until && !done(&self.report) {
             self.turn(&mut events, Duration::from_millis(20))?;
         }
         Ok(())

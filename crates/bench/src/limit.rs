@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Runs as a process of its own: says its address, and at each line of input, a number of seconds,
-/// writes for so long.
+/// writes for so long; once for 0.
 pub fn run() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     // The standard library's holds 128, fewer than come at once.
@@ -30,7 +30,7 @@ pub fn run() {
         let sockets = sockets.lock().unwrap();
         let until = Instant::now() + Duration::from_secs_f64(seconds);
         let mut sent = 0u64;
-        while Instant::now() < until {
+        while sent == 0 || Instant::now() < until {
             for mut socket in sockets.iter() {
                 // A socket that is full is the client's limit, not this one's.
                 sent += u64::from(socket.write(&frame).is_ok());

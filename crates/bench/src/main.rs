@@ -8,9 +8,8 @@
 //! ```
 //!
 //! Scenarios: `peers` (B1 to B4), `mongo` (B5), `ring` (B6), `router` (B7, B8), `moves` (B9, B10),
-//! `growth` (B11), `slow` (B12);
-//! without any, all. Targets are those of the table in docs/benchmarks.md. Exits 1 if anything was
-//! lost.
+//! `growth` (B11), `slow` (B12), `fanout` (T1, T2, T4, T5); without any, all. Targets are those of
+//! the table in docs/benchmarks.md. Exits 1 if anything was lost.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -24,6 +23,7 @@
 
 mod client;
 mod cluster;
+mod fanout;
 mod foreign;
 mod limit;
 mod measure;
@@ -54,7 +54,7 @@ pub struct Options {
     pub quick: bool,
 }
 
-const SCENARIOS: [&str; 7] = ["peers", "mongo", "ring", "router", "moves", "growth", "slow"];
+const SCENARIOS: [&str; 8] = ["peers", "mongo", "ring", "router", "moves", "growth", "slow", "fanout"];
 
 fn main() -> ExitCode {
     // As the program.
@@ -90,7 +90,8 @@ fn measure_all(options: &Options) -> ExitCode {
             "router" => router::measure(options, &mut results, &runtime),
             "moves" => cluster::moves(options, &mut results),
             "growth" => cluster::growth(options, &mut results),
-            _ => peers::slow_readers(options, &mut results),
+            "slow" => peers::slow_readers(options, &mut results),
+            _ => fanout::measure(options, &mut results),
         }
         if let Some(path) = &options.json {
             results.write_json(path);

@@ -1,13 +1,12 @@
 //! One server after another under the same load: B1 to B5 and B12.
 
-use std::io::{BufRead, BufReader, Write};
 use std::time::Duration;
 
 use crate::Options;
-use crate::client::{Order, Publish, Report, Socket};
+use crate::client::{Order, Publish, Report};
 use crate::foreign;
 use crate::report::{Results, words};
-use crate::servers::{self, Load, Process, Server};
+use crate::servers::{self, Limit, Load, Server};
 
 /// The steady rate of B4, messages per second.
 const STEADY: f64 = 10_000.0;
@@ -94,22 +93,11 @@ fn shown(value: Option<f64>, digits: usize) -> String {
 
 /// Messages per second of the bare loop.
 fn limit(options: &Options, results: &mut Results) -> f64 {
-    let mut process = Process(servers::again("--limit"));
-    let mut said = BufReader::new(process.0.stdout.take().unwrap());
-    let mut line = String::new();
-    said.read_line(&mut line).unwrap();
-    let at = line.trim().parse().unwrap();
+    let mut limit = Limit::start();
     let mut load = Load::start();
-    let upgrade = "GET / HTTP/1.1\r\nUpgrade: websocket\r\n\r\n";
-    let socket = |_| Socket { at, upgrade: upgrade.to_owned(), say: None, ready: String::new() };
-    let opened = load.obey(&Order::Open((0..options.sockets).map(socket).collect()));
+    let opened = load.obey(&Order::Open(limit.sockets(options.sockets)));
     results.note("the limit", "sockets_s", options.sockets as f64 / opened.seconds);
-    let mut orders = process.0.stdin.take().unwrap();
-    writeln!(orders, "{}", options.seconds).unwrap();
-    let cpu = crate::measure::cpu_us(process.0.id());
-    let ms = (options.seconds * 1000.0) as u64;
-    let report = load.obey(&Order::Listen { ms, expect: u64::MAX });
-    let cpu = (crate::measure::cpu_us(process.0.id()) - cpu) as f64;
+    let (report, cpu) = limit.write(&mut load, options.seconds);
     let rate = report.received as f64 / options.seconds;
     results.note("the limit", "single_s", rate);
     results.note("the limit", "single_us", cpu / report.received.max(1) as f64);

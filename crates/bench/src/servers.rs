@@ -84,6 +84,53 @@ impl Load {
     }
 }
 
+/// The bare loop of `limit.rs`, as a process of its own.
+pub struct Limit {
+    process: Process,
+    /// Held, since it says after each order how much it wrote.
+    said: BufReader<ChildStdout>,
+    at: SocketAddr,
+}
+
+impl Limit {
+    pub fn start() -> Self {
+        let mut process = Process(again("--limit"));
+        let mut said = BufReader::new(process.0.stdout.take().unwrap());
+        let mut line = String::new();
+        said.read_line(&mut line).unwrap();
+        Self { process, said, at: line.trim().parse().unwrap() }
+    }
+
+    pub fn sockets(&self, count: usize) -> Vec<Socket> {
+        let upgrade = "GET / HTTP/1.1\r\nUpgrade: websocket\r\n\r\n";
+        let socket = |_| Socket { at: self.at, upgrade: upgrade.to_owned(), say: None, ready: String::new() };
+        (0..count).map(socket).collect()
+    }
+
+    /// Writes one message to each of its sockets. Returns after how many ms the last one had it.
+    pub fn once(&mut self, load: &mut Load, sockets: usize) -> f64 {
+        load.obey(&Order::Reset);
+        load.order(&Order::Gather { ms: 10_000, copies: sockets as u64 });
+        let began = std::time::Instant::now();
+        writeln!(self.process.0.stdin.as_mut().unwrap(), "0").unwrap();
+        let report = load.report();
+        let ms = began.elapsed().as_secs_f64() * 1_000.0;
+        assert_eq!(report.received, sockets as u64, "{report:?}");
+        self.said.read_line(&mut String::new()).unwrap();
+        ms
+    }
+
+    /// Writes to all of its sockets for so long. Returns what `load` received of it, and the loop's
+    /// processor time in microseconds.
+    pub fn write(&mut self, load: &mut Load, seconds: f64) -> (Report, f64) {
+        writeln!(self.process.0.stdin.as_mut().unwrap(), "{seconds}").unwrap();
+        let cpu = cpu_us(self.process.0.id());
+        let report = load.obey(&Order::Listen { ms: (seconds * 1000.0) as u64, expect: u64::MAX });
+        self.said.read_line(&mut String::new()).unwrap();
+        (report, (cpu_us(self.process.0.id()) - cpu) as f64)
+    }
+}
+
 /// This program again, as something else.
 pub fn again(role: &str) -> Child {
     let program = std::env::current_exe().unwrap();
@@ -167,6 +214,32 @@ pub fn ringpush_publishes(collect: SocketAddr, api_key: &str) -> (Publish, Publi
 
 /// All roles in one process; `mongo` for the inbox, or the embedded one.
 pub fn ringpush(mongo: Option<&str>) -> Server {
+    ringpush_with(mongo, &[])
+}
+
+/// The same, where each publish goes to everyone and each socket reads logs. The limits that guard
+/// against a mistaken sender are far away.
+pub fn ringpush_for_everyone() -> Server {
+    let server =
+        ringpush_with(None, &[("LIMITS__EVERYONE_PER_S", "1000000"), ("LIMITS__FANOUT_MIB_PER_S", "0")]);
+    let (sockets, ready) = (server.sockets, r#""all":true"#);
+    let knows = |socket: Socket| Socket {
+        upgrade: socket.upgrade.replacen("/v1/ws", "/v1/ws?topics=auth", 1),
+        say: Some(r#"{"type":"auth","topics":true}"#.to_owned()),
+        ready: ready.to_owned(),
+        ..socket
+    };
+    Server {
+        sockets: Box::new(move |users| sockets(users).into_iter().map(knows).collect()),
+        single: Publish {
+            item: format!(r#"{{"to":{{"everyone":true}},"payload":{}}}"#, payload()),
+            ..server.single
+        },
+        ..server
+    }
+}
+
+fn ringpush_with(mongo: Option<&str>, more: &[(&str, &str)]) -> Server {
     let directory = tempfile::tempdir().unwrap();
     let mut command = Command::new(program());
     command.args(["serve", "--log-filter", "warn", "--data"]).arg(directory.path());
@@ -184,7 +257,10 @@ pub fn ringpush(mongo: Option<&str>) -> Server {
         ("PEER__SECRET", "bench-peer-secret-0123456789abcdef0123456789"),
         ("PUSH__PUBLIC_URL", "ws://127.0.0.1/n/{node}/v1/ws"),
         ("MONGO__URI", mongo.unwrap_or_default()),
-    ] {
+    ]
+    .iter()
+    .chain(more)
+    {
         command.env(format!("RINGPUSH_{key}"), value);
     }
     let child = command.spawn().unwrap();

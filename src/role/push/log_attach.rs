@@ -16,7 +16,7 @@ use super::tails::Tails;
 use crate::backoff::Backoff;
 use crate::inbox::logs::EVERYONES_LIFE;
 use crate::inbox::topics::{LogMembership, Memberships};
-use crate::inbox::{Change, InboxError, StartAt, Stores};
+use crate::inbox::{InboxError, StartAt, Stores};
 use crate::message::{LogId, Seq, UserId};
 use crate::wire::frame::{LogOptions, LogPosition};
 
@@ -110,7 +110,7 @@ impl LogAttacher {
             // Before the client is told: a device that is known would else skip what comes until
             // its first ack.
             let (user, device) = (user.clone(), handle.device.clone());
-            self.stores.inbox.update(vec![Change::Positions { user, device, logs: begun }]).await?;
+            self.positions.begin((user, device), begun).await?;
         }
         Ok(LogsAttached { readers: Box::new(readers), starts })
     }

@@ -6,18 +6,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use super::registry::SessionHandle;
 use super::tails::LogReadingLimits;
 use crate::backoff::between;
-use crate::inbox::{Change, Inbox};
+use crate::inbox::{Change, Inbox, InboxError};
 use crate::message::{DeviceId, LogId, Seq, UserId};
 
 /// Time between two looks at what is due.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Devices in one write.
 const BATCH: usize = 1_000;
+/// Devices that wait for their first position. More are refused, as sessions that cannot attach.
+const BEGINNING_MAX: usize = 8_000;
 
 type Device = (UserId, DeviceId);
 
@@ -27,6 +30,12 @@ struct Unwritten {
     due: Instant,
     /// It is written with the next look, whatever the pace.
     hurries: bool,
+}
+
+/// The first positions of a device, and who waits until they are on stable storage.
+struct Beginning {
+    begins: Change,
+    written: oneshot::Sender<Result<(), InboxError>>,
 }
 
 #[derive(Default)]
@@ -41,12 +50,64 @@ pub(super) struct LogPositions {
     inbox: Arc<dyn Inbox>,
     limits: LogReadingLimits,
     state: Mutex<State>,
+    beginning: Mutex<Vec<Beginning>>,
+    begun: Notify,
 }
 
 impl LogPositions {
     /// Writes to `inbox`.
     pub(super) fn new(inbox: Arc<dyn Inbox>, limits: LogReadingLimits) -> Self {
-        Self { inbox, limits, state: Mutex::default() }
+        let (state, beginning) = (Mutex::default(), Mutex::default());
+        Self { inbox, limits, state, beginning, begun: Notify::new() }
+    }
+
+    /// Writes where a device begins. Devices that come together share a write, since each write is
+    /// synced. Returns when it is on stable storage.
+    ///
+    /// # Errors
+    ///
+    /// The store's, or too many devices wait.
+    pub(super) async fn begin(
+        &self,
+        (user, device): (UserId, DeviceId),
+        logs: Vec<(LogId, Seq)>,
+    ) -> Result<(), InboxError> {
+        let busy = || InboxError::Unavailable("too many devices begin to read logs at once".to_owned());
+        let (written, answer) = oneshot::channel();
+        {
+            let mut beginning = self.beginning.lock();
+            if beginning.len() >= BEGINNING_MAX {
+                return Err(busy());
+            }
+            let begins = Change::Positions { user, device, logs };
+            beginning.push(Beginning { begins, written });
+        }
+        self.begun.notify_one();
+        answer.await.unwrap_or_else(|_| Err(busy()))
+    }
+
+    /// Writes first positions, one batch after another, for ever.
+    async fn write_beginnings(&self) {
+        loop {
+            self.begun.notified().await;
+            loop {
+                let batch: Vec<Beginning> = {
+                    let mut beginning = self.beginning.lock();
+                    let count = beginning.len().min(BATCH);
+                    beginning.drain(..count).collect()
+                };
+                if batch.is_empty() {
+                    break;
+                }
+                let (changes, waiting): (Vec<Change>, Vec<_>) =
+                    batch.into_iter().map(|one| (one.begins, one.written)).unzip();
+                let written = self.inbox.update(changes).await;
+                for one in waiting {
+                    // A session that has gone meanwhile wants no answer.
+                    let _ = one.send(written.clone());
+                }
+            }
+        }
     }
 
     /// A device has handled everything in a log up to a position.
@@ -140,8 +201,12 @@ impl LogPositions {
         self.write(all).await;
     }
 
-    /// Writes what is due, for ever.
+    /// Writes first positions, and what is due, for ever.
     pub(super) async fn run(self: Arc<Self>) {
+        tokio::join!(self.write_beginnings(), self.write_due());
+    }
+
+    async fn write_due(&self) {
         let per_look = f64::from(self.limits.positions_per_s) * LOOK_EVERY.as_secs_f64();
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
@@ -181,5 +246,30 @@ mod tests {
         positions.flush().await;
         assert!(positions.pending(&user, &device).is_empty());
         assert_eq!(inbox.log_positions(user, device).await, Ok(vec![(LogId::Everyone, Seq::at(7))]));
+    }
+
+    #[tokio::test]
+    async fn devices_that_begin_together_are_all_written_before_they_go_on_and_too_many_are_refused() {
+        let inbox = Arc::new(MemoryInbox::new(Clock::system()));
+        let positions = LogPositions::new(Arc::clone(&inbox) as _, LogReadingLimits::default());
+        let user = |n: usize| UserId::parse(&format!("user-{n}")).unwrap();
+        let begin = |n| positions.begin((user(n), DeviceId::default()), vec![(LogId::Everyone, Seq::at(3))]);
+        // More than two batches, none of which is written yet.
+        let mut waiting: Vec<_> = (0..BEGINNING_MAX).map(|n| Box::pin(begin(n))).collect();
+        for one in &mut waiting {
+            assert!(futures_util::poll!(one.as_mut()).is_pending());
+        }
+        assert!(matches!(begin(BEGINNING_MAX).await, Err(InboxError::Unavailable(_))));
+        let all = async {
+            for (n, one) in waiting.into_iter().enumerate() {
+                assert_eq!(one.await, Ok(()));
+                let stored = inbox.log_positions(user(n), DeviceId::default()).await;
+                assert_eq!(stored, Ok(vec![(LogId::Everyone, Seq::at(3))]));
+            }
+        };
+        tokio::select! {
+            () = all => {}
+            () = positions.write_beginnings() => unreachable!("it goes on for ever"),
+        }
     }
 }

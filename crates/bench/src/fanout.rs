@@ -1,0 +1,165 @@
+//! One message for all sockets of a node: how long until the last one has it, message after
+//! message, and what a socket costs that reads logs.
+
+use crate::Options;
+use crate::client::{Order, Publish, Socket};
+use crate::measure::Spread;
+use crate::report::{Results, words};
+use crate::servers::{self, Limit, Load, Server};
+
+/// Messages that are published one at a time in one run, after a first one that counts for nothing,
+/// and messages that are published one after another without waiting for the sockets.
+const ALONE: usize = 20;
+const IN_A_ROW: u64 = 50;
+/// How long all sockets may take to have one message, in ms.
+const DEADLINE_MS: u64 = 20_000;
+
+type Start = fn() -> Result<Server, String>;
+
+/// Everyone on ringpush, and one channel with as many subscribers on its peers.
+const SERVERS: [(&str, Start); 4] = [
+    ("ringpush", || Ok(servers::ringpush_for_everyone())),
+    ("nchan", servers::nchan),
+    ("NATS", servers::nats),
+    ("Centrifuge", || servers::centrifuge(0, false)),
+];
+
+/// T1, T2, T4 and T5.
+pub fn measure(options: &Options, results: &mut Results) {
+    for run in 0..options.runs {
+        println!("run {} of {}", run + 1, options.runs);
+        let limit = limit(options);
+        println!("  the limit: {:.0} messages/s; {:.1} ms for one to each socket", limit.0, limit.1);
+        for (name, start) in SERVERS {
+            if options.only.as_deref().is_some_and(|only| only != name) {
+                continue;
+            }
+            match start() {
+                Ok(server) => to_all(name, &server, options, results, limit),
+                Err(why) => drop(results.missing.insert(name.to_owned(), why)),
+            }
+        }
+    }
+    let spread = |results: &Results, key| results.servers.get("ringpush")?.values.get(key).copied();
+    let (part, time) = (spread(results, "fanout_limit"), spread(results, "fanout_time"));
+    let ratios = SERVERS[1..].iter().map(|(peer, _)| (*peer, results.ratio("fanout_s", "ringpush", peer)));
+    let ratios: Vec<_> = ratios.collect();
+    let beside: String =
+        ratios.iter().map(|(peer, ratio)| format!(", of {peer}'s {}", words(*ratio, 2))).collect();
+    let ahead = ratios.iter().all(|(_, ratio)| ratio.is_none_or(|ratio| ratio.median >= 1.0));
+    let measured = format!("of the limit {}{beside}", words(part, 2));
+    let met = part.map(|part| part.median >= 0.85 && ahead);
+    results.row("T1", "messages to everyone", measured, ">= 0.85 of the limit, ahead of its peers", met);
+    let measured = format!("of the bare loop's time {}", words(time, 2));
+    let met = time.map(|time| time.median <= 1.25);
+    results.row("T2", "one message to everyone", measured, "<= 1.25 of the bare loop's time", met);
+    memory(options, results);
+}
+
+/// Messages one at a time, each when the last socket has the one before, and then many in a row.
+fn to_all(name: &'static str, server: &Server, options: &Options, results: &mut Results, limit: (f64, f64)) {
+    let mut load = Load::start();
+    let users = if name == "ringpush" { options.sockets } else { 1 };
+    load.obey(&Order::Open(repeated((server.sockets)(0..users), options.sockets)));
+    let mut times: Vec<f64> = (0..=ALONE).map(|_| one(&mut load, server, options.sockets)).collect();
+    times.remove(0);
+    times.sort_by(f64::total_cmp);
+    let median = times[times.len() / 2];
+    let rate = in_a_row(&mut load, server, options.sockets);
+    println!("  {name}: {rate:.0} deliveries/s; the last socket has a message after {median:.1} ms");
+    results.servers.entry(name.to_owned()).or_default().what.clone_from(&server.what);
+    results.note(name, "fanout_s", rate);
+    results.note(name, "fanout_ms", median);
+    results.note(name, "fanout_limit", rate / limit.0);
+    results.note(name, "fanout_time", median / limit.1);
+}
+
+/// The sockets, or as many copies of the only one.
+fn repeated(sockets: Vec<Socket>, count: usize) -> Vec<Socket> {
+    if sockets.len() == count {
+        return sockets;
+    }
+    let text = serde_json::to_string(&sockets[0]).unwrap();
+    (0..count).map(|_| serde_json::from_str(&text).unwrap()).collect()
+}
+
+/// Publishes one message. Returns how long it took until the last socket had it, in ms.
+fn one(load: &mut Load, server: &Server, sockets: usize) -> f64 {
+    load.obey(&Order::Reset);
+    let plan =
+        Publish { connections: 1, users: 0..1, rate: Some(100.0), seconds: 0.015, ..server.single.clone() };
+    // The time may be over before the message is due.
+    while load.obey(&Order::Publish(plan.clone())).accepted == 0 {}
+    let report = load.obey(&Order::Gather { ms: DEADLINE_MS, copies: sockets as u64 });
+    assert_eq!(report.received + report.repeated, sockets as u64, "{report:?}");
+    report.last
+}
+
+/// Publishes messages one after another over one connection. Returns how many deliveries there were
+/// per second, from the first publish until the last socket had the last one.
+fn in_a_row(load: &mut Load, server: &Server, sockets: usize) -> f64 {
+    load.obey(&Order::Reset);
+    let rate = 10_000.0;
+    let plan = Publish {
+        connections: 1,
+        users: 0..1,
+        rate: Some(rate),
+        seconds: (IN_A_ROW as f64 + 0.5) / rate,
+        own: false,
+        ..server.single.clone()
+    };
+    let began = std::time::Instant::now();
+    let accepted = load.obey(&Order::Publish(plan)).accepted;
+    let copies = accepted * sockets as u64;
+    let report = load.obey(&Order::Gather { ms: DEADLINE_MS, copies });
+    let seconds = began.elapsed().as_secs_f64();
+    assert_eq!(report.received + report.repeated, copies, "{report:?}");
+    copies as f64 / seconds
+}
+
+/// Of the bare loop to as many sockets: messages per second while it writes on and on, and the time
+/// in ms for one message to each.
+fn limit(options: &Options) -> (f64, f64) {
+    let (mut limit, mut load, seconds) = (Limit::start(), Load::start(), options.seconds.min(3.0));
+    load.obey(&Order::Open(limit.sockets(options.sockets)));
+    let mut rounds: Vec<f64> = (0..=ALONE).map(|_| limit.once(&mut load, options.sockets)).collect();
+    rounds.remove(0);
+    rounds.sort_by(f64::total_cmp);
+    load.obey(&Order::Reset);
+    (limit.write(&mut load, seconds).0.received as f64 / seconds, rounds[rounds.len() / 2])
+}
+
+/// What a socket costs that reads the log of everyone, beside one whose client knows of no logs.
+fn memory(options: &Options, results: &mut Results) {
+    if options.only.as_deref().is_some_and(|only| only != "ringpush") {
+        return;
+    }
+    let (mut kib, mut rates) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    for run in 0..options.runs * 2 {
+        let reads = run % 2;
+        let server = if reads == 1 { servers::ringpush_for_everyone() } else { servers::ringpush(None) };
+        let mut load = Load::start();
+        let sockets = (server.sockets)(0..options.sockets);
+        let before = server.resident_kib();
+        let opened = load.obey(&Order::Open(sockets));
+        rates[reads].push(options.sockets as f64 / opened.seconds);
+        load.obey(&Order::Listen { ms: 3_000, expect: u64::MAX });
+        kib[reads].push((server.resident_kib() - before) as f64 / options.sockets as f64);
+    }
+    let [without, reads] = rates.map(Spread::of);
+    let part = without.zip(reads).map(|(without, reads)| reads.median / without.median);
+    let measured =
+        format!("{}/s, {}/s without: x {:.2}", words(reads, 0), words(without, 0), part.unwrap_or(f64::NAN));
+    let met = part.map(|part| part >= 0.5);
+    results.row("T5", "sockets that open and read everyone", measured, ">= 0.5 of those that do not", met);
+    let [without, reads] = kib.map(Spread::of);
+    let more = without.zip(reads).map(|(without, reads)| (reads.median - without.median) * 1024.0);
+    let measured = format!(
+        "{} KiB without, {} KiB with everyone: {:+.0} bytes",
+        words(without, 2),
+        words(reads, 2),
+        more.unwrap_or(f64::NAN)
+    );
+    let met = more.map(|more| more <= 64.0);
+    results.row("T4", "memory of a socket that reads everyone", measured, "<= 64 bytes more", met);
+}
