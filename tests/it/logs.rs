@@ -60,6 +60,12 @@ async fn level(socket: &mut Socket) -> Vec<Value> {
     }
 }
 
+/// Nothing comes but that the inbox is level, and then all.
+async fn only_level(socket: &mut Socket) {
+    let before = level(socket).await;
+    assert!(matches!(&before[..], [inbox] if *inbox == json!({"type": "caught_up", "seq": 0})), "{before:?}");
+}
+
 /// The next messages, of whichever logs.
 async fn messages(socket: &mut Socket, count: usize) -> Vec<Value> {
     let mut all = Vec::with_capacity(count);
@@ -72,6 +78,27 @@ async fn messages(socket: &mut Socket, count: usize) -> Vec<Value> {
 fn payloads(frames: &[Value]) -> Vec<Value> {
     let messages = frames.iter().filter(|frame| frame["type"] == "message");
     messages.map(|frame| frame["payload"].clone()).collect()
+}
+
+/// A device that is new to everyone's log begins at most so many messages before its end, and not
+/// where nothing has ever been: else it would be told of a gap when it comes back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_device_begins_with_the_last_messages_to_everyone_and_is_told_of_no_gap() {
+    let server = Server::start().await;
+    let (mut first, welcome) = open(&server, "alice", "first", json!({})).await;
+    let at = welcome["everyone"].clone();
+    assert_eq!(at["after"], at["head"], "{welcome}");
+    only_level(&mut first).await;
+    let (mut first, _) = open(&server, "alice", "first", json!({"everyone": at["after"]})).await;
+    only_level(&mut first).await;
+    // By its stored position.
+    let (mut first, _) = open(&server, "alice", "first", json!({})).await;
+    only_level(&mut first).await;
+    for n in 0..3 {
+        assert_eq!(publish(&server, json!({"everyone": true}), json!(n)).await.status, 202);
+    }
+    let (mut second, _) = open(&server, "alice", "second", json!({})).await;
+    assert_eq!(payloads(&level(&mut second).await), [0, 1, 2]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

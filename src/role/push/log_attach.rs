@@ -165,7 +165,7 @@ impl LogAttacher {
         let after = match position {
             Some(position) => position,
             None if stands.begins_at_heads => head,
-            None => Seq::at(head.get().saturating_sub(self.everyone_backlog)),
+            None => self.tails.first_of_last(&reading.tail, self.everyone_backlog).await?,
         };
         let restored_to = self.restored_to(&reading, after).await?;
         let (why, fresh) = (Why::Everyone, position.is_none_or(|position| position.is_beginning()));

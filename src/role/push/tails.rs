@@ -91,6 +91,9 @@ pub(super) struct Tails {
     slots: Mutex<HashMap<LogId, Slot>>,
     /// What was read for sockets below the tails, by log, life and the first number before it.
     blocks: Cache<(LogId, u64, u64), Block, Weight>,
+    /// Where a device without a position begins to read what goes to everyone, while its log has
+    /// this head.
+    newcomers: Mutex<Option<(Seq, Seq)>>,
     reads: Semaphore,
     pace: Pace,
     /// What is to be done: at most a read, a walk and some looks of each tail, and a block of each
@@ -173,6 +176,7 @@ impl Tails {
             memory: Arc::new(TailMemory::new(half)),
             slots: Mutex::default(),
             blocks: Cache::with_weighter(BLOCKS, half as u64, Weight),
+            newcomers: Mutex::default(),
             reads: Semaphore::new(READS_IN_FLIGHT),
             pace: Pace { per_s: limits.fanout_bytes_per_s, paid: Mutex::new(Instant::now()) },
             works: Mutex::default(),
@@ -321,6 +325,34 @@ impl Tails {
     async fn made(&self, log: &LogId, life: u64) -> Result<Arc<Tail>, InboxError> {
         let head = self.stores.logs.head(log).await?;
         Ok(Arc::new(Tail::new(log.clone(), life, head, Arc::clone(&self.memory))))
+    }
+
+    /// The position before the first message among the last `count` numbers of everyone's log; the
+    /// head if there is none. A device that begins below would be told later of a gap, where
+    /// nothing has ever been.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub(super) async fn first_of_last(&self, everyone: &Tail, count: u64) -> Result<Seq, InboxError> {
+        let head = everyone.position();
+        if let Some((at, first)) = *self.newcomers.lock()
+            && at == head
+        {
+            return Ok(first);
+        }
+        let mut after = Seq::at(head.get().saturating_sub(count));
+        let first = loop {
+            let page = self.stores.logs.page(&everyone.log, everyone.life, after, BLOCK_PAGE).await?;
+            let message = page.messages.first().map(|message| message.seq);
+            match message.into_iter().chain(page.unreadable.first().copied()).min() {
+                Some(first) => break Seq::at(first.get().saturating_sub(1)).min(head),
+                None if page.more && page.upto < head => after = page.upto,
+                None => break head,
+            }
+        };
+        *self.newcomers.lock() = Some((head, first));
+        Ok(first)
     }
 
     /// Sockets were given so many bytes of logs.
