@@ -141,8 +141,8 @@ async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<Exit
         topics: options.topics as usize,
         members: options.members as usize,
         rate: f64::from(options.topic_rate),
-        // The other libraries do not read logs yet.
-        logs: options.clients == ClientLibrary::Rust,
+        // The JavaScript library does not read logs yet.
+        logs: options.clients != ClientLibrary::JavaScript,
     });
     let plan = AuditPlan {
         topics,

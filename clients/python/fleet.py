@@ -1,7 +1,7 @@
 """Many clients in one process, as ``ringpush audit --clients python`` drives them.
 
 It reads one line of JSON from its standard input, {"url","device","users":[{"user","token"}]}, and writes one JSON array per
-line to its standard output: [n,"message",seq,id], [n,"gap",after,before] or [n,"state",{…}] of user n. It ends when its
+line to its standard output: [n,"message",seq,id] or for a message of a log [n,"message",seq,id,topic], [n,"gap",after,before] or [n,"state",{…}] of user n. It ends when its
 input does.
 """
 
@@ -29,9 +29,11 @@ async def read(n, inbox):
         try:
             async for item in inbox:
                 if isinstance(item, ringpush.Gap):
-                    say(n, "gap", item.after, item.before)
+                    # The audit knows what a log lacks.
+                    if item.topic is None:
+                        say(n, "gap", item.after, item.before)
                 else:
-                    say(n, "message", item.seq, item.id)
+                    say(n, "message", item.seq, item.id, *([item.topic] if item.in_log else []))
         except ringpush.Stopped:
             pass
 

@@ -279,6 +279,57 @@ async fn the_rust_example_works_as_printed() {
     the_example_works(Language::Rust).await;
 }
 
+/// The Python library reads the inbox, a topic's log and what goes to everyone, each by its own
+/// numbers, and goes on in each where it was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_python_library_reads_logs_and_goes_on_where_it_was() {
+    const READER: &str = r#"
+import asyncio, json, os, sys, ringpush
+async def main(count):
+    async with ringpush.connect(os.environ["RINGPUSH_URL"], token=os.environ["RINGPUSH_TOKEN"], device="py") as inbox:
+        async for message in inbox:
+            print(json.dumps([message.topic, message.in_log, message.seq, message.payload]), flush=True)
+            count -= 1
+            if count == 0:
+                break
+asyncio.run(main(int(sys.argv[1])))
+"#;
+    let server = Server::start().await;
+    assert_eq!(server.put("/v1/topics/news", &json!({"delivery": "log"})).await.status, 201);
+    let added = server.send("POST", "/v1/topics/news/members", &json!({"add": ["alice"]})).await;
+    assert_eq!(added.status, 202, "{added:?}");
+    let (url, token) = (format!("http://{}", server.at("push")), server.token("alice").await);
+    let reads = |count: usize| {
+        let mut command = Command::new(python());
+        command.args(["-c", READER, &count.to_string()]);
+        command.env("PYTHONPATH", root().join("clients/python/src"));
+        command.env("RINGPUSH_URL", &url).env("RINGPUSH_TOKEN", &token);
+        let said = run(&mut command);
+        let mut lines: Vec<serde_json::Value> =
+            said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        lines.sort_by_key(|line| line[0].to_string());
+        lines
+    };
+    let publish = async |to: serde_json::Value, payload: &str| {
+        let sent = server.try_publish(&json!({"to": to, "payload": payload})).await;
+        assert_eq!(sent.status, 202, "{sent:?}");
+        sent.json()["accepted"][0]["seq"].clone()
+    };
+    let news = publish(json!({"topic": "news"}), "of the topic").await;
+    let own = publish(json!({"user": "alice"}), "of the inbox").await;
+    let all = publish(json!({"everyone": true}), "of all").await;
+    let expected = [
+        json!(["everyone", true, all, "of all"]),
+        json!(["news", true, news, "of the topic"]),
+        json!([null, false, own, "of the inbox"]),
+    ];
+    assert_eq!(reads(3), expected);
+    let later = [publish(json!({"topic": "news"}), "1").await, publish(json!({"topic": "news"}), "2").await];
+    assert_eq!(reads(2), [json!(["news", true, later[0], "1"]), json!(["news", true, later[1], "2"])]);
+    let all = publish(json!({"everyone": true}), "3").await;
+    assert_eq!(reads(1), [json!(["everyone", true, all, "3"])]);
+}
+
 /// The example of a worker, killed in the middle of its work three times: each order is shipped
 /// once, and what is no order is passed over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

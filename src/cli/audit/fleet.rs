@@ -158,20 +158,25 @@ struct Told {
 
 /// Parses a line of the clients: the user's index, and what happened if it counts.
 fn parse(line: &str) -> Result<(usize, Option<Happened>)> {
-    let (user, kind, first, second): (usize, String, Value, Option<Value>) = match serde_json::from_str(line)?
-    {
-        Value::Array(parts) if parts.len() == 3 => {
+    let mut parts: Vec<Value> = serde_json::from_str(line)?;
+    // The log of a topic, behind what is said of every message.
+    let log: Option<String> = match parts.len() {
+        5 => parts.pop().map(serde_json::from_value).transpose()?,
+        _ => None,
+    };
+    let (user, kind, first, second): (usize, String, Value, Option<Value>) = match parts.len() {
+        3 => {
             let (user, kind, first) = serde_json::from_value(Value::Array(parts))?;
             (user, kind, first, None)
         }
-        parts => {
-            let (user, kind, first, second) = serde_json::from_value(parts)?;
+        _ => {
+            let (user, kind, first, second) = serde_json::from_value(Value::Array(parts))?;
             (user, kind, first, Some(second))
         }
     };
     let happened = match (kind.as_str(), second) {
         ("message", Some(id)) => {
-            Some(Happened::Message(serde_json::from_value(id)?, serde_json::from_value(first)?, None))
+            Some(Happened::Message(serde_json::from_value(id)?, serde_json::from_value(first)?, log))
         }
         ("gap", Some(before)) => {
             Some(Happened::Gap(serde_json::from_value(first)?, serde_json::from_value(before)?))
@@ -209,13 +214,25 @@ mod tests {
             parse(r#"[3,"message",17,"m-1"]"#).unwrap(),
             (3, Some(Happened::Message(id, 17, None))) if id == "m-1"
         ));
+        assert!(matches!(
+            parse(r#"[3,"message",17,"m-1","news"]"#).unwrap(),
+            (3, Some(Happened::Message(id, 17, Some(log)))) if id == "m-1" && log == "news"
+        ));
         assert!(matches!(parse(r#"[0,"gap",1,5]"#).unwrap(), (0, Some(Happened::Gap(1, 5)))));
         let js = parse(r#"[0,"state",{"name":"moving","node":"a","to":"b","reason":"drain"}]"#).unwrap();
         assert!(matches!(js.1, Some(Happened::Moving(to, MoveReason::Drain)) if to == "b"));
         let python = parse(r#"[0,"state",{"name":"moving","node":"b","cause":"owner"}]"#).unwrap();
         assert!(matches!(python.1, Some(Happened::Moving(to, MoveReason::Owner)) if to == "b"));
         assert!(parse(r#"[0,"state",{"name":"connecting"}]"#).unwrap().1.is_none());
-        for rubbish in ["", "{}", "[1]", r#"[0,"message","x","y"]"#, r#"["a","gap",1,2]"#, "[0,7,1,2]"] {
+        for rubbish in [
+            "",
+            "{}",
+            "[1]",
+            r#"[0,"message","x","y"]"#,
+            r#"[0,"message",1,"m",7]"#,
+            r#"["a","gap",1,2]"#,
+            "[0,7,1,2]",
+        ] {
             assert!(parse(rubbish).is_err(), "{rubbish}");
         }
     }

@@ -39,6 +39,10 @@ MOVE_TRIES = 3
 #: Seconds by which acks are gathered.
 ACK_S = 0.05
 SUBPROTOCOL = "ringpush.v1.json"
+#: The inbox, among the logs of topics, and the log of what goes to all users. No topic has such a name.
+INBOX, EVERYONE = "", "everyone"
+#: Topics whose positions are told at the start of a line, and topics in one ack: 128 names, and 4 KiB, are the server's limits.
+TOPICS_TOLD, TOPICS_ACKED = 128, 40
 
 TokenReason = Literal["first", "expiring", "expired", "revoked"]
 Token = Union[str, Callable[[TokenReason], Union[str, Awaitable[str]]]]
@@ -46,8 +50,9 @@ Token = Union[str, Callable[[TokenReason], Union[str, Awaitable[str]]]]
 
 @dataclass(frozen=True)
 class Message:
-    """A message. ``topic`` is the one by which it came, if it was not sent to the user; ``live`` is false where it comes from
-    the backlog."""
+    """A message. ``topic`` is the one by which it came, ``"everyone"`` if it was sent to all users, ``None`` if it was sent to
+    the user; ``live`` is false where it comes from the backlog. ``seq`` is its number in the user's inbox, or with ``in_log``
+    in the log of the topic."""
 
     seq: int
     id: str
@@ -57,15 +62,17 @@ class Message:
     accepted_at: datetime
     expires_at: datetime
     live: bool
+    in_log: bool = False
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Numbers above ``after`` and below ``before`` will never come."""
+    """Numbers above ``after`` and below ``before`` will never come: in the log of ``topic``, or in the inbox."""
 
     after: int
     before: int
     reason: str
+    topic: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,10 @@ class _Line:
     def __init__(self, socket: ClientConnection, welcome: dict[str, Any]) -> None:
         self.socket, self.welcome = socket, welcome
         self.caught_up = False
-        self.seq = 0
-        self.acked: int | None = None
+        # By log, as all that follows: what came, and what was acked.
+        self.seq: dict[str, int] = {}
+        self.acked: dict[str, int] = {}
+        self.logs = _logs(welcome)
         self.heard = 0
         self.reason = ""
         self.hint: dict[str, int] | None = None
@@ -172,6 +181,39 @@ def _parsed(text: str | bytes, abort: Callable[[], None]) -> dict[str, Any]:
     return frame
 
 
+def _logs(welcome: dict[str, Any]) -> dict[str, int] | None:
+    """The logs that a line reads, and after which number; ``None`` where the server does not know of logs."""
+    topics, everyone = welcome.get("topics"), welcome.get("everyone")
+    if not isinstance(topics, dict):
+        return None
+    logs = {name: int(at["after"]) for name, at in topics.items()}
+    if isinstance(everyone, dict):
+        logs[EVERYONE] = int(everyone["after"])
+    return logs
+
+
+def _log_of(frame: dict[str, Any]) -> str:
+    """The log that a frame is about."""
+    return EVERYONE if frame.get("everyone") is True else frame.get("topic") or INBOX
+
+
+class _Ledger:
+    """The numbers of one log, or of the inbox: received, handled, acked."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.received = self.handled = after
+        self.acked: int | None = None
+        # What was handled before the last reset is not acked in the numbers after it.
+        self.resets = 0
+        self.last_reset: tuple[_Line, int] | None = None
+        # A reset that is not handled yet: where its numbers begin.
+        self.base: int | None = None
+
+
+#: An item with its log, and the number of resets of that log before it.
+_Held = tuple[_Ledger, int, Union[Message, Gap]]
+
+
 class Inbox:
     """What :func:`connect` returns."""
 
@@ -179,19 +221,11 @@ class Inbox:
                  ack: str, gaps: str) -> None:
         self._url, self._ask, self._device, self._user = url.rstrip("/"), token, device, user
         self._begin, self._window, self._ack_when, self._gaps = begin, window, ack, gaps
-        # Items with the number of resets before them: what was handled before the last reset is not acked in the
-        # numbers after it.
-        self._queue: deque[tuple[int, Message | Gap]] = deque()
-        self._resets = 0
-        self._last_reset: tuple[_Line, int] | None = None
-        # A reset that is not handled yet: where its numbers begin.
-        self._base: int | None = None
+        self._queue: deque[_Held] = deque()
+        self._ledgers: dict[str, _Ledger] = {INBOX: _Ledger()}
         self._ahead = 0.0
         self._filled = asyncio.Event()
-        self._at_hand: tuple[int, Message | Gap] | None = None
-        self._received: int | None = None
-        self._handled: int | None = None
-        self._acked: int | None = None
+        self._at_hand: _Held | None = None
         self._line: _Line | None = None
         self._next: _Line | None = None
         self._hint: dict[str, int] = {"min_ms": 0, "max_ms": 2000}
@@ -243,7 +277,7 @@ class Inbox:
     def __aiter__(self) -> Inbox:
         # Whoever left a loop has not handled what was at hand.
         if self._at_hand is not None:
-            if isinstance(self._at_hand[1], Gap) and self._gaps == "raise":
+            if isinstance(self._at_hand[2], Gap) and self._gaps == "raise":
                 # It was raised, and the application is back: it has reloaded its state.
                 self._handled_at_hand()
             else:
@@ -262,7 +296,7 @@ class Inbox:
             self._filled.clear()
             await self._filled.wait()
         self._at_hand = self._queue.popleft()
-        item = self._at_hand[1]
+        item = self._at_hand[2]
         if isinstance(item, Gap) and self._gaps == "raise":
             raise GapError(item)
         return item
@@ -361,20 +395,25 @@ class Inbox:
         if place is None:
             base = urllib.parse.urlsplit(self._url)
             url = base._replace(scheme=base.scheme.replace("http", "ws"), path=f"{base.path}/v1/ws").geturl()
-            return await self._open_at(url, {"token": token}, self._position())
+            return await self._open_at(url, {"token": token}, self._positions())
         if "socket" in place and "ticket" in place:
-            return await self._open_at(place["socket"], {"ticket": place["ticket"]}, self._position())
-        return await self._open_at(place["url"], None, self._position())
+            return await self._open_at(place["socket"], {"ticket": place["ticket"]}, self._positions())
+        return await self._open_at(place["url"], None, self._positions())
 
-    async def _open_at(self, url: str, credential: dict[str, str] | None, since: int | None) -> _Line:
+    async def _open_at(self, url: str, credential: dict[str, str] | None, known: dict[str, int]) -> _Line:
         options: dict[str, Any] = {"heartbeat": True, "window": self._window, "client": CLIENT}
-        if since is not None:
-            options["since"] = since
+        if INBOX in known:
+            options["since"] = known[INBOX]
         elif self._begin is not None:
             options["begin"] = self._begin
         if credential is None:
             options["heartbeat"] = 1
             url += "&" + urllib.parse.urlencode(options)
+        else:
+            topics = [(name, seq) for name, seq in known.items() if name not in (INBOX, EVERYONE)]
+            options["topics"] = dict(topics[:TOPICS_TOLD]) or True
+            if EVERYONE in known:
+                options["everyone"] = known[EVERYONE]
         try:
             socket = await open_socket(
                 url, subprotocols=[websockets.Subprotocol(SUBPROTOCOL)], open_timeout=OPEN_S, ping_interval=None,
@@ -446,8 +485,14 @@ class Inbox:
         self._failures = self._refusals = 0
         self._fresh, self._why = False, "expiring"
         self._hint = welcome.get("reconnect") or self._hint
-        if self._received is None:
-            self._received = self._handled = welcome["since"]
+        inbox = self._ledgers[INBOX]
+        if inbox.received is None:
+            inbox.received = inbox.handled = welcome["since"]
+        # What this line does not read is read no more.
+        logs = line.logs or {}
+        self._ledgers = {name: ledger for name, ledger in self._ledgers.items() if name == INBOX or name in logs}
+        for name, after in logs.items():
+            self._ledgers.setdefault(name, _Ledger(after))
         if line.ask_every is not None:
             self._spawn(self._ask_on(line, line.ask_every))
         if expires := welcome.get("token_expires_at"):
@@ -465,32 +510,25 @@ class Inbox:
 
     async def _frame(self, line: _Line, frame: dict[str, Any]) -> None:
         kind = frame["type"]
-        if kind == "message":
-            line.seq = frame["seq"]
-            if self._received is not None and frame["seq"] <= self._received:
-                await self._say_acks(again=True)
+        if kind in ("message", "gap"):
+            name = _log_of(frame)
+            ledger = self._ledgers.get(name)
+            if ledger is None:
+                # It crossed with the end of a membership.
+                return
+            if kind == "message":
+                await self._take_message(line, name, ledger, frame)
             else:
-                self._received = frame["seq"]
-                self._put(_message(frame, self._caught_up))
-                if self._ack_when == "received":
-                    self._ack(frame["seq"])
+                self._take_gap(line, name, ledger, frame)
             self._reached()
-        elif kind == "gap":
-            reset = frame["reason"] == "reset"
-            if reset:
-                # During a move both lines may say it.
-                told, self._last_reset = self._last_reset, (line, frame["before"])
-                if told is not None and told[0] is not line and told[1] == frame["before"]:
-                    return
-            if reset or self._received is None or frame["before"] > self._received + 1:
-                self._received = frame["before"] - 1
-                if reset:
-                    self._acked = None
-                    self._resets += 1
-                    self._base = frame["before"] - 1
-                self._put(Gap(frame["after"], frame["before"], frame["reason"]))
-            self._reached()
+        elif kind == "topic":
+            if frame.get("state") == "left":
+                self._ledgers.pop(frame["topic"], None)
+            else:
+                self._ledgers.setdefault(frame["topic"], _Ledger(frame.get("after") or 0))
         elif kind == "caught_up":
+            if frame.get("all") is not True if line.logs is not None else _log_of(frame) != INBOX:
+                return
             line.caught_up = True
             if line is self._next:
                 self._take(line)
@@ -510,22 +548,55 @@ class Inbox:
             if hint := frame.get("reconnect"):
                 line.hint = self._hint = hint
 
+    async def _take_message(self, line: _Line, name: str, ledger: _Ledger, frame: dict[str, Any]) -> None:
+        seq = line.seq[name] = frame["seq"]
+        if ledger.received is not None and seq <= ledger.received:
+            # The ack of a repeat gives its credit back.
+            await self._say_acks(again=True)
+            return
+        ledger.received = seq
+        self._put(ledger, _message(frame, self._caught_up))
+        if self._ack_when == "received":
+            self._ack(ledger, seq)
+
+    def _take_gap(self, line: _Line, name: str, ledger: _Ledger, frame: dict[str, Any]) -> None:
+        before, reason = frame["before"], frame["reason"]
+        reset = reason == "reset"
+        if reset:
+            # During a move both lines may say it.
+            told, ledger.last_reset = ledger.last_reset, (line, before)
+            if told is not None and told[0] is not line and told[1] == before:
+                return
+        if not reset and ledger.received is not None and before <= ledger.received + 1:
+            return
+        ledger.received = before - 1
+        if reset:
+            ledger.acked = None
+            ledger.resets += 1
+            ledger.base = before - 1
+        # Nobody is told that there is something that is not for this user.
+        if reason != "excepted":
+            self._put(ledger, Gap(frame["after"], before, reason, name or None))
+
     def _reached(self) -> None:
-        following = self._next
-        if following is not None and following.seq > 0 and following.seq >= (self._line.seq if self._line else 0):
+        following, line = self._next, self._line
+        if following is None or not following.seq:
+            return
+        old = line.seq if line is not None else {}
+        if all(following.seq.get(name, 0) >= seq for name, seq in old.items()):
             self._take(following)
 
     def _take(self, line: _Line) -> None:
         old, self._line, self._next = self._line, line, None
-        self._last_reset = None
+        for ledger in self._ledgers.values():
+            ledger.last_reset = None
         self._caught_up = line.caught_up or self._caught_up
         self._set("live" if self._caught_up else "catching-up")
         if old is not None and old is not line:
             self._spawn(self._leave(old))
 
     async def _leave(self, line: _Line) -> None:
-        if self._acked is not None:
-            await line.send({"type": "ack", "seq": self._acked})
+        await self._say_acks_on(line, again=True)
         await line.close()
 
     async def _move(self, order: dict[str, Any]) -> None:
@@ -533,7 +604,7 @@ class Inbox:
         for attempt in range(MOVE_TRIES):
             line: _Line | None = None
             try:
-                line = await self._open_at(order["url"], {"token": await self._get_token()}, self._received)
+                line = await self._open_at(order["url"], {"token": await self._get_token()}, self._received())
                 self._next = line
                 await self._welcome(line)
                 while self._next is line:
@@ -620,47 +691,58 @@ class Inbox:
 
     # --- the queue, and acks ----------------------------------------------------------------------
 
-    def _position(self) -> int | None:
-        if self._base is not None:
-            return self._base
-        if self._at_hand is not None and isinstance(self._at_hand[1], Message):
-            return self._at_hand[1].seq
-        return self._handled
+    def _position(self, ledger: _Ledger) -> int | None:
+        if ledger.base is not None:
+            return ledger.base
+        if self._at_hand is not None and self._at_hand[0] is ledger and isinstance(self._at_hand[2], Message):
+            return self._at_hand[2].seq
+        return ledger.handled
+
+    def _positions(self) -> dict[str, int]:
+        """Where a new line begins: after what was handled, or is at hand."""
+        at = {name: self._position(ledger) for name, ledger in self._ledgers.items()}
+        return {name: seq for name, seq in at.items() if seq is not None}
+
+    def _received(self) -> dict[str, int]:
+        """Where the next line of a move begins."""
+        at = {name: ledger.received for name, ledger in self._ledgers.items()}
+        return {name: seq for name, seq in at.items() if seq is not None}
 
     def _rewind(self) -> None:
         # What was not handed over comes again, save a reset, which is told once.
-        self._queue = deque(held for held in self._queue if held[0] == self._resets and isinstance(held[1], Gap)
-                            and held[1].reason == "reset")
-        self._last_reset = None
-        if self._received is not None:
-            self._received = self._position()
-            # What was acked as received and comes again is acked again, or its credit would be gone.
-            if self._acked is not None and self._received is not None:
-                self._acked = min(self._acked, self._received)
+        self._queue = deque(held for held in self._queue if held[1] == held[0].resets and isinstance(held[2], Gap)
+                            and held[2].reason == "reset")
+        for ledger in self._ledgers.values():
+            ledger.last_reset = None
+            if ledger.received is not None:
+                ledger.received = self._position(ledger)
+                # What was acked as received and comes again is acked again, or its credit would be gone.
+                if ledger.acked is not None and ledger.received is not None:
+                    ledger.acked = min(ledger.acked, ledger.received)
 
-    def _put(self, item: Message | Gap) -> None:
-        self._queue.append((self._resets, item))
+    def _put(self, ledger: _Ledger, item: Message | Gap) -> None:
+        self._queue.append((ledger, ledger.resets, item))
         self._filled.set()
 
     def _handled_at_hand(self) -> None:
         held, self._at_hand = self._at_hand, None
-        if held is None or held[0] != self._resets:
+        if held is None or held[1] != held[0].resets:
             return
-        item = held[1]
+        ledger, _, item = held
         if isinstance(item, Gap):
             seq, reset = item.before - 1, item.reason == "reset"
         else:
             seq, reset = item.seq, False
-        self._handled = seq if reset or self._handled is None else max(seq, self._handled)
+        ledger.handled = seq if reset or ledger.handled is None else max(seq, ledger.handled)
         if reset:
-            self._base = None
+            ledger.base = None
         if self._ack_when == "handled":
-            self._ack(self._handled)
+            self._ack(ledger, ledger.handled)
 
-    def _ack(self, seq: int) -> None:
-        if self._acked is not None and seq <= self._acked:
+    def _ack(self, ledger: _Ledger, seq: int) -> None:
+        if ledger.acked is not None and seq <= ledger.acked:
             return
-        self._acked = seq
+        ledger.acked = seq
         if self._acker is None or self._acker.done():
             self._acker = asyncio.create_task(self._ack_soon())
 
@@ -670,9 +752,27 @@ class Inbox:
 
     async def _say_acks(self, again: bool = False) -> None:
         for line in (self._line, self._next):
-            if line is not None and self._acked is not None and (again or line.acked != self._acked):
-                line.acked = self._acked
-                await line.send({"type": "ack", "seq": self._acked})
+            if line is not None:
+                await self._say_acks_on(line, again)
+
+    async def _say_acks_on(self, line: _Line, again: bool) -> None:
+        acked = {name: ledger.acked for name, ledger in self._ledgers.items() if ledger.acked is not None}
+        new = {name: seq for name, seq in acked.items() if again or line.acked.get(name) != seq}
+        line.acked.update(new)
+        frame: dict[str, Any] = {"type": "ack"}
+        if INBOX in new:
+            frame["seq"] = new.pop(INBOX)
+        if line.logs is None:
+            new = {}
+        if EVERYONE in new:
+            frame["everyone"] = new.pop(EVERYONE)
+        topics = list(new.items())
+        while topics or len(frame) > 1:
+            if topics:
+                frame["topics"] = dict(topics[:TOPICS_ACKED])
+            topics = topics[TOPICS_ACKED:]
+            await line.send(frame)
+            frame = {"type": "ack"}
 
     # --- the rest ---------------------------------------------------------------------------------
 
@@ -708,8 +808,9 @@ def _moment(text: str) -> datetime:
 
 
 def _message(frame: dict[str, Any], live: bool) -> Message:
-    return Message(frame["seq"], frame["id"], frame.get("payload"), frame.get("event"), frame.get("via"),
-                   _moment(frame["accepted_at"]), _moment(frame["expires_at"]), live)
+    name = _log_of(frame)
+    return Message(frame["seq"], frame["id"], frame.get("payload"), frame.get("event"), frame.get("via") or name or None,
+                   _moment(frame["accepted_at"]), _moment(frame["expires_at"]), live, name != INBOX)
 
 
 def _http_closed(status: int, headers: Any, body: bytes) -> _Closed:
