@@ -1,5 +1,6 @@
 //! Push nodes in one process, on a stopped clock, with sockets made of channels.
 
+mod logs;
 mod placement;
 mod sending;
 
@@ -287,7 +288,11 @@ impl Cluster {
 
     /// Opens a socket; answers when something was flushed to it.
     async fn open(&self, node: usize, user: &str) -> Client {
-        let request = SocketRequest { bearer: Some(user), ..SocketRequest::default() };
+        self.open_with(node, user, "").await
+    }
+
+    async fn open_with(&self, node: usize, user: &str, query: &str) -> Client {
+        let request = SocketRequest { bearer: Some(user), query, ..SocketRequest::default() };
         let admission = self.nodes[node].admit(request).await.unwrap();
         let ((says, incoming), (outgoing, hears)) = (mpsc::channel(64), mpsc::channel(1024));
         let flushed = Arc::new(tokio::sync::Notify::new());

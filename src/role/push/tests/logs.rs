@@ -1,0 +1,91 @@
+//! What a node finds out about logs by itself, when no hint tells it.
+
+use super::*;
+use crate::inbox::logs::key;
+use crate::inbox::topics::{MembersChange, MembersChanged, PutTopic, TopicSettings, Topics};
+use crate::message::{LogEntry, TopicName, Via};
+use crate::topic::Delivery;
+
+fn news() -> TopicName {
+    TopicName::parse("news").unwrap()
+}
+
+impl Cluster {
+    /// Makes the topic `news`, and returns its life.
+    async fn make_news(&self) -> u64 {
+        let settings = TopicSettings { delivery: Some(Delivery::Log), ttl_s: None, default_ttl_s: 3600 };
+        match self.inbox.put(news(), settings).await {
+            Ok(PutTopic::Created(topic)) => topic.version.life,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn change_news(&self, add: &[&str], remove: &[&str]) {
+        let users = |names: &[&str]| names.iter().map(|name| UserId::parse(name).unwrap()).collect();
+        let from = Some(self.logs_facade().head(&LogId::Topic(news())).await.unwrap());
+        let change = MembersChange { add: users(add), remove: users(remove), from };
+        let changed = self.inbox.change_members(news(), change).await;
+        assert!(matches!(changed, Ok(MembersChanged::Done { .. })), "{changed:?}");
+    }
+
+    fn logs_facade(&self) -> Logs {
+        Logs::new(Arc::clone(&self.logs) as _)
+    }
+
+    /// Stored in the log, and nobody is told.
+    async fn store_news(&self, life: u64) -> Seq {
+        let item = Append {
+            user: key(&LogId::Topic(news())),
+            id: MessageId::parse("m").unwrap(),
+            deduplicated: false,
+            accepted_at: NOW,
+            expires_at: NOW.plus_seconds(3600),
+            event: None,
+            via: Some(Arc::new(Via::Log(LogEntry { life, except: Vec::new() }))),
+            payload: Bytes::from_static(b"\"hello\""),
+        };
+        match self.logs.append(vec![item]).await.remove(0) {
+            Ok(Appended::Stored(message)) => message.seq,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A socket that reads logs, and is level.
+    async fn reads_logs(&self, user: &str) -> Client {
+        let mut client = self.open_with(0, user, "topics=auth").await;
+        let auth = Bytes::from_static(br#"{"type":"auth","topics":true}"#);
+        client.says.send(Incoming::Text(auth)).await.unwrap();
+        client.expect("welcome").await;
+        while client.expect("caught_up").await["all"] != true {}
+        client
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_sweep_of_a_tail_finds_what_no_hint_told_of() {
+    let cluster = Cluster::of(&["push-0"]).await;
+    let life = cluster.make_news().await;
+    cluster.change_news(&["alice"], &[]).await;
+    let mut alice = cluster.reads_logs("alice").await;
+    // A new tail looks once more after a few seconds.
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(alice.heard(), []);
+    let seq = cluster.store_news(life).await;
+    let message = alice.expect("message").await;
+    assert_eq!((&message["topic"], &message["seq"]), (&"news".into(), &seq.get().into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_sweep_finds_memberships_that_no_hint_told_of() {
+    let cluster = Cluster::of(&["push-0"]).await;
+    let life = cluster.make_news().await;
+    let mut alice = cluster.reads_logs("alice").await;
+    cluster.change_news(&["alice"], &[]).await;
+    let joined = alice.expect("topic").await;
+    assert_eq!((&joined["topic"], &joined["state"]), (&"news".into(), &"joined".into()));
+    let seq = cluster.store_news(life).await;
+    assert_eq!(alice.expect("message").await["seq"], seq.get());
+    cluster.change_news(&[], &["alice"]).await;
+    let left = alice.expect("topic").await;
+    assert_eq!((&left["topic"], &left["state"]), (&"news".into(), &"left".into()));
+}
