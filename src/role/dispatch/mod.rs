@@ -327,11 +327,8 @@ impl Dispatch {
     /// Removes queues whose task has ended, and returns the tasks. A task ends with its queue, so
     /// one that ends earlier has panicked.
     fn take_ended_queues(&self) -> Vec<AbortOnDropHandle<()>> {
-        let mut queues = self.inner.queues.lock();
-        let ended = queues.extract_if(|_, queue| queue.task.is_finished());
-        let mut tasks: Vec<_> = ended.map(|(_, queue)| queue.task).collect();
-        let mut queues = self.inner.hint_queues.lock();
-        tasks.extend(queues.extract_if(|_, queue| queue.task.is_finished()).map(|(_, queue)| queue.task));
+        let mut tasks = take_ended(&self.inner.queues);
+        tasks.extend(take_ended(&self.inner.hint_queues));
         tasks
     }
 
@@ -394,6 +391,12 @@ impl Dispatch {
     async fn ask(&self, node: &NodeId, request: PushRequest) -> Result<PushResponse, PeerError> {
         call(self.inner.directory.find(node), node, request).await
     }
+}
+
+/// Takes the tasks of queues that have ended out of one lane.
+fn take_ended<T>(queues: &Mutex<HashMap<NodeId, PeerQueue<T>>>) -> Vec<AbortOnDropHandle<()>> {
+    let mut queues = queues.lock();
+    queues.extract_if(|_, queue| queue.task.is_finished()).map(|(_, queue)| queue.task).collect()
 }
 
 impl Service<DispatchRequest> for Dispatch {
