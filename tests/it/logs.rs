@@ -101,6 +101,22 @@ async fn a_new_device_begins_with_the_last_messages_to_everyone_and_is_told_of_n
     assert_eq!(payloads(&level(&mut second).await), [0, 1, 2]);
 }
 
+/// Where a device began is kept from its first socket on: it has all that came since, however much.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_that_never_acked_is_not_taken_for_a_new_one() {
+    let server = Server::with(Options::default().with("limits.everyone_backlog", "2")).await;
+    let (mut known, _) = open(&server, "alice", "known", json!({})).await;
+    only_level(&mut known).await;
+    drop(known);
+    for n in 0..5 {
+        assert_eq!(publish(&server, json!({"everyone": true}), json!(n)).await.status, 202);
+    }
+    let (mut known, _) = open(&server, "alice", "known", json!({})).await;
+    assert_eq!(payloads(&level(&mut known).await), [0, 1, 2, 3, 4]);
+    let (mut new, _) = open(&server, "alice", "new", json!({})).await;
+    assert_eq!(payloads(&level(&mut new).await), [3, 4]);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_has_it_at_once_or_when_it_comes_and_everyone_reaches_all() {
     let server = with(&[("news", &["alice", "bob"])]).await;
