@@ -14,7 +14,7 @@
 //!
 //! Tier 0 is pure: no clock, no tasks, no I/O, no randomness of its own.
 //!
-//! - [`message`], [`topic`]: the nouns.
+//! - [`message`], [`topic`], [`watching`]: the nouns.
 //! - [`ring`]: who owns a key.
 //! - [`session`]: one session's life; the most important file.
 //! - [`secret`], [`ticket`], [`peer_proof`]: what is signed with the secret that all roles share.
@@ -60,4 +60,4 @@ pub mod transport;
 pub mod wire;
 
 pub use ringpush_client as client;
-pub use ringpush_protocol::{backoff, message, topic};
+pub use ringpush_protocol::{backoff, message, topic, watching};

@@ -104,7 +104,9 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match command {
         None => serve(&common, Serve { log: "text".to_owned(), ..Serve::default() }).await,
         Some(Command::Serve(options)) => serve(&common, options).await,
-        Some(Command::Token { user, ttl }) => commands::token(command_config(&common)?, &user, &ttl),
+        Some(Command::Token { user, ttl, watch }) => {
+            commands::token(command_config(&common)?, &user, &ttl, &watch)
+        }
         Some(Command::Publish { words, topic, everyone, target }) => {
             let (recipient, payload) = recipient(words, topic, everyone)?;
             publish::publish(command_config(&common)?, at(target), &recipient, &payload).await

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::message::{DeviceId, Millis, NodeId, UserId};
 use crate::secret::{Keyed, derived, is_mac, mac};
+use crate::watching::WatchRights;
 
 /// Life of a ticket, in ms (docs/design.md, section 11).
 pub const TICKET_LIFE_MS: u64 = 30_000;
@@ -42,6 +43,8 @@ pub struct Ticket {
     pub nonce: u64,
     /// When the ticket itself expires.
     pub expires_at: Millis,
+    /// What the token allows to watch, if it says so.
+    pub watch: Option<WatchRights>,
 }
 
 /// Why a ticket is refused. Each is answered 401; the client asks `connect` again.
@@ -73,6 +76,8 @@ struct Packed<'a> {
     k: bool,
     o: u64,
     e: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    w: Option<Vec<&'a str>>,
 }
 
 /// Signs and verifies tickets. Cheap to clone.
@@ -101,6 +106,7 @@ impl TicketKey {
             k: ticket.keep,
             o: ticket.nonce,
             e: ticket.expires_at.0,
+            w: ticket.watch.as_ref().map(|rights| rights.patterns().collect()),
         };
         // Only strings and numbers: serialisation cannot fail.
         let body = URL_SAFE_NO_PAD.encode(serde_json::to_vec(&packed).unwrap_or_default());
@@ -146,6 +152,7 @@ impl TicketKey {
             keep: packed.k,
             nonce: packed.o,
             expires_at: Millis(packed.e),
+            watch: packed.w.and_then(|all| WatchRights::parse(all.iter().map(String::as_str)).ok()),
         })
     }
 }
@@ -162,6 +169,8 @@ struct PackedOwned {
     k: bool,
     o: u64,
     e: u64,
+    #[serde(default)]
+    w: Option<Vec<String>>,
 }
 
 /// The nonces of the tickets that were taken here and have not expired, in the order of their
@@ -206,6 +215,7 @@ mod tests {
             keep: false,
             nonce: 42,
             expires_at: Millis(130_000),
+            watch: Some(WatchRights::parse(["match-*"]).unwrap()),
         }
     }
 

@@ -157,7 +157,7 @@ impl App {
         let dispatch = dispatch.unwrap_or_else(|| routers(views.clone(), Arc::clone(&shared.proofs)));
         let collect = Collect::start(
             opened.stores.clone(),
-            config.collect,
+            config.collect.clone(),
             dispatch,
             views,
             shared.clock.clone(),

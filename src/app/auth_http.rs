@@ -14,7 +14,7 @@ use crate::message::Millis;
 use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S};
 use crate::telemetry::{Credential, Refusals};
 use crate::transport::held::Held;
-use crate::wire::http::{Problem, parse_token_request, parse_verify_request};
+use crate::wire::http::{Problem, TokenRequest, parse_token_request, parse_verify_request};
 use crate::wire::refusal::Refused;
 use crate::wire::rest::{TokenResponse, VerifyResponse};
 use secrecy::{ExposeSecret, SecretString};
@@ -72,8 +72,8 @@ async fn issue(State(edge): Edge, request: Request<Body>) -> Answer {
 /// Issues a token to a caller with the admin key.
 pub(super) async fn issue_body(auth: &Auth, request: Request<Body>, mut held: Held) -> Answer {
     let body = json_body(request, SMALL_BODY, &mut held).await?;
-    let (user, ttl_s) = parse_token_request(&body, TOKEN_TTL_S)?;
-    let issued = auth.issue(&user, ttl_s.unwrap_or(TOKEN_TTL_DEFAULT_S));
+    let TokenRequest { user, ttl_s, watch } = parse_token_request(&body, TOKEN_TTL_S)?;
+    let issued = auth.issue_with(&user, ttl_s.unwrap_or(TOKEN_TTL_DEFAULT_S), watch.as_ref());
     let (token, expires_at) = issued.map_err(|fault| refuse(403, fault.to_string()))?;
     Ok(json_of(StatusCode::OK, &TokenResponse { token, expires_at: expires_at.rfc3339() }))
 }

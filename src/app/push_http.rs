@@ -27,6 +27,7 @@ use crate::ticket::TICKET_LIFE_MS;
 use crate::transport::http::{ConnectionFuture, UpgradeHandler};
 use crate::transport::lazy_stream::LazyTcpStream;
 use crate::transport::websocket::{Handshake, HandshakeError, ServerSocket, handshake};
+use crate::watching::WatchRights;
 use crate::wire::address::node_in_path;
 use crate::wire::frame::ReconnectHint;
 use crate::wire::http::{FieldError, Problem, history_body, parse_connect};
@@ -294,7 +295,10 @@ async fn read_history(edge: &PushEdge, headers: &HeaderMap, query: &str, topic: 
     let user = &identity.user;
     let page = match topic.map(TopicName::parse) {
         None => edge.push.history(user, range, limit).await.map(Some),
-        Some(Ok(topic)) => edge.push.log_history(user, &topic, range, limit).await,
+        Some(Ok(topic)) => {
+            let rights = WatchRights::of_claims(&identity.claims);
+            edge.push.log_history(user, &topic, range, limit, rights.as_ref()).await
+        }
         Some(Err(rule)) => return Err(refuse(422, rule.to_string())),
     };
     let page = page.map_err(|error| {
@@ -302,7 +306,12 @@ async fn read_history(edge: &PushEdge, headers: &HeaderMap, query: &str, topic: 
         refuse(503, "the inbox cannot be read now")
     })?;
     // The same, whether there is such a topic or not.
-    let not_for_you = || refuse(403, "the user is no member of such a topic with a log");
+    let not_for_you = || {
+        refuse(
+            403,
+            "the user is no member of such a topic with a log, and the token's claim watch allows none",
+        )
+    };
     let (messages, next) = page.ok_or_else(not_for_you)?;
     Ok(json(StatusCode::OK, history_body(&messages, next)))
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, Request, Response, StatusCode, Uri};
-use axum::routing::{get, put};
+use axum::routing::{delete, get, put};
 
 use super::collect_http::{Answer, CollectEdge, Edge, Path, history_query, part_of, unavailable, user_of};
 use super::edge::{HttpError, SMALL_BODY, json, json_body, json_of, refuse};
@@ -29,6 +29,7 @@ pub(super) fn routes() -> axum::Router<Arc<CollectEdge>> {
         .route("/v1/topics/{topic}", put(make).get(show).delete(remove))
         .route("/v1/topics/{topic}/members", get(members).post(change))
         .route("/v1/topics/{topic}/messages", get(log_history))
+        .route("/v1/topics/{topic}/messages/{seq}", delete(end_message))
         .route("/v1/everyone/messages", get(everyones_history))
         .route("/v1/users/{user}/topics", get(topics_of).delete(leave_all))
 }
@@ -153,6 +154,22 @@ async fn log_history(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri
         None => no_topic(&edge, &name).await,
         Some(_) => {
             refuse(404, format!("{name:?} has no log: its messages stand in the inboxes of its members"))
+        }
+    })
+}
+
+async fn end_message(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
+    edge.authorize(&headers)?;
+    let name = topic_of(&path)?;
+    let seq = part_of(&path, "seq")?.parse().ok().and_then(Seq::new);
+    let seq = seq.ok_or_else(|| refuse(422, "seq: must be an integer from 0 to 2^53 - 1"))?;
+    if edge.collect.end_message(&name, seq).await.map_err(unavailable)? {
+        return Ok(json(StatusCode::ACCEPTED, "{}"));
+    }
+    Err(match edge.collect.topics().topic(name.clone()).await.map_err(unavailable)? {
+        None => no_topic(&edge, &name).await,
+        Some(_) => {
+            refuse(404, format!("{name:?} has no message {seq} in a log: it never had, or it has expired"))
         }
     })
 }

@@ -17,6 +17,7 @@ use crate::config::{Config, Faults};
 use crate::message::{DeviceId, EVERYONE, TopicName, UserId};
 use crate::ring::Ring;
 use crate::role::auth::{Auth, TOKEN_TTL_S};
+use crate::watching::WatchRights;
 use crate::wire::frame::Since;
 use crate::wire::rest::ClusterResponse;
 
@@ -89,13 +90,20 @@ pub fn own_command(data: Option<&Path>) -> String {
 ///
 /// # Errors
 ///
-/// A bad user or life; a key that cannot sign.
-pub fn token(mut config: Config, user: &str, ttl: &str) -> Result<ExitCode> {
+/// A bad user, life or pattern; a key that cannot sign.
+pub fn token(mut config: Config, user: &str, ttl: &str, watch: &[String]) -> Result<ExitCode> {
     let user = user_id(user)?;
     let rule =
         || Faults(vec![format!("--ttl: {ttl:?} must be a time from 1s to 90d, such as 90s, 15m, 1h or 7d")]);
     let ttl_s = seconds(ttl).filter(|s| TOKEN_TTL_S.contains(s)).ok_or_else(rule)?;
-    print_line(signer(&mut config)?.issue(&user, ttl_s)?.0)?;
+    let watch = match watch {
+        [] => None,
+        patterns => {
+            let rights = WatchRights::parse(patterns.iter().map(String::as_str));
+            Some(rights.map_err(|rule| Faults(vec![format!("--watch: {rule}")]))?)
+        }
+    };
+    print_line(signer(&mut config)?.issue_with(&user, ttl_s, watch.as_ref())?.0)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -62,6 +62,10 @@ pub enum Command {
         /// How long it lives, such as 90s, 15m, 1h, 7d.
         #[arg(long, default_value = "1h")]
         ttl: String,
+        /// A topic that the client may watch without being a member, or the beginning of such names
+        /// with a * behind it, such as 'match-*'; more than one may be named.
+        #[arg(long, value_name = "PATTERN")]
+        watch: Vec<String>,
     },
     /// Publish one JSON payload, or many from standard input, to a user or to the members of a
     /// topic.

@@ -35,6 +35,7 @@ pub(super) const KEYS: &[Key] = &[
     key("push.weight", Kind::Fraction, "1.0"),
     key("collect.listen", Kind::Text, "\"127.0.0.1:8081\""),
     key("collect.api_keys", Kind::SecretList, "[]"),
+    key("topics.open", Kind::List, "[]"),
     key("auth.listen", Kind::Text, "\"127.0.0.1:8082\""),
     key("auth.mode", Kind::Text, "\"local\""),
     key("auth.url", Kind::Text, "\"\""),

@@ -13,6 +13,7 @@ use crate::redis_url::RedisUrl;
 use crate::role::auth::{Auth, AuthConfig};
 use crate::role::collect::{CollectLimits, LogLimits};
 use crate::role::push::{LogReadingLimits, Origins, PushLimits};
+use crate::topic::TopicPatterns;
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::{PublishLimits, TTL_S};
 use secrecy::{ExposeSecret, SecretString};
@@ -289,6 +290,7 @@ impl Reader {
         CollectLimits {
             ttl_s: self.number("limits.message_ttl_s", TTL_S),
             member_lists_bytes: self.number("limits.member_lists_mib", 1..=65_536) * 1024 * 1024,
+            open: self.open_topics(),
             logs: LogLimits {
                 topic_bytes: self.number("limits.topic_message_bytes", 1..=65_536) as usize,
                 everyone_bytes: self.number("limits.everyone_message_bytes", 1..=65_536) as usize,
@@ -296,6 +298,16 @@ impl Reader {
                 everyone_per_s: self.number("limits.everyone_per_s", 1..=1_000_000) as u32,
             },
         }
+    }
+
+    fn open_topics(&mut self) -> TopicPatterns {
+        let listed = self.list("topics.open");
+        TopicPatterns::parse(listed.iter().map(String::as_str)).unwrap_or_else(|bad| {
+            self.faults.push(format!(
+                "topics.open: {bad:?} must be the name of a topic, or the beginning of names with one * behind, such as match-*"
+            ));
+            TopicPatterns::default()
+        })
     }
 
     pub(super) fn push_limits(&mut self) -> PushLimits {

@@ -97,6 +97,8 @@ fn every_fault_is_listed() {
         mode = "psychic"
         token_key = "short"
         token_in_url = 1
+        [topics]
+        open = ["a*b"]
         [limits]
         batch = 1001
         "#,
@@ -111,6 +113,7 @@ fn every_fault_is_listed() {
         "push.origins: \"https://a.example/path\"",
         "push.accept_per_s",
         "push.weight",
+        "topics.open: \"a*b\"",
         "auth.mode",
         "auth.token_key",
         "auth.token_in_url",

@@ -75,6 +75,7 @@ pub async fn suite(bench: &Bench) {
     topics::a_topic_keeps_its_delivery(bench).await;
     logs::a_log_is_apart_from_inboxes_and_numbered_like_one(bench).await;
     logs::a_message_is_for_its_own_life_alone(bench).await;
+    logs::a_message_can_end_before_its_time(bench).await;
     logs::members_of_a_log_have_a_beginning_and_users_a_number_of_changes(bench).await;
     logs::a_member_of_a_hundred_logs_joins_no_other(bench).await;
     logs::positions_only_rise_and_go_with_the_device(bench).await;

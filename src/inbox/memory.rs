@@ -161,6 +161,11 @@ impl MemoryInbox {
                     *known = seq.max(*known);
                 }
             }),
+            Change::End { user, seq, at } => self.with(&user, |log, _| {
+                if let Some(message) = log.messages.get_mut(&seq.get()) {
+                    message.expires_at = message.expires_at.min(at);
+                }
+            }),
             // This model is never restored.
             Change::Shown { .. } => {}
             Change::NotBefore { user, seconds } => {

@@ -270,6 +270,15 @@ pub enum Change {
         /// The highest such number.
         upto: Seq,
     },
+    /// A message ends at a time, unless it ends earlier. It is on stable storage when this returns.
+    End {
+        /// The user.
+        user: UserId,
+        /// The position of the message; nothing changes if there is none.
+        seq: Seq,
+        /// The time.
+        at: Millis,
+    },
     /// Tokens issued before a time are refused from now on.
     NotBefore {
         /// The user.

@@ -14,6 +14,7 @@ use crate::clock::Clock;
 use crate::membership::{Member, View};
 use crate::message::{DeviceId, NodeId, UserId};
 use crate::ticket::{TICKET_LIFE_MS, Ticket, TicketKey};
+use crate::watching::WatchRights;
 use crate::wire::address::UrlTemplate;
 use crate::wire::peer::{Identity, PeerError, VerifyRequest};
 use crate::wire::refusal::Refused;
@@ -193,6 +194,7 @@ impl Connect {
 
     fn ticket(&self, identity: Identity, device: DeviceId, owner: &Member, keep: bool) -> Ticket {
         let now = self.inner.clock.now();
+        let watch = WatchRights::of_claims(&identity.claims);
         Ticket {
             user: identity.user,
             device,
@@ -203,6 +205,7 @@ impl Connect {
             keep,
             nonce: rand::random(),
             expires_at: crate::message::Millis(now.0 + TICKET_LIFE_MS),
+            watch,
         }
     }
 }

@@ -353,3 +353,58 @@ async fn a_long_backlog_of_large_messages_comes_whole_and_in_order() {
         assert_eq!((&message["seq"], &message["payload"][0]), (&expected["seq"], &expected["payload"][0]));
     }
 }
+
+/// A message that was ended is held by the node, in a tail and in a block.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_was_ended_is_sent_to_nobody_any_more() {
+    let server = with(&[("news", &["alice", "bob", "carol"]), ("other", &[])]).await;
+    let first = to_topic(&server, "news", json!("first")).await;
+    let (mut alice, _) = open(&server, "alice", "web", json!({})).await;
+    let (mut bob, _) = open(&server, "bob", "web", json!({})).await;
+    assert_eq!(payloads(&messages(&mut alice, 1).await), ["first"]);
+    assert_eq!(payloads(&messages(&mut bob, 1).await), ["first"]);
+    let second = to_topic(&server, "news", json!("second")).await;
+    let third = to_topic(&server, "news", json!("third")).await;
+    assert_eq!(payloads(&messages(&mut alice, 2).await), ["second", "third"]);
+    for seq in [first, second] {
+        let path = format!("/v1/topics/news/messages/{seq}");
+        assert_eq!(server.send("DELETE", &path, &Value::Null).await.status, 202);
+        assert_eq!(server.send("DELETE", &path, &Value::Null).await.status, 404, "it is over");
+    }
+    // A message behind it on the same way: the nodes know of the end by then.
+    let fourth = to_topic(&server, "news", json!("fourth")).await;
+    assert_eq!(payloads(&messages(&mut alice, 1).await), ["fourth"]);
+    let (mut carol, _) = open(&server, "carol", "web", json!({})).await;
+    assert_eq!(payloads(&level(&mut carol).await), ["third", "fourth"]);
+    let history = server.get("/v1/topics/news/messages").await.json();
+    let seqs: Vec<&Value> = history["messages"].as_array().unwrap().iter().map(|one| &one["seq"]).collect();
+    assert_eq!(seqs, [&json!(third), &json!(fourth)]);
+    for (path, status) in [
+        ("news/messages/0", 404),
+        ("news/messages/x", 422),
+        ("nwes/messages/1", 404),
+        ("other/messages/1", 404),
+    ] {
+        let answer = server.send("DELETE", &format!("/v1/topics/{path}"), &Value::Null).await;
+        assert_eq!(answer.status, status, "{path}: {answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn open_topics_are_made_by_their_first_publish_or_join() {
+    let server = Server::with(Options::default().with("topics.open", "match-*,score")).await;
+    assert_eq!(server.send("GET", "/v1/topics/match-1", &Value::Null).await.status, 404);
+    let nobody = server.send("POST", "/v1/topics/match-1/members", &json!({"remove": ["alice"]})).await;
+    assert_eq!(nobody.status, 404, "whoever leaves makes nothing");
+    change(&server, "match-1", &["alice"], &[]).await;
+    to_topic(&server, "score", json!(1)).await;
+    for name in ["match-1", "score"] {
+        let topic = server.get(&format!("/v1/topics/{name}")).await;
+        assert_eq!((topic.status, &topic.json()["delivery"]), (200, &json!("log")), "{topic:?}");
+    }
+    let (mut alice, _) = open(&server, "alice", "web", json!({})).await;
+    to_topic(&server, "match-1", json!("goal")).await;
+    assert_eq!(payloads(&messages(&mut alice, 1).await), ["goal"]);
+    let other = publish(&server, json!({"topic": "matches"}), json!(1)).await;
+    assert_eq!(other.status, 404, "{other:?}");
+}

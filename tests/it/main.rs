@@ -35,3 +35,4 @@ mod tokens;
 mod topic_store;
 mod topics;
 mod versions;
+mod watching;

@@ -5,7 +5,8 @@
 //! - [`frame`]: the frames of the client WebSocket. [`close`]: the close codes.
 //! - [`http`]: the requests of the HTTP interfaces, and problems. [`rest`]: the responses.
 //! - [`refusal`]: why a token or ticket is refused.
-//! - [`topic`]: how messages to topics reach their members.
+//! - [`topic`]: how messages to topics reach their members. [`watching`]: who may read one without
+//!   being a member.
 //! - [`address`]: public URLs, and the query of a socket request.
 //! - [`backoff`]: the delays with jitter that both sides use.
 //!
@@ -31,3 +32,4 @@ pub mod message;
 pub mod refusal;
 pub mod rest;
 pub mod topic;
+pub mod watching;

@@ -94,6 +94,22 @@ pub(super) async fn a_message_is_for_its_own_life_alone(bench: &Bench) {
     assert_eq!((numbers(&page), page.upto), (vec![late.seq], second.seq), "and what follows is passed over");
 }
 
+pub(super) async fn a_message_can_end_before_its_time(bench: &Bench) {
+    let (life, of) = (bench.make_log("ends").await, log("ends"));
+    let mut seqs = Vec::new();
+    for id in ["1", "2", "3"] {
+        seqs.push(stored(bench.publish(&of, life, id, "1").await).seq);
+    }
+    let end = |seq| Change::End { user: key(&of), seq, at: bench.clock.now() };
+    bench.logs.store().update(vec![end(seqs[1]), end(seqs[2].next())]).await.unwrap();
+    let page = bench.logs.page(&of, life, Seq::BEGINNING, WIDE).await.unwrap();
+    assert_eq!((numbers(&page), page.upto), (vec![seqs[0], seqs[2]], seqs[2]));
+    assert_eq!(stored(bench.publish(&of, life, "4", "1").await).seq, seqs[2].next(), "numbers go on");
+    bench.logs.store().update(vec![end(seqs[2].next())]).await.unwrap();
+    let page = bench.logs.page(&of, life, seqs[2], WIDE).await.unwrap();
+    assert_eq!((numbers(&page), page.upto), (vec![], seqs[2].next()), "also the newest one");
+}
+
 pub(super) async fn members_of_a_log_have_a_beginning_and_users_a_number_of_changes(bench: &Bench) {
     let life = bench.make_log("begins").await;
     assert_eq!(bench.changes("begins-a").await, 0);

@@ -9,7 +9,9 @@ use super::super::{
     Change, DEVICES_PER_USER, InboxError, InboxPage, PASSED_OVER, PageLimit, PositionQuery, Profile,
     REVOCATION_AHEAD_MAX_S, StartAt, UserPosition,
 };
-use super::records::{Cursor, Head, cursor_key, decode, head_key, message_key, prefix, seq_of, unreadable};
+use super::records::{
+    Cursor, Head, cursor_key, decode, ended, head_key, message_key, prefix, seq_of, unreadable,
+};
 use super::{ASKED_IN_A_ROW, Store};
 use crate::message::{DeviceId, Millis, Seq, UserId};
 
@@ -231,6 +233,7 @@ impl Store {
             | Change::Begin { user, .. }
             | Change::NotBefore { user, .. }
             | Change::Positions { user, .. }
+            | Change::End { user, .. }
             | Change::Shown { user, .. }) = change;
             if !touched.insert(user) {
                 // A later change of the same user must see an earlier one.
@@ -254,6 +257,14 @@ impl Store {
                     self.move_cursor(&snapshot, &mut pending, (user, device), Seq::BEGINNING, now)?;
                     self.raise_positions(&snapshot, &mut pending, (user, device), logs)?;
                     synced = true;
+                }
+                Change::End { user, seq, at } => {
+                    let key = message_key(user, seq.get());
+                    let raw = snapshot.get(&self.messages, &key).map_err(unreadable)?;
+                    if let Some(raw) = raw.and_then(|raw| ended(&raw, *at)) {
+                        pending.insert(&self.messages, key, raw);
+                        synced = true;
+                    }
                 }
                 // An embedded store is restored while no process has it open, so every position
                 // that clients know comes from this process.

@@ -134,6 +134,18 @@ pub(super) fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bo
     out.put_slice(&message.payload);
 }
 
+/// The encoding of a message that ends at a time; `None` if it ends earlier, or cannot be read.
+pub(super) fn ended(raw: &[u8], at: Millis) -> Option<Vec<u8>> {
+    const EXPIRES: std::ops::Range<usize> = 9..17;
+    let expires_at = u64::from_be_bytes(raw.get(EXPIRES)?.try_into().ok()?);
+    if raw.first() != Some(&MESSAGE_LAYOUT) || expires_at <= at.0 {
+        return None;
+    }
+    let mut changed = raw.to_vec();
+    changed.get_mut(EXPIRES)?.copy_from_slice(&at.0.to_be_bytes());
+    Some(changed)
+}
+
 fn put_name(out: &mut Vec<u8>, name: &str) {
     out.put_u8(u8::try_from(name.len()).unwrap_or(u8::MAX));
     out.put_slice(name.as_bytes());

@@ -82,6 +82,11 @@ impl Inner {
                 }
                 Change::NotBefore { user, seconds } => self.revoke(&user, seconds).await?,
                 Change::Shown { user, upto } => self.shown(&user, upto).await?,
+                Change::End { user, seq, at } => {
+                    let update = doc! { "$min": { "x": int(at.0) } };
+                    let ended = self.documents.update_one(doc! { "_id": id(&user, seq.get()) }, update);
+                    self.in_time(ended.into_future()).await.map_err(unavailable)?;
+                }
             }
         }
         if updates.is_empty() {

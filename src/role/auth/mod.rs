@@ -23,6 +23,7 @@ use super::issued_at_s;
 use crate::clock::Clock;
 use crate::message::{Millis, UserId};
 use crate::telemetry::WAY;
+use crate::watching::WatchRights;
 use crate::wire::peer::{Identity, PeerError, VerifyRequest};
 use crate::wire::refusal::{RefusalReason, Refused};
 use secrecy::{ExposeSecret, SecretString};
@@ -237,11 +238,28 @@ impl Auth {
     ///
     /// [`SigningError`] if only a public key is configured.
     pub fn issue(&self, user: &UserId, ttl_s: u64) -> Result<(String, Millis), SigningError> {
+        self.issue_with(user, ttl_s, None)
+    }
+
+    /// The same, with the right to watch topics.
+    ///
+    /// # Errors
+    ///
+    /// [`SigningError`] if only a public key is configured.
+    pub fn issue_with(
+        &self,
+        user: &UserId,
+        ttl_s: u64,
+        watch: Option<&WatchRights>,
+    ) -> Result<(String, Millis), SigningError> {
         let Keys::One(key) = &self.inner.keys else { return Err(SigningError) };
         let signing = key.signing.as_ref().ok_or(SigningError)?;
         let now = self.inner.clock.now();
         let exp = now.seconds() + ttl_s;
         let mut claims = serde_json::json!({"sub": user.as_str(), "iat": now.seconds(), "exp": exp});
+        if let Some(rights) = watch {
+            claims["watch"] = rights.patterns().collect();
+        }
         let config = &self.inner.config;
         for (name, value) in [("iss", &config.issuer), ("aud", &config.audience)] {
             if let Some(value) = value {

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
-use super::refusal;
-use crate::inbox::InboxError;
-use crate::inbox::topics::{MembersVersion, Topic, TopicRecipients, Topics};
-use crate::message::{TopicName, UserId};
+use super::{CollectLimits, refusal};
+use crate::inbox::topics::{MembersVersion, PutTopic, Topic, TopicRecipients, TopicSettings, Topics};
+use crate::inbox::{InboxError, Logs};
+use crate::message::{LogId, TopicName, UserId};
+use crate::topic::{Delivery, TopicPatterns};
 use crate::wire::http::PublishError;
 
 /// Expected number of lists.
@@ -57,13 +58,57 @@ impl Weighter<TopicName, List> for Weight {
 /// The lists of members that were read, as many as fit. The least used are read again.
 pub(super) struct MemberLists {
     topics: Arc<dyn Topics>,
+    logs: Logs,
+    open: TopicPatterns,
+    ttl_s: u64,
     lists: Cache<TopicName, List, Weight>,
 }
 
 impl MemberLists {
-    /// Keeps lists of at most `bytes` together.
-    pub(super) fn new(topics: Arc<dyn Topics>, bytes: u64) -> Self {
-        Self { topics, lists: Cache::with_weighter(LISTS, bytes, Weight) }
+    /// Keeps lists of as many bytes as the limits say.
+    pub(super) fn new(topics: Arc<dyn Topics>, logs: Logs, limits: &CollectLimits) -> Self {
+        let lists = Cache::with_weighter(LISTS, limits.member_lists_bytes, Weight);
+        Self { topics, logs, open: limits.open.clone(), ttl_s: limits.ttl_s, lists }
+    }
+
+    /// Creates a topic, or changes the life of its messages.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub(super) async fn put(&self, name: TopicName, settings: TopicSettings) -> Result<PutTopic, InboxError> {
+        let put = self.topics.put(name, settings).await?;
+        if let PutTopic::Created(topic) = &put
+            && topic.delivery == Delivery::Log
+        {
+            // Its head record is made with it.
+            self.logs.head(&LogId::Topic(topic.name.clone())).await?;
+        }
+        Ok(put)
+    }
+
+    /// A topic, made as one with a log if it is not there and names like its are open.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub(super) async fn found_or_open(&self, name: &TopicName) -> Result<Option<Topic>, InboxError> {
+        match self.topics.topic(name.clone()).await? {
+            Some(topic) => Ok(Some(topic)),
+            None => self.opened(name).await,
+        }
+    }
+
+    /// A topic that is not there, made as one with a log; `None` if its name is not open.
+    async fn opened(&self, name: &TopicName) -> Result<Option<Topic>, InboxError> {
+        if !self.open.match_name(name) {
+            return Ok(None);
+        }
+        let settings =
+            TopicSettings { delivery: Some(Delivery::Log), ttl_s: None, default_ttl_s: self.ttl_s };
+        Ok(Some(match self.put(name.clone(), settings).await? {
+            PutTopic::Created(topic) | PutTopic::Known(topic) | PutTopic::Other(topic) => topic,
+        }))
     }
 
     /// A topic and its members. `hints`: whether near names are looked for if it is not there.
@@ -74,7 +119,15 @@ impl MemberLists {
     pub(super) async fn of(&self, name: &TopicName, hints: bool) -> Result<Found, PublishError> {
         let known = self.lists.get(name);
         let version = known.as_ref().map(|list| list.version);
-        match self.topics.recipients(name.clone(), version).await.map_err(|error| unread(&error))? {
+        let mut found =
+            self.topics.recipients(name.clone(), version).await.map_err(|error| unread(&error))?;
+        if found == TopicRecipients::NoTopic
+            && self.opened(name).await.map_err(|error| unread(&error))?.is_some()
+        {
+            // Asked again: somebody else may have made it, with members.
+            found = self.topics.recipients(name.clone(), version).await.map_err(|error| unread(&error))?;
+        }
+        match found {
             TopicRecipients::NoTopic if hints => Err(refusal(404, self.no_topic(name).await)),
             TopicRecipients::NoTopic => Err(refusal(404, no_topic(name))),
             TopicRecipients::Log(topic) => Ok(Found { topic, members: None }),

@@ -9,6 +9,7 @@ mod rates;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
@@ -22,7 +23,7 @@ use super::DispatchService;
 use crate::backoff::around;
 use crate::clock::Clock;
 use crate::inbox::history::HistoryRange;
-use crate::inbox::logs::EVERYONES_LIFE;
+use crate::inbox::logs::{EVERYONES_LIFE, key};
 use crate::inbox::topics::{MEMBERS_LOT, MembersChange, MembersChanged, PutTopic, TopicSettings};
 use crate::inbox::{
     Appender, Change, Inbox, InboxError, Janitor, Logs, PageLimit, Profile, StartAt, Stores, Topics,
@@ -31,7 +32,7 @@ use crate::membership::View;
 use crate::message::{LogId, Message, NodeId, Seq, TopicName, UserId};
 use crate::tasks::raised_or_else;
 use crate::telemetry::Metrics;
-use crate::topic::Delivery;
+use crate::topic::{Delivery, TopicPatterns};
 use crate::wire::http::PublishError;
 use crate::wire::peer::{DispatchRequest, DispatchResponse, LiveMessage, LogHint, Presence, Revocation};
 
@@ -41,7 +42,7 @@ const CURSORS_SETTLE: Duration = Duration::from_secs(1);
 pub const HISTORY_PAGE: PageLimit = PageLimit { messages: 1_000, bytes: 8 * 1024 * 1024 };
 
 /// The limits of collect.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct CollectLimits {
     /// Default life of a message, in seconds.
     pub ttl_s: u64,
@@ -49,6 +50,8 @@ pub struct CollectLimits {
     pub member_lists_bytes: u64,
     /// Publishes to logs.
     pub logs: LogLimits,
+    /// Names of topics that are made by their first publish or join, with a log.
+    pub open: TopicPatterns,
 }
 
 /// The role collect. Cheap to clone.
@@ -102,7 +105,7 @@ impl Collect {
         let log_appender = Arc::clone(logs.store()).appender(stored_in_logs, tasks);
         tasks.spawn(hand_on::<LiveMessage>(Arc::clone(&handing_on), dispatch.clone(), views.clone()));
         tasks.spawn(hand_on::<LogHint>(Arc::clone(&handing_on), dispatch.clone(), views));
-        let members = MemberLists::new(Arc::clone(&topics), limits.member_lists_bytes);
+        let members = MemberLists::new(Arc::clone(&topics), logs.clone(), &limits);
         let lots = Semaphore::new(publish::LOTS_AT_ONCE);
         let inner = Inner {
             inbox,
@@ -129,8 +132,8 @@ impl Collect {
 
     /// The limits of collect.
     #[must_use]
-    pub fn limits(&self) -> CollectLimits {
-        self.inner.limits
+    pub fn limits(&self) -> &CollectLimits {
+        &self.inner.limits
     }
 
     /// Creates a topic, or changes the life of its messages.
@@ -139,14 +142,7 @@ impl Collect {
     ///
     /// The store's.
     pub async fn put_topic(&self, name: TopicName, settings: TopicSettings) -> Result<PutTopic, InboxError> {
-        let put = self.inner.topics.put(name, settings).await?;
-        if let PutTopic::Created(topic) = &put
-            && topic.delivery == Delivery::Log
-        {
-            // Its head record is made with it.
-            self.inner.logs.head(&LogId::Topic(topic.name.clone())).await?;
-        }
-        Ok(put)
+        self.inner.members.put(name, settings).await
     }
 
     /// Ends a topic and its memberships. Returns whether there was one.
@@ -184,8 +180,12 @@ impl Collect {
         add: Vec<UserId>,
         remove: Vec<UserId>,
     ) -> Result<MembersChanged, InboxError> {
-        let Inner { topics, logs, handing_on, .. } = &*self.inner;
-        let Some(topic) = topics.topic(name.clone()).await? else { return Ok(MembersChanged::NoTopic) };
+        let Inner { topics, logs, members, handing_on, .. } = &*self.inner;
+        let found = match add.is_empty() {
+            true => topics.topic(name.clone()).await?,
+            false => members.found_or_open(&name).await?,
+        };
+        let Some(topic) = found else { return Ok(MembersChanged::NoTopic) };
         if topic.delivery != Delivery::Log {
             return topics.change_members(name, MembersChange { add, remove, from: None }).await;
         }
@@ -214,6 +214,29 @@ impl Collect {
         let Some(life) = self.life(log).await? else { return Ok(None) };
         let limit = limit.min(HISTORY_PAGE.messages);
         self.inner.logs.history(log, life, range, limit).await.map(Some)
+    }
+
+    /// Ends a message in the log of a topic: nobody is sent it from now on. Returns whether there
+    /// was one.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn end_message(&self, name: &TopicName, seq: Seq) -> Result<bool, InboxError> {
+        let Inner { logs, handing_on, clock, .. } = &*self.inner;
+        let log = LogId::Topic(name.clone());
+        let Some(life) = self.life(&log).await? else { return Ok(false) };
+        let before = Seq::at(seq.get().saturating_sub(1));
+        let page = logs.page(&log, life, before, PageLimit { messages: 1, bytes: 1 }).await?;
+        let Some(message) = page.messages.into_iter().next().filter(|message| message.seq == seq) else {
+            return Ok(false);
+        };
+        let at = clock.now();
+        logs.store().update(vec![Change::End { user: key(&log), seq, at }]).await?;
+        // The nodes drop it, too. One that was told of it by nobody yet sees that it has expired.
+        let message = Arc::new(Message { expires_at: at, payload: Bytes::from_static(b"null"), ..message });
+        handing_on.hint(vec![LogHint::Message { log, message }]);
+        Ok(true)
     }
 
     /// The life of a log; `None` if there is no such topic, or it has no log.

@@ -204,7 +204,8 @@ impl Admitter {
         }
         options.device = Some(ticket.device);
         let (issued_at_s, expires_at_s) = (ticket.token_iat_s, ticket.token_exp_s);
-        Ok(Known { user: ticket.user, issued_at_s, expires_at_s })
+        let watch = ticket.watch.map(Arc::new);
+        Ok(Known { user: ticket.user, issued_at_s, expires_at_s, watch })
     }
 
     async fn verify_token(

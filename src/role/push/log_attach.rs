@@ -17,8 +17,9 @@ use crate::backoff::Backoff;
 use crate::inbox::logs::EVERYONES_LIFE;
 use crate::inbox::topics::{LogMembership, Memberships};
 use crate::inbox::{InboxError, StartAt, Stores};
-use crate::message::{LogId, Seq, UserId};
-use crate::wire::frame::{LogOptions, LogPosition};
+use crate::message::{LogId, Seq, TopicName, UserId};
+use crate::topic::Delivery;
+use crate::wire::frame::{LogOptions, LogPosition, WatchSince};
 
 /// Users whose memberships are read again in one question.
 const LOT: usize = 1_000;
@@ -202,6 +203,40 @@ impl LogAttacher {
         }
         Ok(starts)
     }
+
+    /// Begins to read a topic that a client watches.
+    pub(super) async fn watch(
+        &self,
+        handle: &Arc<SessionHandle>,
+        topic: &TopicName,
+        since: WatchSince,
+    ) -> Result<Watched, InboxError> {
+        let log = LogId::Topic(topic.clone());
+        let found = self.stores.topics.topic(topic.clone()).await?;
+        let Some(topic) = found.filter(|topic| topic.delivery == Delivery::Log) else {
+            return Ok(Watched::NoLog);
+        };
+        let life = topic.version.life;
+        let Some(reading) = self.tails.read(&log, life, handle).await? else { return Ok(Watched::NoLog) };
+        let resets = reading.tail.resets();
+        let (after, fresh) = match since {
+            WatchSince::After(after) => (after, after.is_beginning()),
+            WatchSince::Latest => (reading.tail.position(), true),
+            WatchSince::Last => (self.tails.before_newest(&reading.tail).await?, true),
+        };
+        let restored_to = self.restored_to(&reading, after).await?;
+        let why = Why::Watched;
+        let start = LogStart { reading, why, after, restored_to, fresh, before_joining: None, resets };
+        Ok(Watched::Begins(Box::new(start)))
+    }
+}
+
+/// The outcome of [`LogAttacher::watch`].
+pub(super) enum Watched {
+    /// The session may begin to read.
+    Begins(Box<LogStart>),
+    /// There is no topic of that name that has a log.
+    NoLog,
 }
 
 /// What `welcome` says of the logs.

@@ -23,6 +23,8 @@ pub(super) enum Why {
     Everyone,
     /// The user is a member, and what stands up to here is not for this member.
     Member(Seq),
+    /// The client asked for it, and its token allows it. Its position is stored nowhere.
+    Watched,
 }
 
 /// Where a socket begins to read a log.
@@ -195,6 +197,15 @@ impl LogReaders {
                 self.end(at, out);
             }
         }
+        for one in now_members {
+            // A watched topic becomes a membership where it is.
+            let watched = self.of_topic(&one.topic).filter(|at| self.all[*at].why == Why::Watched);
+            if let Some(reader) = watched.map(|at| &mut self.all[at]).filter(|r| r.tail().life == one.life) {
+                reader.why = Why::Member(one.from);
+                let position = reader.session.position();
+                out.push(Act::frame(topic_frame(&one.topic, TopicState::Joined, Some(position))));
+            }
+        }
         let is_new = |one: &&LogMembership| {
             !self.all.iter().any(|reader| reader.tail().log.topic() == Some(&one.topic))
         };
@@ -207,6 +218,36 @@ impl LogReaders {
         let excess = self.left.len().saturating_sub(LOG_TOPICS);
         self.left.drain(..excess);
         joined
+    }
+
+    /// Begins to read a topic for a client that watches it.
+    pub(super) fn watched(&mut self, start: LogStart, out: &mut Vec<Act>) {
+        if let Some(topic) = start.reading.tail.log.topic() {
+            out.push(Act::frame(topic_frame(topic, TopicState::Watching, Some(start.after))));
+        }
+        self.begin(start, out);
+    }
+
+    /// How far a topic was read, if it is read, for whatever reason.
+    pub(super) fn position(&self, topic: &TopicName) -> Option<Seq> {
+        self.of_topic(topic).map(|at| self.all[at].session.position())
+    }
+
+    /// The topics that are watched.
+    pub(super) fn watches(&self) -> Vec<TopicName> {
+        let watched = self.all.iter().filter(|reader| reader.why == Why::Watched);
+        watched.filter_map(|reader| reader.tail().log.topic().cloned()).collect()
+    }
+
+    /// Ends the watching of a topic. A membership is not ended by that.
+    pub(super) fn unwatch(&mut self, topic: &TopicName, out: &mut Vec<Act>) {
+        if let Some(at) = self.of_topic(topic).filter(|at| self.all[*at].why == Why::Watched) {
+            self.end(at, out);
+        }
+    }
+
+    fn of_topic(&self, topic: &TopicName) -> Option<usize> {
+        self.all.iter().position(|reader| reader.tail().log.topic() == Some(topic))
     }
 
     /// The user has joined a topic. Nothing happens if the socket reads it already, or the
@@ -256,7 +297,8 @@ impl LogReaders {
     }
 
     fn look_whether_level(&mut self, out: &mut Vec<Act>) {
-        if !self.told_level && self.inbox_is_level && self.all.iter().all(|reader| reader.was_level) {
+        let is_level = |reader: &Reader| reader.was_level || reader.why == Why::Watched;
+        if !self.told_level && self.inbox_is_level && self.all.iter().all(is_level) {
             self.told_level = true;
             out.push(Act::frame(ServerFrame::CaughtUp { seq: None, of: OfLog::default(), all: true }));
         }
@@ -339,7 +381,7 @@ impl LogReaders {
 
     fn step(&mut self, at: usize, input: Input<LogFrame>, now: Millis, out: &mut Vec<Act>) {
         let Self { all, user, .. } = self;
-        let Reader { reading, session, wants, was_level, had_backlog, unacked, .. } = &mut all[at];
+        let Reader { reading, why, session, wants, was_level, had_backlog, unacked, .. } = &mut all[at];
         let log = &reading.tail.log;
         if matches!(input, Input::Reset(..)) {
             unacked.iter_mut().for_each(|unacked| unacked.clear());
@@ -355,6 +397,7 @@ impl LogReaders {
             }
             Output::Gap { after, before, reason } => out.push(Act::frame(gap(log, after, before, reason))),
             Output::Read { .. } => *wants = true,
+            Output::Cursor(_) if *why == Why::Watched => {}
             Output::Cursor(acked) => out.push(Act::Acked(log.clone(), acked)),
             // It is told below, with the position.
             Output::CaughtUp(_) => {}

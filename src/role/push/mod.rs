@@ -65,6 +65,8 @@ use crate::inbox::{InboxError, PositionQuery, StartAt};
 use crate::membership::{Counts, Departure, Membership, MembershipError, Reached};
 use crate::message::{LogId, Message, NodeId, Seq, TopicName, UserId};
 use crate::telemetry::WAY;
+use crate::topic::Delivery;
+use crate::watching::WatchRights;
 use crate::wire::frame::ReconnectHint;
 use crate::wire::peer::{
     LiveMessage, LogHint, PeerError, Presence, PushRequest, PushResponse, Revocation, ViewVersion,
@@ -307,8 +309,8 @@ impl Push {
         history::read(&self.node.reading.inbox, user, range, limit.min(OWN_HISTORY_PAGE)).await
     }
 
-    /// Reads a page of the log of a topic for a member, and where the following page begins; `None`
-    /// if the user is no member.
+    /// Reads a page of the log of a topic for a member, or for one whose token has the right to
+    /// watch it, and where the following page begins; `None` for others.
     ///
     /// # Errors
     ///
@@ -319,21 +321,30 @@ impl Push {
         topic: &TopicName,
         range: HistoryRange,
         limit: usize,
+        rights: Option<&WatchRights>,
     ) -> Result<Option<(Vec<Message>, Option<Seq>)>, InboxError> {
         let stores = &self.node.reading.stores;
         let memberships = stores.topics.log_memberships(vec![user.clone()]).await?;
         let of = memberships.iter().flat_map(|found| &found.logs).find(|one| one.topic == *topic);
-        let Some(membership) = of else { return Ok(None) };
+        let may_watch = rights.is_some_and(|rights| rights.allows(topic));
+        let (life, from) = match of {
+            _ if may_watch => match stores.topics.topic(topic.clone()).await? {
+                Some(known) if known.delivery == Delivery::Log => (known.version.life, Seq::BEGINNING),
+                _ => return Ok(None),
+            },
+            Some(membership) => (membership.life, membership.from),
+            None => return Ok(None),
+        };
         let range = match range {
-            HistoryRange::After(after) => HistoryRange::After(after.max(membership.from)),
+            HistoryRange::After(after) => HistoryRange::After(after.max(from)),
             before => before,
         };
         let log = LogId::Topic(topic.clone());
         let limit = limit.min(OWN_HISTORY_PAGE);
-        let (mut messages, next) = stores.logs.history(&log, membership.life, range, limit).await?;
-        messages.retain(|message| message.seq > membership.from && is_for(message.log_entry(), user));
+        let (mut messages, next) = stores.logs.history(&log, life, range, limit).await?;
+        messages.retain(|message| message.seq > from && is_for(message.log_entry(), user));
         // What stands further below is not for this member.
-        let next = next.filter(|next| matches!(range, HistoryRange::After(_)) || *next > membership.from);
+        let next = next.filter(|next| matches!(range, HistoryRange::After(_)) || *next > from);
         Ok(Some((messages, next)))
     }
 

@@ -26,6 +26,7 @@
 //! inline sender uses `try_lock` and falls back to the mailbox.
 
 mod logs;
+mod watching;
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -45,7 +46,7 @@ use tokio::time::{Instant, Sleep};
 use super::connection::read_frame;
 use super::cursors::CursorWriter;
 use super::end::{End, Socket, farewell};
-use super::log_attach::{LogAttacher, LogsAttached, shown};
+use super::log_attach::{LogAttacher, LogsAttached, Watched, shown};
 use super::log_positions::LogPositions;
 use super::log_readers::{Act, LogReaders, LogStart, Next};
 use super::mailbox::{LogMail, Mail};
@@ -59,13 +60,14 @@ use super::{PushLimits, PushMetrics};
 use crate::backoff::between;
 use crate::clock::Clock;
 use crate::inbox::UserPosition;
-use crate::message::{Millis, Seq};
+use crate::message::{Millis, Seq, TopicName};
 use crate::session::{Input, Item, Output, Session, StartPoint};
 use crate::telemetry::Counted;
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{ClientFrame, OfLog, ServerFrame};
 use crate::wire::refusal::RefusalReason;
 use crate::wire::socket::{Incoming, Outgoing, SocketError};
+use watching::Watching;
 
 /// Bytes queued for one socket above which its session reads the inbox instead. With one page (at
 /// most 102 KiB, see [`PAGE`](super::page_reads::PAGE)) it stays below 256 KiB (docs/design.md,
@@ -123,6 +125,8 @@ enum Event {
     Refreshed(Result<Known, End>),
     /// The logs that the user has joined, by the number of changes.
     Joined(u64, Vec<LogStart>),
+    /// A topic that the client watches from now on, or that cannot be watched.
+    Watched(TopicName, Watched),
     Timer,
     Fault(SocketError),
     Over,
@@ -218,6 +222,7 @@ struct Logs {
     inbox_was_level: bool,
     /// Topics that the user has joined, being found out.
     joining: Option<BoxFuture<'static, (u64, Vec<LogStart>)>>,
+    watching: Watching,
     /// What readers want done, in their order; empty between two events.
     acts: Vec<Act>,
 }
@@ -277,7 +282,7 @@ impl<S: Socket> Serving<S> {
         this.context.metrics.welcomed.inc();
         this.push(Outgoing::Text(welcome));
         if let Some(LogsAttached { readers, starts }) = logs {
-            this.begin_logs(*readers, starts);
+            this.begin_logs(*readers, starts, known.watch);
         }
         outputs.into_iter().for_each(|output| this.perform(output));
         this.handle.set_position(this.session.position());
@@ -373,6 +378,11 @@ impl<S: Socket> Serving<S> {
             logs.joining = None;
             return Poll::Ready(Event::Joined(changes, starts));
         }
+        if let Some(logs) = &mut self.logs
+            && let Poll::Ready((topic, watched)) = logs.watching.poll(cx)
+        {
+            return Poll::Ready(Event::Watched(topic, watched));
+        }
         self.poll_timer(cx)
     }
 
@@ -462,6 +472,7 @@ impl<S: Socket> Serving<S> {
             Event::Frame(incoming) => self.handle_frame(incoming)?,
             Event::Refreshed(known) => self.refreshed(known?)?,
             Event::Joined(changes, starts) => self.joined(changes, starts),
+            Event::Watched(topic, watched) => self.watched(topic, watched),
             Event::Timer => self.timer()?,
             Event::Fault(fault) => return Err(fault.into()),
             Event::Over => return Err(End::Gone),
@@ -525,9 +536,8 @@ impl<S: Socket> Serving<S> {
         match read_frame(&text)? {
             ClientFrame::Ack(seq) => self.step(Input::Ack(seq)),
             ClientFrame::AckLogs(acks) => self.acked(*acks),
-            ClientFrame::Watch(topic, _) => self.refuse_watch(&topic),
-            // Nothing is watched, and a membership is not ended by that.
-            ClientFrame::Unwatch(_) => {}
+            ClientFrame::Watch(topic, since) => self.watch(topic, since)?,
+            ClientFrame::Unwatch(topic) => self.unwatch(&topic),
             ClientFrame::Ping => self.reply(&ServerFrame::Pong),
             ClientFrame::Refresh(token) => self.begin_refresh(token)?,
             ClientFrame::Auth(_) => {
@@ -571,6 +581,7 @@ impl<S: Socket> Serving<S> {
         self.handle.set_token_iat_s(known.issued_at_s);
         self.token_ends = Instant::now() + until(known.expires_at_s, self.context.clock.now());
         self.reset_timer();
+        self.may_watch(known.watch);
         let expires_at = Millis(known.expires_at_s.saturating_mul(1000)).rfc3339();
         self.reply(&ServerFrame::Refreshed { expires_at });
         Ok(())

@@ -209,6 +209,14 @@ impl Tail {
         Seq::at(self.position.load(Ordering::Acquire))
     }
 
+    /// Shows a frame to nobody any more, if it is held.
+    pub(super) fn forget(&self, seq: Seq) {
+        let mut core = self.core.lock();
+        if let Ok(at) = core.frames.binary_search_by_key(&seq, |item| item.seq) {
+            core.frames[at].expires_at = Millis(0);
+        }
+    }
+
     /// How often the store was restored below what was read here.
     pub(super) fn resets(&self) -> u64 {
         self.resets.load(Ordering::Acquire)

@@ -206,6 +206,12 @@ impl Tails {
             // Its number counts, and it is shown to nobody.
             item.expires_at = crate::message::Millis(0);
         }
+        if item.expires_at <= self.clock.now() {
+            // One that was ended before its time may be held already.
+            tail.forget(item.seq);
+            let number = item.seq.get().saturating_sub(1) / BLOCK;
+            self.blocks.remove(&(log.clone(), tail.life, number));
+        }
         self.step(&tail, Input::Live(item));
     }
 
@@ -353,6 +359,27 @@ impl Tails {
         };
         *self.newcomers.lock() = Some((head, first));
         Ok(first)
+    }
+
+    /// The position before the newest message of a log, among its last numbers; the head if there
+    /// is none.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub(super) async fn before_newest(&self, tail: &Tail) -> Result<Seq, InboxError> {
+        let head = tail.position();
+        let mut after = Seq::at(head.get().saturating_sub(BLOCK));
+        let mut newest = None;
+        loop {
+            let page = self.stores.logs.page(&tail.log, tail.life, after, BLOCK_PAGE).await?;
+            newest = page.messages.last().map(|message| message.seq).or(newest);
+            if !page.more || page.upto >= head {
+                break;
+            }
+            after = page.upto;
+        }
+        Ok(newest.map_or(head, |seq| Seq::at(seq.get() - 1)))
     }
 
     /// Sockets were given so many bytes of logs.

@@ -1,10 +1,13 @@
 //! Verifying the tokens of clients.
 
+use std::sync::Arc;
+
 use tower::ServiceExt;
 
 use crate::message::UserId;
 use crate::role::VerifyService;
 use crate::telemetry::{Credential, Refusals};
+use crate::watching::WatchRights;
 use crate::wire::peer::{Identity, PeerError, VerifyRequest};
 
 /// A client that has shown who it is.
@@ -15,12 +18,15 @@ pub(super) struct Known {
     pub(super) issued_at_s: u64,
     /// `exp` of the token in whole seconds.
     pub(super) expires_at_s: u64,
+    /// What it allows to watch, if it says so.
+    pub(super) watch: Option<Arc<WatchRights>>,
 }
 
 impl From<Identity> for Known {
     fn from(identity: Identity) -> Self {
-        let Identity { user, issued_at_s, expires_at_s, .. } = identity;
-        Self { user, issued_at_s, expires_at_s }
+        let Identity { user, issued_at_s, expires_at_s, claims } = identity;
+        let watch = WatchRights::of_claims(&claims).map(Arc::new);
+        Self { user, issued_at_s, expires_at_s, watch }
     }
 }
 

@@ -17,7 +17,7 @@ pub use recipients::{EXCEPT_PER_PUBLISH, TOPICS_PER_PUBLISH};
 pub use replies::{
     Accepted, FailedMember, PublishError, Published, Stored, TopicOutcome, batch_body, history_body,
 };
-pub use requests::{parse_connect, parse_token_request, parse_verify_request};
+pub use requests::{TokenRequest, parse_connect, parse_token_request, parse_verify_request};
 pub use topics::{MEMBERS_PER_CALL, MembersRequest, TopicRequest, parse_members, parse_topic};
 
 use crate::message::{EventName, MessageId, Recipients};

@@ -5,6 +5,7 @@ use serde_json::value::RawValue;
 
 use super::{Problem, fault, parse_object, parse_user, present};
 use crate::message::{DeviceId, UserId};
+use crate::watching::{WATCH_RULE, WatchRights};
 
 /// Parses the body of `POST /v1/connect`. An empty body is the default device.
 ///
@@ -28,7 +29,18 @@ pub fn parse_connect(body: &[u8]) -> Result<DeviceId, Problem> {
     }
 }
 
-/// Parses the body of `POST /v1/tokens`: a user, and the life of the token in seconds.
+/// What `POST /v1/tokens` asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenRequest {
+    /// The user of the token.
+    pub user: UserId,
+    /// Life of the token in seconds, if it is named.
+    pub ttl_s: Option<u64>,
+    /// What the token allows to watch, if it says so.
+    pub watch: Option<WatchRights>,
+}
+
+/// Parses the body of `POST /v1/tokens`, whose token lives `life_s` seconds.
 ///
 /// # Errors
 ///
@@ -36,13 +48,15 @@ pub fn parse_connect(body: &[u8]) -> Result<DeviceId, Problem> {
 pub fn parse_token_request(
     body: &[u8],
     life_s: std::ops::RangeInclusive<u64>,
-) -> Result<(UserId, Option<u64>), Problem> {
+) -> Result<TokenRequest, Problem> {
     #[derive(Deserialize)]
     struct Raw<'a> {
         #[serde(default, borrow, deserialize_with = "present")]
         user: Option<&'a RawValue>,
         #[serde(default, borrow)]
         ttl_s: Option<&'a RawValue>,
+        #[serde(default, borrow)]
+        watch: Option<&'a RawValue>,
     }
     let raw: Raw<'_> = parse_object(body, "")?;
     let mut faults = Vec::new();
@@ -58,8 +72,14 @@ pub fn parse_token_request(
         let detail = format!("must be an integer from {} to {} seconds", life_s.start(), life_s.end());
         faults.push(fault("/ttl_s", detail));
     }
+    let patterns = |raw: &RawValue| serde_json::from_str::<Vec<String>>(raw.get()).map_err(|_| WATCH_RULE);
+    let read = raw.watch.map(|raw| WatchRights::parse(patterns(raw)?.iter().map(String::as_str)));
+    let watch = read.transpose().unwrap_or_else(|rule| {
+        faults.push(fault("/watch", rule));
+        None
+    });
     match user {
-        Some(user) if faults.is_empty() => Ok((user, ttl_s.flatten())),
+        Some(user) if faults.is_empty() => Ok(TokenRequest { user, ttl_s: ttl_s.flatten(), watch }),
         _ => Err(Problem::fields(faults)),
     }
 }

@@ -2,26 +2,32 @@
 
 use futures_util::FutureExt;
 
+use super::watching::Watching;
 use super::{Act, LOG_QUEUE_BYTES, LogMail, LogReaders, LogStart, Logs, Next, Outgoing, Serving, Socket};
 use crate::backoff::Backoff;
-use crate::message::{LogId, Millis, TopicName};
+use crate::message::{LogId, Millis};
 use crate::session::Input;
-use crate::wire::frame::{LogAcks, ServerFrame};
+use crate::watching::WatchRights;
+use crate::wire::frame::LogAcks;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The code of a topic that a client may not watch.
-const FORBIDDEN_TOPIC: &str = "forbidden_topic";
 /// Delay between two tries to join what the store did not tell, at first and at most.
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
 impl<S: Socket> Serving<S> {
     /// Begins to read logs, after `welcome`.
-    pub(super) fn begin_logs(&mut self, mut readers: LogReaders, starts: Vec<LogStart>) {
+    pub(super) fn begin_logs(
+        &mut self,
+        mut readers: LogReaders,
+        starts: Vec<LogStart>,
+        rights: Option<Arc<WatchRights>>,
+    ) {
         let mut acts = Vec::new();
         starts.into_iter().for_each(|start| readers.begin(start, &mut acts));
-        self.logs = Some(Box::new(Logs { readers, inbox_was_level: false, joining: None, acts }));
+        let watching = Watching::of(rights);
+        self.logs = Some(Box::new(Logs { readers, inbox_was_level: false, joining: None, watching, acts }));
         self.of_logs(|_, _, _| ());
     }
 
@@ -149,16 +155,5 @@ impl<S: Socket> Serving<S> {
             self.step(Input::Ack(seq));
         }
         self.take_of_logs();
-    }
-
-    /// Watching is not built: no token allows it.
-    pub(super) fn refuse_watch(&mut self, topic: &TopicName) {
-        self.reply(&ServerFrame::Error {
-            code: FORBIDDEN_TOPIC.to_owned(),
-            reason: FORBIDDEN_TOPIC.to_owned(),
-            message: "this server lets nobody watch topics".to_owned(),
-            topic: Some(topic.to_string()),
-            reconnect: None,
-        });
     }
 }
