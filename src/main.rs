@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ringpush::app::{App, Ended};
-use ringpush::cli::audit::{AuditPlan, ClientLibrary, TopicPlan, audit};
+use ringpush::cli::audit::{AuditPlan, TopicPlan, audit};
 use ringpush::cli::commands::{self, Addressed};
 use ringpush::cli::options::{AuditOptions, Cli, Command, Common, ConfigCommand, Serve};
 use ringpush::cli::publish::{self, Recipient};
@@ -143,8 +143,6 @@ async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<Exit
         topics: options.topics as usize,
         members: options.members as usize,
         rate: f64::from(options.topic_rate),
-        // The JavaScript library does not read logs yet.
-        logs: options.clients != ClientLibrary::JavaScript,
     });
     let plan = AuditPlan {
         topics,

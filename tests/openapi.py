@@ -117,6 +117,8 @@ def operations():
     call("logHistory", 200, "/v1/topics/log/messages", key=TOKEN, role="push")
     call("logHistory", 403, "/v1/topics/news/messages", key=TOKEN, role="push")
     call("everyonesHistory", 200, "/v1/everyone/messages?limit=1", key=API_KEY)
+    call("everyonesHistory", 200, "/v1/everyone/messages?limit=1", key=TOKEN, role="push")
+    call("everyonesHistory", 401, "/v1/everyone/messages", role="push")
     call("removeTopic", 202, "/v1/topics/news", key=API_KEY)
     call("removeTopic", 404, "/v1/topics/news", key=API_KEY)
     call("user", 200, "/v1/users/alice", key=API_KEY)

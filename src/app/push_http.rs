@@ -19,7 +19,7 @@ use super::edge::{
     Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, json_of, not_found, refuse,
 };
 use crate::inbox::history::HistoryRange;
-use crate::message::{Seq, TopicName};
+use crate::message::{LogId, NameError, Seq, TopicName};
 use crate::role::connect::{Connect, ConnectError};
 use crate::role::push::{Admission, AdmissionError, OWN_HISTORY_PAGE, Origins, Push, SocketRequest};
 use crate::telemetry::{Credential, Refusals};
@@ -79,6 +79,7 @@ pub(super) fn push_routes(edge: Arc<PushEdge>) -> Routes {
         .route("/v1/connect", post(connect_on_push).options(preflight_on_push))
         .route("/v1/inbox/messages", get(own_history).options(preflight_on_push))
         .route("/v1/topics/{topic}/messages", get(topic_history).options(preflight_on_push))
+        .route("/v1/everyone/messages", get(everyones_history).options(preflight_on_push))
         .with_state(edge)
 }
 
@@ -256,7 +257,7 @@ async fn identify(edge: &ConnectEdge, headers: &HeaderMap) -> Result<Identity, H
 }
 
 async fn own_history(State(edge): State<Arc<PushEdge>>, headers: HeaderMap, uri: Uri) -> Response<Body> {
-    shown_history(&edge, &headers, &uri, None).await
+    shown_history(&edge, &headers, &uri, Ok(None)).await
 }
 
 /// The log of a topic, for a member.
@@ -267,16 +268,26 @@ async fn topic_history(
     uri: Uri,
 ) -> Response<Body> {
     let topic = path.iter().find(|(name, _)| *name == "topic").map(|(_, topic)| topic);
-    shown_history(&edge, &headers, &uri, Some(topic.unwrap_or_default())).await
+    let log = TopicName::parse(topic.unwrap_or_default()).map(|topic| Some(LogId::Topic(topic)));
+    shown_history(&edge, &headers, &uri, log).await
+}
+
+/// The log of what goes to all users.
+async fn everyones_history(
+    State(edge): State<Arc<PushEdge>>,
+    headers: HeaderMap,
+    uri: Uri,
+) -> Response<Body> {
+    shown_history(&edge, &headers, &uri, Ok(Some(LogId::Everyone))).await
 }
 
 async fn shown_history(
     edge: &PushEdge,
     headers: &HeaderMap,
     uri: &Uri,
-    topic: Option<&str>,
+    log: Result<Option<LogId>, NameError>,
 ) -> Response<Body> {
-    let mut response = match read_history(edge, headers, uri.query().unwrap_or_default(), topic).await {
+    let mut response = match read_history(edge, headers, uri.query().unwrap_or_default(), log).await {
         Ok(response) => response,
         Err(refused) => refused.into_response(),
     };
@@ -284,7 +295,13 @@ async fn shown_history(
     response
 }
 
-async fn read_history(edge: &PushEdge, headers: &HeaderMap, query: &str, topic: Option<&str>) -> Answer {
+/// A page of a log, or of the user's inbox.
+async fn read_history(
+    edge: &PushEdge,
+    headers: &HeaderMap,
+    query: &str,
+    log: Result<Option<LogId>, NameError>,
+) -> Answer {
     check_origin(&edge.connect, headers)?;
     let identity = identify(&edge.connect, headers).await?;
     if edge.push.has_revoked(&identity.user, identity.issued_at_s).await {
@@ -293,13 +310,12 @@ async fn read_history(edge: &PushEdge, headers: &HeaderMap, query: &str, topic: 
     }
     let (range, limit) = history_query(query)?;
     let user = &identity.user;
-    let page = match topic.map(TopicName::parse) {
+    let page = match log.map_err(|rule| refuse(422, rule.to_string()))? {
         None => edge.push.history(user, range, limit).await.map(Some),
-        Some(Ok(topic)) => {
+        Some(log) => {
             let rights = WatchRights::of_claims(&identity.claims);
-            edge.push.log_history(user, &topic, range, limit, rights.as_ref()).await
+            edge.push.log_history(user, &log, range, limit, rights.as_ref()).await
         }
-        Some(Err(rule)) => return Err(refuse(422, rule.to_string())),
     };
     let page = page.map_err(|error| {
         tracing::warn!(%error, "a user's own history could not be read");

@@ -45,11 +45,13 @@ export interface Message<E extends object = Record<string, unknown>, K extends s
   /** What it tells, if its sender named that. */
   readonly event: K | undefined;
   readonly payload: K extends keyof E ? E[K] : unknown;
-  /** Its number in the user's inbox. */
+  /** Its number in the user's inbox, or with `inLog` in the log of its topic. */
   readonly seq: number;
   readonly id: string;
-  /** The topic by which it came, if it was not sent to the user. */
+  /** The topic by which it came, if it was not sent to the user; `everyone` if it was sent to all users. */
   readonly topic: string | undefined;
+  /** It stands in the log of its topic. There is no order between two logs, nor between a log and the inbox. */
+  readonly inLog: boolean;
   readonly traceparent: string | undefined;
   readonly acceptedAt: Date;
   readonly expiresAt: Date;
@@ -63,7 +65,10 @@ export interface Message<E extends object = Record<string, unknown>, K extends s
 export interface Gap {
   after: number;
   before: number;
-  reason: 'expired' | 'reset' | 'unreadable';
+  /** `joined`: what was before the user joined the topic. */
+  reason: 'expired' | 'reset' | 'unreadable' | 'joined';
+  /** The topic in whose log they are missing; none: in the inbox. */
+  topic: string | undefined;
 }
 
 export type State =
@@ -99,8 +104,15 @@ export interface Client<E extends object = Record<string, unknown>> extends Asyn
   onState(handler: (state: State) => void): () => void;
   /** A message is handled when the loop asks for the next one. Leaving the loop does not handle the one at hand. */
   messages(filter?: { events?: (keyof E & string)[]; topic?: string } & Until): AsyncIterable<Message<E>>;
-  /** What was before, newest first (`before`), or oldest first (`after`). */
-  history(range?: { before?: number; after?: number; limit?: number } & Until): Promise<{
+  /**
+   * The messages of a topic with a log of which the user is no member: the token's claim `watch` must allow it. From `since` on,
+   * from the newest message on (`last`), or what comes from now on (`latest`, the default). It goes on through reconnects and
+   * moves. It ends when the topic does, and throws where it is refused (`forbidden_topic`, `unknown_topic`). Other handlers
+   * have these messages, too. Not with `tabs: 'shared'`.
+   */
+  watch(topic: string, range?: { since?: number | 'latest' | 'last' } & Until): AsyncIterable<Message<E>>;
+  /** What was before: in the inbox, or in the log of a topic. Newest first (`before`), or oldest first (`after`). */
+  history(range?: { topic?: string; before?: number; after?: number; limit?: number } & Until): Promise<{
     messages: Message<E>[];
     /** The `before` (or `after`) of the following page. */
     next: number | null;

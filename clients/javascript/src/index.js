@@ -3,10 +3,10 @@
 // One line (a socket) at a time, two during a move. What the lines bring goes, each number once and in order, into one
 // queue; the pump hands it to the application one message at a time, and acks what was handled.
 
-import { Line, pause, placeOf } from './line.js';
+import { Line, isVisible, pause, placeOf } from './line.js';
+import { Tabs } from './tabs.js';
 import { Positions, memoryStore } from './positions.js';
-import { Tabs, isSupported, isVisible } from './tabs.js';
-import { Pump } from './pump.js';
+import { Pump, logOf } from './pump.js';
 import { Refused, RingpushError } from './errors.js';
 
 export { Refused, RingpushError };
@@ -22,6 +22,8 @@ const FIRST_HINT = { min_ms: 0, max_ms: 2_000 };
 const GRACE_MS = 5_000;
 const WAKE_MS = 3_000;
 const MOVE_TRIES = 3;
+/** Logs in one ack, which has at most 4 KiB. */
+const ACKED = 40;
 /** A timer that comes so much too late slept with the machine. */
 const TICK_MS = 1_000;
 const JUMP_MS = 10_000;
@@ -46,12 +48,12 @@ class Client {
   #wakeUp = null;              // ends the wait of the loop
   #patient = false;            // only wake() ends that wait
   #move = null;
-  #reset = null;               // the last reset, and the line that said it
   #ahead = 0;                  // how far the server's clock is ahead of this one, in ms
   #opening = new Set();        // lines without a welcome yet
   #caughtUp = null; #isCaughtUp = false;
   #ended; #end;
   #abort = new AbortController();
+  #watches = new Map();        // by topic: where it began, what went wrong, and who ends its loops
   #tabs = null;                // with `tabs: 'shared'`
   #news = null;                // with separate tabs: where the others say `forget`
 
@@ -77,7 +79,7 @@ class Client {
       window: size,
       validate: options.validate ?? {},
       error: (error, code) => this.#fault(error, code),
-      acked: (seq) => (this.#tabs ? this.#tabs.handled() : this.#acked(seq)),
+      acked: () => (this.#tabs ? this.#tabs.handled() : this.#acked()),
     });
     this.#listenToThePage();
     if (options.signal) {
@@ -98,13 +100,54 @@ class Client {
   messages(filter = {}) { return this.#pump.messages(filter); }
   [Symbol.asyncIterator]() { return this.messages()[Symbol.asyncIterator](); }
 
-  async history({ before, after, limit, signal } = {}) {
-    const page = await this.#page({ before, after, limit }, signal);
+  async *watch(topic, { since, signal } = {}) {
+    if (this.#options.tabs === 'shared') throw new RingpushError('tabs_shared', '"watch" needs "tabs": "separate"', false);
+    const over = new AbortController();
+    const end = () => over.abort();
+    signal?.addEventListener('abort', end);
+    const stream = this.#pump.messages({ topic, signal: over.signal });
+    // From now on it has what comes.
+    let next = stream.next();
+    const watch = this.#watches.get(topic) ?? { since, loops: new Set() };
+    watch.loops.add(end);
+    this.#watches.set(topic, watch);
+    this.#sendWatch(this.#line, topic);
+    try {
+      for (let given = await next; !given.done; given = await stream.next()) yield given.value;
+      if (watch.error) throw watch.error;
+    } finally {
+      stream.return();
+      watch.loops.delete(end);
+      if (!watch.loops.size && this.#watches.delete(topic)) {
+        this.#line?.send({ type: 'unwatch', topic });
+        if (this.#pump.logs.get(topic)?.watched) this.#pump.drop(topic);
+      }
+    }
+  }
+
+  #sendWatch(line, topic) {
+    if (line?.welcome?.topics) {
+      line.send({ type: 'watch', topic, since: this.#pump.logs.get(topic)?.position ?? this.#watches.get(topic).since });
+    }
+  }
+
+  /** A topic is watched no more: its loops end. */
+  #unwatched(topic, error) {
+    const watch = this.#watches.get(topic);
+    if (!watch) return;
+    this.#watches.delete(topic);
+    watch.error = error;
+    for (const end of watch.loops) end();
+  }
+
+  async history({ topic, before, after, limit, signal } = {}) {
+    const page = await this.#page({ before, after, limit }, signal, topic);
     return { messages: page.messages.map((frame) => this.#pump.message(frame, false)), next: page.next };
   }
 
-  async #page(range, signal) {
-    const url = new URL('v1/inbox/messages', this.#url);
+  async #page(range, signal, topic) {
+    const log = topic === 'everyone' ? topic : topic ? `topics/${topic}` : 'inbox';
+    const url = new URL(`v1/${log}/messages`, this.#url);
     for (const [name, value] of Object.entries(range)) {
       if (value !== undefined && value !== null) url.searchParams.set(name, value);
     }
@@ -208,12 +251,12 @@ class Client {
     if (this.#stopped) this.#finish();
   }
 
-  #name() { return `${this.#where}:1:${this.#options.user}:${this.#device}`; }
+  #name() { return `${this.#where}:2:${this.#options.user}:${this.#device}`; }
 
   get #where() { return `ringpush:${this.#url.host}${this.#url.pathname}`; }
 
   #share() {
-    if (!isSupported()) {
+    if (!globalThis.navigator?.locks || !globalThis.BroadcastChannel) {
       this.#fault('no Web Locks', 'tabs_not_shared', false);
       return this.#lead();
     }
@@ -228,8 +271,8 @@ class Client {
         this.#isCaughtUp = state.name === 'live';
         this.#set(state);
       },
-      ack: (seq) => this.#acked(seq),
-      page: (after) => this.#page({ after, limit: 100 }, this.#within(OPEN_MS)),
+      ack: () => this.#acked(),
+      page: (after, topic) => this.#page({ after, limit: 100 }, this.#within(OPEN_MS), topic),
       asked: (what) => (what.forget ? this.#forgotten() : what.wake ? this.wake() : this.refresh()),
       standing: () => ({ state: this.#state, beat: this.#line?.welcome?.heartbeat_ms }),
       error: (error, code) => (error instanceof Refused ? this.#stop('refused', error) : this.#fault(error, code)),
@@ -237,13 +280,15 @@ class Client {
     return this.#tabs.join();
   }
 
-  #acked(seq) {
-    this.#positions?.note(Math.min(seq, this.#pump.handled), this.#pump.at);
-    this.#sendAck(seq);
+  #acked() {
+    const log = this.#pump.logs.get('');
+    const seq = log ? this.#ackable('', log) : null;
+    if (seq !== null) this.#positions?.note(Math.min(seq, log.handled), log.at);
+    this.#sendAck();
   }
 
-  /** What may be acked. */
-  get #ackable() { return this.#tabs ? this.#tabs.floor : this.#pump.acked; }
+  /** What may be acked of a log. */
+  #ackable(name, log) { return this.#tabs ? this.#tabs.floor(name, log) : log.acked; }
 
   async #prepare() {
     const { device, user } = this.#options;
@@ -295,13 +340,15 @@ class Client {
     const place = await placeOf(this.#url, token, this.#device, this.#within(OPEN_MS));
     const url = place?.socket ?? place?.url ?? this.#socketUrl();
     const credential = place?.ticket ? { ticket: place.ticket } : place ? null : { token };
-    return this.#openAt(url, credential, this.#pump.position);
+    return this.#openAt(url, credential, 'position');
   }
 
-  async #openAt(url, credential, since, move = {}) {
+  async #openAt(url, credential, which, move = {}) {
     const ask = { device: this.#device, heartbeat: true, window: this.#options.window, client: CLIENT };
-    if (since !== null) ask.since = since;
+    const { '': since, everyone, ...topics } = this.#pump.all(which);
+    if (since >= 0) ask.since = since;
     else if (this.#options.begin) ask.begin = this.#options.begin;
+    if (credential) Object.assign(ask, { topics, everyone });
     const line = new Line(this.#WebSocket, url, credential, ask, OPEN_MS);
     move.opening = line;
     this.#opening.add(line);
@@ -318,7 +365,7 @@ class Client {
       if (this.#line !== line) continue;
       if (this.#next?.welcome) { this.#take(this.#next); continue; }
       this.#next?.close();
-      this.#next = this.#move = this.#line = this.#reset = null;
+      this.#next = this.#move = this.#line = null;
       clearTimeout(this.#refreshTimer);
       this.#isCaughtUp = false;
       this.#pump.rewind();
@@ -381,32 +428,49 @@ class Client {
     if (this.#over || (line !== this.#line && line !== this.#next)) return; // it is being left
     switch (frame.type) {
       case 'welcome': return this.#welcome(line, frame);
-      case 'message': {
-        const after = this.#pump.received;
-        const live = this.#isCaughtUp;
-        if (this.#pump.put(frame, live)) this.#tabs?.relay({ message: frame, after, live });
-        else this.#sendAck(this.#ackable, true);
+      case 'message':
+      case 'gap': {
+        const name = logOf(frame);
+        const log = this.#pump.logs.get(name);
+        if (!log) return undefined; // it crossed with the end of a membership
+        const { received: after } = log;
+        if (frame.type === 'message') {
+          const live = this.#isCaughtUp;
+          if (this.#pump.put(frame, live)) this.#tabs?.relay({ message: frame, after, live });
+          else this.#sendAck(name);
+        } else {
+          const { before, reason } = frame;
+          if (reason === 'reset') {
+            // During a move both lines may say it.
+            if ((line === this.#line ? this.#next : this.#line)?.reset[name] === before) return undefined;
+            line.reset[name] = before;
+          }
+          if (this.#pump.gap(frame)) this.#tabs?.relay({ gap: frame, after });
+        }
         return this.#reached();
       }
-      case 'gap': {
-        const { before, reason } = frame;
-        if (reason === 'reset') {
-          // During a move both lines may say it.
-          if (this.#reset?.line !== line && this.#reset?.before === before) return undefined;
-          this.#reset = { line, before };
+      case 'topic': {
+        const { topic, state, after } = frame;
+        if (state === 'left') {
+          this.#pump.logs.delete(topic);
+          return this.#unwatched(topic);
         }
-        const after = this.#pump.received;
-        if (this.#pump.gap(frame)) this.#tabs?.relay({ gap: { after: frame.after, before, reason }, after });
-        return this.#reached();
+        const watched = state === 'watching';
+        if (!watched || !this.#pump.logs.has(topic)) this.#pump.open(topic, after).watched = watched;
+        return undefined;
       }
       case 'caught_up':
+        if (line.welcome.topics ? !frame.all : logOf(frame)) return undefined;
         line.caughtUp = true;
         if (line === this.#next) return this.#take(line);
         this.#isCaughtUp = true;
         return this.#set(this.#served);
       case 'move': return line === this.#line && this.#beginMove(frame);
       case 'refreshed': return this.#refreshed(frame.expires_at);
-      case 'error': this.#hint = frame.reconnect ?? this.#hint; return undefined;
+      case 'error':
+        this.#hint = frame.reconnect ?? this.#hint;
+        if (frame.topic) this.#unwatched(frame.topic, new RingpushError(frame.code, frame.message, false));
+        return undefined;
       case 'heartbeat': return this.#tabs?.beat();
       default: // pong, and what a newer server says
     }
@@ -424,27 +488,35 @@ class Client {
     this.#hint = frame.reconnect ?? this.#hint;
     line.welcome = frame;
     line.watch(frame.heartbeat_ms ?? frame.ping_every_ms, GRACE_MS, !frame.features?.includes('heartbeat'));
-    this.#pump.begin(frame.since, this.#positions?.known);
+    const { logs } = this.#pump;
+    this.#pump.open('', frame.since, this.#positions?.known);
+    const { topics, everyone } = frame;
+    const told = { ...topics, ...everyone && { everyone } };
+    for (const name in told) this.#pump.open(name, told[name].after);
+    for (const name of logs.keys()) if (name && !told[name] && !this.#watches.has(name)) logs.delete(name);
+    for (const topic of this.#watches.keys()) this.#sendWatch(line, topic);
     this.#tabs?.announce();
     if (frame.server_time) this.#ahead = (Date.parse(frame.server_time) || Date.now()) - Date.now();
     if (frame.token_expires_at) this.#scheduleRefresh(frame.token_expires_at);
     if (line === this.#line) this.#set(this.#served);
-    this.#sendAck(this.#ackable, true);
+    this.#sendAck(true);
   }
 
   /** A move also ends when the new line has brought all that the old one had. */
   #reached() {
     const next = this.#next;
-    if (next?.welcome && next.seq >= (this.#line?.seq ?? 0) && next.seq > 0) this.#take(next);
+    if (!next?.welcome || !Object.keys(next.seq)[0]) return;
+    const old = this.#line?.seq ?? {};
+    if (Object.keys(old).every((name) => next.seq[name] >= old[name])) this.#take(next);
   }
 
   #take(line) {
     const old = this.#line;
     this.#line = line;
-    this.#next = this.#move = this.#reset = null;
+    this.#next = this.#move = null;
     this.#isCaughtUp = line.caughtUp || this.#isCaughtUp;
     this.#set(this.#served);
-    if (old && old !== line) { this.#sendAck(this.#ackable, true, old); old.close(); }
+    if (old && old !== line) { this.#sendAck(true, old); old.close(); }
   }
 
   async #beginMove({ url, node, reason, after_ms: after = 0 }) {
@@ -457,7 +529,7 @@ class Client {
       await pause(tries ? between(this.#hint) : after);
       if (isOver()) return;
       try {
-        const line = await this.#openAt(url, { token: await this.#anyToken() }, this.#pump.received, move);
+        const line = await this.#openAt(url, { token: await this.#anyToken() }, 'received', move);
         if (isOver()) { line.close(); return; }
         this.#next = line;
         line.begin((frame) => this.#frame(line, frame));
@@ -488,13 +560,25 @@ class Client {
     }
   }
 
-  #sendAck(seq, again = false, only = null) {
-    if (seq === null) return;
+  /** Says what may be acked; `again` is true or the name of a log: also what was said already. */
+  #sendAck(again, only) {
     for (const line of only ? [only] : [this.#line, this.#next]) {
-      if (line?.welcome && (again || line.acked !== seq)) {
-        line.acked = seq;
-        line.send({ type: 'ack', seq });
+      if (!line?.welcome) continue;
+      let ack = { type: 'ack' };
+      let count = 0;
+      for (const [name, log] of this.#pump.logs) {
+        const seq = this.#ackable(name, log);
+        if (seq === null || (again !== true && again !== name && line.acked[name] === seq)) continue;
+        line.acked[name] = seq;
+        if (!name) ack.seq = seq;
+        else if (name === 'everyone') ack.everyone = seq;
+        else (ack.topics ??= {})[name] = seq;
+        count += 1;
+        if (count % ACKED) continue;
+        line.send(ack);
+        ack = { type: 'ack' };
       }
+      if (count % ACKED) line.send(ack);
     }
   }
 

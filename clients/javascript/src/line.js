@@ -1,6 +1,9 @@
 // One socket, from its opening to its end. It parses frames, and notices silence.
 
 import { RingpushError } from './errors.js';
+import { logOf } from './pump.js';
+
+export const isVisible = () => globalThis.document?.visibilityState !== 'hidden';
 
 export const pause = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
 
@@ -26,9 +29,10 @@ export async function placeOf(base, token, device, signal) {
 export class Line {
   welcome = null;
   caughtUp = false;
-  /** The last number that came here, and the last ack that was said here. */
-  seq = 0;
-  acked = null;
+  /** By log: the last number that came here, the last ack that was said here, and where the last reset went on. */
+  seq = {};
+  acked = {};
+  reset = {};
   heard = 0;
   #socket; #watching = null; #asking = null; #heardAt = 0; #end; #open = false; #handler = null; #kept = [];
 
@@ -53,7 +57,7 @@ export class Line {
         let frame;
         try { frame = JSON.parse(data); } catch { return this.fail('rubbish'); }
         if (typeof frame?.type !== 'string') return this.fail('rubbish');
-        if (frame.type === 'message' && frame.seq > this.seq) this.seq = frame.seq;
+        if (frame.type === 'message') this.seq[logOf(frame)] = frame.seq;
         if (frame.type === 'welcome' && !this.#open) {
           this.#open = true;
           settle(resolve);

@@ -12,23 +12,37 @@ const RETRY_MAX_MS = 10_000;
 /** What a consumer answers that has left with the message at hand. */
 const LEFT = Symbol('left');
 
-export class Pump {
-  /** Up to here it was handled, and acked; null before the first line. */
+/** The log that a frame is about: a topic, `everyone`, or '' for the inbox. */
+export const logOf = ({ everyone, topic }) => (everyone ? 'everyone' : topic ?? '');
+
+/** The numbers of one log, or of the inbox. */
+class Log {
+  /** Up to here it was handled, and acked. */
   acked = null;
-  received = null;
-  /** When the newest message that was handled was accepted. */
-  get at() { return Date.parse(this.#accepted) || 0; }
-  #accepted;
-  /** The message at hand when its loop was left: it waits for whoever wants it. */
-  #left = null;
-  /** Where the first line began: nothing below it is to be acked. */
-  start = null;
-  #handled = null; #known = null;
   /** Resets so far: what was handled before the last one is not acked in the numbers after it. */
-  #resets = 0;
-  /** A reset that is not handled yet: where its numbers begin. */
-  #base = null;
-  #hooks; #queue = []; #busy = false; #over = false; #atHand = null;
+  resets = 0;
+
+  /** A line has begun after `start`; `known`: what an earlier page has handled, `{ seq, at }`. */
+  constructor(start, known) {
+    // Nothing below `start` is to be acked.
+    this.received = this.done = this.start = start;
+    this.known = known;
+  }
+
+  /** What was handled in this page, in the numbers that hold; `base`: where those of a reset begin that is not handled yet. */
+  get handled() { return this.base ?? this.done; }
+
+  /** Where the next line of this page starts: after what was handled, or is at hand. */
+  get position() { return this.base ?? this.atHand ?? this.done; }
+
+  /** When the newest message that was handled was accepted. */
+  get at() { return Date.parse(this.accepted) || 0; }
+}
+
+export class Pump {
+  /** By name; empty before the first line. */
+  logs = new Map();
+  #hooks; #queue = []; #busy = false; #over = false;
   #consumers = new Set(); #gapHandlers = new Set();
   #timer = null; #retry = null;
 
@@ -36,67 +50,80 @@ export class Pump {
 
   get idle() { return !this.#busy && this.#queue.length === 0; }
 
-  /** What was handled in this page, in the numbers that hold; null before the first line. */
-  get handled() { return this.#base ?? this.#handled; }
+  /** The log of this name, which begins there if it is new. */
+  open(name, start, known) {
+    if (!this.logs.has(name)) this.logs.set(name, new Log(start, known));
+    return this.logs.get(name);
+  }
 
-  /** Where the next line of this page starts: after what was handled, or is at hand; null: after the device's cursor. */
-  get position() { return this.#base ?? this.#atHand ?? this.#handled; }
+  /** Forgets a log, and what is queued of it. */
+  drop(name) {
+    const log = this.logs.get(name);
+    this.logs.delete(name);
+    this.#queue = this.#queue.filter((item) => item.log !== log);
+    this.#pump();
+  }
 
-  /** A line has begun after `since`; `known`: what an earlier page has handled, `{ seq, at }`. */
-  begin(since, known) {
-    if (this.received === null) {
-      this.received = this.#handled = this.start = since;
-      this.#known = known ?? null;
-    }
+  /** Where a line begins, by log: `position`, or during a move `received`. */
+  all(which) {
+    return Object.fromEntries([...this.logs].filter(([, log]) => !log.watched).map(([name, log]) => [name, log[which]]));
   }
 
   /** The lines are gone: what was not begun comes again, save a reset, which is told once. */
   rewind() {
-    this.#queue = this.#queue.filter((item) => item.reset && item.resets === this.#resets);
-    if (this.received === null) return;
-    this.received = this.position;
-    // What was acked as received and comes again is acked again, or its credit would be gone.
-    if (this.acked > this.received) this.acked = this.said = this.received;
+    this.#queue = this.#queue.filter(({ reset, resets, log }) => reset && resets === log.resets);
+    for (const log of this.logs.values()) {
+      log.received = log.position;
+      // What was acked as received and comes again is acked again, or its credit would be gone.
+      if (log.acked > log.received) log.acked = log.said = log.received;
+    }
   }
 
   /** Queues a message. Returns false for a repeat. */
   put(frame, live) {
-    if (this.received !== null && frame.seq <= this.received) return false;
-    this.received = frame.seq;
+    const { seq, accepted_at: accepted } = frame;
+    const log = this.logs.get(logOf(frame));
+    if (seq <= log.received) return false;
+    log.received = seq;
     // One that was accepted later has the number of another: the server's store is not the one of then.
-    const isKnown = frame.seq <= this.#known?.seq && Date.parse(frame.accepted_at) <= this.#known.at;
-    const message = isKnown ? null : this.message(frame, live);
-    this.#queue.push({ message, seq: frame.seq, accepted: frame.accepted_at, resets: this.#resets });
-    if (this.#hooks.ack === 'received') this.#ack(frame.seq);
+    const isKnown = seq <= log.known?.seq && Date.parse(accepted) <= log.known.at;
+    this.#queue.push({ log, message: isKnown ? null : this.message(frame, live), seq, accepted, resets: log.resets });
+    if (this.#hooks.ack === 'received') this.#ack(log, seq);
     this.#pump();
     return true;
   }
 
   /** Queues a gap. Returns false where it is known. */
-  gap({ after, before, reason }) {
+  gap(frame) {
+    const { after, before, reason, everyone, topic = everyone && 'everyone' } = frame;
+    const log = this.logs.get(logOf(frame));
+    const seq = before - 1;
     const reset = reason === 'reset';
-    if (!reset && this.received !== null && before <= this.received + 1) return false;
-    this.received = before - 1;
+    if (!reset && seq <= log.received) return false;
+    log.received = seq;
     if (reset) {
-      this.#known = null;
-      this.#base = before - 1;
-      this.acked = this.start = this.#left = null;
-      this.said = undefined;
-      this.#resets += 1;
+      log.base = seq;
+      log.acked = log.start = null;
+      log.known = log.left = log.said = undefined;
+      log.resets += 1;
     }
-    this.#queue.push({ gap: { after, before, reason }, seq: before - 1, reset, resets: this.#resets });
+    // Nobody is told that there is something that is not for this user.
+    const gap = reason === 'excepted' ? null : { after, before, reason, topic };
+    this.#queue.push({ log, gap, seq, reset, resets: log.resets });
     this.#pump();
     return true;
   }
 
   message(frame, live) {
-    const { seq, id, event, payload, via, topic = via, traceparent, accepted_at: acceptedAt, expires_at: expiresAt } = frame;
-    const resets = this.#resets;
+    const { seq, id, event, payload, via, traceparent, accepted_at: acceptedAt, expires_at: expiresAt } = frame;
+    const name = logOf(frame);
+    const log = this.logs.get(name);
+    const resets = log?.resets;
     return {
-      event, payload, seq, id, topic, traceparent, live,
+      event, payload, seq, id, topic: via ?? (name || undefined), inLog: !!name, traceparent, live,
       acceptedAt: new Date(acceptedAt),
       expiresAt: new Date(expiresAt),
-      ack: () => { if (this.#hooks.ack === 'manual' && resets === this.#resets) this.#ack(seq); },
+      ack: () => { if (this.#hooks.ack === 'manual' && resets === log?.resets) this.#ack(log, seq); },
     };
   }
 
@@ -161,20 +188,20 @@ export class Pump {
       while (!this.#over && this.#queue.length > 0 && this.#consumers.size > 0) {
         const item = this.#queue[0];
         // Whoever had it has left: it waits for somebody else who wants it.
-        if (this.#left === item.seq && ![...this.#consumers].some((consumer) => consumer.wants(item.message))) return;
+        if (item.log.left === item.seq && ![...this.#consumers].some((consumer) => consumer.wants(item.message))) return;
         this.#queue.shift();
         if (item.gap) {
           await this.#giveGap(item);
           if (this.#over) return;
         } else if (item.message) {
-          this.#atHand = item.seq;
+          item.log.atHand = item.seq;
           let handled = this.#give(item);
           // Most handlers are done when they return: a promise for each would cost more than all the rest.
           if (handled.then) handled = await handled;
-          this.#atHand = null;
+          item.log.atHand = null;
           if (this.#over) return;
           if (!handled) {
-            this.#left = item.done ? null : item.seq;
+            item.log.left = item.done ? null : item.seq;
             this.#queue.unshift(item);
             continue;
           }
@@ -241,21 +268,19 @@ export class Pump {
     }
   }
 
-  #done({ seq, resets, reset, accepted }) {
-    if (resets !== this.#resets) return;
-    if (reset) {
-      this.#handled = seq;
-      this.#base = null;
-    } else this.#handled = Math.max(seq, this.#handled ?? 0);
-    if (accepted && !(accepted <= this.#accepted)) this.#accepted = accepted;
-    this.#left = null;
-    if (this.#hooks.ack === 'handled') this.#ack(this.#handled);
+  #done({ log, seq, resets, reset, accepted }) {
+    if (resets !== log.resets) return;
+    if (reset) log.base = null;
+    log.done = reset ? seq : Math.max(seq, log.done);
+    if (accepted && !(accepted <= log.accepted)) log.accepted = accepted;
+    log.left = null;
+    if (this.#hooks.ack === 'handled') this.#ack(log, log.done);
   }
 
-  #ack(seq) {
-    if (this.acked !== null && seq <= this.acked) return;
-    const ahead = seq - (this.said ?? this.start ?? seq);
-    this.acked = seq;
+  #ack(log, seq) {
+    if (log.acked !== null && seq <= log.acked) return;
+    const ahead = seq - (log.said ?? log.start ?? seq);
+    log.acked = seq;
     if (ahead >= this.#hooks.window / 2) return this.flush();
     if (this.#timer) return;
     waiting += 1;
@@ -266,9 +291,8 @@ export class Pump {
     if (this.#timer) waiting -= 1;
     clearTimeout(this.#timer);
     this.#timer = null;
-    if (this.acked === null) return;
-    this.said = this.acked;
-    this.#hooks.acked(this.acked);
+    for (const log of this.logs.values()) log.said = log.acked ?? undefined;
+    this.#hooks.acked();
   }
 
   end() {

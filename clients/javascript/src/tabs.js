@@ -1,11 +1,12 @@
 // `tabs: 'shared'`: one socket for all tabs of a user. Web Locks elect the tab that holds it (the leader); it hands what
 // comes to the others over a BroadcastChannel, and acks what it and every visible tab have handled.
 //
-// What is said on the channel: the leader says `lead` (its term and positions), `message`, `gap`, `state` and `beat`, each
+// What is said on the channel: the leader says `lead` (its term, and its positions by log), `message`, `gap` and `state`, each
 // with its `term` and `era` (how many resets there were); a tab says `hello` and what it has handled, `bye`, `wake`,
 // `refresh` and `forget`. Whatever else comes there is of another version, and ignored.
 
-import { pause } from './line.js';
+import { isVisible, pause } from './line.js';
+import { logOf } from './pump.js';
 import { withValue } from './positions.js';
 
 /** How often the tabs that are waited for are looked at. */
@@ -15,8 +16,6 @@ const BEAT_MS = 5_000;
 const GRACE_MS = 5_000;
 /** How long a tab may take to say what it has handled before it is not waited for. */
 const REPORT_MS = 1_000;
-
-export const isSupported = () => Boolean(globalThis.navigator?.locks && globalThis.BroadcastChannel);
 
 export class Tabs {
   leads = false;
@@ -73,7 +72,7 @@ export class Tabs {
     if (what.gap?.reason === 'reset') {
       this.#era += 1;
       this.#keep('era', this.#era);
-      for (const tab of this.#tabs.values()) tab.handled = null;
+      for (const tab of this.#tabs.values()) tab.handled = {};
     }
     this.#say({ ...what, term: this.#term, era: this.#era });
   }
@@ -81,7 +80,7 @@ export class Tabs {
   beat() {
     this.#beaten = Date.now();
     // With it a tab sees what it has missed.
-    this.relay({ beat: true, after: this.#pump.received });
+    this.announce();
   }
 
   ask(what) { this.#say({ [what]: true }); }
@@ -92,13 +91,11 @@ export class Tabs {
     else this.#report();
   }
 
-  /** What may be acked: what the leader and every visible tab have handled. */
-  get floor() {
-    let floor = this.#pump.acked ?? this.#pump.start;
-    for (const { visible, handled } of this.#tabs.values()) {
-      if (visible) floor = floor === null || handled === null ? null : Math.min(floor, handled);
-    }
-    return floor;
+  /** What may be acked of a log: what the leader and every visible tab have handled. */
+  floor(name, log) {
+    const all = [log.acked ?? log.start];
+    for (const { visible, handled } of this.#tabs.values()) if (visible) all.push(handled[name]);
+    return all.every(Number.isInteger) ? Math.min(...all) : null;
   }
 
   // --- leading --------------------------------------------------------------------------------------
@@ -124,7 +121,7 @@ export class Tabs {
     if (!this.#release) return;
     this.#keep('term', this.#term);
     this.#tabs.clear();
-    for (const id of living) this.#tabs.set(id, { visible: true, handled: null });
+    for (const id of living) this.#tabs.set(id, { visible: true, handled: {} });
     this.leads = true;
     this.announce();
     setTimeout(() => {
@@ -143,18 +140,19 @@ export class Tabs {
   }
 
   #lead() {
-    const { handled, received } = this.#pump;
-    const since = handled === null ? null : Math.min(handled, this.floor ?? handled);
-    return { term: this.#term, era: this.#era, since, received, ...this.#hooks.standing() };
+    const logs = {};
+    for (const [name, log] of this.#pump.logs) {
+      const { handled, received } = log;
+      logs[name] = [Math.min(handled, this.floor(name, log) ?? handled), received];
+    }
+    return { term: this.#term, era: this.#era, logs, ...this.#hooks.standing() };
   }
 
   #ack() {
-    const { floor } = this;
-    if (floor === null) return undefined;
     // A tab that was frozen may have lost its lock without having heard of it.
     return withValue(this.#store.get(`${this.#name}:term`), (kept) => {
       if (Number(kept) > this.#term) this.#depose();
-      else if (this.leads) this.#hooks.ack(floor);
+      else if (this.leads) this.#hooks.ack();
     });
   }
 
@@ -180,7 +178,8 @@ export class Tabs {
     if (this.leads) {
       if (now - this.#beaten > BEAT_MS) this.beat();
       if (wasFrozen) this.#ack();
-      if (this.floor !== this.#pump.acked && now - this.#pruned > PRUNE_MS) {
+      const isBehind = ([name, log]) => this.floor(name, log) !== log.acked;
+      if ([...this.#pump.logs].some(isBehind) && now - this.#pruned > PRUNE_MS) {
         this.#pruned = now;
         this.#prune();
       }
@@ -200,7 +199,9 @@ export class Tabs {
   #say(what) { try { this.#channel?.postMessage(what); } catch { /* it is closed */ } }
 
   #report(hello) {
-    this.#say({ tab: this.#id, hello, visible: isVisible(), handled: this.#pump.acked ?? this.#pump.start, era: this.#era });
+    const handled = {};
+    for (const [name, log] of this.#pump.logs) handled[name] = log.acked ?? log.start;
+    this.#say({ tab: this.#id, hello, visible: isVisible(), handled, era: this.#era });
   }
 
   #heard(said) {
@@ -222,14 +223,8 @@ export class Tabs {
   #hear({ tab, bye, hello, visible, handled, era }) {
     if (bye) this.#tabs.delete(tab);
     else {
-      const position = era === this.#era && Number.isInteger(handled) ? handled : null;
-      this.#tabs.set(tab, { visible: visible !== false, handled: position, said: true });
-      if (hello) {
-        // A tab without a position starts at the one that it is told.
-        const lead = this.#lead();
-        if (handled === null) this.#tabs.get(tab).handled = lead.since;
-        this.#say({ lead });
-      }
+      if (hello) this.announce();
+      this.#tabs.set(tab, { visible: visible !== false, handled: era === this.#era ? handled ?? {} : {}, said: true });
     }
     this.#ack();
   }
@@ -239,53 +234,51 @@ export class Tabs {
     if (lead) {
       this.#silence = (lead.beat || 25_000) + GRACE_MS;
       if (lead.state) this.#hooks.follow(lead.state);
-      if (!Number.isInteger(lead.since)) return;
-      if (this.#pump.received === null) {
-        this.#pump.begin(lead.since);
-        this.#era = lead.era;
+      for (const [name, [since, received]] of Object.entries(lead.logs)) {
+        const isKnown = this.#pump.logs.has(name);
+        const log = this.#pump.open(name, since);
+        // A reset that this tab did not hear.
+        if (isKnown && lead.era > this.#era) {
+          this.#pump.gap(this.#of(name, { after: log.received, before: since + 1, reason: 'reset' }));
+        }
+        await this.#level(name, received);
       }
-      this.#missed(lead.era, lead.since);
+      this.#era = lead.era;
       this.#report();
-      await this.#level(lead.received);
-    } else if (state) {
-      this.#hooks.follow(state);
-    } else {
-      if (this.#pump.received === null) { this.#report(true); return; }
-      if (gap?.reason === 'reset' && era === this.#era + 1) {
-        this.#era = era;
-        this.#pump.gap(gap);
-        return;
-      }
-      this.#missed(era, after);
-      await this.#level(after);
-      if (message) this.#pump.put(message, live);
-      if (gap) this.#pump.gap(gap);
+      return;
     }
+    if (state) return this.#hooks.follow(state);
+    const frame = message ?? gap;
+    if (gap?.reason === 'reset' && era === this.#era + 1) this.#era = era;
+    else if (era !== this.#era || !this.#pump.logs.has('')) return this.#report(true);
+    else {
+      this.#pump.open(logOf(frame), after);
+      await this.#level(logOf(frame), after);
+    }
+    if (message) this.#pump.put(message, live);
+    else this.#pump.gap(gap);
   }
 
-  /** A reset that this tab did not hear. */
-  #missed(era, since) {
-    if (!(era > this.#era)) return;
-    this.#era = era;
-    this.#pump.gap({ after: this.#pump.received, before: since + 1, reason: 'reset' });
-  }
+  /** A frame, of this log. */
+  #of(topic, frame) { return topic === 'everyone' ? { ...frame, everyone: true } : { ...frame, topic }; }
 
-  /** Reads what was missed, up to `to`. */
-  async #level(to) {
-    while (this.#channel && !this.leads && this.#pump.received < to) {
+  /** Reads what was missed of a log, up to `to`. */
+  async #level(name, to) {
+    const log = this.#pump.logs.get(name);
+    while (this.#channel && !this.leads && log.received < to) {
+      const gap = (before) => {
+        const { received: after } = log;
+        if (before > after + 1) this.#pump.gap(this.#of(name, { after, before, reason: 'expired' }));
+      };
       let page;
-      try { page = await this.#hooks.page(this.#pump.received); } catch (error) {
+      try { page = await this.#hooks.page(log.received, name); } catch (error) {
         this.#hooks.error(error, 'history');
         await pause(1_000);
         continue;
       }
-      const gap = (before) => {
-        const known = this.#pump.received;
-        if (before > known + 1) this.#pump.gap({ after: known, before, reason: 'expired' });
-      };
       for (const message of page.messages) {
         gap(message.seq);
-        this.#pump.put(message, false);
+        this.#pump.put(this.#of(name, message), false);
       }
       if (page.next === null) gap(to + 1);
     }
@@ -299,5 +292,3 @@ export class Tabs {
     try { await this.#store.set(`${this.#name}:${what}`, String(value)); } catch { /* a full quota */ }
   }
 }
-
-export const isVisible = () => globalThis.document?.visibilityState !== 'hidden';

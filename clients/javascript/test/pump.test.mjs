@@ -8,9 +8,10 @@ function pump(more = {}) {
   const told = { acked: [], faults: [] };
   const made = new Pump({
     ack: 'handled', window: 256, validate: {},
-    error: (fault, code = fault.code) => { told.faults.push(code); }, acked: (seq) => told.acked.push(seq), ...more,
+    error: (fault, code = fault.code) => { told.faults.push(code); },
+    acked: () => { const { acked } = made.logs.get(''); if (acked !== null) told.acked.push(acked); }, ...more,
   });
-  made.begin(0, null);
+  made.open('', 0);
   return { made, told };
 }
 const frame = (seq, more = {}) => ({ seq, id: `m-${seq}`, payload: seq, accepted_at: 0, expires_at: 0, ...more });
@@ -81,8 +82,8 @@ test('a gap is waited for, and a reset lets lower numbers pass', async () => {
 
 test('what an earlier page has handled is dropped and acked', async () => {
   const { made, told } = pump();
-  made.received = null;
-  made.begin(5, { seq: 7, at: 1e15 });
+  made.logs.clear();
+  made.open('', 5, { seq: 7, at: 1e15 });
   const seen = [];
   made.on('*', ({ seq }) => { seen.push(seq); });
   for (const seq of [6, 7, 8]) made.put(frame(seq), false);
@@ -130,8 +131,8 @@ test('a handler that fails and is taken off holds up nothing', async () => {
 
 test('what was accepted after an earlier page had handled its number is another message', async () => {
   const { made } = pump();
-  made.received = null;
-  made.begin(5, { seq: 7, at: 1_000 });
+  made.logs.clear();
+  made.open('', 5, { seq: 7, at: 1_000 });
   const seen = [];
   made.on('*', ({ seq }) => { seen.push(seq); });
   made.put(frame(6, { accepted_at: '1970-01-01T00:00:00.900Z' }), false);
@@ -146,7 +147,7 @@ test('a reset that is not handled yet outlives its line, and the next line start
   made.gap({ after: 990, before: 501, reason: 'reset' });
   made.put(frame(501), true);
   made.rewind();
-  assert.equal(made.position, 500);
+  assert.equal(made.logs.get('').position, 500);
   assert.equal(made.put(frame(501), false), true);
   const seen = [];
   made.onGap(({ before }) => { seen.push(`gap ${before}`); });
@@ -237,4 +238,60 @@ test('once the user is forgotten no position is written, whatever the store stil
   positions.gone = true;
   await positions.flush();
   assert.deepEqual(written, ['7:1', '8:2']);
+});
+
+test('each log has its own numbers, and what is not for this user is passed over', async () => {
+  const { made } = pump();
+  made.open('news', 900);
+  made.open('everyone', 7);
+  const [seen, gaps] = [[], []];
+  made.onGap((gap) => { gaps.push(gap); });
+  made.on('*', ({ seq, topic, inLog }) => { seen.push([topic, seq, inLog]); });
+  made.put(frame(1), true);
+  assert.equal(made.put(frame(901, { topic: 'news' }), true), true);
+  assert.equal(made.put(frame(901, { topic: 'news' }), true), false);
+  made.put(frame(8, { everyone: true }), true);
+  made.gap({ after: 901, before: 903, reason: 'excepted', topic: 'news' });
+  made.gap({ after: 8, before: 10, reason: 'expired', everyone: true });
+  made.put(frame(2, { via: 'friends' }), true);
+  await soon();
+  assert.deepEqual(seen, [[undefined, 1, false], ['news', 901, true], ['everyone', 8, true], ['friends', 2, false]]);
+  assert.deepEqual(gaps, [{ after: 8, before: 10, reason: 'expired', topic: 'everyone' }]);
+  assert.deepEqual(['', 'news', 'everyone'].map((name) => made.logs.get(name).acked), [2, 902, 9]);
+  assert.deepEqual(made.all('position'), { '': 2, news: 902, everyone: 9 });
+});
+
+test('a reset of one log leaves the others alone', async () => {
+  const { made } = pump();
+  made.open('news', 900);
+  const seen = [];
+  made.onGap(({ reason, topic }) => { seen.push([reason, topic]); });
+  made.on('*', ({ seq }) => { seen.push(seq); });
+  made.put(frame(1), true);
+  made.put(frame(950, { topic: 'news' }), true);
+  made.gap({ after: 950, before: 41, reason: 'reset', topic: 'news' });
+  made.put(frame(41, { topic: 'news' }), true);
+  assert.equal(made.put(frame(1), true), false);
+  await soon();
+  assert.deepEqual(seen, [1, 950, ['reset', 'news'], 41]);
+  assert.deepEqual([made.logs.get('').acked, made.logs.get('news').acked], [1, 41]);
+});
+
+test('what is queued of a log that is dropped holds up nobody', async () => {
+  const { made } = pump();
+  made.open('match', 0);
+  const loop = made.messages({ topic: 'match' });
+  const next = loop.next();
+  const seen = [];
+  made.put(frame(1, { topic: 'match' }), true);
+  made.put(frame(2, { topic: 'match' }), true);
+  made.put(frame(5), true);
+  assert.equal((await next).value.seq, 1);
+  await loop.return();
+  made.on('news', () => {});
+  await soon();
+  made.drop('match');
+  made.on('*', ({ seq }) => { seen.push(seq); });
+  await soon();
+  assert.equal(made.logs.get('').acked, 5);
 });

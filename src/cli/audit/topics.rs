@@ -29,7 +29,7 @@ use crate::backoff::between;
 /// Time between two changes of members.
 const CHANGE_EVERY: Duration = Duration::from_millis(200);
 
-/// What the audit does with topics.
+/// What the audit does with topics. Every second one has a log, and everyone is published to.
 #[derive(Debug, Clone, Copy)]
 pub struct TopicPlan {
     /// Number of topics.
@@ -38,8 +38,6 @@ pub struct TopicPlan {
     pub members: usize,
     /// Messages per second, each to one topic.
     pub rate: f64,
-    /// Every second topic has a log, and everyone is published to.
-    pub logs: bool,
 }
 
 /// How long an attempt may go on after its answer was lost.
@@ -154,7 +152,7 @@ impl TopicVerdict {
 impl Bench {
     /// Whether a topic has a log.
     fn has_log(&self, topic: usize) -> bool {
-        topic % 2 == 1 && self.plan.topics.is_some_and(|plan| plan.logs)
+        topic % 2 == 1 && self.plan.topics.is_some()
     }
 
     fn topic(&self, n: usize) -> String {
@@ -237,12 +235,7 @@ impl Bench {
 
     /// Publishes to topics at the rate, and changes their members meanwhile.
     pub(super) async fn load_topics(self: Arc<Self>, plan: TopicPlan) {
-        let to_everyone = async {
-            if plan.logs {
-                self.publish_to_everyone().await;
-            }
-        };
-        tokio::join!(self.publish_to_topics(plan), self.exchange_members(plan), to_everyone);
+        tokio::join!(self.publish_to_topics(plan), self.exchange_members(plan), self.publish_to_everyone());
     }
 
     async fn publish_to_everyone(&self) {

@@ -60,10 +60,10 @@ pub use tails::LogReadingLimits;
 
 use crate::fallback::Holder;
 use crate::inbox::history::{self, HistoryRange};
-use crate::inbox::logs::is_for;
+use crate::inbox::logs::{EVERYONES_LIFE, is_for};
 use crate::inbox::{InboxError, PositionQuery, StartAt};
 use crate::membership::{Counts, Departure, Membership, MembershipError, Reached};
-use crate::message::{LogId, Message, NodeId, Seq, TopicName, UserId};
+use crate::message::{LogId, Message, NodeId, Seq, UserId};
 use crate::telemetry::WAY;
 use crate::topic::Delivery;
 use crate::watching::WatchRights;
@@ -318,30 +318,33 @@ impl Push {
     pub async fn log_history(
         &self,
         user: &UserId,
-        topic: &TopicName,
+        log: &LogId,
         range: HistoryRange,
         limit: usize,
         rights: Option<&WatchRights>,
     ) -> Result<Option<(Vec<Message>, Option<Seq>)>, InboxError> {
         let stores = &self.node.reading.stores;
-        let memberships = stores.topics.log_memberships(vec![user.clone()]).await?;
-        let of = memberships.iter().flat_map(|found| &found.logs).find(|one| one.topic == *topic);
-        let may_watch = rights.is_some_and(|rights| rights.allows(topic));
-        let (life, from) = match of {
-            _ if may_watch => match stores.topics.topic(topic.clone()).await? {
-                Some(known) if known.delivery == Delivery::Log => (known.version.life, Seq::BEGINNING),
-                _ => return Ok(None),
-            },
-            Some(membership) => (membership.life, membership.from),
-            None => return Ok(None),
+        let (life, from) = match log {
+            LogId::Everyone => (EVERYONES_LIFE, Seq::BEGINNING),
+            LogId::Topic(topic) if rights.is_some_and(|rights| rights.allows(topic)) => {
+                match stores.topics.topic(topic.clone()).await? {
+                    Some(known) if known.delivery == Delivery::Log => (known.version.life, Seq::BEGINNING),
+                    _ => return Ok(None),
+                }
+            }
+            LogId::Topic(topic) => {
+                let memberships = stores.topics.log_memberships(vec![user.clone()]).await?;
+                let of = memberships.iter().flat_map(|found| &found.logs).find(|one| one.topic == *topic);
+                let Some(membership) = of else { return Ok(None) };
+                (membership.life, membership.from)
+            }
         };
         let range = match range {
             HistoryRange::After(after) => HistoryRange::After(after.max(from)),
             before => before,
         };
-        let log = LogId::Topic(topic.clone());
         let limit = limit.min(OWN_HISTORY_PAGE);
-        let (mut messages, next) = stores.logs.history(&log, life, range, limit).await?;
+        let (mut messages, next) = stores.logs.history(log, life, range, limit).await?;
         messages.retain(|message| message.seq > from && is_for(message.log_entry(), user));
         // What stands further below is not for this member.
         let next = next.filter(|next| matches!(range, HistoryRange::After(_)) || *next > from);
