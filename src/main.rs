@@ -114,8 +114,8 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Topic { command, target }) => {
             topic::topic(command_config(&common)?, at(target), command.command()?).await
         }
-        Some(Command::Listen { user, since, device, target }) => {
-            commands::listen(command_config(&common)?, at(target), &user, since, &device).await
+        Some(Command::Listen { user, since, device, watch, target }) => {
+            commands::listen(command_config(&common)?, at(target), &user, since, &device, &watch).await
         }
         Some(Command::Ring { user, target }) => {
             commands::ring(command_config(&common)?, at(target), user.as_deref()).await

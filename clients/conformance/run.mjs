@@ -159,6 +159,7 @@ const STEPS = {
     const arrival = await world.arrivals.until('a socket', () => true, step.within_ms);
     if (step.after_ms && arrival.at - began < step.after_ms) throw new Error(`it came after ${arrival.at - began} ms`);
     if (step.auth && !matches(arrival.auth, step.auth)) throw new Error(`it said ${JSON.stringify(arrival.auth)}`);
+    for (const name of step.with ?? []) if (!arrival.auth[name]) throw new Error(`it said no ${name}: ${JSON.stringify(arrival.auth)}`);
     for (const name of step.without ?? []) {
       if (name in arrival.auth) throw new Error(`it said ${name}: ${JSON.stringify(arrival.auth)}`);
     }

@@ -9,6 +9,7 @@ const say = (event) => process.stdout.write(`${JSON.stringify(event)}\n`);
 let handler = 'ok';
 let released = () => {};
 const clients = [];
+const watching = new Map();
 
 const token = (url) => async ({ reason, signal }) => {
   const answer = await fetch(`${url}/token?reason=${reason}`, { signal });
@@ -36,6 +37,17 @@ function begin({ url, clients: count = 1, device, ...options }) {
   }
 }
 
+async function watch(client, { topic, since }) {
+  const abort = new AbortController();
+  watching.set(topic, abort);
+  try {
+    // The handler of all messages shows them.
+    for await (const message of client.watch(topic, { since, signal: abort.signal })) void message;
+  } catch (error) {
+    say({ error: error.code });
+  }
+}
+
 createInterface({ input: process.stdin }).on('line', async (line) => {
   const command = JSON.parse(line);
   if (command.connect) begin(command.connect);
@@ -43,6 +55,8 @@ createInterface({ input: process.stdin }).on('line', async (line) => {
   for (const client of clients) {
     if (command.wake) client.wake();
     if (command.refresh) client.refresh();
+    if (command.watch) watch(client, command.watch);
+    if (command.unwatch) watching.get(command.unwatch)?.abort();
     if (command.close) client.close().then(() => say({ closed: true }));
   }
 });

@@ -55,7 +55,8 @@ async def read(inbox):
             try:
                 async for item in inbox:
                     if isinstance(item, ringpush.Gap):
-                        say({"gap": {"after": item.after, "before": item.before, "reason": item.reason}})
+                        say({"gap": {"after": item.after, "before": item.before, "reason": item.reason,
+                                     "topic": item.topic}})
                         continue
                     shown = {"seq": item.seq, "payload": item.payload, "live": item.live}
                     if item.event is not None:
@@ -103,6 +104,10 @@ async def main():
                 inbox.wake()
             if command.get("refresh"):
                 tasks.append(asyncio.create_task(inbox.refresh()))
+            if watch := command.get("watch"):
+                await inbox.watch(**watch)
+            if topic := command.get("unwatch"):
+                await inbox.unwatch(topic)
             if command.get("close"):
                 await inbox.close()
                 say({"closed": True})

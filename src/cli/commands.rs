@@ -18,7 +18,7 @@ use crate::message::{DeviceId, EVERYONE, TopicName, UserId};
 use crate::ring::Ring;
 use crate::role::auth::{Auth, TOKEN_TTL_S};
 use crate::watching::WatchRights;
-use crate::wire::frame::Since;
+use crate::wire::frame::{Since, WatchSince};
 use crate::wire::rest::ClusterResponse;
 
 /// Deadline of one request: longer than the server's own deadline for a publish.
@@ -96,15 +96,18 @@ pub fn token(mut config: Config, user: &str, ttl: &str, watch: &[String]) -> Res
     let rule =
         || Faults(vec![format!("--ttl: {ttl:?} must be a time from 1s to 90d, such as 90s, 15m, 1h or 7d")]);
     let ttl_s = seconds(ttl).filter(|s| TOKEN_TTL_S.contains(s)).ok_or_else(rule)?;
-    let watch = match watch {
-        [] => None,
-        patterns => {
-            let rights = WatchRights::parse(patterns.iter().map(String::as_str));
-            Some(rights.map_err(|rule| Faults(vec![format!("--watch: {rule}")]))?)
-        }
-    };
+    let watch = watch_rights(watch)?;
     print_line(signer(&mut config)?.issue_with(&user, ttl_s, watch.as_ref())?.0)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The right to watch topics; none if there are no patterns.
+fn watch_rights(patterns: &[String]) -> Result<Option<WatchRights>> {
+    if patterns.is_empty() {
+        return Ok(None);
+    }
+    let rights = WatchRights::parse(patterns.iter().map(String::as_str));
+    Ok(Some(rights.map_err(|rule| Faults(vec![format!("--watch: {rule}")]))?))
 }
 
 pub(super) fn signer(config: &mut Config) -> Result<Auth> {
@@ -131,14 +134,16 @@ pub async fn listen(
     user: &str,
     since: Option<Since>,
     device: &str,
+    watch: &[String],
 ) -> Result<ExitCode> {
     let user = user_id(user)?;
+    let rights = watch_rights(watch)?;
     DeviceId::parse(device).map_err(|rule| Faults(vec![format!("--device: {rule}")]))?;
     let target = at.url(&config, "push")?;
     let auth = signer(&mut config)?;
     auth.issue(&user, LISTEN_TOKEN_S)?;
     let token = move |_| {
-        let issued = auth.issue(&user, LISTEN_TOKEN_S).map(|issued| issued.0);
+        let issued = auth.issue_with(&user, LISTEN_TOKEN_S, rights.as_ref()).map(|issued| issued.0);
         std::future::ready(issued.map_err(|fault| TokenError::Refused(fault.to_string())))
     };
     let mut options = connect(target, token).device(device);
@@ -146,6 +151,12 @@ pub async fn listen(
         options = options.since(since);
     }
     let mut inbox = options.start()?;
+    for topic in watch {
+        inbox
+            .handle()
+            .watch(topic, WatchSince::Latest)
+            .map_err(|rule| Faults(vec![format!("--watch: {rule}")]))?;
+    }
     let mut notices = inbox.notices();
     let interrupted = tokio::signal::ctrl_c();
     tokio::pin!(interrupted);

@@ -107,6 +107,9 @@ pub enum Command {
         /// The device, with a cursor of its own.
         #[arg(long, default_value = "cli")]
         device: String,
+        /// A topic with a log, of which the user need not be a member; more than one may be named.
+        #[arg(long, value_name = "TOPIC")]
+        watch: Vec<String>,
         /// A push node's URL, or the load balancer's [default: the server of the data directory].
         #[arg(long, value_name = "URL")]
         target: Option<String>,

@@ -5,7 +5,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-use ringpush_testing::{Options, Server, Socket, clean, program};
+use ringpush_testing::{Options, Server, Socket, clean, eventually, program};
 
 fn ringpush(server: Option<&Server>, arguments: &[&str]) -> Command {
     let mut command = Command::new(program());
@@ -88,6 +88,32 @@ async fn published_lines_come_out_of_listen_in_order() {
     assert_eq!(serde_json::from_str::<Value>(&line).unwrap()["payload"], 2498);
     rest.kill().unwrap();
     rest.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_is_watched_on_the_command_line() {
+    let server = Server::start().await;
+    for args in [&["topic", "create", "match-7", "--delivery", "log"][..], &["topic", "create", "other"]] {
+        assert_eq!(output(&mut ringpush(Some(&server), args)).0, 0);
+    }
+    let mut listening =
+        ringpush(Some(&server), &["listen", "alice", "--watch", "match-7", "--watch", "other"]);
+    let mut listening = listening.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    eventually("it is watched", async || server.get("/v1/topics/match-7").await.json()["online"] == json!(1))
+        .await;
+    output(&mut ringpush(Some(&server), &["publish", "--topic", "match-7", r#""goal""#]));
+    let mut line = String::new();
+    BufReader::new(listening.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let message: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!((&message["topic"], &message["payload"]), (&json!("match-7"), &json!("goal")));
+    listening.kill().unwrap();
+    let mut said = String::new();
+    listening.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(said.contains("unknown_topic") && said.contains("other"), "{said}");
+    listening.wait().unwrap();
+    let (code, _, said) = output(&mut ringpush(Some(&server), &["listen", "alice", "--watch", "a b"]));
+    assert_eq!(code, 64, "{said}");
+    assert!(said.contains("--watch"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,7 +7,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use ringpush_client::http::HttpClient;
 use ringpush_client::{
-    AckWhen, Begin, Inbox, InboxHandle, Item, Notice, Notices, TokenError, TokenReason, connect,
+    AckWhen, Begin, Inbox, InboxHandle, Item, Notice, Notices, Seq, TokenError, TokenReason, WatchSince,
+    connect,
 };
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -43,7 +44,7 @@ async fn read(mut inbox: Inbox, mut mode: watch::Receiver<String>) {
     while let Ok(Some(item)) = inbox.next().await {
         let message = match &item {
             Item::Gap(gap) => {
-                let gap = json!({"after": gap.after, "before": gap.before, "reason": gap.reason});
+                let gap = json!({"after": gap.after, "before": gap.before, "reason": gap.reason, "topic": gap.topic});
                 say(&json!({"gap": gap}));
                 continue;
             }
@@ -123,6 +124,19 @@ async fn main() {
             }
             if command["refresh"] == true {
                 handle.refresh();
+            }
+            if let Some(topic) = command["watch"]["topic"].as_str() {
+                let since = match &command["watch"]["since"] {
+                    Value::Number(seq) => WatchSince::After(Seq::at(seq.as_u64().unwrap_or(0))),
+                    Value::String(word) if word == "last" => WatchSince::Last,
+                    _ => WatchSince::Latest,
+                };
+                if let Err(error) = handle.watch(topic, since) {
+                    say(&json!({"error": error.to_string()}));
+                }
+            }
+            if let Some(topic) = command["unwatch"].as_str() {
+                let _ = handle.unwatch(topic);
             }
             if command["close"] == true {
                 handle.close().await;

@@ -241,12 +241,24 @@ impl Actor {
                 () = self.shared.acks.notified() => self.ack_soon().await,
                 () = self.shared.wake.notified() => self.look().await,
                 () = self.shared.renew.notified() => self.renew(),
+                () = self.shared.words.notified() => self.say_words().await,
                 () = timed(timer) => self.tick().await,
             };
             if let ControlFlow::Break(ending) = flow {
                 return ending;
             }
         }
+    }
+
+    /// Says what the application wants said, on both lines of a move.
+    async fn say_words(&mut self) -> ControlFlow<Ending> {
+        let words = self.shared.take_words();
+        for line in self.line.iter_mut().chain(&mut self.next).filter(|line| line.welcome.logs.is_some()) {
+            for frame in &words {
+                line.say(frame.encode()).await;
+            }
+        }
+        ControlFlow::Continue(())
     }
 
     fn earliest_timer(&self) -> Option<Instant> {

@@ -1,10 +1,10 @@
 //! The ledgers of one client: that of the inbox, and one for each log of a topic. Pure, as they
 //! are.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use ringpush_protocol::frame::{LogAcks, LogOptions, TOPICS_IN_AUTH};
-use ringpush_protocol::message::{LogId, Seq};
+use ringpush_protocol::frame::{ClientFrame, LogAcks, LogOptions, TOPICS_IN_AUTH, WatchSince};
+use ringpush_protocol::message::{LogId, Seq, TopicName};
 
 use crate::ledger::{Ledger, Mark};
 
@@ -32,6 +32,10 @@ pub(crate) struct Said {
 pub(crate) struct Books {
     pub(crate) inbox: Ledger,
     logs: BTreeMap<LogId, Ledger>,
+    /// Topics that the application watches without being a member, and where it wants to begin.
+    watches: BTreeMap<TopicName, WatchSince>,
+    /// Those of them whose log is read for that reason alone.
+    watched: BTreeSet<LogId>,
     /// Whose item the application has.
     at_hand: Option<Of>,
 }
@@ -48,7 +52,10 @@ impl Books {
     /// A line has begun that reads these logs, each after a position. What is not among them is
     /// read no more.
     pub(crate) fn begin_logs(&mut self, after: &[(LogId, u64)]) {
-        self.logs.retain(|log, _| after.iter().any(|(known, _)| known == log));
+        let Self { logs, watched, .. } = self;
+        // What is watched is asked for once the line has begun.
+        logs.retain(|log, _| watched.contains(log) || after.iter().any(|(known, _)| known == log));
+        watched.retain(|log| after.iter().all(|(known, _)| known != log));
         for (log, after) in after {
             self.begin_log(log, *after);
         }
@@ -59,9 +66,54 @@ impl Books {
         self.logs.entry(log.clone()).or_default().begin(after);
     }
 
+    /// The user has joined a topic, which is read after a position.
+    pub(crate) fn begin_joined(&mut self, log: &LogId, after: u64) {
+        self.begin_log(log, after);
+        self.watched.remove(log);
+    }
+
     /// A log is read no more.
     pub(crate) fn end_log(&mut self, log: &LogId) {
         self.logs.remove(log);
+        self.watched.remove(log);
+        if let LogId::Topic(name) = log {
+            self.watches.remove(name);
+        }
+    }
+
+    /// The application wants to watch a topic. Returns what is to be said to the server.
+    pub(crate) fn watch(&mut self, topic: TopicName, since: WatchSince) -> ClientFrame {
+        self.watches.insert(topic.clone(), since);
+        ClientFrame::Watch(topic, since)
+    }
+
+    /// The application watches a topic no more. Returns what is to be said to the server.
+    pub(crate) fn unwatch(&mut self, topic: TopicName) -> ClientFrame {
+        self.watches.remove(&topic);
+        let log = LogId::Topic(topic.clone());
+        if self.watched.remove(&log) {
+            self.logs.remove(&log);
+        }
+        ClientFrame::Unwatch(topic)
+    }
+
+    /// The server says that a topic is watched, from a position on.
+    pub(crate) fn begin_watched(&mut self, log: LogId, after: u64) {
+        let is_new = !self.logs.contains_key(&log);
+        self.begin_log(&log, after);
+        if is_new {
+            self.watched.insert(log);
+        }
+    }
+
+    /// What is to be said on a new line of what is watched: each goes on where it was.
+    pub(crate) fn watches(&self) -> Vec<ClientFrame> {
+        let frame = |(topic, since): (&TopicName, &WatchSince)| {
+            let ledger = self.logs.get(&LogId::Topic(topic.clone()));
+            let position = ledger.and_then(Ledger::position).map(|seq| WatchSince::After(Seq::at(seq)));
+            ClientFrame::Watch(topic.clone(), position.unwrap_or(*since))
+        };
+        self.watches.iter().map(frame).collect()
     }
 
     /// The application has this item now.
@@ -102,7 +154,7 @@ impl Books {
 
     fn positions(&self, of: impl Fn(&Ledger) -> Option<u64>) -> Positions {
         let (mut topics, mut everyone) = (Vec::new(), None);
-        for (log, ledger) in &self.logs {
+        for (log, ledger) in self.logs.iter().filter(|(log, _)| !self.watched.contains(log)) {
             match (log, of(ledger).map(Seq::at)) {
                 (LogId::Topic(name), Some(seq)) if topics.len() < TOPICS_IN_AUTH => {
                     topics.push((name.clone(), seq));
@@ -187,6 +239,28 @@ mod tests {
         assert!(books.of(&a).is_none());
         books.begin_logs(&[(topic("b"), 1)]);
         assert_eq!(books.received().logs.everyone, None, "what a line does not read is read no more");
+    }
+
+    #[test]
+    fn what_is_watched_goes_on_where_it_was_and_is_no_position_of_the_device() {
+        let name = TopicName::parse("match-7").unwrap();
+        let mut books = Books::default();
+        books.watch(name.clone(), WatchSince::Last);
+        let again = |since| vec![ClientFrame::Watch(name.clone(), since)];
+        assert_eq!(books.watches(), again(WatchSince::Last));
+        books.begin_watched(topic("match-7"), 40);
+        let of = Some(topic("match-7"));
+        let mark = books.of(&of).unwrap().take(41).unwrap();
+        books.hand(of.clone(), mark);
+        books.handle();
+        assert_eq!(books.standing(), Positions::default());
+        books.begin_logs(&[]);
+        assert_eq!(books.watches(), again(WatchSince::After(Seq::at(41))));
+        // The user has joined it.
+        books.begin_logs(&[(topic("match-7"), 41)]);
+        assert_eq!(books.standing().logs.topics.len(), 1);
+        books.unwatch(name);
+        assert!(books.of(&of).is_some() && books.watches().is_empty(), "a membership stays");
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ringpush_protocol::message::DeviceId;
+use ringpush_protocol::frame::{ClientFrame, WatchSince};
+use ringpush_protocol::message::{DeviceId, NameError, TopicName};
 use tokio::sync::{Notify, broadcast, watch};
 
 use crate::actor::Actor;
@@ -58,6 +59,8 @@ pub(crate) struct Shared {
     pub(crate) acks: Notify,
     pub(crate) wake: Notify,
     pub(crate) renew: Notify,
+    /// There is something to say to the server.
+    pub(crate) words: Notify,
     pub(crate) life: watch::Sender<Life>,
     notices: broadcast::Sender<Notice>,
     room_max: usize,
@@ -68,6 +71,7 @@ struct Inner {
     queue: VecDeque<(Of, Mark, Item)>,
     state: State,
     ack: AckWhen,
+    words: Vec<ClientFrame>,
 }
 
 impl Shared {
@@ -128,6 +132,20 @@ impl Shared {
         let _ = self.notices.send(Notice::Fault { code, detail });
     }
 
+    /// Has this said to the server.
+    fn say(&self, change: impl FnOnce(&mut Books) -> ClientFrame) {
+        let mut inner = self.inner();
+        let frame = change(&mut inner.books);
+        inner.words.push(frame);
+        drop(inner);
+        self.words.notify_one();
+    }
+
+    /// What is to be said to the server.
+    pub(crate) fn take_words(&self) -> Vec<ClientFrame> {
+        std::mem::take(&mut self.inner().words)
+    }
+
     fn handled(&self) {
         let mut inner = self.inner();
         let Some((of, handled)) = inner.books.handle() else { return };
@@ -178,6 +196,7 @@ impl Inbox {
             queue: VecDeque::new(),
             state: State::Connecting,
             ack: options.ack,
+            words: Vec::new(),
         };
         let (notices, first) = broadcast::channel(NOTICES);
         let shared = Arc::new(Shared {
@@ -187,6 +206,7 @@ impl Inbox {
             acks: Notify::new(),
             wake: Notify::new(),
             renew: Notify::new(),
+            words: Notify::new(),
             life: watch::channel(Life::Open).0,
             notices,
             room_max: 2 * options.window as usize + 16,
@@ -273,6 +293,31 @@ impl InboxHandle {
     /// Asks the token source for another token, and shows it to the server.
     pub fn refresh(&self) {
         self.shared.renew.notify_one();
+    }
+
+    /// Reads the log of a topic of which the user is no member, from `since` on. The token's claim
+    /// `watch` must allow it. Its messages come by [`Inbox::next`], with their topic, also after
+    /// reconnects and moves, until [`unwatch`](Self::unwatch) or the topic's end. A refusal is a
+    /// [`Notice::Fault`] with the code `forbidden_topic` or `unknown_topic`.
+    ///
+    /// # Errors
+    ///
+    /// `topic` is no name of a topic.
+    pub fn watch(&self, topic: &str, since: WatchSince) -> Result<(), NameError> {
+        let topic = TopicName::parse(topic)?;
+        self.shared.say(|books| books.watch(topic, since));
+        Ok(())
+    }
+
+    /// Ends [`watch`](Self::watch). A membership is not ended by it.
+    ///
+    /// # Errors
+    ///
+    /// `topic` is no name of a topic.
+    pub fn unwatch(&self, topic: &str) -> Result<(), NameError> {
+        let topic = TopicName::parse(topic)?;
+        self.shared.say(|books| books.unwatch(topic));
+        Ok(())
     }
 
     /// Says the acks that are due and closes: [`Inbox::next`] returns `Ok(None)` then.

@@ -37,8 +37,8 @@ mod tokens;
 pub use inbox::{Inbox, InboxHandle, Notices};
 pub use items::{Gap, Item, Message, Notice, State, Stopped};
 pub use options::{AckWhen, Options, OptionsError, connect};
-pub use ringpush_protocol::frame::{Begin, GapReason, MoveReason, Since};
-pub use ringpush_protocol::message::Seq;
+pub use ringpush_protocol::frame::{Begin, GapReason, MoveReason, Since, WatchSince};
+pub use ringpush_protocol::message::{NameError, Seq};
 pub use tokens::{TokenError, TokenReason, TokenSource};
 
 /// The examples of the README, compiled as documentation tests.

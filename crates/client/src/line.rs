@@ -29,6 +29,8 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// How long a close may take.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
+/// Topics in one ack, whose frame has at most 4 KiB: a name has up to 64 bytes, a number 16.
+const TOPICS_ACKED: usize = 40;
 
 /// The code of a line that broke without a close frame.
 pub(crate) const LOST: u16 = 1006;
@@ -163,7 +165,9 @@ impl Line {
     pub(crate) async fn say_acks(&mut self, acks: LogAcks) {
         let of_logs = self.welcome.logs.is_some() && (!acks.topics.is_empty() || acks.everyone.is_some());
         if of_logs {
-            self.say(ClientFrame::AckLogs(Box::new(acks)).encode()).await;
+            for part in parts(acks) {
+                self.say(ClientFrame::AckLogs(Box::new(part)).encode()).await;
+            }
         } else if let Some(seq) = acks.seq {
             self.say(ClientFrame::Ack(seq).encode()).await;
         }
@@ -177,6 +181,21 @@ impl Line {
         };
         let _ = timeout(CLOSE_DEADLINE, closing).await;
     }
+}
+
+/// The same acks in frames of at most [`TOPICS_ACKED`] topics.
+fn parts(acks: LogAcks) -> Vec<LogAcks> {
+    let LogAcks { seq, topics, everyone } = acks;
+    let mut all = vec![LogAcks { seq, topics: Vec::new(), everyone }];
+    for topic in topics {
+        if all.last().is_some_and(|last| last.topics.len() >= TOPICS_ACKED) {
+            all.push(LogAcks::default());
+        }
+        if let Some(last) = all.last_mut() {
+            last.topics.push(topic);
+        }
+    }
+    all
 }
 
 async fn until_welcome(
@@ -251,5 +270,25 @@ fn refused_upgrade(error: Error) -> DialError {
             DialError::answered(head.status.as_u16(), &head.headers, &Bytes::from(body.unwrap_or_default()))
         }
         error => DialError::Unreachable(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn acks_of_many_topics_fit_into_their_frames() {
+        let name = |n: usize| TopicName::parse(&format!("{}{n:04}", "x".repeat(60))).unwrap();
+        let topics: Vec<_> = (0..100).map(|n| (name(n), 9_007_199_254_740_991)).collect();
+        let acks = LogAcks { seq: Some(7), topics: topics.clone(), everyone: Some(8) };
+        let parts = parts(acks);
+        let said: Vec<_> = parts.iter().flat_map(|part| part.topics.clone()).collect();
+        assert_eq!((said, parts[0].seq, parts[0].everyone), (topics, Some(7), Some(8)));
+        assert!(parts[1..].iter().all(|part| part.seq.is_none() && part.everyone.is_none()));
+        for part in parts {
+            let frame = ClientFrame::AckLogs(Box::new(part));
+            assert!(frame.encode().len() <= frame.max_bytes());
+        }
     }
 }

@@ -203,6 +203,8 @@ class _Ledger:
     def __init__(self, after: int | None = None) -> None:
         self.received = self.handled = after
         self.acked: int | None = None
+        # It is read because it is watched, and for no other reason.
+        self.watched = False
         # What was handled before the last reset is not acked in the numbers after it.
         self.resets = 0
         self.last_reset: tuple[_Line, int] | None = None
@@ -223,6 +225,7 @@ class Inbox:
         self._begin, self._window, self._ack_when, self._gaps = begin, window, ack, gaps
         self._queue: deque[_Held] = deque()
         self._ledgers: dict[str, _Ledger] = {INBOX: _Ledger()}
+        self._watches: dict[str, int | str] = {}
         self._ahead = 0.0
         self._filled = asyncio.Event()
         self._at_hand: _Held | None = None
@@ -313,6 +316,35 @@ class Inbox:
         token = await self._get_token()
         if (line := self._next or self._line) is not None:
             await line.send({"type": "refresh", "token": token})
+
+    async def watch(self, topic: str, *, since: int | Literal["latest", "last"] = "latest") -> None:
+        """Reads the log of a topic of which the user is no member, after ``since``, from its newest message on (``last``), or what
+        comes from now on. The token's claim ``watch`` must allow it. The messages come in the same loop, with their topic, also
+        after reconnects, until :meth:`unwatch` or the topic's end. A refusal is logged with the code ``forbidden_topic`` or
+        ``unknown_topic``."""
+        self._watches[topic] = since
+        await self._say_watch(topic, self._line, self._next)
+
+    async def unwatch(self, topic: str) -> None:
+        """Ends :meth:`watch`. A membership is not ended by it."""
+        if self._watches.pop(topic, None) is not None:
+            self._drop_watched(topic)
+            for line in (self._line, self._next):
+                if line is not None and line.logs is not None:
+                    await line.send({"type": "unwatch", "topic": topic})
+
+    def _drop_watched(self, topic: str) -> None:
+        ledger = self._ledgers.get(topic)
+        if ledger is not None and ledger.watched:
+            del self._ledgers[topic]
+
+    async def _say_watch(self, topic: str, *lines: _Line | None) -> None:
+        ledger = self._ledgers.get(topic)
+        position = self._position(ledger) if ledger is not None else None
+        since = self._watches[topic] if position is None else position
+        for line in lines:
+            if line is not None and line.logs is not None:
+                await line.send({"type": "watch", "topic": topic, "since": since})
 
     async def close(self) -> None:
         """Says the pending acks and closes."""
@@ -490,9 +522,10 @@ class Inbox:
             inbox.received = inbox.handled = welcome["since"]
         # What this line does not read is read no more.
         logs = line.logs or {}
-        self._ledgers = {name: ledger for name, ledger in self._ledgers.items() if name == INBOX or name in logs}
+        self._ledgers = {name: ledger for name, ledger in self._ledgers.items()
+                         if name == INBOX or name in logs or name in self._watches}
         for name, after in logs.items():
-            self._ledgers.setdefault(name, _Ledger(after))
+            self._ledgers.setdefault(name, _Ledger(after)).watched = False
         if line.ask_every is not None:
             self._spawn(self._ask_on(line, line.ask_every))
         if expires := welcome.get("token_expires_at"):
@@ -502,6 +535,8 @@ class Inbox:
         if line is self._line:
             self._set("catching-up")
         await self._say_acks(again=True)
+        for topic in list(self._watches):
+            await self._say_watch(topic, line)
 
     async def _ask_on(self, line: _Line, every: float) -> None:
         while line in (self._line, self._next):
@@ -522,10 +557,15 @@ class Inbox:
                 self._take_gap(line, name, ledger, frame)
             self._reached()
         elif kind == "topic":
-            if frame.get("state") == "left":
-                self._ledgers.pop(frame["topic"], None)
-            else:
-                self._ledgers.setdefault(frame["topic"], _Ledger(frame.get("after") or 0))
+            topic, state = frame["topic"], frame.get("state")
+            if state == "left":
+                self._ledgers.pop(topic, None)
+                self._watches.pop(topic, None)
+            elif topic not in self._ledgers:
+                ledger = self._ledgers[topic] = _Ledger(frame.get("after") or 0)
+                ledger.watched = state == "watching"
+            elif state == "joined":
+                self._ledgers[topic].watched = False
         elif kind == "caught_up":
             if frame.get("all") is not True if line.logs is not None else _log_of(frame) != INBOX:
                 return
@@ -547,6 +587,10 @@ class Inbox:
             line.reason = frame.get("reason") or ""
             if hint := frame.get("reconnect"):
                 line.hint = self._hint = hint
+            if (refused := frame.get("topic")) is not None:
+                self._watches.pop(refused, None)
+                self._drop_watched(refused)
+                log.error("%s: %s", refused, frame.get("message"), extra={"code": frame.get("code")})
 
     async def _take_message(self, line: _Line, name: str, ledger: _Ledger, frame: dict[str, Any]) -> None:
         seq = line.seq[name] = frame["seq"]
@@ -700,12 +744,12 @@ class Inbox:
 
     def _positions(self) -> dict[str, int]:
         """Where a new line begins: after what was handled, or is at hand."""
-        at = {name: self._position(ledger) for name, ledger in self._ledgers.items()}
+        at = {name: self._position(ledger) for name, ledger in self._ledgers.items() if not ledger.watched}
         return {name: seq for name, seq in at.items() if seq is not None}
 
     def _received(self) -> dict[str, int]:
         """Where the next line of a move begins."""
-        at = {name: ledger.received for name, ledger in self._ledgers.items()}
+        at = {name: ledger.received for name, ledger in self._ledgers.items() if not ledger.watched}
         return {name: seq for name, seq in at.items() if seq is not None}
 
     def _rewind(self) -> None:

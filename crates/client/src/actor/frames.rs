@@ -42,6 +42,15 @@ impl Actor {
             self.shared.set(State::CatchingUp { node: welcome.node, since: welcome.since });
         }
         self.say_acks(true).await;
+        // What was to be said is among this.
+        self.shared.take_words();
+        let watches = self.shared.with(|books| books.watches());
+        let line = if is_next { &mut self.next } else { &mut self.line };
+        if let Some(line) = line.as_mut().filter(|line| line.welcome.logs.is_some()) {
+            for watch in watches {
+                line.say(watch.encode()).await;
+            }
+        }
         ControlFlow::Continue(())
     }
 
@@ -97,9 +106,8 @@ impl Actor {
                     let log = LogId::Topic(name);
                     self.shared.with(|books| match state {
                         TopicState::Left => books.end_log(&log),
-                        TopicState::Joined | TopicState::Watching => {
-                            books.begin_log(&log, after.unwrap_or(0));
-                        }
+                        TopicState::Joined => books.begin_joined(&log, after.unwrap_or(0)),
+                        TopicState::Watching => books.begin_watched(log, after.unwrap_or(0)),
                     });
                 }
             }
@@ -119,6 +127,13 @@ impl Actor {
                 self.dialer.tokens.accepted().await;
                 if let Some(expires_at) = Millis::parse_rfc3339(&expires_at) {
                     self.refresh_before(expires_at);
+                }
+            }
+            ReceivedFrame::Other(ServerFrame::Error { topic: Some(topic), code, message, .. }) => {
+                if let Ok(topic) = TopicName::parse(&topic) {
+                    let code = if code == "unknown_topic" { "unknown_topic" } else { "forbidden_topic" };
+                    self.shared.with(|books| books.unwatch(topic.clone()));
+                    self.shared.tell(code, format!("{topic}: {message}"));
                 }
             }
             ReceivedFrame::Other(ServerFrame::Error { reconnect: Some(hint), .. }) => self.hint = hint,
