@@ -1,5 +1,8 @@
 //! Logs, metrics and health of the process. None of them contains a token or a payload.
 
+pub mod process;
+mod timings;
+
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
 use std::sync::atomic::AtomicI64;
@@ -12,6 +15,8 @@ use prometheus_client::metrics::family::Family;
 pub use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tracing_subscriber::EnvFilter;
+
+pub use timings::{Outcome, Path, Timing, TimingBy};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -125,6 +130,8 @@ pub const WAY: &str = "ringpush::way";
 #[derive(Clone)]
 pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
+    /// What is to be read when the metrics are asked for.
+    reads: Arc<Mutex<Vec<Box<dyn Fn() + Send>>>>,
 }
 
 impl Default for Metrics {
@@ -132,7 +139,7 @@ impl Default for Metrics {
         let mut registry = Registry::with_prefix("ringpush");
         let dropped = LINES_DROPPED.clone();
         registry.register("log_lines_dropped", "Log lines that could not be written", dropped);
-        Self { registry: Arc::new(Mutex::new(registry)) }
+        Self { registry: Arc::new(Mutex::new(registry)), reads: Arc::default() }
     }
 }
 
@@ -142,9 +149,15 @@ impl Metrics {
         register(&mut self.registry.lock())
     }
 
+    /// Calls `read` each time before the metrics are shown, so that it can set gauges.
+    pub fn before_each_look(&self, read: impl Fn() + Send + 'static) {
+        self.reads.lock().push(Box::new(read));
+    }
+
     /// The content type and the text of the exposition.
     #[must_use]
     pub fn expose(&self) -> (&'static str, String) {
+        self.reads.lock().iter().for_each(|read| read());
         let mut text = String::new();
         // Writing to a string cannot fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry.lock());
@@ -276,6 +289,20 @@ pub struct Condition {
 }
 
 impl Health {
+    /// Shows each condition as a gauge.
+    pub fn register(&self, metrics: &Metrics) {
+        let shown: Family<[(&'static str, &'static str); 1], Gauge> = Family::default();
+        let family = shown.clone();
+        let help = "Whether a condition of /readyz holds";
+        metrics.register(|r| r.register("ready", help, family));
+        let health = self.clone();
+        metrics.before_each_look(move || {
+            for (name, condition) in health.report().1 {
+                shown.get_or_create(&[("condition", name)]).set(i64::from(condition.ok));
+            }
+        });
+    }
+
     /// Sets a condition that readiness depends on.
     pub fn set(&self, name: &'static str, ok: bool, detail: impl Into<String>) {
         let condition = Condition { ok, required: true, detail: detail.into() };

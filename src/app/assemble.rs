@@ -8,11 +8,12 @@ use tower::util::BoxCloneSyncService;
 use super::collect_http::CollectEdge;
 use super::listeners::Listeners;
 use super::peers::routers;
+use super::senders::Senders;
 use super::stores;
 use super::stores::Opened;
 use super::{App, Shared};
 use crate::clock::Clock;
-use crate::config::{Config, Faults, RoleName, VerifyBy};
+use crate::config::{Config, Faults, RoleName, VerifyBy, all_keys};
 use crate::inbox::Stores;
 use crate::membership::{LeaseState, MembershipError, NodeInfo, Reached, View};
 use crate::message::NodeId;
@@ -50,7 +51,8 @@ impl App {
         let verify = if fetches || config.runs(RoleName::Push) || config.runs(RoleName::Dispatch) {
             let own = shared.own_auth.as_ref();
             let told = (&self.health, &shared.metrics);
-            Some(stores::verify(config, own, &shared.clock, told, &mut self.tasks)?)
+            let verify = stores::verify(config, own, &shared.clock, told, &mut self.tasks)?;
+            Some(stores::timed(verify, &shared.metrics))
         } else {
             None
         };
@@ -172,9 +174,13 @@ impl App {
             collect,
             Arc::clone(&shared.membership),
             shared.urls.clone(),
-            config.api_keys.clone(),
+            Senders::new(
+                all_keys(&config.api_keys, &config.named_keys),
+                &shared.metrics,
+                shared.refusals.clone(),
+            ),
             config.publish,
-            (shared.refusals.clone(), shared.budgets.known.clone()),
+            shared.budgets.known.clone(),
         )
     }
 

@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use axum::body::{Body, HttpBody};
 use axum::http::Request as HttpRequest;
@@ -17,7 +18,9 @@ use tower::{ServiceExt, service_fn};
 
 use super::collect_http::CollectEdge;
 use super::edge::{BODY_DEADLINE, Routes};
+use super::senders::Sender;
 use crate::message::{EventName, LogId, MessageId, NameError, Recipients, TopicName, UserId};
+use crate::role::collect::Scope;
 use crate::transport::held::Held;
 use crate::wire::http::{
     EXCEPT_PER_PUBLISH, FieldError, Problem, Publish, PublishError, Published, TOO_DEEP, TOPICS_PER_PUBLISH,
@@ -43,7 +46,11 @@ pub(super) fn with_grpc(routes: Routes, edge: Arc<CollectEdge>) -> Routes {
     let server = CollectServer::new(Edge { edge: Arc::clone(&edge) }).max_decoding_message_size(largest);
     let check = {
         let edge = Arc::clone(&edge);
-        move |request: Request<()>| authorize(&edge, &request).map(|()| request)
+        move |mut request: Request<()>| {
+            let sender = authorize(&edge, &request)?;
+            request.extensions_mut().insert(sender);
+            Ok(request)
+        }
     };
     let service = InterceptedService::new(server, check);
     let watched = service_fn(move |request: HttpRequest<Body>| {
@@ -54,7 +61,7 @@ pub(super) fn with_grpc(routes: Routes, edge: Arc<CollectEdge>) -> Routes {
     routes.route_service("/ringpush.v1.Collect/{call}", watched)
 }
 
-fn authorize(edge: &CollectEdge, request: &Request<()>) -> Result<(), Status> {
+fn authorize(edge: &CollectEdge, request: &Request<()>) -> Result<Arc<Sender>, Status> {
     let given = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
     // As over HTTP, the scheme is case-insensitive. A key without a scheme is accepted too, because
     // metadata has no schemes.
@@ -62,7 +69,10 @@ fn authorize(edge: &CollectEdge, request: &Request<()>) -> Result<(), Status> {
         Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => key.trim(),
         _ => given,
     });
-    edge.check_key(key).map_err(Status::unauthenticated)
+    edge.senders.find(key, &Scope::Publish).map_err(|problem| match problem.status {
+        403 => Status::permission_denied(problem.detail),
+        _ => Status::unauthenticated(problem.detail),
+    })
 }
 
 struct Edge {
@@ -75,7 +85,8 @@ impl Collect for Edge {
         &self,
         request: Request<message::PublishRequest>,
     ) -> Result<Response<message::PublishResult>, Status> {
-        Ok(Response::new(publish(&self.edge, request.into_inner()).await))
+        let sender = sender_of(&request)?;
+        Ok(Response::new(publish(&self.edge, request.into_inner(), &sender).await))
     }
 
     type PublishStreamStream = Pin<Box<dyn Stream<Item = Result<message::PublishResult, Status>> + Send>>;
@@ -84,19 +95,41 @@ impl Collect for Edge {
         &self,
         request: Request<Streaming<message::PublishRequest>>,
     ) -> Result<Response<Self::PublishStreamStream>, Status> {
-        let edge = Arc::clone(&self.edge);
+        let (edge, sender) = (Arc::clone(&self.edge), sender_of(&request)?);
         let results = request
             .into_inner()
             .map(move |request| {
-                let edge = Arc::clone(&edge);
-                async move { Ok(publish(&edge, request?).await) }
+                let (edge, sender) = (Arc::clone(&edge), Arc::clone(&sender));
+                async move { Ok(publish(&edge, request?, &sender).await) }
             })
             .buffered(IN_FLIGHT);
         Ok(Response::new(Box::pin(results)))
     }
 }
 
-async fn publish(edge: &CollectEdge, request: message::PublishRequest) -> message::PublishResult {
+/// Who has called, as the interceptor found out.
+fn sender_of<T>(request: &Request<T>) -> Result<Arc<Sender>, Status> {
+    let sender = request.extensions().get::<Arc<Sender>>().cloned();
+    sender.ok_or_else(|| Status::internal("the key was not checked"))
+}
+
+async fn publish(
+    edge: &CollectEdge,
+    request: message::PublishRequest,
+    sender: &Sender,
+) -> message::PublishResult {
+    let began = Instant::now();
+    let result = publish_now(edge, request, sender).await;
+    let status = result.error.as_ref().map_or(202, |error| u16::try_from(error.status).unwrap_or(500));
+    edge.senders.published(sender, status, began.elapsed());
+    result
+}
+
+async fn publish_now(
+    edge: &CollectEdge,
+    request: message::PublishRequest,
+    sender: &Sender,
+) -> message::PublishResult {
     let id = request.id.clone();
     let failed =
         |problem: &Problem| message::PublishResult { id, accepted: Vec::new(), error: Some(told(problem)) };
@@ -105,7 +138,7 @@ async fn publish(edge: &CollectEdge, request: message::PublishRequest) -> messag
         return failed(&Problem::new(503, spent.to_string()));
     }
     match read(edge, request) {
-        Ok(publish) => match edge.publish(publish).await {
+        Ok(publish) => match edge.publish(publish, Some(sender)).await {
             Ok(published) => result(&published),
             Err(problem) => failed(&problem),
         },

@@ -16,22 +16,20 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 use tower::ServiceExt;
 
-use super::edge::{
-    HttpError, Routes, asset, bearer, closed, json, json_body, json_of, refuse, root, same_secret,
-};
+use super::edge::{HttpError, Routes, asset, bearer, closed, json, json_body, json_of, refuse, root};
+use super::senders::{Sender, Senders};
 use crate::inbox::InboxError;
 use crate::membership::{Counts, Membership};
 use crate::message::{DeviceId, NodeId, Recipients, Seq, UserId};
+use crate::role::collect::Scope;
 use crate::role::collect::{Addressed, Collect, HISTORY_PAGE, Lists, PUBLISH_DEADLINE, UserReport};
 use crate::role::connect::PublicUrls;
-use crate::telemetry::{Credential, Refusals};
 use crate::transport::held::Budget;
 use crate::transport::http::{Answers, RequestBody};
 use crate::wire::http::{
     Problem, Publish, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish,
 };
 use crate::wire::rest::{ClusterNode, ClusterResponse, DeviceEntry, UserResponse};
-use secrecy::{ExposeSecret, SecretString};
 
 /// Path of a publish.
 const MESSAGES: &str = "/v1/messages";
@@ -56,9 +54,8 @@ pub(super) struct CollectEdge {
     pub(super) collect: Collect,
     pub(super) membership: Arc<dyn Membership>,
     pub(super) urls: PublicUrls,
-    pub(super) api_keys: Vec<SecretString>,
+    pub(super) senders: Senders,
     pub(super) limits: PublishLimits,
-    refusals: Refusals,
     /// The memory budget of unanswered requests.
     pub(super) budget: Budget,
     batches: Semaphore,
@@ -69,55 +66,60 @@ impl CollectEdge {
         collect: Collect,
         membership: Arc<dyn Membership>,
         urls: PublicUrls,
-        api_keys: Vec<SecretString>,
+        senders: Senders,
         limits: PublishLimits,
-        (refusals, budget): (Refusals, Budget),
+        budget: Budget,
     ) -> Arc<Self> {
         let batches = Semaphore::new(BATCHES_AT_ONCE);
-        Arc::new(Self { collect, membership, urls, api_keys, limits, refusals, budget, batches })
+        Arc::new(Self { collect, membership, urls, senders, limits, budget, batches })
     }
 
-    /// Checks an API key.
+    /// Stores one publish of a sender; `None`: of the page of this machine.
     ///
     /// # Errors
     ///
-    /// What to tell a caller without a good key.
-    pub(super) fn check_key(&self, given: Option<&str>) -> Result<(), &'static str> {
-        let why = match given {
-            Some(given) if self.api_keys.iter().any(|key| same_secret(key.expose_secret(), given)) => {
-                return Ok(());
-            }
-            Some(given) if !given.is_empty() => "this API key is not known",
-            _ => "an API key is needed: Authorization: Bearer <key>",
-        };
-        self.refusals.note(Credential::ApiKey, why);
-        Err(why)
-    }
-
-    /// Stores one publish.
-    ///
-    /// # Errors
-    ///
-    /// 422 if its topics have too many members.
-    pub(super) async fn publish(&self, publish: Publish) -> Result<Published, Problem> {
+    /// 422 if its topics have too many members; 403 and 429 for what the sender may not.
+    pub(super) async fn publish(
+        &self,
+        publish: Publish,
+        sender: Option<&Sender>,
+    ) -> Result<Published, Problem> {
+        if let Some(sender) = sender {
+            sender.may_publish_to(&publish.to)?;
+        }
         if !matches!(publish.to, Recipients::Topics { .. }) {
+            if let Some(sender) = sender {
+                sender.take(publish.to.users().len())?;
+            }
             return Ok(self.collect.publish(publish).await);
         }
         // Boxed, for what it needs would be carried by every publish.
-        Box::pin(self.publish_to_topics(publish)).await
+        Box::pin(self.publish_to_topics(publish, sender)).await
     }
 
-    async fn publish_to_topics(&self, publish: Publish) -> Result<Published, Problem> {
+    async fn publish_to_topics(
+        &self,
+        publish: Publish,
+        sender: Option<&Sender>,
+    ) -> Result<Published, Problem> {
         let mut lists = Lists::default();
         let addressed = self.collect.address(publish, &mut lists).await;
+        if let Some(sender) = sender {
+            sender.take(addressed.recipients())?;
+        }
         match lists.problem() {
             Some(problem) => Err(problem),
             None => Ok(self.collect.publish_to(addressed, lists.deadline()).await),
         }
     }
 
-    pub(super) fn authorize(&self, headers: &HeaderMap) -> Result<(), HttpError> {
-        self.check_key(bearer(headers)).map_err(|why| refuse(401, why))
+    /// The sender of a request, who has a right.
+    ///
+    /// # Errors
+    ///
+    /// 401, 403.
+    pub(super) fn authorize(&self, headers: &HeaderMap, right: &Scope) -> Result<Arc<Sender>, HttpError> {
+        self.senders.find(bearer(headers), right).map_err(HttpError)
     }
 }
 
@@ -161,18 +163,32 @@ pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
 }
 
 async fn publish<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Answer {
-    edge.authorize(request.headers())?;
-    publish_body(edge, request).await
+    let began = Instant::now();
+    let sender = edge.authorize(request.headers(), &Scope::Publish)?;
+    let answer = publish_body(edge, request, Some(&sender)).await;
+    edge.senders.published(&sender, status_of(&answer), began.elapsed());
+    answer
 }
 
-/// A publish whose sender was checked.
-pub(super) async fn publish_body<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Answer {
+fn status_of(answer: &Answer) -> u16 {
+    match answer {
+        Ok(response) => response.status().as_u16(),
+        Err(HttpError(problem)) => problem.status,
+    }
+}
+
+/// A publish of a sender; `None`: of the page of this machine.
+pub(super) async fn publish_body<B: RequestBody>(
+    edge: &CollectEdge,
+    request: Request<B>,
+    sender: Option<&Sender>,
+) -> Answer {
     let mut held = edge.budget.hold();
     let body = json_body(request, PUBLISH_BODY, &mut held).await?;
     let publish = parse_publish(&body, &edge.limits)?;
     // A large payload is a slice of the body; nothing else may keep the body alive.
     drop(body);
-    Ok(published(&edge.publish(publish).await?))
+    Ok(published(&edge.publish(publish, sender).await?))
 }
 
 fn published(published: &Published) -> Response<Body> {
@@ -188,7 +204,14 @@ fn published(published: &Published) -> Response<Body> {
 }
 
 async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
-    edge.authorize(request.headers())?;
+    let began = Instant::now();
+    let sender = edge.authorize(request.headers(), &Scope::Publish)?;
+    let answer = Box::pin(batch_of(&edge, request, &sender)).await;
+    edge.senders.published(&sender, status_of(&answer), began.elapsed());
+    answer
+}
+
+async fn batch_of(edge: &CollectEdge, request: Request<Body>, sender: &Sender) -> Answer {
     let Ok(Ok(_permit)) = timeout(BATCH_WAIT, edge.batches.acquire()).await else {
         return Err(refuse(503, "too many batches are under way: send this one again"));
     };
@@ -196,7 +219,7 @@ async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
     let body = json_body(request, BATCH_BODY, &mut held).await?;
     let items = parse_batch(&body, &edge.limits)?;
     let mut results = Vec::with_capacity(items.len());
-    for part in parts(addressed(&edge, items).await) {
+    for part in parts(addressed(edge, items, sender).await) {
         let deadline = Instant::now() + PUBLISH_DEADLINE;
         let under_way = part.into_iter().map(|item| async {
             match item {
@@ -211,13 +234,17 @@ async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
 
 /// Finds out whom each publish of a batch reaches. From the one on that would be beyond what a
 /// request may reach, none is stored.
-async fn addressed(edge: &CollectEdge, items: Vec<Result<Publish, Problem>>) -> Vec<Item> {
+async fn addressed(edge: &CollectEdge, items: Vec<Result<Publish, Problem>>, sender: &Sender) -> Vec<Item> {
     let (mut lists, mut found) = (Lists::default(), Vec::with_capacity(items.len()));
     for item in items {
         let addressed = match (item, lists.problem()) {
             (Err(problem), _) | (_, Some(problem)) => Err(problem),
-            (Ok(publish), None) => Ok(Box::pin(edge.collect.address(publish, &mut lists)).await),
+            (Ok(publish), None) => match sender.may_publish_to(&publish.to) {
+                Ok(()) => Ok(Box::pin(edge.collect.address(publish, &mut lists)).await),
+                Err(problem) => Err(problem),
+            },
         };
+        let addressed = addressed.and_then(|item| sender.take(item.recipients()).map(|()| item));
         // Perhaps it was this one.
         found.push(match lists.problem() {
             Some(problem) => addressed.and(Err(problem)),
@@ -251,7 +278,7 @@ fn parts(items: Vec<Item>) -> Vec<Vec<Item>> {
 }
 
 async fn history(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Read)?;
     let user = user_of(&path)?;
     let (after, limit) = history_query(uri.query().unwrap_or_default())?;
     let (messages, next) = edge.collect.history(user, after, limit).await.map_err(unavailable)?;
@@ -280,14 +307,14 @@ pub(super) fn history_query(query: &str) -> Result<(Seq, usize), HttpError> {
 }
 
 async fn user(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Users)?;
     let user = user_of(&path)?;
     let report = edge.collect.user(user.clone()).await.map_err(unavailable)?;
     Ok(json_of(StatusCode::OK, &user_report(&user, &report)))
 }
 
 async fn forget(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Users)?;
     edge.collect.forget(user_of(&path)?).await.map_err(unavailable)?;
     Ok(json(StatusCode::ACCEPTED, "{}"))
 }
@@ -330,13 +357,13 @@ async fn openapi() -> Response<Body> {
 }
 
 async fn disconnect(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Users)?;
     edge.collect.disconnect(user_of(&path)?).await.map_err(unavailable)?;
     Ok(json(StatusCode::ACCEPTED, "{}"))
 }
 
 async fn cluster(State(edge): Edge, headers: HeaderMap) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Cluster)?;
     Ok(json_of(StatusCode::OK, &cluster_report(&*edge.membership, &edge.urls)))
 }
 

@@ -10,7 +10,8 @@ use anyhow::{Context, Result, anyhow};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, VerifyBy};
+use crate::config::{Config, NamedKey, VerifyBy};
+use crate::role::collect::Scope;
 use secrecy::{ExposeSecret, SecretString};
 
 /// The four keys, configured or made.
@@ -26,6 +27,12 @@ pub(crate) struct Keys {
     pub(crate) self_made: bool,
 }
 
+/// The secret of the first of `collect.keys` that publishes to anybody, if it is configured.
+fn named_secret(config: &Config) -> Option<&SecretString> {
+    let publishes = |key: &&NamedKey| key.settings.scopes.contains(&Scope::Publish);
+    config.named_keys.iter().filter(publishes).find_map(|key| key.secret.as_ref())
+}
+
 impl Keys {
     /// The keys of the configuration. In development the missing ones come from the file, which is
     /// created or completed.
@@ -33,7 +40,7 @@ impl Keys {
         let text = |secret: &SecretString| secret.expose_secret().to_owned();
         let mut keys = Self {
             token_key: text(&config.auth.token_key),
-            api_key: config.api_keys.first().map(text).unwrap_or_default(),
+            api_key: config.api_keys.first().or_else(|| named_secret(config)).map(text).unwrap_or_default(),
             admin_key: text(&config.admin_key),
             peer_secret: text(&config.peer_secret),
             self_made: false,
@@ -49,7 +56,7 @@ impl Keys {
         config.auth.token_key = keys.token_key.as_str().into();
         config.admin_key = keys.admin_key.as_str().into();
         config.peer_secret = keys.peer_secret.as_str().into();
-        if config.api_keys.is_empty() && !keys.api_key.is_empty() {
+        if config.api_keys.is_empty() && config.named_keys.is_empty() && !keys.api_key.is_empty() {
             config.api_keys.push(keys.api_key.as_str().into());
         }
         Ok(keys)

@@ -106,7 +106,7 @@ async fn token(State(page): Edge, request: Request<Body>) -> Answer {
 }
 
 async fn publish(State(page): Edge, request: Request<Body>) -> Answer {
-    publish_body(&allowed(page, &request)?.collect, request).await
+    publish_body(&allowed(page, &request)?.collect, request, None).await
 }
 
 fn allowed(page: Page, request: &Request<Body>) -> Result<Arc<Development>, HttpError> {

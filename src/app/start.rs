@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::assemble::{needs_inbox, needs_view, own_auth};
 use super::edge::Budgets;
+use super::gauges;
 use super::keys::Keys;
 use super::listeners::{Bound, Listeners, advertised, own_urls, write_listen};
 use super::peers::{Proofs, PushNodes};
@@ -77,6 +78,7 @@ impl Prepared {
             health.set(name, !needed, if needed { "not reached yet" } else { "not needed here" });
         }
         let (membership, fallback) = stores::registry(&config, &clock, &metrics, &mut tasks).await?;
+        gauges::register(&metrics, &health, membership.views());
         let refusals = Refusals::register(&metrics);
         let proofs = Proofs::new(config.peer_secret.expose_secret(), clock.clone(), refusals.clone());
         let nodes = Arc::new(PushNodes::new(membership.views(), Arc::clone(&proofs)));

@@ -5,12 +5,13 @@ use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tower::ServiceExt;
 use tower::util::BoxCloneSyncService;
 
 use crate::client::http::HttpClient;
@@ -30,8 +31,9 @@ use crate::peer_proof::EntryKey;
 use crate::role::VerifyService;
 use crate::role::auth::Auth;
 use crate::role::verify::RemoteAuth;
-use crate::telemetry::{Gauge, Health, Metrics};
+use crate::telemetry::{Gauge, Health, Metrics, Outcome, TimingBy};
 use crate::transport::redis::RedisLink;
+use crate::wire::peer::{PeerError, VerifyRequest};
 use secrecy::ExposeSecret;
 
 /// Delay between two tries to reach a store at start.
@@ -210,6 +212,26 @@ fn keep_to_owner(directory: &Path) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Measures verifications.
+pub(super) fn timed(verify: VerifyService, metrics: &Metrics) -> VerifyService {
+    let name = ("auth_seconds", "From a token to whether it is good");
+    let times = TimingBy::register(metrics, name, "outcome", Outcome::NAMES);
+    BoxCloneSyncService::new(tower::service_fn(move |request: VerifyRequest| {
+        let (verify, times) = (verify.clone(), times.clone());
+        async move {
+            let began = Instant::now();
+            let answer = verify.oneshot(request).await;
+            let outcome = match &answer {
+                Ok(_) => Outcome::Accepted,
+                Err(PeerError::Unauthorized(_)) => Outcome::Refused,
+                Err(PeerError::Unavailable(_)) => Outcome::Unavailable,
+            };
+            times.at(outcome as usize).observe(began.elapsed());
+            answer
+        }
+    }))
 }
 
 /// How push and connect verify tokens. `own` is this process's auth, if it has a key.

@@ -12,6 +12,7 @@ use super::edge::{HttpError, SMALL_BODY, json, json_body, json_of, refuse};
 use crate::inbox::history::HistoryRange;
 use crate::inbox::topics::{MembersChanged, PutTopic, Topic, TopicSettings};
 use crate::message::{LogId, Seq, TopicName, UserId};
+use crate::role::collect::Scope;
 use crate::topic::Delivery;
 use crate::wire::http::{MembersRequest, history_body, parse_members, parse_topic};
 use crate::wire::rest::{
@@ -55,7 +56,7 @@ fn shown(topic: &Topic) -> TopicResponse {
 }
 
 async fn make(State(edge): Edge, path: Path, request: Request<Body>) -> Answer {
-    edge.authorize(request.headers())?;
+    edge.authorize(request.headers(), &Scope::Topics)?;
     let name = topic_of(&path)?;
     let mut held = edge.budget.hold();
     let body = json_body(request, SMALL_BODY, &mut held).await?;
@@ -79,7 +80,7 @@ async fn make(State(edge): Edge, path: Path, request: Request<Body>) -> Answer {
 }
 
 async fn show(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Topics)?;
     let name = topic_of(&path)?;
     let topics = edge.collect.topics();
     let Some(topic) = topics.topic(name.clone()).await.map_err(unavailable)? else {
@@ -95,7 +96,7 @@ async fn show(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
 }
 
 async fn remove(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Topics)?;
     let name = topic_of(&path)?;
     if !edge.collect.remove_topic(name.clone()).await.map_err(unavailable)? {
         return Err(no_topic(&edge, &name).await);
@@ -104,7 +105,7 @@ async fn remove(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
 }
 
 async fn list(State(edge): Edge, headers: HeaderMap, uri: Uri) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Topics)?;
     let (after, limit) = page_query(&uri, TopicName::parse)?;
     let topics = edge.collect.topics().list(String::new(), after, limit + 1).await.map_err(unavailable)?;
     Ok(json_of(StatusCode::OK, &page_of_topics(topics, limit)))
@@ -119,7 +120,7 @@ fn page_of_topics(mut topics: Vec<Topic>, limit: usize) -> TopicsResponse {
 }
 
 async fn change(State(edge): Edge, path: Path, request: Request<Body>) -> Answer {
-    edge.authorize(request.headers())?;
+    edge.authorize(request.headers(), &Scope::Topics)?;
     let name = topic_of(&path)?;
     let mut held = edge.budget.hold();
     let body = json_body(request, MEMBERS_BODY, &mut held).await?;
@@ -144,7 +145,7 @@ async fn change(State(edge): Edge, path: Path, request: Request<Body>) -> Answer
 }
 
 async fn log_history(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Read)?;
     let name = topic_of(&path)?;
     let found = page_of_log(&edge, &LogId::Topic(name.clone()), &uri).await?;
     if let Some(page) = found {
@@ -159,7 +160,7 @@ async fn log_history(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri
 }
 
 async fn end_message(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Topics)?;
     let name = topic_of(&path)?;
     let seq = part_of(&path, "seq")?.parse().ok().and_then(Seq::new);
     let seq = seq.ok_or_else(|| refuse(422, "seq: must be an integer from 0 to 2^53 - 1"))?;
@@ -175,7 +176,7 @@ async fn end_message(State(edge): Edge, path: Path, headers: HeaderMap) -> Answe
 }
 
 async fn everyones_history(State(edge): Edge, headers: HeaderMap, uri: Uri) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Read)?;
     let found = page_of_log(&edge, &LogId::Everyone, &uri).await?;
     found.ok_or_else(|| refuse(404, "there is no log of everyone"))
 }
@@ -205,7 +206,7 @@ async fn page_of_log(
 }
 
 async fn members(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Topics)?;
     let name = topic_of(&path)?;
     let (after, limit) = page_query(&uri, UserId::parse)?;
     let found = edge.collect.topics().members(name.clone(), after, limit + 1).await.map_err(unavailable)?;
@@ -218,13 +219,13 @@ async fn members(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) ->
 }
 
 async fn topics_of(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Users)?;
     let topics = edge.collect.topics().topics_of(user_of(&path)?).await.map_err(unavailable)?;
     Ok(json_of(StatusCode::OK, &page_of_topics(topics, usize::MAX)))
 }
 
 async fn leave_all(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
-    edge.authorize(&headers)?;
+    edge.authorize(&headers, &Scope::Users)?;
     let removed = edge.collect.leave_all(user_of(&path)?).await.map_err(unavailable)?;
     Ok(json_of(StatusCode::ACCEPTED, &MembersChangedResponse { removed, ..Default::default() }))
 }

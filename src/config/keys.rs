@@ -7,6 +7,8 @@ pub(super) enum Kind {
     Secret,
     List,
     SecretList,
+    /// Tables in which there are secrets.
+    SecretTables,
     Number,
     Fraction,
     Switch,
@@ -35,6 +37,7 @@ pub(super) const KEYS: &[Key] = &[
     key("push.weight", Kind::Fraction, "1.0"),
     key("collect.listen", Kind::Text, "\"127.0.0.1:8081\""),
     key("collect.api_keys", Kind::SecretList, "[]"),
+    key("collect.keys", Kind::SecretTables, "[]"),
     key("topics.open", Kind::List, "[]"),
     key("auth.listen", Kind::Text, "\"127.0.0.1:8082\""),
     key("auth.mode", Kind::Text, "\"local\""),
@@ -84,6 +87,9 @@ pub(super) fn rule_of(kind: Kind) -> &'static str {
     match kind {
         Kind::Text | Kind::Secret => "must be a string",
         Kind::List | Kind::SecretList => "must be a list of strings",
+        Kind::SecretTables => {
+            "must be a list of tables ([[collect.keys]]), in the environment a JSON array of objects"
+        }
         Kind::Number => "must be an integer",
         Kind::Fraction => "must be a number",
         Kind::Switch => "must be true or false",

@@ -1,6 +1,7 @@
 //! Configuration: a TOML file, then `RINGPUSH_SECTION__KEY`, then flags. Everything is read and
 //! checked before anything is built, and every fault is reported.
 
+mod api_keys;
 mod keys;
 mod reader;
 mod rules;
@@ -20,6 +21,7 @@ use crate::wire::address::UrlTemplate;
 use crate::wire::http::PublishLimits;
 use secrecy::SecretString;
 
+pub use api_keys::{NamedKey, all_keys};
 use keys::KEYS;
 use reader::{Reader, read_environment};
 
@@ -90,6 +92,8 @@ pub struct Config {
     pub admin_key: SecretString,
     /// `collect.api_keys`: the keys that may publish.
     pub api_keys: Vec<SecretString>,
+    /// `collect.keys`: keys with names, scopes and limits.
+    pub named_keys: Vec<NamedKey>,
     /// `peer.secret`, shared by all roles.
     pub peer_secret: SecretString,
     /// `peer.advertise`: where other roles reach this process. `None`: derived from the listener.

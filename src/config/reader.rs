@@ -127,13 +127,14 @@ impl Reader {
         let value = match key.kind {
             Kind::Text | Kind::Secret => Some(toml::Value::String(text.to_owned())),
             Kind::List | Kind::SecretList => list_of(text),
+            Kind::SecretTables => tables_of(text),
             Kind::Number => text.trim().parse().ok().map(toml::Value::Integer),
             Kind::Fraction => text.trim().parse().ok().map(toml::Value::Float),
             Kind::Switch => text.trim().parse().ok().map(toml::Value::Boolean),
         };
         match value {
             Some(value) => drop(self.values.insert(name, value)),
-            None if matches!(key.kind, Kind::Secret | Kind::SecretList) => {
+            None if matches!(key.kind, Kind::Secret | Kind::SecretList | Kind::SecretTables) => {
                 self.faults.push(format!("{name}: (from {from}) {}", rule_of(key.kind)));
             }
             None => self.faults.push(format!("{name}: {text:?} (from {from}) {}", rule_of(key.kind))),
@@ -200,6 +201,16 @@ impl Reader {
             SocketAddr::from(([127, 0, 0, 1], 0))
         })
     }
+}
+
+/// A JSON array of objects.
+fn tables_of(text: &str) -> Option<toml::Value> {
+    let value: serde_json::Value = serde_json::from_str(text).ok()?;
+    let all = value.as_array()?;
+    if !all.iter().all(serde_json::Value::is_object) {
+        return None;
+    }
+    toml::Value::try_from(all).ok()
 }
 
 /// A JSON array, or values separated by commas.

@@ -68,6 +68,7 @@ impl Reader {
             token_in_url,
             admin_key: secrets.admin_key.into(),
             api_keys: secrets.api_keys.into_iter().map(SecretString::from).collect(),
+            named_keys: secrets.named_keys,
             peer_secret: secrets.peer_secret.into(),
             peer_advertise,
             redis,

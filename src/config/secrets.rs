@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::RoleName;
+use super::api_keys::NamedKey;
 use super::keys::{KEYS, Kind};
 use super::reader::Reader;
 
@@ -11,6 +12,7 @@ impl Reader {
         let secrets = Secrets {
             admin_key: self.text("auth.admin_key"),
             api_keys: self.list("collect.api_keys"),
+            named_keys: self.named_keys(),
             peer_secret: self.text("peer.secret"),
         };
         if secrets.api_keys.iter().any(|key| key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic())) {
@@ -38,7 +40,10 @@ impl Reader {
         let missing = [
             ("auth.token_key", verifies && no_key),
             ("auth.admin_key", runs(RoleName::Auth) && secrets.admin_key.is_empty()),
-            ("collect.api_keys", runs(RoleName::Collect) && secrets.api_keys.is_empty()),
+            (
+                "collect.api_keys",
+                runs(RoleName::Collect) && secrets.api_keys.is_empty() && secrets.named_keys.is_empty(),
+            ),
             // A process with the role auth alone does not ask another auth.
             (
                 "peer.secret",
@@ -70,12 +75,12 @@ impl Reader {
                     Kind::Secret if value.as_ref().and_then(toml::Value::as_str) == Some("") => {
                         "\"\"".to_owned()
                     }
-                    Kind::SecretList
+                    Kind::SecretList | Kind::SecretTables
                         if value.as_ref().and_then(toml::Value::as_array).is_some_and(Vec::is_empty) =>
                     {
                         "[]".to_owned()
                     }
-                    Kind::Secret | Kind::SecretList => "\"(set)\"".to_owned(),
+                    Kind::Secret | Kind::SecretList | Kind::SecretTables => "\"(set)\"".to_owned(),
                     _ => value.map_or_else(String::new, |value| without_passwords(&value.to_string())),
                 };
                 let elsewhere = !development && !set && key.name.ends_with(".listen");
@@ -88,6 +93,7 @@ impl Reader {
 pub(super) struct Secrets {
     pub(super) admin_key: String,
     pub(super) api_keys: Vec<String>,
+    pub(super) named_keys: Vec<NamedKey>,
     pub(super) peer_secret: String,
 }
 

@@ -242,3 +242,70 @@ fn a_variable_that_is_not_utf8_is_a_fault_where_it_is_ours() {
     let odd = (OsString::from_vec(b"RINGPUSH_PEER__SECRET\xff".to_vec()), OsString::from("x"));
     assert!(read_environment([odd].into_iter()).is_err());
 }
+
+#[test]
+fn every_fault_of_a_named_key_is_told_with_its_place_and_no_secret() {
+    let said = faults(
+        r#"
+        [[collect.keys]]
+        name = "a b"
+        secret = "hunter2"
+        scopes = ["publish", "admin"]
+        [[collect.keys]]
+        name = "good"
+        secret = "a-secret-of-at-least-thirty-two-bytes"
+        secret_sha256 = "00"
+        scopes = []
+        rate_per_s = 0
+        [[collect.keys]]
+        name = "good"
+        secret_sha256 = "zz"
+        scopes = ["read"]
+        burst = 3
+        colour = "red"
+        "#,
+        &[],
+    );
+    for fault in [
+        "collect.keys[0].name",
+        "collect.keys[0].secret: must be a string of at least 32",
+        "collect.keys[0].scopes: \"admin\" is no scope",
+        "collect.keys[1].secret_sha256: give secret or secret_sha256, not both",
+        "collect.keys[1].scopes: must be a list",
+        "collect.keys[1].rate_per_s: must be an integer",
+        "collect.keys[2].name: \"good\" is the name of another key",
+        "collect.keys[2].secret_sha256: must be 64 hexadecimal digits",
+        "collect.keys[2].burst: stands beside rate_per_s",
+        "collect.keys[2].colour: no such field",
+    ] {
+        assert!(said.contains(fault), "{fault}: {said}");
+    }
+    assert!(!said.contains("hunter2"), "{said}");
+    assert!(faults("", &[("RINGPUSH_COLLECT__KEYS", "[1]")]).contains("collect.keys"));
+}
+
+#[test]
+fn named_keys_come_from_tables_or_from_json_and_stand_beside_plain_ones() {
+    let text = r#"
+        [collect]
+        api_keys = ["api-key-one-of-at-least-thirty-two-bytes"]
+        [[collect.keys]]
+        name = "shop"
+        secret = "the-secret-of-the-shop-which-is-long-enough"
+        scopes = ["publish:topic/news-*", "read"]
+        rate_per_s = 10
+    "#;
+    let config = load(text, &[]).unwrap();
+    let keys = all_keys(&config.api_keys, &config.named_keys);
+    let names: Vec<&str> = keys.iter().map(|key| key.name.as_str()).collect();
+    assert_eq!(names, ["key-1", "shop"]);
+    assert_eq!(keys[1].rate.map(|rate| (rate.per_s, rate.burst)), Some((10, 10)));
+    assert_eq!(
+        keys[1].digest,
+        crate::role::collect::KeySettings::digest_of("the-secret-of-the-shop-which-is-long-enough")
+    );
+    let json = r#"[{"name":"x","secret":"the-secret-of-the-shop-which-is-long-enough","scopes":["read"]}]"#;
+    let config = load("", &[("RINGPUSH_COLLECT__KEYS", json)]).unwrap();
+    assert_eq!(config.named_keys[0].settings.name, "x");
+    assert!(config.to_toml().contains("keys = \"(set)\""));
+}

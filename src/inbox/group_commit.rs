@@ -65,6 +65,8 @@ pub struct TooManyWaiting;
 pub trait WriteObserver: Send + Sync + 'static {
     /// A write of so many appends begins.
     fn writing(&self, count: usize);
+    /// An append was answered so long after it was handed over.
+    fn took(&self, _: Duration) {}
     /// These messages were stored, in this order. Their senders were answered, or have gone.
     fn stored(&self, messages: Vec<(UserId, Arc<Message>)>);
 }
@@ -143,7 +145,7 @@ impl Appender {
             return Err(TooManyWaiting);
         }
         lane.bytes += bytes;
-        lane.appends.push_back(Queued { append, answer, bytes });
+        lane.appends.push_back(Queued { append, answer, bytes, at: Instant::now() });
         let count = waiting.count();
         let resting = std::mem::take(&mut waiting.resting);
         drop(waiting);
@@ -187,6 +189,8 @@ struct Queued {
     append: Append,
     answer: Answer,
     bytes: usize,
+    /// When it was handed over.
+    at: Instant,
 }
 
 type Answer = oneshot::Sender<Result<Receipt, InboxError>>;
@@ -232,18 +236,22 @@ impl Writer {
     }
 
     async fn write(self: Arc<Self>, batch: Vec<Queued>) {
-        let with_user = |Queued { append, answer, .. }| {
+        let with_user = |Queued { append, answer, at, .. }| {
             let user = append.user.clone();
-            (append, (user, answer))
+            (append, (user, answer, at))
         };
         let (appends, to): (Vec<Append>, Vec<_>) = batch.into_iter().map(with_user).unzip();
         let outcomes = self.inbox.append(appends).await;
         self.answer(to, outcomes);
     }
 
-    fn answer(&self, to: Vec<(UserId, Answer)>, outcomes: Vec<Result<Appended, InboxError>>) {
+    fn answer(&self, to: Vec<(UserId, Answer, Instant)>, outcomes: Vec<Result<Appended, InboxError>>) {
         let mut stored = Vec::with_capacity(to.len());
-        for ((user, to), outcome) in to.into_iter().zip(outcomes) {
+        let now = Instant::now();
+        for ((user, to, at), outcome) in to.into_iter().zip(outcomes) {
+            if outcome.is_ok() {
+                self.observer.took(now.saturating_duration_since(at));
+            }
             let receipt = outcome.map(|appended| match appended {
                 Appended::Stored(message) => {
                     let seq = message.seq;

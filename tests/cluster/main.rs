@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-/// 2,000 users, 500 messages per second, and beside them 20 topics of 50 members whose members
+/// 2,000 users, 500 messages per second, and beside them 100 topics of 50 members whose members
 /// change five times a second; a message that takes longer than 15 s was found by a sweep, which
 /// here is a fault.
 const SWEPT: &str = "15s";
@@ -22,7 +22,7 @@ const FOUND_BY_SWEEP: &str = "40s";
 
 fn load<'a>(seconds: &'a str, max_delay: &'a str) -> Vec<&'a str> {
     let users = ["--users", "2000", "--rate", "500", "--for", seconds, "--max-delay", max_delay];
-    [&users[..], &["--topics", "20", "--members", "50", "--topic-rate", "4"]].concat()
+    [&users[..], &["--topics", "100", "--members", "50", "--topic-rate", "10"]].concat()
 }
 
 async fn rest(seconds: u64) {

@@ -13,6 +13,8 @@ mod cluster;
 mod command_line;
 mod crash;
 mod handshakes;
+mod indicators;
+mod keys;
 mod libraries;
 mod limits;
 mod logs;

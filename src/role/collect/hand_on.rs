@@ -14,7 +14,7 @@ use crate::inbox::WriteObserver;
 use crate::inbox::logs::log_of;
 use crate::membership::View;
 use crate::message::{Message, UserId};
-use crate::telemetry::{Metrics, WAY};
+use crate::telemetry::{Metrics, Timing, WAY};
 use crate::wire::peer::{DispatchRequest, LiveMessage, LogHint, ViewVersion};
 
 /// Delay after no dispatch could be reached.
@@ -34,6 +34,8 @@ pub(super) struct CollectMetrics {
     batch: Histogram,
     /// Appends to logs per write.
     log_batch: Histogram,
+    /// From the handing over of an append until it is durable.
+    store: Timing,
 }
 
 impl CollectMetrics {
@@ -45,6 +47,11 @@ impl CollectMetrics {
             hints_dropped: Counter::default(),
             batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
             log_batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
+            store: Timing::register(
+                metrics,
+                "store_seconds",
+                "From handing a message to the store until it is durable",
+            ),
         };
         metrics.register(|r| {
             r.register("stored", "Messages stored, one per recipient", own.stored.clone());
@@ -87,6 +94,10 @@ impl WriteObserver for StoredInLogs {
         self.0.metrics.log_batch.observe(count as f64);
     }
 
+    fn took(&self, took: Duration) {
+        self.0.metrics.store.observe(took);
+    }
+
     fn stored(&self, messages: Vec<(UserId, Arc<Message>)>) {
         let hint = |(key, message): (UserId, Arc<Message>)| {
             let log = log_of(&key)?;
@@ -101,6 +112,10 @@ impl WriteObserver for StoredInLogs {
 impl WriteObserver for HandingOn {
     fn writing(&self, count: usize) {
         self.metrics.batch.observe(count as f64);
+    }
+
+    fn took(&self, took: Duration) {
+        self.metrics.store.observe(took);
     }
 
     fn stored(&self, messages: Vec<(UserId, Arc<Message>)>) {

@@ -1,6 +1,7 @@
 //! Collect takes messages from publishers, has the inbox append them, answers, and hands them to
 //! dispatch. A stored message is handed on whether or not its sender still waits.
 
+mod api_keys;
 mod hand_on;
 mod members;
 mod publish;
@@ -14,6 +15,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 
+pub use self::api_keys::{ApiKey, KeyRate, KeySettings, SCOPE_RULE, Scope};
 use self::hand_on::{HandingOn, StoredInLogs, hand_on};
 use self::members::MemberLists;
 pub use self::publish::{Addressed, Lists, PUBLISH_DEADLINE, REQUEST_RECIPIENTS};

@@ -84,6 +84,19 @@ pub enum AdmissionError {
     Redirect(String),
 }
 
+impl AdmissionError {
+    /// The name in metrics.
+    const fn name(&self) -> &'static str {
+        match self {
+            Self::Unavailable(_) => "unavailable",
+            Self::ForbiddenOrigin => "forbidden_origin",
+            Self::Unauthorized(_) => "unauthorized",
+            Self::BadQuery(_) => "bad_query",
+            Self::Redirect(_) => "redirect",
+        }
+    }
+}
+
 /// What is configured about requests for sockets.
 pub(super) struct AdmissionRules {
     /// The origins whose pages may open sockets.
@@ -135,8 +148,9 @@ impl Admitter {
     /// The response instead of the upgrade.
     pub(super) async fn admit(&self, request: SocketRequest<'_>) -> Result<Admission, AdmissionError> {
         let decided = self.decide(request).await;
-        if decided.is_err() {
+        if let Err(error) = &decided {
             self.metrics.refused.inc();
+            self.metrics.sockets_refused.get_or_create(&[("reason", error.name())]).inc();
         }
         decided
     }

@@ -88,6 +88,7 @@ impl Base {
             clock: clock.clone(),
             cursors: Arc::clone(&reading.cursors),
             reads: Arc::clone(&reading.pages),
+            displaced: Arc::clone(&placement.displaced),
             log_positions: Arc::clone(&reading.log_positions),
             logs: Arc::new(LogAttacher {
                 stores: reading.stores.clone(),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 
 use super::admission::Origins;
@@ -16,7 +17,7 @@ use crate::membership::{Membership, NodeInfo};
 use crate::role::VerifyService;
 use crate::role::connect::PublicUrls;
 use crate::role::reach::PeerProbe;
-use crate::telemetry::{Health, Metrics, Refusals};
+use crate::telemetry::{Health, Metrics, Path, Refusals, Timing, TimingBy};
 use crate::ticket::TicketKey;
 
 /// How a push node behaves.
@@ -124,13 +125,38 @@ pub struct PushMetrics {
     pub topic_unaware: Counter,
     /// Sockets refused before the upgrade, for any reason.
     pub refused: Counter,
+    /// The same by reason.
+    pub sockets_refused: Family<[(&'static str, &'static str); 1], Counter>,
+    /// From the acceptance of a message to its way into the socket, by [`Path`].
+    pub delivery: TimingBy<4>,
+    /// From there to its ack, of one message per socket at a time.
+    pub ack: Timing,
+    /// From the acceptance of a socket to its `welcome`.
+    pub attach: Timing,
+    /// From a `move` frame to the end of the session here.
+    pub move_away: Timing,
 }
 
 impl PushMetrics {
     /// Registers the metrics.
     #[must_use]
     pub fn register(metrics: &Metrics) -> Self {
-        let own = Self::default();
+        let delivery = "From the acceptance of a message to its way into the socket";
+        let own = Self {
+            delivery: TimingBy::register(metrics, ("delivery_seconds", delivery), "path", Path::NAMES),
+            ack: Timing::register(metrics, "ack_seconds", "From the socket to the ack, sampled"),
+            attach: Timing::register(
+                metrics,
+                "attach_seconds",
+                "From the acceptance of a socket to its welcome",
+            ),
+            move_away: Timing::register(
+                metrics,
+                "move_seconds",
+                "From a move to the end of the session here",
+            ),
+            ..Self::default()
+        };
         metrics.register(|r| {
             r.register("sessions", "Sessions registered now", own.sessions.clone());
             r.register("connections", "Connection tasks running now", own.connections.clone());
@@ -152,6 +178,11 @@ impl PushMetrics {
                 own.topic_unaware.clone(),
             );
             r.register("refused", "Sockets refused before the upgrade", own.refused.clone());
+            r.register(
+                "sockets_refused",
+                "Sockets refused before the upgrade, by reason",
+                own.sockets_refused.clone(),
+            );
         });
         own
     }

@@ -12,6 +12,8 @@ use bytes::Bytes;
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use tracing::Instrument;
 
+use tokio::time::Instant;
+
 use super::admission::{Admission, AdmissionError, Admitter};
 use super::attach::{Attacher, not_now};
 use super::availability::Availability;
@@ -69,9 +71,10 @@ async fn begin<S: Socket + 'static>(
     span: tracing::Span,
 ) -> Option<Arc<Shared<S>>> {
     let mut socket = socket.await?;
+    let accepted_at = Instant::now();
     let context = Arc::clone(&connector.context);
     let counted = Counted::in_gauge(&context.metrics.connections);
-    match connector.attached(admission, &mut socket).await {
+    match connector.attached(admission, &mut socket, accepted_at).await {
         Ok(attached) => {
             span.record("session", tracing::field::display(attached.handle.id));
             Some(Shared::new(Serving::begin(context, socket, attached, counted)))
@@ -84,7 +87,12 @@ async fn begin<S: Socket + 'static>(
 }
 
 impl Connector {
-    async fn attached<S: Socket>(&self, admission: Admission, socket: &mut S) -> Result<Attached, End> {
+    async fn attached<S: Socket>(
+        &self,
+        admission: Admission,
+        socket: &mut S,
+        accepted_at: Instant,
+    ) -> Result<Attached, End> {
         let Admission { identity, mut options, mut arrival, topics_in_auth } = admission;
         let known = match identity {
             Some(known) if !topics_in_auth => known,
@@ -126,7 +134,7 @@ impl Connector {
             tracing::debug!(target: WAY, step = 3, user = %handle.user, %node, owner, "registered and welcome");
         }
         let heartbeat = heartbeat.unwrap_or(false);
-        Ok(Attached { known, handle, position, began, heartbeat, window, logs, missing })
+        Ok(Attached { known, handle, position, began, heartbeat, window, logs, missing, accepted_at })
     }
 
     /// What the session reads of logs, and what it misses because its client does not know of them.

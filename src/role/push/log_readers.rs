@@ -13,6 +13,7 @@ use super::tail::{Block, Held, LogFrame, Reading, Tail};
 use crate::inbox::topics::LogMembership;
 use crate::message::{LogId, Millis, Seq, TopicName, UserId};
 use crate::session::{Input, Output, Page, Session, StartPoint, Unacked};
+use crate::telemetry::Path;
 use crate::topic::LOG_TOPICS;
 use crate::wire::frame::{GapReason, OfLog, ServerFrame, TopicState};
 
@@ -68,8 +69,9 @@ impl Reader {
 /// What a socket is to do, in this order.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Act {
-    /// Send a message.
-    Message(Bytes),
+    /// Send a message, which was accepted at this time and came this way; `None`: it waited for its
+    /// user.
+    Message(Bytes, Option<(Millis, Path)>),
     /// Send another frame.
     Frame(Box<ServerFrame>),
     /// The device has handled everything up to here.
@@ -114,6 +116,8 @@ pub(super) struct LogReaders {
     left: Vec<(TopicName, u64, Seq)>,
     inbox_is_level: bool,
     told_level: bool,
+    /// On which way what is given now has come.
+    path: Option<Path>,
 }
 
 impl LogReaders {
@@ -131,6 +135,7 @@ impl LogReaders {
             left: Vec::new(),
             inbox_is_level: false,
             told_level: false,
+            path: None,
         }
     }
 
@@ -321,10 +326,10 @@ impl LogReaders {
             }
             let after = self.all[at].session.position();
             let tail = Arc::clone(self.all[at].tail());
-            let page = match tail.after(after) {
-                Held::Page(page) => page,
+            let (page, path) = match tail.after(after) {
+                Held::Page(page) => (page, Path::Live),
                 Held::Below => match self.of_block(&tail, after) {
-                    Some(page) => page,
+                    Some(page) => (page, Path::Behind),
                     // One read at a time for each socket; others that are held go on.
                     None if self.is_reading => continue,
                     None => {
@@ -336,6 +341,7 @@ impl LogReaders {
             };
             self.turn = at + 1;
             self.all[at].wants = false;
+            self.path = self.all[at].was_level.then_some(path);
             self.step(at, Input::Page(page), now, out);
             self.look_whether_level(out);
             return Some(Next::Given);
@@ -380,7 +386,7 @@ impl LogReaders {
     }
 
     fn step(&mut self, at: usize, input: Input<LogFrame>, now: Millis, out: &mut Vec<Act>) {
-        let Self { all, user, .. } = self;
+        let Self { all, user, path, .. } = self;
         let Reader { reading, why, session, wants, was_level, had_backlog, unacked, .. } = &mut all[at];
         let log = &reading.tail.log;
         if matches!(input, Input::Reset(..)) {
@@ -389,7 +395,7 @@ impl LogReaders {
         session.step(input, now, |output| match output {
             Output::Send(frame) if frame.is_for(user) => {
                 unacked.iter_mut().for_each(|unacked| unacked.send(frame.seq));
-                out.push(Act::Message(frame.frame));
+                out.push(Act::Message(frame.frame, path.map(|path| (frame.accepted_at, path))));
             }
             Output::Send(frame) => {
                 let after = Seq::at(frame.seq.get().saturating_sub(1));

@@ -15,7 +15,7 @@ use tokio::time::Duration;
 
 use super::tail::{Block, Tail};
 use crate::inbox::topics::Memberships;
-use crate::message::{Message, Seq};
+use crate::message::{Message, Millis, Seq};
 use crate::session::{Item, Page};
 use crate::wire::close::CloseCode;
 use crate::wire::frame::message_frame;
@@ -25,21 +25,31 @@ pub(super) const MAILBOX_MESSAGES: usize = 256;
 /// Most bytes of their frames: the outbound limit of a session.
 pub(super) const MAILBOX_BYTES: usize = 256 * 1024;
 
+/// A message of an inbox as a session sends it.
+#[derive(Debug, Clone)]
+pub(super) struct InboxFrame {
+    /// The encoded frame.
+    pub(super) bytes: Bytes,
+    pub(super) seq: Seq,
+    pub(super) accepted_at: Millis,
+}
+
 /// A message in the form of the session, with its frame encoded once.
-pub(super) fn encoded(message: &Message) -> Item<Bytes> {
-    Item { seq: message.seq, expires_at: message.expires_at, frame: message_frame(message) }
+pub(super) fn encoded(message: &Message) -> Item<InboxFrame> {
+    let Message { seq, accepted_at, expires_at, .. } = *message;
+    Item { seq, expires_at, frame: InboxFrame { bytes: message_frame(message), seq, accepted_at } }
 }
 
 /// Everything that came since the task last looked.
 #[derive(Debug, Default)]
 pub(super) struct Mail {
     /// Live messages in the order of their arrival; mostly one.
-    pub(super) live: SmallVec<[Item<Bytes>; 1]>,
+    pub(super) live: SmallVec<[Item<InboxFrame>; 1]>,
     bytes: usize,
     /// Live messages were dropped.
     pub(super) lost: bool,
     /// The page that was requested.
-    pub(super) page: Option<Page<Bytes>>,
+    pub(super) page: Option<Page<InboxFrame>>,
     /// The sweep found something after this position.
     pub(super) more_after: Option<Seq>,
     /// The first position is above everything in the store; the session goes on after the second
@@ -96,9 +106,9 @@ pub(super) struct Mailbox {
 
 impl Mailbox {
     /// Adds a live message, or leaves a mark if there is no room.
-    pub(super) fn try_live(&self, item: Item<Bytes>) {
+    pub(super) fn try_live(&self, item: Item<InboxFrame>) {
         self.put(|mail| {
-            let bytes = mail.bytes + item.frame.len();
+            let bytes = mail.bytes + item.frame.bytes.len();
             if mail.live.len() < MAILBOX_MESSAGES && bytes <= MAILBOX_BYTES {
                 mail.bytes = bytes;
                 mail.live.push(item);
@@ -141,7 +151,7 @@ impl Mailbox {
     }
 
     /// Adds the page that the session requested; it requests one at a time.
-    pub(super) fn page(&self, page: Page<Bytes>) {
+    pub(super) fn page(&self, page: Page<InboxFrame>) {
         self.put(|mail| mail.page = Some(page));
     }
 
@@ -195,12 +205,13 @@ impl Mailbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::Millis;
     use futures_util::FutureExt;
     use std::future::poll_fn;
 
-    fn item(seq: u64, bytes: usize) -> Item<Bytes> {
-        Item { seq: Seq::at(seq), expires_at: Millis(u64::MAX), frame: Bytes::from(vec![b'x'; bytes]) }
+    fn item(seq: u64, bytes: usize) -> Item<InboxFrame> {
+        let (seq, bytes) = (Seq::at(seq), Bytes::from(vec![b'x'; bytes]));
+        let frame = InboxFrame { bytes, seq, accepted_at: Millis(0) };
+        Item { seq, expires_at: Millis(u64::MAX), frame }
     }
 
     fn take(mailbox: &Mailbox) -> Option<Box<Mail>> {

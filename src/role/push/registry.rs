@@ -11,12 +11,11 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
-use bytes::Bytes;
 use hashbrown::HashTable;
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 
-use super::mailbox::Mailbox;
+use super::mailbox::{InboxFrame, Mailbox};
 use crate::message::{ClientName, DeviceId, Millis, NodeId, Seq, UserId};
 use crate::session::Item;
 
@@ -38,7 +37,7 @@ pub(super) struct Arrival {
 /// A session that can write a live message itself, without its task.
 pub(super) trait InlineSend: Send + Sync {
     /// Sends the message, or returns it if it must go through the mailbox.
-    fn send(&self, item: Item<Bytes>) -> Option<Item<Bytes>>;
+    fn send(&self, item: Item<InboxFrame>) -> Option<Item<InboxFrame>>;
 
     /// Looks at the logs, which have moved. Returns false if the task must look.
     fn look_at_logs(&self) -> bool;
@@ -102,7 +101,7 @@ impl SessionHandle {
     }
 
     /// Sends a live message inline, or puts it into the mailbox.
-    pub(super) fn send_inline(&self, item: Item<Bytes>) {
+    pub(super) fn send_inline(&self, item: Item<InboxFrame>) {
         let rest = match self.serving.get().and_then(Weak::upgrade) {
             Some(serving) => serving.send(item),
             None => Some(item),

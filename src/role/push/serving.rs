@@ -25,6 +25,7 @@
 //! One lock per session, held while the session is polled or written to, never across an await. An
 //! inline sender uses `try_lock` and falls back to the mailbox.
 
+mod clocks;
 mod logs;
 mod watching;
 
@@ -35,7 +36,6 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
@@ -45,11 +45,12 @@ use tokio::time::{Instant, Sleep};
 
 use super::connection::read_frame;
 use super::cursors::CursorWriter;
+use super::displaced::DisplacedSet;
 use super::end::{End, Socket, farewell};
 use super::log_attach::{LogAttacher, LogsAttached, Watched, shown};
 use super::log_positions::LogPositions;
 use super::log_readers::{Act, LogReaders, LogStart, Next};
-use super::mailbox::{LogMail, Mail};
+use super::mailbox::{InboxFrame, LogMail, Mail};
 use super::page_reads::PageReads;
 use super::reconnect::ReconnectWindow;
 use super::refresh::Refresher;
@@ -67,6 +68,7 @@ use crate::wire::close::CloseCode;
 use crate::wire::frame::{ClientFrame, OfLog, ServerFrame};
 use crate::wire::refusal::RefusalReason;
 use crate::wire::socket::{Incoming, Outgoing, SocketError};
+use clocks::Clocks;
 use watching::Watching;
 
 /// Bytes queued for one socket above which its session reads the inbox instead. With one page (at
@@ -97,6 +99,7 @@ pub(super) struct ServingContext {
     pub(super) refresher: Arc<Refresher>,
     pub(super) welcomer: Welcomer,
     pub(super) window: Arc<ReconnectWindow>,
+    pub(super) displaced: Arc<DisplacedSet>,
 }
 
 /// A client that has shown who it is and is registered.
@@ -114,6 +117,8 @@ pub(super) struct Attached {
     pub(super) logs: Option<LogsAttached>,
     /// What the client would get if it understood it.
     pub(super) missing: &'static [&'static str],
+    /// When its socket was accepted.
+    pub(super) accepted_at: Instant,
 }
 
 /// An event of the serving stage.
@@ -166,7 +171,7 @@ impl<S: Socket + 'static> Shared<S> {
 }
 
 impl<S: Socket + 'static> InlineSend for Shared<S> {
-    fn send(&self, item: Item<Bytes>) -> Option<Item<Bytes>> {
+    fn send(&self, item: Item<InboxFrame>) -> Option<Item<InboxFrame>> {
         match self.0.try_lock().as_deref_mut() {
             Some(Some(serving)) => serving.send_inline(item),
             _ => Some(item),
@@ -213,6 +218,7 @@ pub(super) struct Serving<S> {
     next_ping: Instant,
     token_ends: Instant,
     close_at: Option<Instant>,
+    clocks: Clocks,
     _counted: (Counted, Counted),
 }
 
@@ -235,7 +241,8 @@ impl<S: Socket> Serving<S> {
         attached: Attached,
         connection: Counted,
     ) -> Self {
-        let Attached { known, handle, position, began, heartbeat, window, logs, missing } = attached;
+        let Attached { known, handle, position, began, heartbeat, window, logs, missing, accepted_at } =
+            attached;
         let session_counted = Counted::in_gauge(&context.metrics.sessions);
         let now = Instant::now();
         // The first ping comes at a random time; otherwise a restarted node would ping all clients
@@ -275,12 +282,14 @@ impl<S: Socket> Serving<S> {
             unanswered: 0,
             token_ends,
             close_at: None,
+            clocks: Clocks::default(),
             frames_this_second: 0,
             second_began: now,
             _counted: (connection, session_counted),
         };
         this.context.metrics.welcomed.inc();
         this.push(Outgoing::Text(welcome));
+        this.context.metrics.attach.observe(accepted_at.elapsed());
         if let Some(LogsAttached { readers, starts }) = logs {
             this.begin_logs(*readers, starts, known.watch);
         }
@@ -292,7 +301,8 @@ impl<S: Socket> Serving<S> {
     }
 
     async fn leave(self, end: End) {
-        let Self { context, mut socket, handle, logs, _counted, .. } = self;
+        let Self { context, mut socket, handle, logs, clocks, _counted, .. } = self;
+        clocks.end(&context);
         if logs.is_some() {
             context.log_positions.hurry(&handle.user, &handle.device);
         }
@@ -312,7 +322,7 @@ impl<S: Socket> Serving<S> {
 
     /// Sends a live message on behalf of the task, or returns it: then it must go through the
     /// mailbox (mail or an event comes before it, or the task has not run yet).
-    fn send_inline(&mut self, item: Item<Bytes>) -> Option<Item<Bytes>> {
+    fn send_inline(&mut self, item: Item<InboxFrame>) -> Option<Item<InboxFrame>> {
         if self.noticed.is_some() || !self.handle.mailbox.is_empty() {
             return Some(item);
         }
@@ -493,6 +503,7 @@ impl<S: Socket> Serving<S> {
                     self.context.log_positions.hurry(&self.handle.user, &self.handle.device);
                 }
                 self.push(Outgoing::Text(order.frame));
+                self.clocks.moved();
                 if let Some(after) = order.close_after {
                     self.close_at = Some(Instant::now() + after);
                     self.reset_timer();
@@ -534,7 +545,10 @@ impl<S: Socket> Serving<S> {
             Incoming::Text(text) => text,
         };
         match read_frame(&text)? {
-            ClientFrame::Ack(seq) => self.step(Input::Ack(seq)),
+            ClientFrame::Ack(seq) => {
+                self.clocks.acked(seq, &self.context);
+                self.step(Input::Ack(seq));
+            }
             ClientFrame::AckLogs(acks) => self.acked(*acks),
             ClientFrame::Watch(topic, since) => self.watch(topic, since)?,
             ClientFrame::Unwatch(topic) => self.unwatch(&topic),
@@ -622,11 +636,15 @@ impl<S: Socket> Serving<S> {
     }
 
     /// Passes one event to the session and performs its actions.
-    fn step(&mut self, input: Input<Bytes>) {
+    fn step(&mut self, input: Input<InboxFrame>) {
         let now = self.context.clock.now();
-        let Self { session, queue, queued_bytes, handle, context, logs, .. } = self;
+        let Self { session, queue, queued_bytes, handle, context, logs, clocks, .. } = self;
         let has_logs = logs.is_some();
-        session.step(input, now, |output| perform(output, queue, queued_bytes, (handle, has_logs), context));
+        clocks.begin(&input, context, handle);
+        session.step(input, now, |output| {
+            clocks.note(&output, now, context);
+            perform(output, queue, queued_bytes, (handle, has_logs), context);
+        });
         self.handle.set_position(self.session.position());
         self.look_whether_full();
         self.look_whether_level();
@@ -649,7 +667,7 @@ impl<S: Socket> Serving<S> {
         }
     }
 
-    fn perform(&mut self, output: Output<Bytes>) {
+    fn perform(&mut self, output: Output<InboxFrame>) {
         let handle = (&*self.handle, self.logs.is_some());
         perform(output, &mut self.queue, &mut self.queued_bytes, handle, &self.context);
     }
@@ -660,7 +678,7 @@ impl<S: Socket> Serving<S> {
 }
 
 fn perform(
-    output: Output<Bytes>,
+    output: Output<InboxFrame>,
     queue: &mut VecDeque<Outgoing>,
     queued_bytes: &mut usize,
     (handle, has_logs): (&Arc<SessionHandle>, bool),
@@ -669,7 +687,7 @@ fn perform(
     let frame = match output {
         Output::Send(frame) => {
             context.metrics.delivered.inc();
-            frame
+            frame.bytes
         }
         Output::Gap { after, before, reason } => {
             let of = OfLog::default();

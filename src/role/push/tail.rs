@@ -32,6 +32,7 @@ pub(super) struct LogFrame {
     pub(super) frame: Bytes,
     /// Who does not get it.
     via: Option<Arc<Via>>,
+    pub(super) accepted_at: Millis,
 }
 
 impl LogFrame {
@@ -51,6 +52,7 @@ pub(super) fn encoded(log: &LogId, message: &Message) -> Item<LogFrame> {
         seq: message.seq,
         frame: log_message_frame(log, message),
         via: message.via.clone().filter(|_| has_exceptions),
+        accepted_at: message.accepted_at,
     };
     Item { seq: message.seq, expires_at: message.expires_at, frame }
 }

@@ -38,8 +38,11 @@ impl<S: Socket> Serving<S> {
         act(&mut logs.readers, &mut logs.acts, now);
         for act in std::mem::take(&mut logs.acts) {
             let frame = match act {
-                Act::Message(frame) => {
+                Act::Message(frame, way) => {
                     self.context.metrics.delivered.inc();
+                    if let Some((accepted_at, path)) = way {
+                        self.clocks.sent_of_log(accepted_at, path, now, &self.context);
+                    }
                     frame
                 }
                 Act::Frame(frame) => frame.encode(),
@@ -152,6 +155,7 @@ impl<S: Socket> Serving<S> {
         });
         self.count_unacked();
         if let Some(seq) = acks.seq {
+            self.clocks.acked(seq, &self.context);
             self.step(Input::Ack(seq));
         }
         self.take_of_logs();

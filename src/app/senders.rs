@@ -1,0 +1,122 @@
+//! Who sends to collect: the keys in use, what each may do, and what it did.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::RwLock;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use tokio::time::Instant;
+
+use crate::message::Recipients;
+use crate::role::collect::{ApiKey, KeySettings, Scope};
+use crate::telemetry::{Credential, Metrics, Outcome, Refusals, TimingBy};
+use crate::wire::http::Problem;
+
+/// A key in use.
+pub(super) struct Sender {
+    key: ApiKey,
+    /// Publishes by outcome.
+    publishes: [Counter; 3],
+}
+
+/// The keys in use.
+pub(super) struct Senders {
+    all: RwLock<Vec<Arc<Sender>>>,
+    publishes: Family<[(&'static str, String); 2], Counter>,
+    times: TimingBy<3>,
+    refusals: Refusals,
+}
+
+impl Senders {
+    pub(super) fn new(keys: Vec<KeySettings>, metrics: &Metrics, refusals: Refusals) -> Self {
+        let publishes = Family::default();
+        let shown = publishes.clone();
+        metrics.register(|r| r.register("publishes", "Publishes by key and outcome", shown));
+        let help = "From the reading of a publish to its answer";
+        let times = TimingBy::register(metrics, ("publish_seconds", help), "outcome", Outcome::NAMES);
+        let this = Self { all: RwLock::default(), publishes, times, refusals };
+        this.replace(keys);
+        this
+    }
+
+    /// From now on these keys count, and no others.
+    pub(super) fn replace(&self, keys: Vec<KeySettings>) {
+        let counter = |name: &str, outcome: &str| {
+            let labels = [("key", name.to_owned()), ("outcome", outcome.to_owned())];
+            self.publishes.get_or_create(&labels).clone()
+        };
+        let sender = |settings: KeySettings| {
+            let publishes = Outcome::NAMES.map(|outcome| counter(&settings.name, outcome));
+            Arc::new(Sender { key: ApiKey::new(settings), publishes })
+        };
+        *self.all.write() = keys.into_iter().map(sender).collect();
+    }
+
+    /// Finds the key of a request, and whether it has the right.
+    ///
+    /// # Errors
+    ///
+    /// 401, or 403 with the scope that is missing.
+    pub(super) fn find(&self, given: Option<&str>, right: &Scope) -> Result<Arc<Sender>, Problem> {
+        let digest = KeySettings::digest_of(given.unwrap_or_default());
+        let found = self.all.read().iter().find(|sender| sender.key.is_of(&digest)).cloned();
+        let Some(sender) = found.filter(|_| given.is_some()) else {
+            let why = match given {
+                Some(given) if !given.is_empty() => "this API key is not known",
+                _ => "an API key is needed: Authorization: Bearer <key>",
+            };
+            self.refusals.note(Credential::ApiKey, why);
+            return Err(Problem::new(401, why));
+        };
+        let may = match right {
+            Scope::Publish => sender.key.publishes(),
+            right => sender.key.has(right),
+        };
+        if may { Ok(sender) } else { Err(sender.refusal(&format!("needs the scope {right}"))) }
+    }
+
+    /// Counts a publish of this sender.
+    pub(super) fn published(&self, sender: &Sender, status: u16, took: Duration) {
+        let outcome = Outcome::of_status(status);
+        self.times.at(outcome as usize).observe(took);
+        sender.publishes[outcome as usize].inc();
+    }
+}
+
+impl Sender {
+    /// The name of the key.
+    pub(super) fn name(&self) -> &str {
+        self.key.name()
+    }
+
+    /// Whether the sender may publish to these.
+    ///
+    /// # Errors
+    ///
+    /// 403 with the scopes that the key has.
+    pub(super) fn may_publish_to(&self, to: &Recipients) -> Result<(), Problem> {
+        match self.key.forbids(to) {
+            None => Ok(()),
+            Some(whom) => Err(self.refusal(&format!("may not publish to {whom}"))),
+        }
+    }
+
+    /// Takes so many recipients out of what the sender may publish.
+    ///
+    /// # Errors
+    ///
+    /// 429 with the time after which there are enough.
+    pub(super) fn take(&self, recipients: usize) -> Result<(), Problem> {
+        self.key.take(recipients, Instant::now()).map_err(|wait| {
+            let why = format!("the key {:?} publishes faster than its rate_per_s: repeat later", self.name());
+            let seconds = u32::try_from(wait.as_secs()).unwrap_or(u32::MAX).saturating_add(1);
+            Problem { retry_after_s: Some(seconds), ..Problem::new(429, why) }
+        })
+    }
+
+    fn refusal(&self, what: &str) -> Problem {
+        let (name, scopes) = (self.name(), self.key.scopes());
+        Problem::new(403, format!("the key {name:?} {what}; its scopes are {scopes}"))
+    }
+}

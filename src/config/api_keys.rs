@@ -1,0 +1,156 @@
+//! The rules of `collect.keys`: keys of senders with names, scopes and limits.
+
+use std::collections::HashSet;
+
+use secrecy::{ExposeSecret, SecretString};
+
+use super::reader::Reader;
+use super::secrets::SECRET_MIN_BYTES;
+use crate::role::collect::{KeyRate, KeySettings, SCOPE_RULE, Scope};
+
+/// Most keys; each has metrics of its own.
+const KEYS_MAX: usize = 100;
+/// Longest name of a key.
+const NAME_MAX: usize = 64;
+
+/// An entry of `collect.keys`.
+#[derive(Debug, Clone)]
+pub struct NamedKey {
+    /// What the server knows of it.
+    pub settings: KeySettings,
+    /// The secret itself, if it is configured; commands publish with it.
+    pub secret: Option<SecretString>,
+}
+
+/// All keys that may be used at collect: those of `collect.api_keys` have all scopes, and the names
+/// `key-1`, `key-2` and so on.
+#[must_use]
+pub fn all_keys(plain: &[SecretString], named: &[NamedKey]) -> Vec<KeySettings> {
+    let plain = plain.iter().enumerate().map(|(n, secret)| KeySettings {
+        name: format!("key-{}", n + 1),
+        digest: KeySettings::digest_of(secret.expose_secret()),
+        scopes: Scope::all(),
+        rate: None,
+    });
+    plain.chain(named.iter().map(|key| key.settings.clone())).collect()
+}
+
+impl Reader {
+    pub(super) fn named_keys(&mut self) -> Vec<NamedKey> {
+        let Some(toml::Value::Array(entries)) = self.value("collect.keys") else {
+            self.faults.push("collect.keys: must be a list of tables: [[collect.keys]]".to_owned());
+            return Vec::new();
+        };
+        if entries.len() > KEYS_MAX {
+            self.faults
+                .push(format!("collect.keys: has {} keys; at most {KEYS_MAX} are allowed", entries.len()));
+            return Vec::new();
+        }
+        let mut names = HashSet::new();
+        let mut keys = Vec::with_capacity(entries.len());
+        for (n, entry) in entries.iter().enumerate() {
+            let Some(table) = entry.as_table() else {
+                self.faults.push(format!("collect.keys[{n}]: must be a table with name, secret and scopes"));
+                continue;
+            };
+            keys.extend(self.named_key(n, table));
+            if let Some(name) = table.get("name").and_then(toml::Value::as_str)
+                && !names.insert(name.to_owned())
+            {
+                self.faults.push(format!("collect.keys[{n}].name: {name:?} is the name of another key"));
+            }
+        }
+        keys
+    }
+
+    fn named_key(&mut self, n: usize, table: &toml::Table) -> Option<NamedKey> {
+        const KNOWN: [&str; 6] = ["name", "secret", "secret_sha256", "scopes", "rate_per_s", "burst"];
+        let before = self.faults.len();
+        let mut fault =
+            |field: &str, rule: &str| self.faults.push(format!("collect.keys[{n}].{field}: {rule}"));
+        for name in table.keys().filter(|name| !KNOWN.contains(&name.as_str())) {
+            fault(name, &format!("no such field; there are {}", KNOWN.join(", ")));
+        }
+        let text = |name: &str| table.get(name).and_then(toml::Value::as_str);
+        let name = text("name").unwrap_or_default();
+        let is_name = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+        if !(1..=NAME_MAX).contains(&name.len()) || !name.bytes().all(is_name) {
+            fault("name", "must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' and '-'");
+        }
+        let digest = match (table.get("secret"), table.get("secret_sha256")) {
+            (Some(_), Some(_)) => {
+                fault("secret_sha256", "give secret or secret_sha256, not both");
+                None
+            }
+            (None, None) => {
+                fault("secret", "is required, or secret_sha256 (make one with: openssl rand -base64 32)");
+                None
+            }
+            (Some(_), None) => match text("secret") {
+                Some(secret)
+                    if secret.len() >= SECRET_MIN_BYTES && secret.bytes().all(|b| b.is_ascii_graphic()) =>
+                {
+                    Some(KeySettings::digest_of(secret))
+                }
+                _ => {
+                    let rule = format!(
+                        "must be a string of at least {SECRET_MIN_BYTES} printable ASCII characters without spaces \
+                         (make one with: openssl rand -base64 32)"
+                    );
+                    fault("secret", &rule);
+                    None
+                }
+            },
+            (None, Some(_)) => {
+                let digest = text("secret_sha256").and_then(digest_of_hex);
+                if digest.is_none() {
+                    fault("secret_sha256", "must be 64 hexadecimal digits (printf %s SECRET | sha256sum)");
+                }
+                digest
+            }
+        };
+        let mut scopes = Vec::new();
+        match table.get("scopes").and_then(toml::Value::as_array) {
+            Some(all) if !all.is_empty() => {
+                for scope in all {
+                    let shown = scope.as_str().map_or_else(|| scope.to_string(), str::to_owned);
+                    match Scope::parse(&shown) {
+                        Some(scope) => scopes.push(scope),
+                        None => fault("scopes", &format!("{shown:?} {SCOPE_RULE}")),
+                    }
+                }
+            }
+            _ => fault("scopes", "must be a list of scopes, such as [\"publish\"]"),
+        }
+        let mut number = |name: &str| {
+            let value = table.get(name)?;
+            let number = value.as_integer().and_then(|n| u32::try_from(n).ok());
+            let number = number.filter(|n| (1..=1_000_000).contains(n));
+            if number.is_none() {
+                fault(name, "must be an integer from 1 to 1000000");
+            }
+            number
+        };
+        let (per_s, burst) = (number("rate_per_s"), number("burst"));
+        if table.contains_key("burst") && !table.contains_key("rate_per_s") {
+            fault("burst", "stands beside rate_per_s");
+        }
+        if self.faults.len() > before {
+            return None;
+        }
+        let rate = per_s.map(|per_s| KeyRate { per_s, burst: burst.unwrap_or(per_s) });
+        let settings = KeySettings { name: name.to_owned(), digest: digest?, scopes, rate };
+        Some(NamedKey { settings, secret: text("secret").map(SecretString::from) })
+    }
+}
+
+fn digest_of_hex(text: &str) -> Option<[u8; 32]> {
+    let mut digest = [0; 32];
+    if text.len() != 64 || !text.is_ascii() {
+        return None;
+    }
+    for (n, byte) in digest.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(text.get(2 * n..2 * n + 2)?, 16).ok()?;
+    }
+    Some(digest)
+}
