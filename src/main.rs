@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ringpush::app::{App, Ended};
+use ringpush::app::{App, Ended, Reloader};
 use ringpush::cli::audit::{AuditPlan, TopicPlan, audit};
 use ringpush::cli::commands::{self, Addressed};
 use ringpush::cli::options::{AuditOptions, Cli, Command, Common, ConfigCommand, Serve};
@@ -26,6 +26,8 @@ const FILES_AT_FIRST: u64 = 65_536;
 
 /// `EX_USAGE` of `sysexits.h`: bad usage or configuration.
 const USAGE: u8 = 64;
+/// Time between two looks at the configuration's file.
+const RELOAD_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Whom a publish is for, and its payload.
 fn recipient(
@@ -192,7 +194,7 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
     // Messages and keys are only for their owner.
     umask(Mode::RWXG | Mode::RWXO);
     let mut sources = sources(common)?;
-    sources.flags.extend(options.roles.map(|roles| ("node.roles", roles)));
+    sources.flags.extend(options.roles.clone().map(|roles| ("node.roles", roles)));
     let config = Config::load(&sources)?;
     let format = if options.log == "json" { LogFormat::Json } else { LogFormat::Text };
     let filter =
@@ -201,9 +203,10 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
         start_logging(format, &filter).map_err(|error| Faults(vec![format!("--log-filter: {error}")]))?;
     // Before anything is bound, so that an early signal is not lost.
     let stop = stop_signal()?;
+    let hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?;
     let development = config.development;
     let mut stop = std::pin::pin!(stop);
-    let app = tokio::select! {
+    let mut app = tokio::select! {
         started = App::start(config, options.push_nodes.map(usize::from)) => started?,
         // Nothing was accepted yet.
         () = &mut stop => return Ok(ExitCode::SUCCESS),
@@ -211,6 +214,9 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
     if development {
         // The server runs, even if nobody reads the greeting.
         let _ = print_line(app.greeting(&commands::own_command(common.data.as_deref())));
+    }
+    if let Some(reloader) = app.take_reloader() {
+        tokio::spawn(reload(reloader, hangup, common.clone(), options.roles));
     }
     match app.run(stop).await? {
         Ended::Stopped => Ok(ExitCode::SUCCESS),
@@ -222,12 +228,38 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
     }
 }
 
+/// Reads the configuration again at each SIGHUP, and when its file has changed.
+async fn reload(
+    mut reloader: Reloader,
+    mut hangup: tokio::signal::unix::Signal,
+    common: Common,
+    roles: Option<String>,
+) {
+    let mut known = sources(&common).ok().and_then(|sources| sources.file);
+    loop {
+        let asked = tokio::select! {
+            _ = hangup.recv() => true,
+            () = tokio::time::sleep(RELOAD_EVERY) => false,
+        };
+        let read = sources(&common);
+        let file = read.as_ref().ok().and_then(|sources| sources.file.clone());
+        if !asked && file == known && read.is_ok() {
+            continue;
+        }
+        known = file;
+        reloader.apply(read.and_then(|mut sources| {
+            sources.flags.extend(roles.clone().map(|roles| ("node.roles", roles)));
+            Config::load(&sources)
+        }));
+    }
+}
+
 /// Ignores signals that have no meaning yet and would end the process without a drain. SIGXFSZ
 /// comes when a log file has reached its size limit; the write fails then, which is handled.
 fn ignore_other_signals() -> anyhow::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let file_size = SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
-    for kind in [SignalKind::hangup(), SignalKind::user_defined1(), SignalKind::user_defined2(), file_size] {
+    for kind in [SignalKind::user_defined1(), SignalKind::user_defined2(), file_size] {
         // The handler stays installed after the stream is dropped.
         drop(signal(kind)?);
     }

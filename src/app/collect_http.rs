@@ -20,16 +20,17 @@ use super::edge::{HttpError, Routes, asset, bearer, closed, json, json_body, jso
 use super::senders::{Sender, Senders};
 use crate::inbox::InboxError;
 use crate::membership::{Counts, Membership};
-use crate::message::{DeviceId, NodeId, Recipients, Seq, UserId};
-use crate::role::collect::Scope;
-use crate::role::collect::{Addressed, Collect, HISTORY_PAGE, Lists, PUBLISH_DEADLINE, UserReport};
+use crate::message::{DeviceId, Message, MessageId, Millis, NodeId, Recipients, Seq, UserId};
+use crate::role::collect::{Addressed, Collect, HISTORY_PAGE, Lists, PUBLISH_DEADLINE, Scope, UserReport};
 use crate::role::connect::PublicUrls;
 use crate::transport::held::Budget;
 use crate::transport::http::{Answers, RequestBody};
 use crate::wire::http::{
     Problem, Publish, PublishLimits, Published, batch_body, history_body, parse_batch, parse_publish,
 };
-use crate::wire::rest::{ClusterNode, ClusterResponse, DeviceEntry, UserResponse};
+use crate::wire::rest::{
+    ClusterNode, ClusterResponse, DeviceEntry, DeviceStatus, StatusResponse, UserResponse,
+};
 
 /// Path of a publish.
 const MESSAGES: &str = "/v1/messages";
@@ -152,6 +153,7 @@ pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
             .route(MESSAGES, post(publish_here))
             .route("/v1/messages/batch", post(batch))
             .route("/v1/users/{user}/messages", get(history))
+            .route("/v1/users/{user}/messages/{message}/status", get(status))
             .route("/v1/users/{user}", get(user).delete(forget))
             .route("/v1/users/{user}/sessions", axum::routing::delete(disconnect))
             .route("/v1/cluster", get(cluster))
@@ -319,6 +321,63 @@ async fn forget(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
     Ok(json(StatusCode::ACCEPTED, "{}"))
 }
 
+/// What became of a message on each device of its user.
+async fn status(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
+    edge.authorize(&headers, &Scope::Read)?;
+    let user = user_of(&path)?;
+    let which = part_of(&path, "message")?;
+    let seq = which.parse().ok().and_then(Seq::new);
+    let id = MessageId::parse(which).map_err(|rule| refuse(422, rule.to_string()))?;
+    let found = edge.collect.stored(&user, seq, id).await.map_err(unavailable)?;
+    let why = || {
+        let why = "no such message of this user is stored: there never was one, it was removed after its expiry, or its sender gave it no id";
+        refuse(404, why)
+    };
+    let message = found.ok_or_else(why)?;
+    let report = edge.collect.user(user).await.map_err(unavailable)?;
+    Ok(json_of(StatusCode::OK, &status_of_message(&message, &report, edge.collect.now())))
+}
+
+fn status_of_message(message: &Message, report: &UserReport, now: Millis) -> StatusResponse {
+    let mut devices: BTreeMap<&str, DeviceStatus> = BTreeMap::new();
+    let of = |device: &DeviceId, acked: Seq| DeviceStatus {
+        device: device.as_str().to_owned(),
+        online: false,
+        node: None,
+        sent: None,
+        acked: acked >= message.seq,
+    };
+    for (device, acked) in &report.profile.cursors {
+        devices.insert(device.as_str(), of(device, *acked));
+    }
+    for session in &report.sessions {
+        let shown =
+            devices.entry(session.device.as_str()).or_insert_with(|| of(&session.device, session.acked));
+        let sent = session.sent.map(|sent| sent >= message.seq);
+        // Of several sessions of a device, one that has sent it is enough.
+        if !shown.online || sent > shown.sent {
+            (shown.node, shown.sent) = (Some(session.node.to_string()), sent);
+        }
+        shown.online = true;
+        shown.acked |= session.acked >= message.seq;
+    }
+    let state = match devices.values().any(|device| device.acked) {
+        true => "acked",
+        false if message.is_expired(now) => "expired",
+        false => "waiting",
+    };
+    StatusResponse {
+        seq: message.seq.get(),
+        id: message.id.as_str().to_owned(),
+        accepted_at: message.accepted_at.rfc3339(),
+        expires_at: message.expires_at.rfc3339(),
+        event: message.event.as_ref().map(|event| event.as_str().to_owned()),
+        via: message.topic().map(|topic| topic.as_str().to_owned()),
+        state: state.to_owned(),
+        devices: devices.into_values().collect(),
+    }
+}
+
 /// Every device with a cursor or a session. A device with several sessions shows the youngest.
 fn user_report(user: &UserId, report: &UserReport) -> UserResponse {
     let mut devices: BTreeMap<&str, DeviceEntry> = BTreeMap::new();
@@ -328,6 +387,7 @@ fn user_report(user: &UserId, report: &UserReport) -> UserResponse {
         connected_at: None,
         node: None,
         client: None,
+        lag: 0,
     };
     for (device, acked) in &report.profile.cursors {
         devices.insert(device.as_str(), entry(device, *acked));
@@ -342,6 +402,8 @@ fn user_report(user: &UserId, report: &UserReport) -> UserResponse {
         shown.node = Some(session.node.to_string());
         shown.client = session.client.as_ref().map(|client| client.as_str().to_owned());
     }
+    let (head, first) = (report.profile.head.map_or(0, Seq::get), report.profile.first.get());
+    devices.values_mut().for_each(|device| device.lag = head.saturating_sub(device.acked.max(first)));
     UserResponse {
         user: user.to_string(),
         owner: report.owner.as_ref().map(NodeId::to_string),

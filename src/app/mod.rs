@@ -14,6 +14,7 @@ mod ops_http;
 mod page;
 mod peers;
 mod push_http;
+mod reload;
 mod senders;
 mod serve;
 mod start;
@@ -50,6 +51,7 @@ use assemble::needs_view;
 use edge::Budgets;
 use keys::Keys;
 use peers::{Proofs, PushNodes};
+pub use reload::Reloader;
 use start::Prepared;
 
 /// How long the last responses may take when the store has failed.
@@ -78,6 +80,7 @@ pub struct App {
     poisoned: watch::Receiver<bool>,
     drain_window: Duration,
     listen_file: PathBuf,
+    reloader: Option<Reloader>,
 }
 
 /// How a process ended.
@@ -121,6 +124,12 @@ impl App {
     /// What could not be opened, bound or started, with the remedy.
     pub async fn start(config: Config, push_nodes: Option<usize>) -> Result<Self> {
         Prepared::new(config).await?.listen(push_nodes).await?.serve().await
+    }
+
+    /// What takes a changed configuration; `None` the second time.
+    #[must_use]
+    pub fn take_reloader(&mut self) -> Option<Reloader> {
+        self.reloader.take()
     }
 
     /// Serves until `stop` resolves, then leaves in good order.

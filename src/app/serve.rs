@@ -8,6 +8,7 @@ use super::collect_http::CollectEdge;
 use super::edge::{closed, guarded, root};
 use super::listeners::{Listeners, Listening, push_http_limits};
 use super::push_http::{ConnectEdge, PushEdge};
+use super::reload::Reloader;
 use super::{App, Shared};
 use super::{auth_http, collect_grpc, collect_http, ops_http, page, push_http};
 use crate::config::{Config, VerifyBy};
@@ -41,6 +42,7 @@ impl App {
         collect: Option<Arc<CollectEdge>>,
         listeners: Listeners,
     ) {
+        self.reloader = Some(Reloader::new(config, collect.clone()));
         let development = shared.own_auth.clone().zip(collect.clone());
         // Only if no key is configured: otherwise there are real users.
         let development = development.filter(|_| self.keys.self_made && config.verify_by == VerifyBy::Key);

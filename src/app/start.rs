@@ -115,6 +115,7 @@ impl Prepared {
             poisoned: opened.as_ref().map_or(never, |opened| opened.poisoned.clone()),
             drain_window: config.drain_window,
             listen_file,
+            reloader: None,
             bound,
         };
         app.serve_ops(&shared, &mut listeners);

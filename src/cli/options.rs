@@ -36,7 +36,7 @@ const EXAMPLES: &str = "Examples:
   ringpush serve --push-nodes 3              three push nodes in one process";
 
 /// Options of every command.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct Common {
     /// Configuration file (TOML); see config/local.toml for every key.
     #[arg(long, global = true, value_name = "FILE")]

@@ -19,7 +19,7 @@ use expiry::{
 
 use super::{
     Append, Appended, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, Inbox, InboxPage, Janitor, Logs, PageLimit,
-    PositionQuery, StartAt, Topics, UserPosition,
+    PositionQuery, Sought, StartAt, Topics, UserPosition,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, EventName, Message, MessageId, Seq, UserId};
@@ -74,6 +74,7 @@ pub async fn suite(bench: &Bench) {
     topics::an_id_by_a_topic_is_another_one(bench).await;
     topics::a_topic_keeps_its_delivery(bench).await;
     logs::a_log_is_apart_from_inboxes_and_numbered_like_one(bench).await;
+    a_stored_message_is_found_by_number_and_by_its_senders_id(bench).await;
     logs::a_message_is_for_its_own_life_alone(bench).await;
     logs::a_message_can_end_before_its_time(bench).await;
     logs::members_of_a_log_have_a_beginning_and_users_a_number_of_changes(bench).await;
@@ -371,4 +372,26 @@ async fn concurrent_appends_stay_dense(bench: &Bench) {
     let expected: usize = (0..25).map(|n| 1 + n % 3).sum::<usize>() * 8;
     assert_eq!(page.messages.len(), expected);
     assert!(page.messages.windows(2).all(|pair| pair[1].seq == pair[0].seq.next()));
+}
+
+async fn a_stored_message_is_found_by_number_and_by_its_senders_id(bench: &Bench) {
+    let name = "looked-up";
+    let find = async |which| bench.inbox.stored(user(name), which).await.unwrap().map(|found| found.seq);
+    let id = |text: &str| Sought::Under(MessageId::parse(text).unwrap());
+    assert_eq!(find(id("order-1")).await, None);
+    let put = async |text: &str, ttl_s| match bench.put_fenced(name, text, "1", ttl_s).await {
+        Appended::Stored(message) => message.seq,
+        other => panic!("not stored: {other:?}"),
+    };
+    let (first, second) = (put("order-1", 60).await, put("order-2", DAY_S).await);
+    assert_eq!(find(Sought::At(first)).await, Some(first));
+    assert_eq!(find(id("order-2")).await, Some(second));
+    assert_eq!((find(Sought::At(second.next())).await, find(id("order-3")).await), (None, None));
+    let of_another = bench.inbox.stored(user("another"), Sought::At(first)).await.unwrap();
+    assert_eq!(of_another, None);
+    bench.clock.advance(61_000);
+    assert_eq!(find(Sought::At(first)).await, Some(first), "also when it has expired");
+    bench.inbox.forget(user(name)).await.unwrap();
+    let left = bench.inbox.stored(user(name), Sought::At(second)).await.unwrap();
+    assert!(left.is_none_or(|left| left.is_expired(bench.clock.now())), "until upkeep has removed it");
 }

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use super::{
     Append, Appended, Appender, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, GroupCommit, Inbox, InboxError,
     InboxPage, Janitor, PASSED_OVER, PageLimit, PositionLookup, PositionQuery, Profile,
-    REVOCATION_AHEAD_MAX_S, StartAt, UserPosition, WriteObserver, fence_of,
+    REVOCATION_AHEAD_MAX_S, Sought, StartAt, UserPosition, WriteObserver, fence_of,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, LogId, Message, Millis, Seq, UserId};
@@ -197,10 +197,22 @@ impl Inbox for MemoryInbox {
         let users = self.users.lock();
         let profile = users.get(&user).map_or_else(Profile::default, |log| Profile {
             head: (log.highest > log.first).then(|| Seq::at(log.highest)),
+            first: Seq::at(log.first),
             not_before_s: log.not_before_s,
             cursors: log.cursors.iter().map(|(device, cursor)| (device.clone(), cursor.0)).collect(),
         });
         ready(Ok(profile)).boxed()
+    }
+
+    fn stored(&self, user: UserId, which: Sought) -> BoxFuture<'_, Result<Option<Message>, InboxError>> {
+        let found = self.with(&user, |log, _| {
+            let seq = match &which {
+                Sought::At(seq) => seq.get(),
+                Sought::Under(id) => log.fences.get(&fence_of(None, id))?.0,
+            };
+            log.messages.get(&seq).cloned()
+        });
+        ready(Ok(found)).boxed()
     }
 
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {

@@ -76,6 +76,9 @@ pub trait Inbox: Send + Sync + 'static {
     /// Reads what is stored about a user. An unknown user has an empty profile.
     fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>>;
 
+    /// A message that is stored, also one that has expired and was not removed yet.
+    fn stored(&self, user: UserId, which: Sought) -> BoxFuture<'_, Result<Option<Message>, InboxError>>;
+
     /// Raises cursors and times; it never lowers them. A `NotBefore` or `Begin` is on stable
     /// storage when this returns.
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>>;
@@ -166,6 +169,16 @@ pub struct PositionQuery {
     pub from: StartAt,
 }
 
+/// Sought message of a user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sought {
+    /// The one at this position.
+    At(Seq),
+    /// The one that was sent to the user under this id of its sender, as long as that is
+    /// remembered.
+    Under(MessageId),
+}
+
 /// Where a session starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StartAt {
@@ -224,6 +237,8 @@ pub struct InboxPage {
 pub struct Profile {
     /// The highest position of a message; `None` if there never was one.
     pub head: Option<Seq>,
+    /// No message ever had a number up to this one.
+    pub first: Seq,
     /// Tokens issued before this time are refused; whole seconds.
     pub not_before_s: u64,
     /// The cursors by device, in the order of the names.

@@ -173,6 +173,8 @@ pub struct Presence {
     pub acked: Seq,
     /// What the client says that it is.
     pub client: Option<ClientName>,
+    /// The position up to which the session has sent everything; `None` if that is not known.
+    pub sent: Option<Seq>,
 }
 
 /// A request to auth: is this token good?

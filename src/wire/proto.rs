@@ -199,6 +199,7 @@ impl From<&Presence> for peer::Session {
             connected_at_ms: presence.connected_at.0,
             acked: presence.acked.get(),
             client: presence.client.as_ref().map(|client| client.as_str().to_owned()),
+            sent: presence.sent.map(Seq::get),
         }
     }
 }
@@ -214,6 +215,7 @@ impl TryFrom<peer::Session> for Presence {
             acked: Seq::new(session.acked).ok_or(ProtoError("acked"))?,
             // Only shown to people.
             client: session.client.and_then(|client| ClientName::parse(&client).ok()),
+            sent: session.sent.and_then(Seq::new),
         })
     }
 }

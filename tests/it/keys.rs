@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use ringpush_testing::{Options, Server, http};
+use ringpush_testing::{Options, Server, eventually, http};
 
 const SHOP: &str = "the-shop-publishes-with-this-key-0";
 const NEWS: &str = "the-news-desk-publishes-with-this1";
@@ -107,4 +107,43 @@ async fn a_burst_over_the_rate_is_told_when_to_come_again_and_each_key_is_counte
     ] {
         assert!(shown.contains(line), "{line}: {shown}");
     }
+}
+
+/// A rotation: the new key beside the old one, and then without it. Nothing is restarted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_are_turned_while_the_server_runs_and_a_bad_file_changes_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let file = place.path().join("ringpush.toml");
+    let write = |keys: &[(&str, &str)], more: &str| {
+        let entry = |(name, secret): &(&str, &str)| {
+            format!("[[collect.keys]]\nname = \"{name}\"\nsecret = \"{secret}\"\nscopes = [\"publish\"]\n")
+        };
+        let text: String = keys.iter().map(entry).collect();
+        std::fs::write(&file, format!("{more}\n{text}")).unwrap();
+    };
+    write(&[("old", SHOP)], "");
+    let server = Server::with(Options { config: Some(file.clone()), ..Options::default() }).await;
+    let reload = || ringpush_testing::signal(server.pid(), "HUP");
+    let status = async |key| publish(&server, key, json!({"user": "alice"})).await.status;
+    assert_eq!((status(SHOP).await, status(NEWS).await), (202, 401));
+    write(&[("old", SHOP), ("new", NEWS)], "");
+    reload();
+    eventually("the new key is taken", async || status(NEWS).await == 202).await;
+    assert_eq!(status(SHOP).await, 202);
+    // A fault: the keys in use stay.
+    write(&[("new", "short")], "");
+    reload();
+    eventually("the fault is told", async || server.log().contains("collect.keys[0].secret")).await;
+    assert_eq!((status(SHOP).await, status(NEWS).await), (202, 202));
+    // What cannot change is told.
+    write(&[("new", NEWS)], "[push]\ndrain_window_s = 7");
+    reload();
+    eventually("the old key is gone", async || status(SHOP).await == 401).await;
+    assert_eq!(status(NEWS).await, 202);
+    eventually("what needs a restart is told", async || {
+        let log = server.log();
+        log.contains("push.drain_window_s") && log.contains("by a restart")
+    })
+    .await;
+    assert!(!server.log().contains(NEWS), "no secret is logged");
 }

@@ -33,6 +33,7 @@ mod rooms;
 mod session_options;
 mod sizes;
 mod sockets;
+mod status;
 mod tokens;
 mod topic_store;
 mod topics;

@@ -98,6 +98,48 @@ pub struct DeviceEntry {
     /// What the client of that session says that it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<String>,
+    /// Numbers of the inbox that it has not acked, up to the head.
+    #[serde(default)]
+    pub lag: u64,
+}
+
+/// The response to `GET /v1/users/{user}/messages/{seq or id}/status`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StatusResponse {
+    /// The number in the user's inbox.
+    pub seq: u64,
+    /// The id of the message.
+    pub id: String,
+    /// When it was accepted, RFC 3339.
+    pub accepted_at: String,
+    /// When it expires or expired, RFC 3339.
+    pub expires_at: String,
+    /// What it tells, if its sender named that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub event: Option<String>,
+    /// The topic by which it came, if it came by one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub via: Option<String>,
+    /// `acked` if a device has acked it, else `expired` or `waiting`.
+    pub state: String,
+    /// What became of it on each device that has a cursor or a session.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// A device in [`StatusResponse`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// Name of the device.
+    pub device: String,
+    /// It has a session now.
+    pub online: bool,
+    /// The node of that session.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Whether that session has sent it; `None` without a session, or where its node is older.
+    pub sent: Option<bool>,
+    /// The device has acked it.
+    pub acked: bool,
 }
 
 /// The response to `PUT /v1/topics/{topic}` and `GET /v1/topics/{topic}`, and an entry of

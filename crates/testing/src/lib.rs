@@ -52,6 +52,8 @@ pub const PEER_SECRET: &str = "peer-secret-of-the-tests-0123456789abcdef";
 #[derive(Default, Clone)]
 pub struct Options {
     pub push_nodes: Option<usize>,
+    /// A configuration file.
+    pub config: Option<PathBuf>,
     pub environment: Vec<(String, String)>,
     /// Put before the program: `strace …`, `unshare …`.
     pub wrapper: Vec<String>,
@@ -321,6 +323,9 @@ pub fn command(data: &Path, options: &Options) -> Command {
     words.push(program().to_owned());
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]).arg("serve").arg("--data").arg(data);
+    if let Some(config) = &options.config {
+        command.arg("--config").arg(config);
+    }
     if let Some(count) = options.push_nodes {
         command.args(["--push-nodes", &count.to_string()]);
     }

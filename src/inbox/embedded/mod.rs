@@ -63,10 +63,10 @@ use tokio::task::JoinSet;
 
 use super::{
     Append, Appended, Appender, Change, GroupCommit, Inbox, InboxError, InboxPage, Janitor, PageLimit,
-    PositionLookup, PositionQuery, Profile, UserPosition, WriteObserver,
+    PositionLookup, PositionQuery, Profile, Sought, UserPosition, WriteObserver,
 };
 use crate::clock::Clock;
-use crate::message::{DeviceId, LogId, Seq, UserId};
+use crate::message::{DeviceId, LogId, Message, Seq, UserId};
 
 use records::Head;
 
@@ -371,6 +371,10 @@ impl Inbox for EmbeddedInbox {
 
     fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>> {
         self.run(move |store| store.profile(&user))
+    }
+
+    fn stored(&self, user: UserId, which: Sought) -> BoxFuture<'_, Result<Option<Message>, InboxError>> {
+        self.run(move |store| store.stored(&user, &which))
     }
 
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {

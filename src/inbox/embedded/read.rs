@@ -7,13 +7,13 @@ use fjall::{OwnedWriteBatch, PersistMode, Readable, Snapshot};
 
 use super::super::{
     Change, DEVICES_PER_USER, InboxError, InboxPage, PASSED_OVER, PageLimit, PositionQuery, Profile,
-    REVOCATION_AHEAD_MAX_S, StartAt, UserPosition,
+    REVOCATION_AHEAD_MAX_S, Sought, StartAt, UserPosition, fence_of,
 };
 use super::records::{
-    Cursor, Head, cursor_key, decode, ended, head_key, message_key, prefix, seq_of, unreadable,
+    Cursor, Head, cursor_key, decode, ended, fence_key, head_key, message_key, prefix, seq_of, unreadable,
 };
 use super::{ASKED_IN_A_ROW, Store};
-use crate::message::{DeviceId, Millis, Seq, UserId};
+use crate::message::{DeviceId, Message, Millis, Seq, UserId};
 
 impl Store {
     /// Looks up each position. Also returns the users that need a head record before the result may
@@ -179,6 +179,19 @@ impl Store {
         Ok(page)
     }
 
+    pub(super) fn stored(&self, user: &UserId, which: &Sought) -> Result<Option<Message>, InboxError> {
+        let snapshot = self.db.snapshot();
+        let seq = match which {
+            Sought::At(seq) => seq.get(),
+            Sought::Under(id) => match self.fence(&snapshot, &fence_key(user, &fence_of(None, id)))? {
+                Some(fence) => fence.seq.get(),
+                None => return Ok(None),
+            },
+        };
+        let raw = snapshot.get(&self.messages, message_key(user, seq)).map_err(unreadable)?;
+        raw.map(|raw| decode(seq, Bytes::copy_from_slice(&raw)).map(|found| found.0)).transpose()
+    }
+
     pub(super) fn profile(&self, user: &UserId) -> Result<Profile, InboxError> {
         let snapshot = self.db.snapshot();
         let Some(record) = self.head(&snapshot, user)? else { return Ok(Profile::default()) };
@@ -190,7 +203,7 @@ impl Store {
             }
         }
         let head = (highest > record.first).then(|| Seq::at(highest));
-        Ok(Profile { head, not_before_s: record.not_before_s, cursors })
+        Ok(Profile { head, first: Seq::at(record.first), not_before_s: record.not_before_s, cursors })
     }
 
     pub(super) fn cursor(

@@ -49,10 +49,11 @@ use tokio::task::JoinSet;
 
 use super::{
     Append, Appended, Appender, CURSOR_LIFE_MS, Change, GroupCommit, Inbox, InboxError, InboxPage, Janitor,
-    PASSED_OVER, PageLimit, PositionLookup, PositionQuery, Profile, UserPosition, WriteObserver,
+    PASSED_OVER, PageLimit, PositionLookup, PositionQuery, Profile, Sought, UserPosition, WriteObserver,
+    fence_of,
 };
 use crate::clock::Clock;
-use crate::message::{DeviceId, LogId, Seq, UserId};
+use crate::message::{DeviceId, LogId, Message, Seq, UserId};
 
 use open::{index_fault, words};
 use stored::{HeadRecord, StoredMessage, id, ids_above, place_of};
@@ -114,7 +115,7 @@ struct Inner {
     cursors: Collection<Document>,
     topics: Collection<Document>,
     members: Collection<Document>,
-    /// Which primary answers, and since when.
+    /// Sought primary answers, and since when.
     primary: Arc<primary::Primary>,
     clock: Clock,
     times: MongoTimes,
@@ -251,6 +252,19 @@ impl Inner {
         Ok(page)
     }
 
+    async fn stored(&self, user: UserId, which: Sought) -> Result<Option<Message>, InboxError> {
+        let record = self.by_ids(vec![id(&user, 0)], doc! {}).await?;
+        let head = record.first().map(HeadRecord::read).unwrap_or_default().head;
+        let filter = match &which {
+            Sought::At(seq) => doc! { "_id": id(&user, seq.get()) },
+            Sought::Under(sent) => doc! { "_id.u": user.as_str(), "f": fence_of(None, sent) },
+        };
+        let found = self.in_time(self.messages.find_one(filter).into_future()).await.map_err(unavailable)?;
+        // Numbers up to the head were given up; a bridge is no message.
+        let found = found.filter(|message| message.n() > head && message.x != 0);
+        found.map(StoredMessage::into_message).transpose()
+    }
+
     async fn profile(&self, user: UserId) -> Result<Profile, InboxError> {
         let tops = self.tops(&[&user]).await?;
         let (record, top) = tops.get(&user).copied().unwrap_or_default();
@@ -265,6 +279,7 @@ impl Inner {
         let head = record.head.max(top);
         Ok(Profile {
             head: (head > record.first).then(|| Seq::at(head)),
+            first: Seq::at(record.first),
             not_before_s: record.not_before_s,
             cursors,
         })
@@ -297,6 +312,10 @@ impl Inbox for MongoInbox {
 
     fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>> {
         self.inner.profile(user).boxed()
+    }
+
+    fn stored(&self, user: UserId, which: Sought) -> BoxFuture<'_, Result<Option<Message>, InboxError>> {
+        self.inner.stored(user, which).boxed()
     }
 
     fn update(&self, changes: Vec<Change>) -> BoxFuture<'_, Result<(), InboxError>> {

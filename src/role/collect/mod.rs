@@ -28,10 +28,10 @@ use crate::inbox::history::HistoryRange;
 use crate::inbox::logs::{EVERYONES_LIFE, key};
 use crate::inbox::topics::{MEMBERS_LOT, MembersChange, MembersChanged, PutTopic, TopicSettings};
 use crate::inbox::{
-    Appender, Change, Inbox, InboxError, Janitor, Logs, PageLimit, Profile, StartAt, Stores, Topics,
+    Appender, Change, Inbox, InboxError, Janitor, Logs, PageLimit, Profile, Sought, StartAt, Stores, Topics,
 };
 use crate::membership::View;
-use crate::message::{LogId, Message, NodeId, Seq, TopicName, UserId};
+use crate::message::{LogId, Message, MessageId, Millis, NodeId, Seq, TopicName, UserId};
 use crate::tasks::raised_or_else;
 use crate::telemetry::Metrics;
 use crate::topic::{Delivery, TopicPatterns};
@@ -313,6 +313,32 @@ impl Collect {
             _ => return Err(InboxError::Unavailable("dispatch cannot be asked".to_owned())),
         };
         Ok(UserReport { owner, profile, sessions })
+    }
+
+    /// A message in the inbox of a user: at a position, else under the id of its sender. Also one
+    /// that has expired and was not removed yet.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn stored(
+        &self,
+        user: &UserId,
+        seq: Option<Seq>,
+        id: MessageId,
+    ) -> Result<Option<Message>, InboxError> {
+        if let Some(seq) = seq
+            && let Some(found) = self.inner.inbox.stored(user.clone(), Sought::At(seq)).await?
+        {
+            return Ok(Some(found));
+        }
+        self.inner.inbox.stored(user.clone(), Sought::Under(id)).await
+    }
+
+    /// The time by which messages expire.
+    #[must_use]
+    pub fn now(&self) -> Millis {
+        self.inner.clock.now()
     }
 
     /// Resolves when everything that was stored so far was handed to dispatch, or given up.

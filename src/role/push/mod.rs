@@ -180,6 +180,7 @@ impl Node {
                 connected_at: handle.connected_at,
                 acked: handle.acked(),
                 client: handle.client.as_deref().cloned(),
+                sent: handle.has_begun().then(|| handle.position()),
             });
         });
         found

@@ -22,7 +22,7 @@ use crate::fallback::local::LocalFallback;
 use crate::inbox::memory::MemoryInbox;
 use crate::inbox::{
     Append, Appended, Appender, Change, Inbox, InboxError, InboxPage, Logs, PageLimit, PositionLookup,
-    PositionQuery, Profile, Stores, UserPosition, WriteObserver,
+    PositionQuery, Profile, Sought, Stores, UserPosition, WriteObserver,
 };
 use crate::membership::local::LocalMembership;
 use crate::membership::{LeaseState, NodeInfo};
@@ -130,6 +130,9 @@ impl Inbox for Faulty {
     ) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
         assert!(self.1 != Trouble::Panics || user.as_str() != "bob", "the page of bob");
         self.0.page(user, after, limit)
+    }
+    fn stored(&self, user: UserId, which: Sought) -> BoxFuture<'_, Result<Option<Message>, InboxError>> {
+        self.0.stored(user, which)
     }
     fn profile(&self, user: UserId) -> BoxFuture<'_, Result<Profile, InboxError>> {
         self.0.profile(user)
