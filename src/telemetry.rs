@@ -126,12 +126,15 @@ pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<Logging>
 /// `RUST_LOG=ringpush::way=debug`.
 pub const WAY: &str = "ringpush::way";
 
+/// Sets gauges.
+type Read = Box<dyn Fn() + Send>;
+
 /// All metrics of the process. Their names begin with `ringpush_`.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
     /// What is to be read when the metrics are asked for.
-    reads: Arc<Mutex<Vec<Box<dyn Fn() + Send>>>>,
+    reads: Arc<Mutex<Vec<Read>>>,
 }
 
 impl Default for Metrics {

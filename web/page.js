@@ -50,11 +50,11 @@ function begin(token, user) {
     ...(user && { user }),
     onError: (fault) => log('fault', `${fault.code}: ${fault.message}`),
   });
-  made.on('*', ({ seq, id, event, payload }) => {
+  made.on('*', ({ seq, id, topic, event, payload }) => {
     received += 1;
     $('last').textContent = seq;
     $('count').textContent = received;
-    log('message', JSON.stringify({ seq, id, event, payload }));
+    log('message', JSON.stringify({ seq, id, topic, event, payload }));
   });
   made.onGap((gap) => log('gap', JSON.stringify(gap)));
   made.onState((state) => {

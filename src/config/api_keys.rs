@@ -77,38 +77,7 @@ impl Reader {
         if !(1..=NAME_MAX).contains(&name.len()) || !name.bytes().all(is_name) {
             fault("name", "must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' and '-'");
         }
-        let digest = match (table.get("secret"), table.get("secret_sha256")) {
-            (Some(_), Some(_)) => {
-                fault("secret_sha256", "give secret or secret_sha256, not both");
-                None
-            }
-            (None, None) => {
-                fault("secret", "is required, or secret_sha256 (make one with: openssl rand -base64 32)");
-                None
-            }
-            (Some(_), None) => match text("secret") {
-                Some(secret)
-                    if secret.len() >= SECRET_MIN_BYTES && secret.bytes().all(|b| b.is_ascii_graphic()) =>
-                {
-                    Some(KeySettings::digest_of(secret))
-                }
-                _ => {
-                    let rule = format!(
-                        "must be a string of at least {SECRET_MIN_BYTES} printable ASCII characters without spaces \
-                         (make one with: openssl rand -base64 32)"
-                    );
-                    fault("secret", &rule);
-                    None
-                }
-            },
-            (None, Some(_)) => {
-                let digest = text("secret_sha256").and_then(digest_of_hex);
-                if digest.is_none() {
-                    fault("secret_sha256", "must be 64 hexadecimal digits (printf %s SECRET | sha256sum)");
-                }
-                digest
-            }
-        };
+        let digest = digest_in(table).map_err(|(field, rule)| fault(field, &rule)).ok();
         let mut scopes = Vec::new();
         match table.get("scopes").and_then(toml::Value::as_array) {
             Some(all) if !all.is_empty() => {
@@ -141,6 +110,26 @@ impl Reader {
         let rate = per_s.map(|per_s| KeyRate { per_s, burst: burst.unwrap_or(per_s) });
         let settings = KeySettings { name: name.to_owned(), digest: digest?, scopes, rate };
         Some(NamedKey { settings, secret: text("secret").map(SecretString::from) })
+    }
+}
+
+/// The digest of the secret of a key; or which field breaks which rule.
+fn digest_in(table: &toml::Table) -> Result<[u8; 32], (&'static str, String)> {
+    let make_one = "make one with: openssl rand -base64 32";
+    let text = |name: &str| table.get(name).map(|value| value.as_str().unwrap_or_default());
+    match (text("secret"), text("secret_sha256")) {
+        (Some(_), Some(_)) => Err(("secret_sha256", "give secret or secret_sha256, not both".to_owned())),
+        (None, None) => Err(("secret", format!("is required, or secret_sha256 ({make_one})"))),
+        (Some(secret), None) => {
+            if secret.len() >= SECRET_MIN_BYTES && secret.bytes().all(|b| b.is_ascii_graphic()) {
+                return Ok(KeySettings::digest_of(secret));
+            }
+            let rule = "printable ASCII characters without spaces";
+            Err(("secret", format!("must be a string of at least {SECRET_MIN_BYTES} {rule} ({make_one})")))
+        }
+        (None, Some(hex)) => digest_of_hex(hex).ok_or_else(|| {
+            ("secret_sha256", "must be 64 hexadecimal digits (printf %s SECRET | sha256sum)".to_owned())
+        }),
     }
 }
 

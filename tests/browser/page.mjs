@@ -109,6 +109,19 @@ const steps = {
     await watcher.screenshot({ path: join(process.env.RINGPUSH_SHOTS, 'dashboard.png') });
     await watcher.close();
   },
+
+  // The last one: what goes to everyone is read by new devices, too.
+  async 'a message of a topic, and one to everyone, name how they came'(browser, ports) {
+    const page = await browser.newPage();
+    await server.call('PUT', '/v1/topics/news', { delivery: 'log' });
+    await server.call('POST', '/v1/topics/news/members', { add: ['erin'] });
+    await connect(page, 'erin', ports.push);
+    await server.call('POST', '/v1/messages', { to: { topic: 'news' }, payload: 'of a topic' });
+    await seen(page, '"topic":"news","payload":"of a topic"');
+    await server.call('POST', '/v1/messages', { to: { everyone: true }, payload: 'to all' });
+    await seen(page, '"topic":"everyone","payload":"to all"');
+    await page.close();
+  },
 };
 
 let browser;

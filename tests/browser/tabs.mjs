@@ -427,6 +427,58 @@ const steps = {
     assert.ok(more < 30, `${more} MB`);
     await context.close();
   },
+
+  // The last one: what goes to everyone is read by new devices, too.
+  async 'tabs that share a socket share the logs of topics, too: also a late one, and when the leading one goes'() {
+    const context = await profile();
+    await server.call('PUT', '/v1/topics/shared', { delivery: 'log' });
+    await server.call('POST', '/v1/topics/shared/members', { add: ['logs'] });
+    const send = (to, payload) => server.call('POST', '/v1/messages', { to, payload });
+    const [first, second] = await pair(context, 'logs');
+    for (const n of range(0, 5)) {
+      await send({ topic: 'shared' }, `topic ${n}`);
+      await send({ everyone: true }, `all ${n}`);
+      await server.publish('logs', [`own ${n}`]);
+    }
+    const each = (from, to) => range(from, to).flatMap((n) => [`topic ${n}`, `all ${n}`, `own ${n}`]).sort();
+    await Promise.all([has(first, 15), has(second, 15)]);
+    // A tab that misses some of it reads what it missed, log by log.
+    const thaw = await freeze(second);
+    const late = await tab(context, 'logs');
+    await live(late);
+    for (const n of range(5, 8)) {
+      await send({ topic: 'shared' }, `topic ${n}`);
+      await send({ everyone: true }, `all ${n}`);
+      await server.publish('logs', [`own ${n}`]);
+    }
+    const hasAll = (page, wanted) => until('all of them', async () => {
+      const seen = await got(page);
+      assert.equal(new Set(seen).size, seen.length, 'each once');
+      return wanted.every((payload) => seen.includes(payload));
+    });
+    // It begins where all tabs are, which may be a message or two before what is published now.
+    await Promise.all([has(first, 24), hasAll(late, each(5, 8))]);
+    await thaw();
+    await has(second, 24);
+    await sockets(1);
+    await first.close({ runBeforeUnload: true });
+    await until('another leads', async () => (await state(second)) === 'live' && (await state(late)) === 'live');
+    await send({ topic: 'shared' }, 'topic 8');
+    await send({ everyone: true }, 'all 8');
+    const last = await server.publish('logs', ['own 8']);
+    await Promise.all([has(second, 27), hasAll(late, each(5, 9))]);
+    assert.deepEqual((await got(second)).sort(), each(0, 9));
+    for (const page of [second, late]) assert.deepEqual(await page.evaluate(() => [window.gaps, window.faults]), [[], []]);
+    // The next page of this device has nothing of it again.
+    await acked('logs', last[0]);
+    await Promise.all([second, late].map((page) => page.close({ runBeforeUnload: true })));
+    const again = await tab(context, 'logs');
+    await live(again);
+    await send({ topic: 'shared' }, 'topic 9');
+    await has(again, 1);
+    assert.deepEqual(await got(again), ['topic 9']);
+    await context.close();
+  },
 };
 
 try {
