@@ -118,7 +118,8 @@ class Client {
     } finally {
       stream.return();
       watch.loops.delete(end);
-      if (!watch.loops.size && this.#watches.delete(topic)) {
+      if (!watch.loops.size && this.#watches.get(topic) === watch) {
+        this.#watches.delete(topic);
         this.#line?.send({ type: 'unwatch', topic });
         if (this.#pump.logs.get(topic)?.watched) this.#pump.drop(topic);
       }
@@ -452,6 +453,7 @@ class Client {
       case 'topic': {
         const { topic, state, after } = frame;
         if (state === 'left') {
+          if (this.#pump.logs.get(topic)?.watched) this.#pump.drop(topic);
           this.#pump.logs.delete(topic);
           return this.#unwatched(topic);
         }

@@ -59,8 +59,8 @@ export class Pump {
   /** Forgets a log, and what is queued of it. */
   drop(name) {
     const log = this.logs.get(name);
+    if (log) log.over = true;
     this.logs.delete(name);
-    this.#queue = this.#queue.filter((item) => item.log !== log);
     this.#pump();
   }
 
@@ -187,6 +187,7 @@ export class Pump {
     try {
       while (!this.#over && this.#queue.length > 0 && this.#consumers.size > 0) {
         const item = this.#queue[0];
+        if (item.log.over) { this.#queue.shift(); continue; }
         // Whoever had it has left: it waits for somebody else who wants it.
         if (item.log.left === item.seq && ![...this.#consumers].some((consumer) => consumer.wants(item.message))) return;
         this.#queue.shift();
