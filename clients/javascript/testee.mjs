@@ -18,7 +18,9 @@ const token = (url) => async ({ reason, signal }) => {
   return answer.text();
 };
 
-async function handle({ seq, event, payload, topic, live }) {
+async function handle({ seq, event, payload, topic, inLog, live }) {
+  // What is watched is shown by its loop.
+  if (inLog && watching.has(topic)) return;
   say({ message: { seq, event, payload, topic, live } });
   if (handler === 'fail') throw new Error('as it was told');
   if (handler === 'hold') await new Promise((resolve) => { released = resolve; });
@@ -41,8 +43,10 @@ async function watch(client, { topic, since }) {
   const abort = new AbortController();
   watching.set(topic, abort);
   try {
-    // The handler of all messages shows them.
-    for await (const message of client.watch(topic, { since, signal: abort.signal })) void message;
+    for await (const message of client.watch(topic, { since, signal: abort.signal })) {
+      const { seq, payload, live } = message;
+      say({ message: { seq, payload, topic, live } });
+    }
   } catch (error) {
     say({ error: error.code });
   }

@@ -100,7 +100,12 @@ impl Collect for Edge {
             .into_inner()
             .map(move |request| {
                 let (edge, sender) = (Arc::clone(&edge), Arc::clone(&sender));
-                async move { Ok(publish(&edge, request?, &sender).await) }
+                async move {
+                    // A stream may outlive its key.
+                    let gone = |problem: Problem| Status::unauthenticated(problem.detail);
+                    edge.senders.still(&sender).map_err(gone)?;
+                    Ok(publish(&edge, request?, &sender).await)
+                }
             })
             .buffered(IN_FLIGHT);
         Ok(Response::new(Box::pin(results)))

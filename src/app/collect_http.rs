@@ -104,9 +104,13 @@ impl CollectEdge {
         sender: Option<&Sender>,
     ) -> Result<Published, Problem> {
         let mut lists = Lists::default();
+        if let Some(sender) = sender {
+            // Before anything is read for it, or made.
+            sender.take(1)?;
+        }
         let addressed = self.collect.address(publish, &mut lists).await;
         if let Some(sender) = sender {
-            sender.take(addressed.recipients())?;
+            sender.take(addressed.recipients().saturating_sub(1))?;
         }
         match lists.problem() {
             Some(problem) => Err(problem),
@@ -208,12 +212,21 @@ fn published(published: &Published) -> Response<Body> {
 async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
     let began = Instant::now();
     let sender = edge.authorize(request.headers(), &Scope::Publish)?;
-    let answer = Box::pin(batch_of(&edge, request, &sender)).await;
-    edge.senders.published(&sender, status_of(&answer), began.elapsed());
+    let mut statuses = Vec::new();
+    let answer = Box::pin(batch_of(&edge, request, &sender, &mut statuses)).await;
+    if answer.is_err() {
+        statuses = vec![status_of(&answer)];
+    }
+    edge.senders.published_batch(&sender, &statuses, began.elapsed());
     answer
 }
 
-async fn batch_of(edge: &CollectEdge, request: Request<Body>, sender: &Sender) -> Answer {
+async fn batch_of(
+    edge: &CollectEdge,
+    request: Request<Body>,
+    sender: &Sender,
+    statuses: &mut Vec<u16>,
+) -> Answer {
     let Ok(Ok(_permit)) = timeout(BATCH_WAIT, edge.batches.acquire()).await else {
         return Err(refuse(503, "too many batches are under way: send this one again"));
     };
@@ -231,6 +244,11 @@ async fn batch_of(edge: &CollectEdge, request: Request<Body>, sender: &Sender) -
         });
         results.extend(futures_util::future::join_all(under_way).await);
     }
+    let status = |result: &Result<Published, Problem>| match result {
+        Ok(published) => published.problem().map_or(202, |problem| problem.status),
+        Err(problem) => problem.status,
+    };
+    statuses.extend(results.iter().map(status));
     Ok(json(StatusCode::ACCEPTED, batch_body(&results)))
 }
 
@@ -241,12 +259,13 @@ async fn addressed(edge: &CollectEdge, items: Vec<Result<Publish, Problem>>, sen
     for item in items {
         let addressed = match (item, lists.problem()) {
             (Err(problem), _) | (_, Some(problem)) => Err(problem),
-            (Ok(publish), None) => match sender.may_publish_to(&publish.to) {
+            (Ok(publish), None) => match sender.may_publish_to(&publish.to).and_then(|()| sender.take(1)) {
                 Ok(()) => Ok(Box::pin(edge.collect.address(publish, &mut lists)).await),
                 Err(problem) => Err(problem),
             },
         };
-        let addressed = addressed.and_then(|item| sender.take(item.recipients()).map(|()| item));
+        let addressed =
+            addressed.and_then(|item| sender.take(item.recipients().saturating_sub(1)).map(|()| item));
         // Perhaps it was this one.
         found.push(match lists.problem() {
             Some(problem) => addressed.and(Err(problem)),
@@ -326,7 +345,7 @@ async fn status(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {
     edge.authorize(&headers, &Scope::Read)?;
     let user = user_of(&path)?;
     let which = part_of(&path, "message")?;
-    let seq = which.parse().ok().and_then(Seq::new);
+    let seq = which.parse().ok().and_then(Seq::new).filter(|seq| !seq.is_beginning());
     let id = MessageId::parse(which).map_err(|rule| refuse(422, rule.to_string()))?;
     let found = edge.collect.stored(&user, seq, id).await.map_err(unavailable)?;
     let why = || {

@@ -7,6 +7,7 @@ use super::collect_http::CollectEdge;
 use super::keys::Keys;
 use crate::config::{Config, Faults, all_keys};
 use crate::role::collect::KeySettings;
+use secrecy::ExposeSecret;
 
 /// The keys of the configuration that are taken while the process runs.
 const TAKEN: [&str; 2] = ["collect.api_keys", "collect.keys"];
@@ -17,6 +18,8 @@ pub struct Reloader {
     /// The values in use, without secrets.
     effective: BTreeMap<&'static str, String>,
     keys: Vec<KeySettings>,
+    /// The digests of secrets, by key of the configuration.
+    secrets: [(&'static str, [u8; 32]); 4],
     /// The faults that were told last: each is told once.
     told: Option<String>,
 }
@@ -24,7 +27,7 @@ pub struct Reloader {
 impl Reloader {
     pub(super) fn new(config: &Config, collect: Option<Arc<CollectEdge>>) -> Self {
         let keys = all_keys(&config.api_keys, &config.named_keys);
-        Self { collect, effective: config.effective.clone(), keys, told: None }
+        Self { collect, effective: config.effective.clone(), keys, secrets: secrets(config), told: None }
     }
 
     /// Takes a configuration that was read again. One with a fault changes nothing.
@@ -57,6 +60,24 @@ impl Reloader {
                 tracing::warn!(key = name, "has changed, and is taken by a restart alone");
             }
         }
+        let secrets = secrets(&config);
+        for ((name, digest), (_, before)) in secrets.iter().zip(&self.secrets) {
+            if digest != before {
+                tracing::warn!(key = name, "has changed, and is taken by a restart alone");
+            }
+        }
+        self.secrets = secrets;
         self.effective = config.effective;
     }
+}
+
+/// The digests of the secrets that are taken at the start alone.
+fn secrets(config: &Config) -> [(&'static str, [u8; 32]); 4] {
+    [
+        ("peer.secret", &config.peer_secret),
+        ("auth.token_key", &config.auth.token_key),
+        ("auth.admin_key", &config.admin_key),
+        ("mongo.uri", &config.mongo_uri),
+    ]
+    .map(|(name, secret)| (name, KeySettings::digest_of(secret.expose_secret())))
 }

@@ -46,7 +46,12 @@ impl Senders {
             let labels = [("key", name.to_owned()), ("outcome", outcome.to_owned())];
             self.publishes.get_or_create(&labels).clone()
         };
+        let before = self.all.read().clone();
         let sender = |settings: KeySettings| {
+            // One that stays as it is keeps what it has used of its rate.
+            if let Some(same) = before.iter().find(|sender| *sender.key.settings() == settings) {
+                return Arc::clone(same);
+            }
             let publishes = Outcome::NAMES.map(|outcome| counter(&settings.name, outcome));
             Arc::new(Sender { key: ApiKey::new(settings), publishes })
         };
@@ -73,14 +78,41 @@ impl Senders {
             Scope::Publish => sender.key.publishes(),
             right => sender.key.has(right),
         };
-        if may { Ok(sender) } else { Err(sender.refusal(&format!("needs the scope {right}"))) }
+        if may {
+            return Ok(sender);
+        }
+        if *right == Scope::Publish {
+            sender.publishes[Outcome::Refused as usize].inc();
+        }
+        Err(sender.refusal(&format!("needs the scope {right}")))
     }
 
-    /// Counts a publish of this sender.
+    /// Whether a sender that was found before may still send: its key may have been taken away.
+    ///
+    /// # Errors
+    ///
+    /// 401.
+    pub(super) fn still(&self, sender: &Arc<Sender>) -> Result<(), Problem> {
+        match self.all.read().iter().any(|known| Arc::ptr_eq(known, sender)) {
+            true => Ok(()),
+            false => Err(Problem::new(401, "this API key was taken away or changed: call again")),
+        }
+    }
+
+    /// Counts a publish of this sender, and how long its request took.
     pub(super) fn published(&self, sender: &Sender, status: u16, took: Duration) {
         let outcome = Outcome::of_status(status);
         self.times.at(outcome as usize).observe(took);
         sender.publishes[outcome as usize].inc();
+    }
+
+    /// Counts a batch of this sender: each of its items by its own outcome, and the time once.
+    pub(super) fn published_batch(&self, sender: &Sender, statuses: &[u16], took: Duration) {
+        let worst = statuses.iter().copied().max().unwrap_or(202);
+        self.times.at(Outcome::of_status(worst) as usize).observe(took);
+        for status in statuses {
+            sender.publishes[Outcome::of_status(*status) as usize].inc();
+        }
     }
 }
 

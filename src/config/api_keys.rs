@@ -46,6 +46,8 @@ impl Reader {
                 .push(format!("collect.keys: has {} keys; at most {KEYS_MAX} are allowed", entries.len()));
             return Vec::new();
         }
+        let plain = self.list("collect.api_keys");
+        let mut digests: HashSet<[u8; 32]> = plain.iter().map(|key| KeySettings::digest_of(key)).collect();
         let mut names = HashSet::new();
         let mut keys = Vec::with_capacity(entries.len());
         for (n, entry) in entries.iter().enumerate() {
@@ -53,7 +55,14 @@ impl Reader {
                 self.faults.push(format!("collect.keys[{n}]: must be a table with name, secret and scopes"));
                 continue;
             };
-            keys.extend(self.named_key(n, table));
+            let key = self.named_key(n, table);
+            if let Some(key) = &key
+                && !digests.insert(key.settings.digest)
+            {
+                let why = "is the secret of another key, which would have its scopes";
+                self.faults.push(format!("collect.keys[{n}].secret: {why}"));
+            }
+            keys.extend(key);
             if let Some(name) = table.get("name").and_then(toml::Value::as_str)
                 && !names.insert(name.to_owned())
             {

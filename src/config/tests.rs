@@ -282,6 +282,15 @@ fn every_fault_of_a_named_key_is_told_with_its_place_and_no_secret() {
     }
     assert!(!said.contains("hunter2"), "{said}");
     assert!(faults("", &[("RINGPUSH_COLLECT__KEYS", "[1]")]).contains("collect.keys"));
+    let same = r#"
+        [collect]
+        api_keys = ["api-key-one-of-at-least-thirty-two-bytes"]
+        [[collect.keys]]
+        name = "narrow"
+        secret = "api-key-one-of-at-least-thirty-two-bytes"
+        scopes = ["read"]
+    "#;
+    assert!(faults(same, &[]).contains("collect.keys[0].secret: is the secret of another key"));
 }
 
 #[test]

@@ -385,6 +385,7 @@ async fn a_stored_message_is_found_by_number_and_by_its_senders_id(bench: &Bench
     };
     let (first, second) = (put("order-1", 60).await, put("order-2", DAY_S).await);
     assert_eq!(find(Sought::At(first)).await, Some(first));
+    assert_eq!(find(Sought::At(Seq::BEGINNING)).await, None);
     assert_eq!(find(id("order-2")).await, Some(second));
     assert_eq!((find(Sought::At(second.next())).await, find(id("order-3")).await), (None, None));
     let of_another = bench.inbox.stored(user("another"), Sought::At(first)).await.unwrap();

@@ -169,7 +169,7 @@ pub struct PositionQuery {
     pub from: StartAt,
 }
 
-/// Sought message of a user.
+/// Which message of a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Sought {
     /// The one at this position.

@@ -105,7 +105,7 @@ impl Outcome {
     pub const fn of_status(status: u16) -> Self {
         match status {
             0..=399 => Self::Accepted,
-            429 | 500.. => Self::Unavailable,
+            500.. => Self::Unavailable,
             _ => Self::Refused,
         }
     }

@@ -59,6 +59,11 @@ async fn every_indicator_is_measured_where_it_happens() {
     assert_eq!(Socket::refusal(&url, Some("rubbish")).await.0, 401);
     assert_eq!(count(&server, r#"ringpush_sockets_refused_total{reason="unauthorized"}"#).await, 1.0);
     assert_eq!(count(&server, r#"ringpush_auth_seconds_count{outcome="refused"}"#).await, 1.0);
+    // The same in the first frame.
+    let mut late = Socket::open(&url, None).await;
+    late.say(&json!({"type": "auth", "token": "rubbish"})).await;
+    assert_eq!(late.closed().await.code, 4501);
+    assert_eq!(count(&server, r#"ringpush_sockets_refused_total{reason="unauthorized"}"#).await, 2.0);
 }
 
 /// A client without credit: what it is sent later is `behind`, which is no fault of the service.

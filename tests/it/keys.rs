@@ -101,7 +101,7 @@ async fn a_burst_over_the_rate_is_told_when_to_come_again_and_each_key_is_counte
     let shown = String::from_utf8(shown.body).unwrap();
     for line in [
         r#"ringpush_publishes_total{key="slow",outcome="accepted"} 1"#,
-        r#"ringpush_publishes_total{key="slow",outcome="unavailable"} 1"#,
+        r#"ringpush_publishes_total{key="slow",outcome="refused"} 1"#,
         r#"ringpush_publishes_total{key="shop",outcome="accepted"} 1"#,
         r#"ringpush_publishes_total{key="news",outcome="refused"} 1"#,
     ] {
@@ -136,13 +136,14 @@ async fn keys_are_turned_while_the_server_runs_and_a_bad_file_changes_nothing() 
     eventually("the fault is told", async || server.log().contains("collect.keys[0].secret")).await;
     assert_eq!((status(SHOP).await, status(NEWS).await), (202, 202));
     // What cannot change is told.
-    write(&[("new", NEWS)], "[push]\ndrain_window_s = 7");
+    let changed = "[push]\ndrain_window_s = 7\n[peer]\nsecret = \"another-secret-of-at-least-32-bytes-12\"";
+    write(&[("new", NEWS)], changed);
     reload();
     eventually("the old key is gone", async || status(SHOP).await == 401).await;
     assert_eq!(status(NEWS).await, 202);
     eventually("what needs a restart is told", async || {
         let log = server.log();
-        log.contains("push.drain_window_s") && log.contains("by a restart")
+        ["push.drain_window_s", "peer.secret", "by a restart"].iter().all(|text| log.contains(text))
     })
     .await;
     assert!(!server.log().contains(NEWS), "no secret is logged");

@@ -102,16 +102,19 @@ class Client {
 
   async *watch(topic, { since, signal } = {}) {
     if (this.#options.tabs === 'shared') throw new RingpushError('tabs_shared', '"watch" needs "tabs": "separate"', false);
+    const isSince = since === undefined || ['latest', 'last'].includes(since) || (Number.isSafeInteger(since) && since >= 0);
+    if (!/^(?!everyone$)[A-Za-z0-9][\w.:-]{0,63}$/.test(topic) || !isSince) throw new TypeError('ringpush: "topic" or "since" is none');
     const over = new AbortController();
     const end = () => over.abort();
     signal?.addEventListener('abort', end);
     const stream = this.#pump.messages({ topic, signal: over.signal });
     // From now on it has what comes.
     let next = stream.next();
-    const watch = this.#watches.get(topic) ?? { since, loops: new Set() };
+    const known = this.#watches.get(topic);
+    const watch = known ?? { since, loops: new Set() };
     watch.loops.add(end);
     this.#watches.set(topic, watch);
-    this.#sendWatch(this.#line, topic);
+    if (!known) for (const line of this.#lines) this.#sendWatch(line, topic);
     try {
       for (let given = await next; !given.done; given = await stream.next()) yield given.value;
       if (watch.error) throw watch.error;
@@ -120,17 +123,26 @@ class Client {
       watch.loops.delete(end);
       if (!watch.loops.size && this.#watches.get(topic) === watch) {
         this.#watches.delete(topic);
-        this.#line?.send({ type: 'unwatch', topic });
-        if (this.#pump.logs.get(topic)?.watched) this.#pump.drop(topic);
+        const log = this.#pump.logs.get(topic);
+        if (!log || log.watched) {
+          for (const line of this.#lines) {
+            line.lefts[topic] = (line.lefts[topic] ?? 0) + 1;
+            line.sayPaced({ type: 'unwatch', topic });
+          }
+          this.#pump.drop(topic);
+        }
       }
     }
   }
 
   #sendWatch(line, topic) {
     if (line?.welcome?.topics) {
-      line.send({ type: 'watch', topic, since: this.#pump.logs.get(topic)?.position ?? this.#watches.get(topic).since });
+      line.sayPaced({ type: 'watch', topic, since: this.#pump.logs.get(topic)?.position ?? this.#watches.get(topic).since });
     }
   }
+
+  /** The lines that know of logs. */
+  get #lines() { return [this.#line, this.#next].filter((line) => line?.welcome?.topics); }
 
   /** A topic is watched no more: its loops end. */
   #unwatched(topic, error) {
@@ -453,6 +465,8 @@ class Client {
       case 'topic': {
         const { topic, state, after } = frame;
         if (state === 'left') {
+          // What this side has ended itself may be watched anew meanwhile.
+          if (line.lefts[topic] > 0) { line.lefts[topic] -= 1; return undefined; }
           if (this.#pump.logs.get(topic)?.watched) this.#pump.drop(topic);
           this.#pump.logs.delete(topic);
           return this.#unwatched(topic);

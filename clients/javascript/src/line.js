@@ -3,6 +3,9 @@
 import { RingpushError } from './errors.js';
 import { logOf } from './pump.js';
 
+/** Time between two frames about watched topics. */
+const PACE_MS = 120;
+
 export const isVisible = () => globalThis.document?.visibilityState !== 'hidden';
 
 export const pause = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
@@ -33,8 +36,10 @@ export class Line {
   seq = {};
   acked = {};
   reset = {};
+  /** By topic: `left`s that are due for what this side has ended. */
+  lefts = {};
   heard = 0;
-  #socket; #watching = null; #asking = null; #heardAt = 0; #end; #open = false; #handler = null; #kept = [];
+  #socket; #watching = null; #asking = null; #heardAt = 0; #end; #open = false; #handler = null; #kept = []; #turn = 0;
 
   constructor(WebSocket, url, credential, ask, patience) {
     this.ended = new Promise((resolve) => { this.#end = resolve; });
@@ -90,6 +95,13 @@ export class Line {
 
   send(frame) {
     if (this.#socket.readyState === 1) this.#socket.send(JSON.stringify(frame));
+  }
+
+  /** Says a frame about a watched topic, when its turn comes: the server takes ten in a second. */
+  sayPaced(frame) {
+    const now = Date.now();
+    this.#turn = Math.max(this.#turn + PACE_MS, now);
+    setTimeout(() => this.send(frame), this.#turn - now);
   }
 
   /** From now on a silence of `every` and `grace` ends the line. A server that sends no heartbeat is asked. */

@@ -178,7 +178,7 @@ export class Tabs {
     if (this.leads) {
       if (now - this.#beaten > BEAT_MS) this.beat();
       if (wasFrozen) this.#ack();
-      const isBehind = ([name, log]) => this.floor(name, log) !== log.acked;
+      const isBehind = ([name, log]) => this.floor(name, log) !== (log.acked ?? log.start);
       if ([...this.#pump.logs].some(isBehind) && now - this.#pruned > PRUNE_MS) {
         this.#pruned = now;
         this.#prune();
@@ -249,8 +249,10 @@ export class Tabs {
     }
     if (state) return this.#hooks.follow(state);
     const frame = message ?? gap;
-    if (gap?.reason === 'reset' && era === this.#era + 1) this.#era = era;
-    else if (era !== this.#era || !this.#pump.logs.has('')) return this.#report(true);
+    if (gap?.reason === 'reset' && era === this.#era + 1) {
+      this.#era = era;
+      this.#pump.open(logOf(gap), gap.before - 1);
+    } else if (era !== this.#era || !this.#pump.logs.has('')) return this.#report(true);
     else {
       this.#pump.open(logOf(frame), after);
       await this.#level(logOf(frame), after);
@@ -272,6 +274,8 @@ export class Tabs {
       };
       let page;
       try { page = await this.#hooks.page(log.received, name); } catch (error) {
+        // The user has left the topic meanwhile.
+        if (name && (error.status === 403 || error.status === 404)) return this.#pump.drop(name);
         this.#hooks.error(error, 'history');
         await pause(1_000);
         continue;

@@ -253,17 +253,16 @@ impl Actor {
     /// Says what the application wants said, on both lines of a move.
     async fn say_words(&mut self) -> ControlFlow<Ending> {
         let words = self.shared.take_words();
-        for line in self.line.iter_mut().chain(&mut self.next).filter(|line| line.welcome.logs.is_some()) {
-            for frame in &words {
-                line.say(frame.encode()).await;
-            }
+        for line in self.line.iter_mut().chain(&mut self.next) {
+            words.iter().cloned().for_each(|frame| line.say_later(frame));
         }
-        ControlFlow::Continue(())
+        self.tick().await
     }
 
     fn earliest_timer(&self) -> Option<Instant> {
         let probe = self.probe.as_ref().map(|probe| probe.until);
-        [self.ack_at, self.ask_at, self.refresh_at, probe].into_iter().flatten().min()
+        let lines = self.line.iter().chain(&self.next).map(Line::next_words);
+        [self.ack_at, self.ask_at, self.refresh_at, probe].into_iter().chain(lines).flatten().min()
     }
 
     async fn tick(&mut self) -> ControlFlow<Ending> {
@@ -271,6 +270,9 @@ impl Actor {
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         if is_due(self.ack_at) {
             self.say_acks(false).await;
+        }
+        for line in self.line.iter_mut().chain(&mut self.next) {
+            line.say_due(now).await;
         }
         if is_due(self.ask_at) {
             for line in self.line.iter_mut().chain(&mut self.next) {

@@ -81,20 +81,27 @@ impl Books {
         }
     }
 
-    /// The application wants to watch a topic. Returns what is to be said to the server.
-    pub(crate) fn watch(&mut self, topic: TopicName, since: WatchSince) -> ClientFrame {
+    /// The application wants to watch a topic. Returns what is to be said to the server: nothing if
+    /// it is watched already.
+    pub(crate) fn watch(&mut self, topic: TopicName, since: WatchSince) -> Option<ClientFrame> {
+        if self.watches.contains_key(&topic) {
+            return None;
+        }
         self.watches.insert(topic.clone(), since);
-        ClientFrame::Watch(topic, since)
+        Some(ClientFrame::Watch(topic, since))
     }
 
-    /// The application watches a topic no more. Returns what is to be said to the server.
-    pub(crate) fn unwatch(&mut self, topic: TopicName) -> ClientFrame {
-        self.watches.remove(&topic);
+    /// The application watches a topic no more. Returns what is to be said to the server: nothing
+    /// if it is not watched, or a membership.
+    pub(crate) fn unwatch(&mut self, topic: TopicName) -> Option<ClientFrame> {
+        self.watches.remove(&topic)?;
         let log = LogId::Topic(topic.clone());
         if self.watched.remove(&log) {
             self.logs.remove(&log);
+        } else if self.logs.contains_key(&log) {
+            return None;
         }
-        ClientFrame::Unwatch(topic)
+        Some(ClientFrame::Unwatch(topic))
     }
 
     /// The server says that a topic is watched, from a position on.

@@ -133,10 +133,10 @@ impl Shared {
     }
 
     /// Has this said to the server.
-    fn say(&self, change: impl FnOnce(&mut Books) -> ClientFrame) {
+    fn say(&self, change: impl FnOnce(&mut Books) -> Option<ClientFrame>) {
         let mut inner = self.inner();
         let frame = change(&mut inner.books);
-        inner.words.push(frame);
+        inner.words.extend(frame);
         drop(inner);
         self.words.notify_one();
     }

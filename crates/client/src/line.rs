@@ -1,5 +1,6 @@
 //! One socket to the server, from its `welcome` on.
 
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -29,6 +30,8 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// How long a close may take.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
+/// Time between two frames about watched topics.
+const PACE: Duration = Duration::from_millis(120);
 /// Topics in one ack, whose frame has at most 4 KiB: a name has up to 64 bytes, a number 16.
 const TOPICS_ACKED: usize = 40;
 
@@ -61,6 +64,11 @@ pub(crate) struct Line {
     pub(crate) seq: u64,
     /// The last acks that were said here.
     pub(crate) said: Said,
+    /// Frames about watched topics that wait for their turn, and when that is.
+    words: VecDeque<ClientFrame>,
+    turn: Instant,
+    /// `left`s that are due for what this side has ended, by topic.
+    lefts: HashMap<TopicName, u32>,
     /// Frames and pings so far.
     pub(crate) heard: u64,
     /// The `reason` of an `error` frame, which precedes a close.
@@ -102,6 +110,9 @@ impl Line {
                 is_caught_up: false,
                 seq: 0,
                 said: Said::default(),
+                words: VecDeque::new(),
+                turn: Instant::now(),
+                lefts: HashMap::new(),
                 heard: 0,
                 reason: String::new(),
                 welcome,
@@ -159,6 +170,38 @@ impl Line {
     /// Sends a text. A line that is gone is noticed by [`hear`](Self::hear).
     pub(crate) async fn say(&mut self, text: String) {
         let _ = timeout(OPEN_DEADLINE, self.stream.send(Message::Text(text.into()))).await;
+    }
+
+    /// Has a frame about a watched topic said when its turn comes: the server takes ten in a
+    /// second. Not where it does not know of logs.
+    pub(crate) fn say_later(&mut self, frame: ClientFrame) {
+        if self.welcome.logs.is_none() {
+            return;
+        }
+        if let ClientFrame::Unwatch(topic) = &frame {
+            *self.lefts.entry(topic.clone()).or_default() += 1;
+        }
+        self.words.push_back(frame);
+    }
+
+    /// When the next of these frames is due.
+    pub(crate) fn next_words(&self) -> Option<Instant> {
+        (!self.words.is_empty()).then_some(self.turn)
+    }
+
+    /// Says the next of them, if it is due.
+    pub(crate) async fn say_due(&mut self, now: Instant) {
+        if self.next_words().is_some_and(|turn| turn <= now)
+            && let Some(frame) = self.words.pop_front()
+        {
+            self.turn = now + PACE;
+            self.say(frame.encode()).await;
+        }
+    }
+
+    /// Whether a `left` answers what this side has ended itself.
+    pub(crate) fn was_due(&mut self, topic: &TopicName) -> bool {
+        self.lefts.get_mut(topic).filter(|due| **due > 0).map(|due| *due -= 1).is_some()
     }
 
     /// Says acks, if there are any. A server that knows of no logs is told of none.

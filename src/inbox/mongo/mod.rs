@@ -115,7 +115,7 @@ struct Inner {
     cursors: Collection<Document>,
     topics: Collection<Document>,
     members: Collection<Document>,
-    /// Sought primary answers, and since when.
+    /// Which primary answers, and since when.
     primary: Arc<primary::Primary>,
     clock: Clock,
     times: MongoTimes,
@@ -256,6 +256,7 @@ impl Inner {
         let record = self.by_ids(vec![id(&user, 0)], doc! {}).await?;
         let head = record.first().map(HeadRecord::read).unwrap_or_default().head;
         let filter = match &which {
+            Sought::At(seq) if seq.is_beginning() => return Ok(None),
             Sought::At(seq) => doc! { "_id": id(&user, seq.get()) },
             Sought::Under(sent) => doc! { "_id.u": user.as_str(), "f": fence_of(None, sent) },
         };

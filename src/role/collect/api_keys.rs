@@ -110,6 +110,12 @@ impl ApiKey {
         Self { settings, left: Mutex::new((left, Instant::now())) }
     }
 
+    /// What is configured of it.
+    #[must_use]
+    pub fn settings(&self) -> &KeySettings {
+        &self.settings
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {

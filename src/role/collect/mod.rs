@@ -235,8 +235,10 @@ impl Collect {
         };
         let at = clock.now();
         logs.store().update(vec![Change::End { user: key(&log), seq, at }]).await?;
-        // The nodes drop it, too. One that was told of it by nobody yet sees that it has expired.
-        let message = Arc::new(Message { expires_at: at, payload: Bytes::from_static(b"null"), ..message });
+        // The nodes drop it, too. One that was told of it by nobody yet sees that it has expired,
+        // whatever its clock says.
+        let message =
+            Arc::new(Message { expires_at: Millis(0), payload: Bytes::from_static(b"null"), ..message });
         handing_on.hint(vec![LogHint::Message { log, message }]);
         Ok(true)
     }

@@ -125,7 +125,7 @@ pub struct PushMetrics {
     pub topic_unaware: Counter,
     /// Sockets refused before the upgrade, for any reason.
     pub refused: Counter,
-    /// The same by reason.
+    /// Sockets refused before the upgrade or before their `welcome`, by reason.
     pub sockets_refused: Family<[(&'static str, &'static str); 1], Counter>,
     /// From the acceptance of a message to its way into the socket, by [`Path`].
     pub delivery: TimingBy<4>,
@@ -180,7 +180,7 @@ impl PushMetrics {
             r.register("refused", "Sockets refused before the upgrade", own.refused.clone());
             r.register(
                 "sockets_refused",
-                "Sockets refused before the upgrade, by reason",
+                "Sockets refused, before the upgrade or before their welcome, by reason",
                 own.sockets_refused.clone(),
             );
         });

@@ -80,6 +80,9 @@ async fn begin<S: Socket + 'static>(
             Some(Shared::new(Serving::begin(context, socket, attached, counted)))
         }
         Err(end) => {
+            if let Some(reason) = end.name() {
+                context.metrics.sockets_refused.get_or_create(&[("reason", reason)]).inc();
+            }
             Box::pin(farewell(&mut socket, end, context.window.hint())).await;
             None
         }

@@ -43,6 +43,16 @@ impl End {
         Self::Close(code, why.into())
     }
 
+    /// The name in metrics; `None` where nobody was refused.
+    pub(super) fn name(&self) -> Option<&'static str> {
+        match self {
+            Self::Close(code, _) => Some(code.name()),
+            Self::Refused(_) => Some("unauthorized"),
+            Self::Crowded => Some("crowded"),
+            Self::Gone => None,
+        }
+    }
+
     pub(super) fn refused(reason: RefusalReason, why: impl Into<String>) -> Self {
         Self::Refused(Refused::new(reason, why))
     }

@@ -58,9 +58,16 @@ struct Reader {
     resets: u64,
     /// What was sent and not acked; kept if the client asked for a window.
     unacked: Option<Box<Unacked>>,
+    /// The position after which it began.
+    began: Seq,
 }
 
 impl Reader {
+    /// Whether a watched topic is read in such a way that a membership can go on with it.
+    fn can_become(&self, life: u64, from: Seq) -> bool {
+        self.why == Why::Watched && self.tail().life == life && self.began <= from
+    }
+
     fn tail(&self) -> &Arc<Tail> {
         &self.reading.tail
     }
@@ -163,7 +170,18 @@ impl LogReaders {
         });
         let was_level = session.is_live();
         let unacked = self.windowed.then(Box::default);
-        self.all.push(Reader { reading, why, session, wants, was_level, had_backlog, resets, unacked });
+        let began = after;
+        self.all.push(Reader {
+            reading,
+            why,
+            session,
+            wants,
+            was_level,
+            had_backlog,
+            resets,
+            unacked,
+            began,
+        });
     }
 
     /// Ends the reading of a log.
@@ -203,13 +221,7 @@ impl LogReaders {
             }
         }
         for one in now_members {
-            // A watched topic becomes a membership where it is.
-            let watched = self.of_topic(&one.topic).filter(|at| self.all[*at].why == Why::Watched);
-            if let Some(reader) = watched.map(|at| &mut self.all[at]).filter(|r| r.tail().life == one.life) {
-                reader.why = Why::Member(one.from);
-                let position = reader.session.position();
-                out.push(Act::frame(topic_frame(&one.topic, TopicState::Joined, Some(position))));
-            }
+            self.become_member(&one.topic, one.life, one.from, out);
         }
         let is_new = |one: &&LogMembership| {
             !self.all.iter().any(|reader| reader.tail().log.topic() == Some(&one.topic))
@@ -255,11 +267,32 @@ impl LogReaders {
         self.all.iter().position(|reader| reader.tail().log.topic() == Some(topic))
     }
 
+    /// A watched topic becomes a membership where it is, unless it began after the member did, or
+    /// in another life: then it ends, to be joined anew.
+    fn become_member(&mut self, topic: &TopicName, life: u64, from: Seq, out: &mut Vec<Act>) {
+        let Some(at) = self.of_topic(topic).filter(|at| self.all[*at].why == Why::Watched) else { return };
+        let reader = &mut self.all[at];
+        if reader.can_become(life, from) {
+            reader.why = Why::Member(from);
+            let position = reader.session.position();
+            out.push(Act::frame(topic_frame(topic, TopicState::Joined, Some(position))));
+        } else {
+            self.end(at, out);
+        }
+    }
+
     /// The user has joined a topic. Nothing happens if the socket reads it already, or the
     /// memberships have changed again.
     pub(super) fn joined(&mut self, version: u64, start: LogStart, out: &mut Vec<Act>) {
-        let log = &start.reading.tail.log;
-        if version != self.memberships || self.all.iter().any(|reader| reader.tail().log == *log) {
+        if version != self.memberships {
+            return;
+        }
+        let log = start.reading.tail.log.clone();
+        if let (Some(topic), Why::Member(from)) = (log.topic(), start.why) {
+            // It was watched while this was found out.
+            self.become_member(topic, start.reading.tail.life, from, out);
+        }
+        if self.all.iter().any(|reader| reader.tail().log == log) {
             return;
         }
         if let Some(topic) = log.topic() {

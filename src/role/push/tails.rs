@@ -196,6 +196,10 @@ impl Tails {
     }
 
     fn live(&self, log: &LogId, message: &Message) {
+        if message.expires_at.0 == 0 {
+            // It was ended before its time, and may stand in any block that was read of the log.
+            self.blocks.retain(|(of, ..), _| of != log);
+        }
         let Some(tail) = self.find(log) else { return };
         let life = message.log_entry().map_or(EVERYONES_LIFE, |entry| entry.life);
         if life > tail.life {
@@ -207,10 +211,7 @@ impl Tails {
             item.expires_at = crate::message::Millis(0);
         }
         if item.expires_at <= self.clock.now() {
-            // One that was ended before its time may be held already.
             tail.forget(item.seq);
-            let number = item.seq.get().saturating_sub(1) / BLOCK;
-            self.blocks.remove(&(log.clone(), tail.life, number));
         }
         self.step(&tail, Input::Live(item));
     }

@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import random
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -41,6 +42,9 @@ ACK_S = 0.05
 SUBPROTOCOL = "ringpush.v1.json"
 #: The inbox, among the logs of topics, and the log of what goes to all users. No topic has such a name.
 INBOX, EVERYONE = "", "everyone"
+#: Seconds between two frames about watched topics.
+PACE_S = 0.12
+_TOPIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 #: Topics whose positions are told at the start of a line, and topics in one ack: 128 names, and 4 KiB, are the server's limits.
 TOPICS_TOLD, TOPICS_ACKED = 128, 40
 
@@ -134,6 +138,9 @@ class _Line:
         self.seq: dict[str, int] = {}
         self.acked: dict[str, int] = {}
         self.logs = _logs(welcome)
+        # `left`s that are due for what this side has ended, by topic; and when the next frame about a watched topic may be said.
+        self.lefts: dict[str, int] = {}
+        self._turn = 0.0
         self.heard = 0
         self.reason = ""
         self.hint: dict[str, int] | None = None
@@ -145,6 +152,13 @@ class _Line:
     async def send(self, frame: dict[str, Any]) -> None:
         with contextlib.suppress(websockets.ConnectionClosed):
             await self.socket.send(json.dumps(frame))
+
+    async def send_paced(self, frame: dict[str, Any]) -> None:
+        """Says a frame about a watched topic when its turn comes: the server takes ten in a second."""
+        now = time.monotonic()
+        self._turn = max(self._turn + PACE_S, now)
+        await asyncio.sleep(self._turn - now)
+        await self.send(frame)
 
     async def frame(self) -> dict[str, Any]:
         """The next frame. Raises :class:`_Closed` when the line has ended, or says nothing or rubbish."""
@@ -322,16 +336,26 @@ class Inbox:
         comes from now on. The token's claim ``watch`` must allow it. The messages come in the same loop, with their topic, also
         after reconnects, until :meth:`unwatch` or the topic's end. A refusal is logged with the code ``forbidden_topic`` or
         ``unknown_topic``."""
-        self._watches[topic] = since
-        await self._say_watch(topic, self._line, self._next)
+        if not _TOPIC.fullmatch(topic) or topic == EVERYONE:
+            raise ValueError(f"{topic!r} is no name of a topic")
+        if since not in ("latest", "last") and not (isinstance(since, int) and 0 <= since < 2**53):
+            raise ValueError('since is a number, "latest" or "last"')
+        if topic not in self._watches:
+            self._watches[topic] = since
+            await self._say_watch(topic, self._line, self._next)
 
     async def unwatch(self, topic: str) -> None:
         """Ends :meth:`watch`. A membership is not ended by it."""
-        if self._watches.pop(topic, None) is not None:
-            self._drop_watched(topic)
-            for line in (self._line, self._next):
-                if line is not None and line.logs is not None:
-                    await line.send({"type": "unwatch", "topic": topic})
+        if self._watches.pop(topic, None) is None:
+            return
+        ledger = self._ledgers.get(topic)
+        if ledger is not None and not ledger.watched:
+            return
+        self._ledgers.pop(topic, None)
+        for line in (self._line, self._next):
+            if line is not None and line.logs is not None:
+                line.lefts[topic] = line.lefts.get(topic, 0) + 1
+                await line.send_paced({"type": "unwatch", "topic": topic})
 
     def _drop_watched(self, topic: str) -> None:
         ledger = self._ledgers.get(topic)
@@ -344,7 +368,7 @@ class Inbox:
         since = self._watches[topic] if position is None else position
         for line in lines:
             if line is not None and line.logs is not None:
-                await line.send({"type": "watch", "topic": topic, "since": since})
+                await line.send_paced({"type": "watch", "topic": topic, "since": since})
 
     async def close(self) -> None:
         """Says the pending acks and closes."""
@@ -535,8 +559,13 @@ class Inbox:
         if line is self._line:
             self._set("catching-up")
         await self._say_acks(again=True)
+        if self._watches:
+            self._spawn(self._say_watches(line))
+
+    async def _say_watches(self, line: _Line) -> None:
         for topic in list(self._watches):
-            await self._say_watch(topic, line)
+            if topic in self._watches and line in (self._line, self._next):
+                await self._say_watch(topic, line)
 
     async def _ask_on(self, line: _Line, every: float) -> None:
         while line in (self._line, self._next):
@@ -558,7 +587,10 @@ class Inbox:
             self._reached()
         elif kind == "topic":
             topic, state = frame["topic"], frame.get("state")
-            if state == "left":
+            if state == "left" and line.lefts.get(topic, 0) > 0:
+                # What this side has ended itself may be watched anew meanwhile.
+                line.lefts[topic] -= 1
+            elif state == "left":
                 self._ledgers.pop(topic, None)
                 self._watches.pop(topic, None)
             elif topic not in self._ledgers:

@@ -46,10 +46,8 @@ impl Actor {
         self.shared.take_words();
         let watches = self.shared.with(|books| books.watches());
         let line = if is_next { &mut self.next } else { &mut self.line };
-        if let Some(line) = line.as_mut().filter(|line| line.welcome.logs.is_some()) {
-            for watch in watches {
-                line.say(watch.encode()).await;
-            }
+        if let Some(line) = line {
+            watches.into_iter().for_each(|watch| line.say_later(watch));
         }
         ControlFlow::Continue(())
     }
@@ -102,7 +100,11 @@ impl Actor {
                 self.take_next_if_level();
             }
             ReceivedFrame::Other(ServerFrame::Topic { topic, state, after }) => {
-                if let Ok(name) = TopicName::parse(&topic) {
+                let line = if is_next { &mut self.next } else { &mut self.line };
+                if let Ok(name) = TopicName::parse(&topic)
+                    // What this side has ended itself may be watched anew meanwhile.
+                    && !(state == TopicState::Left && line.as_mut().is_some_and(|line| line.was_due(&name)))
+                {
                     let log = LogId::Topic(name);
                     self.shared.with(|books| match state {
                         TopicState::Left => books.end_log(&log),

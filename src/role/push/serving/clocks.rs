@@ -63,6 +63,13 @@ impl Clocks {
         }
     }
 
+    /// The session asks for what it had no credit for.
+    pub(super) fn waited_for_credit(&mut self, outputs: &[Output<InboxFrame>]) {
+        if outputs.iter().any(|output| matches!(output, Output::Read { .. })) {
+            self.of_page = Some(Path::Behind);
+        }
+    }
+
     /// A message of a log was sent that was accepted at this time.
     pub(super) fn sent_of_log(&self, accepted_at: Millis, path: Path, now: Millis, context: &ServingContext) {
         context.metrics.delivery.at(path as usize).observe_ms(now.0.saturating_sub(accepted_at.0));

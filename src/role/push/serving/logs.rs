@@ -104,6 +104,7 @@ impl<S: Socket> Serving<S> {
         let Some(logs) = &self.logs else { return };
         let (unacked, mut outputs) = (logs.readers.unacked(), Vec::new());
         self.session.count_elsewhere(unacked, |output| outputs.push(output));
+        self.clocks.waited_for_credit(&outputs);
         outputs.into_iter().for_each(|output| self.perform(output));
     }
 

@@ -133,7 +133,11 @@ impl<S: Socket> Serving<S> {
             self.refuse_watch(&topic, FORBIDDEN_TOPIC, "auth was without \"topics\"");
             return Ok(());
         };
-        let watched = logs.readers.watches().len();
+        // One that is read already changes nothing.
+        let watched = match logs.readers.position(&topic) {
+            Some(_) => 0,
+            None => logs.readers.watches().len(),
+        };
         let taken = logs.watching.ask(topic, since, watched);
         taken.map_err(|why| End::close(CloseCode::RateLimited, why))?;
         self.watch_next();
@@ -182,6 +186,10 @@ impl<S: Socket> Serving<S> {
     pub(super) fn unwatch(&mut self, topic: &TopicName) {
         if let Some(logs) = &mut self.logs {
             logs.watching.forget(topic);
+            if logs.readers.position(topic).is_none() {
+                // Nothing is read yet, or any more.
+                self.reply(&topic_frame(topic, TopicState::Left, None));
+            }
         }
         self.of_logs(|readers, acts, _| readers.unwatch(topic, acts));
         self.watch_next();

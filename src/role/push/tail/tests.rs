@@ -9,8 +9,9 @@ use proptest::prelude::*;
 use super::super::log_readers::{Act, LogReaders, LogStart, Next, Wanted, Why};
 use super::super::registry::{Arrival, SessionHandle};
 use super::*;
+use crate::inbox::topics::LogMembership;
 use crate::message::{DeviceId, LogEntry, MessageId, TopicName};
-use crate::wire::frame::ServerFrame;
+use crate::wire::frame::{ServerFrame, TopicState};
 
 const NOW: Millis = Millis(1_000);
 const HEAD: u64 = 100;
@@ -355,4 +356,51 @@ fn a_socket_that_is_looked_at_late_is_told_of_a_reset_all_the_same() {
     });
     assert!(told, "{acts:?}");
     assert!(matches!(acts.last(), Some(Act::Message(..))), "and the next message follows at once: {acts:?}");
+}
+
+/// A watched topic of which the user becomes a member: it goes on only where nothing that the
+/// member is to get lies before the beginning of the watching, and in the same life.
+#[test]
+fn a_watched_topic_that_began_too_late_is_joined_anew() {
+    let mut world = World::new();
+    (0..5).for_each(|_| world.act(Event::Publish(Kind::Plain)));
+    let topic = world.log.topic().unwrap().clone();
+    let life = world.tail.life;
+    let member = |life, from| LogMembership { topic: topic.clone(), life, from: Seq::at(from) };
+    let watched_from = |after: u64| {
+        let handle = SessionHandle::new(user(9), DeviceId::default(), None, 0, Arrival::default(), NOW);
+        let start = LogStart {
+            reading: world.tail.join(&handle),
+            why: Why::Watched,
+            after: Seq::at(after),
+            restored_to: None,
+            fresh: true,
+            before_joining: None,
+            resets: 0,
+        };
+        let mut readers = LogReaders::new(user(9), 0, false);
+        let mut acts = Vec::new();
+        readers.watched(start, &mut acts);
+        readers
+    };
+    for (after, joins, anew) in [
+        (HEAD + 2, member(life, HEAD + 2), false),
+        (HEAD + 1, member(life, HEAD + 2), false),
+        (HEAD + 3, member(life, HEAD + 2), true),
+        (HEAD + 2, member(life + 1, HEAD + 2), true),
+    ] {
+        let (mut readers, mut acts) = (watched_from(after), Vec::new());
+        let joined = readers.compare((1, false), std::slice::from_ref(&joins), &mut acts);
+        assert_eq!(!joined.is_empty(), anew, "{after} {joins:?}");
+        let state = |act: &Act| match act {
+            Act::Frame(frame) => match &**frame {
+                ServerFrame::Topic { state, .. } => Some(*state),
+                _ => None,
+            },
+            _ => None,
+        };
+        let told: Vec<TopicState> = acts.iter().filter_map(state).collect();
+        assert_eq!(told, [if anew { TopicState::Left } else { TopicState::Joined }]);
+        assert_eq!(readers.position(&topic).is_none(), anew);
+    }
 }
