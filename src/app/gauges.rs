@@ -1,12 +1,11 @@
 //! What is shown of the process and of the view in use, read when the metrics are asked for.
 
-use prometheus_client::metrics::family::Family;
-use tokio::sync::watch;
-
 use std::sync::Arc;
 
+use tokio::sync::watch;
+
 use crate::membership::{NodeState, View};
-use crate::telemetry::{Gauge, Health, Metrics, process};
+use crate::telemetry::{Family, Gauge, Health, Metrics, process};
 
 /// Registers them.
 pub(super) fn register(metrics: &Metrics, health: &Health, views: watch::Receiver<Arc<View>>) {

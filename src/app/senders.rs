@@ -4,13 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::RwLock;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
 use tokio::time::Instant;
 
 use crate::message::Recipients;
 use crate::role::collect::{ApiKey, KeySettings, Scope};
-use crate::telemetry::{Credential, Metrics, Outcome, Refusals, TimingBy};
+use crate::telemetry::{Counter, Credential, Family, Metrics, Outcome, Refusals, TimingBy};
 use crate::wire::http::Problem;
 
 /// A key in use.

@@ -7,7 +7,7 @@ use prometheus_client::metrics::histogram::Histogram;
 
 use super::Metrics;
 
-/// Upper bounds of the buckets, in seconds (docs/slo.md).
+/// Upper bounds of the buckets, in seconds (docs/protocol.md, Ops).
 const BUCKETS: [f64; 16] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 
 /// Each room with the rooms that it may know. `app` and `main` may know all.
 const MAY_KNOW: &[(&str, &[&str])] = &[
-    // Tier 0: pure.
-    // `message`, `topic`, `backoff` and most of `wire` are the crate `ringpush-protocol`.
+    // Tier 0: pure. `message`, `topic`, `watching`, `backoff` and most of `wire` are the crate
+    // `ringpush-protocol`.
     ("ring", &[]),
     ("redis_url", &[]),
     ("wire", &["message"]),
     ("secret", &[]),
-    ("ticket", &["message", "secret"]),
+    ("ticket", &["message", "watching", "secret"]),
     ("peer_proof", &["message", "secret"]),
     ("session", &["message", "wire"]),
     // Tier 1: one door per foreign system.
@@ -29,6 +29,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
         &[
             "message",
             "topic",
+            "watching",
             "ring",
             "backoff",
             "wire",
@@ -43,7 +44,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
         ],
     ),
     // Tier 3: assembly. Configuration composes, and starts nothing.
-    ("config", &["message", "clock", "role", "wire", "redis_url"]),
+    ("config", &["message", "topic", "clock", "role", "wire", "redis_url"]),
 ];
 
 /// Foreign crates and the only places that may name them.
@@ -56,7 +57,7 @@ const DOORS: &[(&str, &[&str])] = &[
     ("tokio_tungstenite", &["transport/websocket.rs", "transport/websocket/"]),
     ("hyper_util", &["transport/"]),
     ("jsonwebtoken", &["role/auth/"]),
-    ("prometheus_client", &["telemetry.rs", "role/"]),
+    ("prometheus_client", &["telemetry.rs", "telemetry/", "role/"]),
     ("clap", &["cli/options.rs", "main.rs"]),
     ("axum", &["app/"]),
     ("toml", &["config/", "app/keys.rs"]),

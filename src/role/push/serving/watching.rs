@@ -144,7 +144,7 @@ impl<S: Socket> Serving<S> {
         Ok(())
     }
 
-    /// Answers requests until one needs the store.
+    /// Takes requests up to one that needs the store.
     fn watch_next(&mut self) {
         while let Some(logs) = &mut self.logs
             && let Some((topic, since)) = logs.watching.next()
