@@ -258,7 +258,8 @@ async fn users_read_their_own_history_forwards_and_backwards() {
 async fn the_own_device_yields_first_and_a_user_without_place_is_refused_with_patience() {
     let limits =
         Options::default().with("limits.sessions_per_user", "3").with("limits.sessions_per_device", "2");
-    let server = Server::with(limits).await;
+    // A first ping, at a random time, would make its session yield first.
+    let server = Server::with(limits.with("limits.ping_ms", "3600000")).await;
     let open = async |device: &str| server.connect("alice", &format!("?device={device}")).await;
     let (mut phone, mut first, mut second) = (open("phone").await, open("web").await, open("web").await);
     for socket in [&mut phone, &mut first, &mut second] {
