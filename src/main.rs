@@ -215,10 +215,19 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
         // The server runs, even if nobody reads the greeting.
         let _ = print_line(app.greeting(&commands::own_command(common.data.as_deref())));
     }
-    if let Some(reloader) = app.take_reloader() {
-        tokio::spawn(reload(reloader, hangup, common.clone(), options.roles));
-    }
-    match app.run(stop).await? {
+    let reloader = app.take_reloader();
+    let reloading = async {
+        match reloader {
+            Some(reloader) => reload(reloader, hangup, common.clone(), options.roles).await,
+            None => std::future::pending().await,
+        }
+    };
+    let ended = tokio::select! {
+        ended = app.run(stop) => ended?,
+        // A panic of it is one of the process.
+        never = reloading => match never {},
+    };
+    match ended {
         Ended::Stopped => Ok(ExitCode::SUCCESS),
         Ended::Poisoned => {
             anyhow::bail!(
@@ -234,7 +243,7 @@ async fn reload(
     mut hangup: tokio::signal::unix::Signal,
     common: Common,
     roles: Option<String>,
-) {
+) -> std::convert::Infallible {
     let mut known = sources(&common).ok().and_then(|sources| sources.file);
     loop {
         let asked = tokio::select! {

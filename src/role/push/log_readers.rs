@@ -65,7 +65,7 @@ struct Reader {
 impl Reader {
     /// Whether a watched topic is read in such a way that a membership can go on with it.
     fn can_become(&self, life: u64, from: Seq) -> bool {
-        self.why == Why::Watched && self.tail().life == life && self.began <= from
+        self.tail().life == life && self.began <= from
     }
 
     fn tail(&self) -> &Arc<Tail> {
