@@ -29,6 +29,7 @@
 //! - [`transport`]: hyper, tungstenite, tonic, Redis, and a TCP stream of our own.
 //! - [`client`]: the client library.
 //! - [`clock`], [`telemetry`]: the time of day; logs, metrics, health.
+//! - [`live`]: settings that may change while the process runs.
 //! - `library`: the client libraries in JavaScript and Python, as text.
 //! - `tasks`: panics of tasks are raised again.
 //!
@@ -46,6 +47,7 @@ pub mod config;
 pub mod fallback;
 pub mod inbox;
 mod library;
+pub mod live;
 pub mod membership;
 pub mod peer_proof;
 pub mod redis_url;

@@ -26,7 +26,7 @@ const FILES_AT_FIRST: u64 = 65_536;
 
 /// `EX_USAGE` of `sysexits.h`: bad usage or configuration.
 const USAGE: u8 = 64;
-/// Time between two looks at the configuration's file.
+/// Time between two looks at the configuration and its files.
 const RELOAD_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Whom a publish is for, and its payload.
@@ -104,8 +104,8 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let Cli { common, command } = cli;
     let at = |target: Option<String>| Addressed { target };
     match command {
-        None => serve(&common, Serve { log: "text".to_owned(), ..Serve::default() }).await,
-        Some(Command::Serve(options)) => serve(&common, options).await,
+        None => Box::pin(serve(&common, Serve { log: "text".to_owned(), ..Serve::default() })).await,
+        Some(Command::Serve(options)) => Box::pin(serve(&common, options)).await,
         Some(Command::Token { user, ttl, watch }) => {
             commands::token(command_config(&common)?, &user, &ttl, &watch)
         }
@@ -197,10 +197,14 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
     sources.flags.extend(options.roles.clone().map(|roles| ("node.roles", roles)));
     let config = Config::load(&sources)?;
     let format = if options.log == "json" { LogFormat::Json } else { LogFormat::Text };
-    let filter =
-        options.log_filter.or_else(|| std::env::var("RUST_LOG").ok()).unwrap_or_else(|| "info".to_owned());
-    let _logging =
-        start_logging(format, &filter).map_err(|error| Faults(vec![format!("--log-filter: {error}")]))?;
+    // They cannot change, and stand above the configuration.
+    let fixed = options.log_filter.or_else(|| std::env::var("RUST_LOG").ok());
+    let (name, filter) = match &fixed {
+        Some(filter) => ("--log-filter", filter),
+        None => ("log.level", &config.log_level),
+    };
+    let (_logging, set_log_level) =
+        start_logging(format, filter).map_err(|error| Faults(vec![format!("{name}: {error}")]))?;
     // Before anything is bound, so that an early signal is not lost.
     let stop = stop_signal()?;
     let hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?;
@@ -218,7 +222,12 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
     let reloader = app.take_reloader();
     let reloading = async {
         match reloader {
-            Some(reloader) => reload(reloader, hangup, common.clone(), options.roles).await,
+            Some(mut reloader) => {
+                if fixed.is_none() {
+                    reloader.sets_log_level(set_log_level);
+                }
+                reload(reloader, hangup, common.clone(), options.roles).await
+            }
             None => std::future::pending().await,
         }
     };
@@ -237,26 +246,19 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Reads the configuration again at each SIGHUP, and when its file has changed.
+/// Reads the configuration and its files again at each SIGHUP, and every ten seconds.
 async fn reload(
     mut reloader: Reloader,
     mut hangup: tokio::signal::unix::Signal,
     common: Common,
     roles: Option<String>,
 ) -> std::convert::Infallible {
-    let mut known = sources(&common).ok().and_then(|sources| sources.file);
     loop {
-        let asked = tokio::select! {
-            _ = hangup.recv() => true,
-            () = tokio::time::sleep(RELOAD_EVERY) => false,
-        };
-        let read = sources(&common);
-        let file = read.as_ref().ok().and_then(|sources| sources.file.clone());
-        if !asked && file == known && read.is_ok() {
-            continue;
+        tokio::select! {
+            _ = hangup.recv() => {}
+            () = tokio::time::sleep(RELOAD_EVERY) => {}
         }
-        known = file;
-        reloader.apply(read.and_then(|mut sources| {
+        reloader.apply(sources(&common).and_then(|mut sources| {
             sources.flags.extend(roles.clone().map(|roles| ("node.roles", roles)));
             Config::load(&sources)
         }));

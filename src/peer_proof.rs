@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 
 use crate::message::{Millis, NodeId};
-use crate::secret::{Keyed, derived, is_mac, mac};
+use crate::secret::SharedKeys;
 
 /// How far the clocks of two peers may differ, in seconds.
 pub const PROOF_LIFE_S: u64 = 60;
@@ -57,13 +57,15 @@ pub enum ProofError {
     Crowded,
 }
 
-fn call_key(peer_secret: &str) -> Keyed {
-    derived(peer_secret, b"ringpush peer call, version 2")
+/// The keys for proofs of calls. Cloned, they are the same keys.
+#[must_use]
+pub fn call_keys(peer_secrets: &[&str]) -> SharedKeys {
+    SharedKeys::derive(peer_secrets, b"ringpush peer call, version 2")
 }
 
 /// Makes the proofs of one link. Each link has a counter of its own.
 pub struct Signer {
-    key: Keyed,
+    keys: SharedKeys,
     link: u64,
     count: std::sync::atomic::AtomicU64,
 }
@@ -71,8 +73,8 @@ pub struct Signer {
 impl Signer {
     /// `link` is a random number that identifies the link.
     #[must_use]
-    pub fn new(peer_secret: &str, link: u64) -> Self {
-        Self { key: call_key(peer_secret), link, count: std::sync::atomic::AtomicU64::new(1) }
+    pub fn new(keys: SharedKeys, link: u64) -> Self {
+        Self { keys, link, count: std::sync::atomic::AtomicU64::new(1) }
     }
 
     /// The proof of one call that is made now.
@@ -81,14 +83,14 @@ impl Signer {
         let count = self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let Call { node, incarnation, method } = call;
         let said = format!("2.{node}.{incarnation}.{}.{}.{count}", now.seconds(), self.link);
-        let mac = mac(&self.key, &format!("{said} {method}"));
+        let mac = self.keys.mac(&format!("{said} {method}"));
         format!("{said}.{mac}")
     }
 }
 
 /// Verifies calls, and takes each once.
 pub struct Calls {
-    key: Keyed,
+    keys: SharedKeys,
     links: HashMap<u64, Window>,
 }
 
@@ -103,8 +105,8 @@ struct Window {
 impl Calls {
     /// No counter was taken yet.
     #[must_use]
-    pub fn new(peer_secret: &str) -> Self {
-        Self { key: call_key(peer_secret), links: HashMap::new() }
+    pub fn new(keys: SharedKeys) -> Self {
+        Self { keys, links: HashMap::new() }
     }
 
     /// Takes the proof of a call of `method`. `is_here` says whether a node of this name and
@@ -121,7 +123,7 @@ impl Calls {
         is_here: impl FnOnce(&str, u64) -> bool,
     ) -> Result<NodeId, ProofError> {
         let (said, given) = proof.rsplit_once('.').ok_or(ProofError::Secret)?;
-        if !is_mac(&self.key, &format!("{said} {method}"), given) {
+        if !self.keys.is_mac(&format!("{said} {method}"), given) {
             return Err(ProofError::Secret);
         }
         // From here on the text is known to come from somebody who knows the secret.
@@ -204,26 +206,31 @@ pub struct Entry<'a> {
 /// Signs and verifies entries of the registry. Cheap to clone.
 #[derive(Clone)]
 pub struct EntryKey {
-    key: Keyed,
+    keys: SharedKeys,
 }
 
 impl EntryKey {
-    /// Derives the key for entries from `peer.secret`.
+    /// Derives the keys for entries from the secrets that all roles share.
     #[must_use]
-    pub fn derive(peer_secret: &str) -> Self {
-        Self { key: derived(peer_secret, b"ringpush registry entry, version 1") }
+    pub fn derive(peer_secrets: &[&str]) -> Self {
+        Self { keys: SharedKeys::derive(peer_secrets, b"ringpush registry entry, version 1") }
+    }
+
+    /// Replaces the secrets, in every clone. A node signs its entry anew with each heartbeat.
+    pub fn replace(&self, peer_secrets: &[&str]) {
+        self.keys.replace(peer_secrets);
     }
 
     /// The proof that is stored beside an entry.
     #[must_use]
     pub fn sign(&self, entry: Entry<'_>) -> String {
-        mac(&self.key, &Self::text(entry))
+        self.keys.mac(&Self::text(entry))
     }
 
     /// Whether `proof` was made for this entry by somebody who knows the secret.
     #[must_use]
     pub fn verify(&self, entry: Entry<'_>, proof: &str) -> bool {
-        is_mac(&self.key, &Self::text(entry), proof)
+        self.keys.is_mac(&Self::text(entry), proof)
     }
 
     /// Each part is preceded by its length, so that two entries never have the same text.
@@ -253,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_proof_is_good_once_for_one_node_process_and_method() {
-        let (signer, mut calls) = (Signer::new(SECRET, 1), Calls::new(SECRET));
+        let (signer, mut calls) = (Signer::new(call_keys(&[SECRET]), 1), Calls::new(call_keys(&[SECRET])));
         let proof = signer.sign(PING, NOW);
         let other_method = calls.take(&proof, "/ringpush.peer.v1.Push/Disconnect", NOW, here);
         assert_eq!(other_method, Err(ProofError::Secret), "for another method it proves nothing");
@@ -262,7 +269,7 @@ mod tests {
         for elsewhere in [Call { node: "push-1", ..PING }, Call { incarnation: 8, ..PING }] {
             assert_eq!(taken(&mut calls, &signer.sign(elsewhere, NOW)), Err(ProofError::Elsewhere));
         }
-        let other = Signer::new("another-secret-of-the-tests-0123456789ab", 2).sign(PING, NOW);
+        let other = Signer::new(call_keys(&["another-secret-of-the-tests-0123456789ab"]), 2).sign(PING, NOW);
         assert_eq!(taken(&mut calls, &other), Err(ProofError::Secret));
         for ago in [0, 60] {
             let then = Millis(NOW.0 - ago * 1000);
@@ -277,8 +284,8 @@ mod tests {
 
     #[test]
     fn links_are_remembered_for_as_long_as_their_proofs_are_good() {
-        let mut calls = Calls::new(SECRET);
-        let of = |link: usize, now| Signer::new(SECRET, link as u64).sign(PING, now);
+        let mut calls = Calls::new(call_keys(&[SECRET]));
+        let of = |link: usize, now| Signer::new(call_keys(&[SECRET]), link as u64).sign(PING, now);
         let first = of(0, NOW);
         assert!(taken(&mut calls, &first).is_ok());
         for link in 1..LINKS_MAX {
@@ -295,7 +302,7 @@ mod tests {
 
     #[test]
     fn an_entry_is_proved_as_a_whole() {
-        let key = EntryKey::derive(SECRET);
+        let key = EntryKey::derive(&[SECRET]);
         let entry =
             Entry { node: "push-0", peer: "10.0.0.1:7070", push: true, dispatch: false, store: "01J" };
         let proof = key.sign(entry);
@@ -310,8 +317,11 @@ mod tests {
         ] {
             assert!(!key.verify(changed, &proof), "{changed:?}");
         }
-        assert!(!EntryKey::derive("another-secret-of-the-tests-0123456789ab").verify(entry, &proof));
-        assert!(!key.verify(entry, "") && !key.verify(entry, &Signer::new(SECRET, 1).sign(PING, NOW)));
+        assert!(!EntryKey::derive(&["another-secret-of-the-tests-0123456789ab"]).verify(entry, &proof));
+        assert!(
+            !key.verify(entry, "")
+                && !key.verify(entry, &Signer::new(call_keys(&[SECRET]), 1).sign(PING, NOW))
+        );
     }
 
     proptest! {
@@ -332,7 +342,7 @@ mod tests {
 
         #[test]
         fn what_is_no_proof_panics_nobody(text in "\\PC{0,80}", digits in "[0-9.]{0,60}") {
-            let mut calls = Calls::new(SECRET);
+            let mut calls = Calls::new(call_keys(&[SECRET]));
             for text in [text, digits] {
                 prop_assert_eq!(calls.take(&text, PING.method, NOW, here), Err(ProofError::Secret));
             }

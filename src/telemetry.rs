@@ -103,8 +103,8 @@ fn write_lines(mut out: impl io::Write + Send + 'static) -> io::Result<Logging> 
 /// # Errors
 ///
 /// The filter is wrong, the thread cannot be started, or logging was started before.
-pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<Logging> {
-    let filter = EnvFilter::try_new(format!("{filter},{NEVER_VERBOSE}"))?;
+pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<(Logging, SetLogFilter)> {
+    let filter = filter_of(filter)?;
     let logging = write_lines(io::stderr())?;
     let queue = logging.queue.clone();
     let builder = tracing_subscriber::fmt()
@@ -114,12 +114,31 @@ pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<Logging>
         // tracing would report its own errors to standard error by a macro that panics when that
         // fails.
         .log_internal_errors(false);
-    let started = match format {
-        LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    let (started, set): (_, SetFilter) = match format {
+        LogFormat::Text => {
+            let builder = builder.with_ansi(io::stderr().is_terminal()).with_filter_reloading();
+            let handle = builder.reload_handle();
+            let set = move |filter| handle.reload(filter).map_err(|error| error.to_string());
+            (builder.try_init(), Box::new(set))
+        }
+        LogFormat::Json => {
+            let builder = builder.json().flatten_event(true).with_filter_reloading();
+            let handle = builder.reload_handle();
+            let set = move |filter| handle.reload(filter).map_err(|error| error.to_string());
+            (builder.try_init(), Box::new(set))
+        }
     };
     started.map_err(|error| anyhow::anyhow!("logging was started before: {error}"))?;
-    Ok(logging)
+    let set = move |filter: &str| set(filter_of(filter).map_err(|error| error.to_string())?);
+    Ok((logging, Box::new(set)))
+}
+
+type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send>;
+/// Replaces the filter of the log. An error says what is wrong with the text.
+pub type SetLogFilter = Box<dyn Fn(&str) -> Result<(), String> + Send>;
+
+fn filter_of(text: &str) -> anyhow::Result<EnvFilter> {
+    Ok(EnvFilter::try_new(format!("{text},{NEVER_VERBOSE}"))?)
 }
 
 /// The target of the log lines that follow one user's messages through all processes:
@@ -181,13 +200,22 @@ pub enum Credential {
     Ticket,
     /// The proof of another role.
     PeerProof,
+    /// The certificate of another role.
+    PeerCertificate,
     /// The origin of a web page.
     Origin,
 }
 
 impl Credential {
-    const ALL: [Self; 6] =
-        [Self::ApiKey, Self::AdminKey, Self::Token, Self::Ticket, Self::PeerProof, Self::Origin];
+    const ALL: [Self; 7] = [
+        Self::ApiKey,
+        Self::AdminKey,
+        Self::Token,
+        Self::Ticket,
+        Self::PeerProof,
+        Self::PeerCertificate,
+        Self::Origin,
+    ];
 
     /// The name in metrics and log lines.
     #[must_use]
@@ -198,6 +226,7 @@ impl Credential {
             Self::Token => "token",
             Self::Ticket => "ticket",
             Self::PeerProof => "peer_proof",
+            Self::PeerCertificate => "peer_certificate",
             Self::Origin => "origin",
         }
     }

@@ -11,7 +11,7 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize};
 
 use crate::message::{DeviceId, Millis, NodeId, UserId};
-use crate::secret::{Keyed, derived, is_mac, mac};
+use crate::secret::SharedKeys;
 use crate::watching::WatchRights;
 
 /// Life of a ticket, in ms (docs/design.md, section 11).
@@ -83,14 +83,19 @@ struct Packed<'a> {
 /// Signs and verifies tickets. Cheap to clone.
 #[derive(Clone)]
 pub struct TicketKey {
-    key: Keyed,
+    keys: SharedKeys,
 }
 
 impl TicketKey {
-    /// Derives the key for tickets from `peer.secret`.
+    /// Derives the keys for tickets from the secrets that all roles share.
     #[must_use]
-    pub fn derive(peer_secret: &str) -> Self {
-        Self { key: derived(peer_secret, b"ringpush ticket key, version 1") }
+    pub fn derive(peer_secrets: &[&str]) -> Self {
+        Self { keys: SharedKeys::derive(peer_secrets, b"ringpush ticket key, version 1") }
+    }
+
+    /// Replaces the secrets, in every clone.
+    pub fn replace(&self, peer_secrets: &[&str]) {
+        self.keys.replace(peer_secrets);
     }
 
     /// Encodes and signs `ticket` for a URL.
@@ -110,7 +115,7 @@ impl TicketKey {
         };
         // Only strings and numbers: serialisation cannot fail.
         let body = URL_SAFE_NO_PAD.encode(serde_json::to_vec(&packed).unwrap_or_default());
-        let mac = mac(&self.key, &body);
+        let mac = self.keys.mac(&body);
         format!("{body}.{mac}")
     }
 
@@ -137,7 +142,7 @@ impl TicketKey {
 
     fn open(&self, text: &str) -> Option<Ticket> {
         let (body, given) = text.split_once('.')?;
-        if !is_mac(&self.key, body, given) {
+        if !self.keys.is_mac(body, given) {
             return None;
         }
         let json = URL_SAFE_NO_PAD.decode(body).ok()?;
@@ -221,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_ticket_opens_where_and_while_it_should() {
-        let key = TicketKey::derive("secret-one");
+        let key = TicketKey::derive(&["secret-one"]);
         let text = key.sign(&ticket());
         let (node, now) = (NodeId::parse("push-1").unwrap(), Millis(100_000));
         assert_eq!(key.verify(&text, &node, 7, now), Ok(ticket()));
@@ -229,7 +234,7 @@ mod tests {
         let other = NodeId::parse("push-2").unwrap();
         assert_eq!(key.verify(&text, &other, 7, now), Err(TicketError::Elsewhere));
         assert_eq!(key.verify(&text, &node, 7, Millis(130_000)), Err(TicketError::Expired));
-        let stranger = TicketKey::derive("secret-two");
+        let stranger = TicketKey::derive(&["secret-two"]);
         assert_eq!(stranger.verify(&text, &node, 7, now), Err(TicketError::Forged));
     }
 
@@ -249,7 +254,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_changed_ticket_is_forged(at: proptest::sample::Index, flip in 1u8..=127) {
-            let key = TicketKey::derive("secret-one");
+            let key = TicketKey::derive(&["secret-one"]);
             let mut bytes = key.sign(&ticket()).into_bytes();
             let at = at.index(bytes.len());
             bytes[at] ^= flip;

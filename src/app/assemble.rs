@@ -25,7 +25,6 @@ use crate::role::witness::witness;
 use crate::role::{DispatchService, VerifyService};
 use crate::telemetry::Gauge;
 use crate::transport::peer::{self, FindPush};
-use secrecy::ExposeSecret;
 
 impl App {
     /// Starts the roles in the order in which they need one another.
@@ -78,7 +77,7 @@ impl App {
             });
             let push = config.runs(RoleName::Push).then_some(find);
             let verify = Arc::clone(&shared.proofs).verify();
-            self.serve_peers(listening, peer::routes(dispatch, push, verify));
+            self.serve_peers(listening, peer::routes(dispatch, push, verify), shared.tls.peer_server());
         }
         // Only now that its peer port responds.
         if config.runs(RoleName::Dispatch) && !config.runs(RoleName::Push) && config.redis.is_some() {
@@ -117,7 +116,7 @@ impl App {
                 reach: shared.reach.clone(),
                 health: shared.health.clone(),
                 urls: shared.urls.clone(),
-                ticket_key: shared.ticket_key.clone(),
+                ticket_key: shared.live.tickets.clone(),
                 clock: shared.clock.clone(),
                 metrics: metrics.clone(),
                 refusals: shared.refusals.clone(),
@@ -125,9 +124,10 @@ impl App {
             let push = PushConfig {
                 info: node_info(config, shared, node.clone(), true),
                 drain_window: config.drain_window,
-                origins: config.origins.clone(),
+                origins: shared.live.origins.clone(),
                 token_in_url: config.token_in_url,
                 limits: config.push,
+                live: Arc::clone(&shared.live.sessions),
             };
             let started = Push::start(push, parts, &mut self.tasks).await;
             let push = started.map_err(|error| unregistered(&error, "node.name"))?;
@@ -159,7 +159,7 @@ impl App {
         let dispatch = dispatch.unwrap_or_else(|| routers(views.clone(), Arc::clone(&shared.proofs)));
         let collect = Collect::start(
             opened.stores.clone(),
-            config.collect.clone(),
+            shared.live.collect.clone(),
             dispatch,
             views,
             shared.clock.clone(),
@@ -179,7 +179,7 @@ impl App {
                 &shared.metrics,
                 shared.refusals.clone(),
             ),
-            config.publish,
+            shared.live.publish.clone(),
             shared.budgets.known.clone(),
         )
     }
@@ -257,12 +257,13 @@ pub(super) fn needs_view(config: &Config) -> bool {
 /// The auth of this process: if it has the role, and if push or dispatch verify tokens themselves.
 pub(super) fn own_auth(config: &Config, clock: &Clock) -> Result<Option<Auth>> {
     let wanted = config.runs(RoleName::Auth) || config.verify_by == VerifyBy::Key;
-    if config.auth.token_key.expose_secret().is_empty() {
+    if config.auth.token_keys.is_empty() {
         // It issues nothing: it verifies with the keys of another issuer, once they were fetched.
         let fetches = matches!(config.verify_by, VerifyBy::Jwks(_));
         return Ok(fetches.then(|| Auth::fetched(config.auth.clone(), clock.clone())));
     }
-    let auth = Auth::new(config.auth.clone(), clock.clone()).map_err(|f| anyhow!("auth.token_key: {f}"))?;
+    let auth = Auth::new(config.auth.clone(), clock.clone());
+    let auth = auth.map_err(|(n, fault)| anyhow!("{}: {fault}", config.token_key_name(n)))?;
     Ok(wanted.then_some(auth))
 }
 

@@ -10,6 +10,7 @@ use axum::routing::{get, post};
 use super::edge::{
     Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, json_of, refuse, same_secret,
 };
+use crate::live::Live;
 use crate::message::Millis;
 use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S};
 use crate::telemetry::{Credential, Refusals};
@@ -21,7 +22,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 pub(super) struct AuthEdge {
     pub(super) auth: Auth,
-    pub(super) admin_key: SecretString,
+    pub(super) admin_key: Live<SecretString>,
     pub(super) refusals: Refusals,
     pub(super) budgets: Budgets,
 }
@@ -61,7 +62,7 @@ async fn verify(State(edge): Edge, request: Request<Body>) -> Answer {
 
 async fn issue(State(edge): Edge, request: Request<Body>) -> Answer {
     let given = bearer(request.headers()).unwrap_or_default();
-    if !same_secret(given, edge.admin_key.expose_secret()) {
+    if !same_secret(given, edge.admin_key.get().expose_secret()) {
         let why = "the admin key is needed: Authorization: Bearer <admin key>";
         edge.refusals.note(Credential::AdminKey, why);
         return Err(refuse(401, why));

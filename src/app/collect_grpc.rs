@@ -19,6 +19,7 @@ use tower::{ServiceExt, service_fn};
 use super::collect_http::CollectEdge;
 use super::edge::{BODY_DEADLINE, Routes};
 use super::senders::Sender;
+use crate::config::MESSAGE_BYTES_MAX;
 use crate::message::{EventName, LogId, MessageId, NameError, Recipients, TopicName, UserId};
 use crate::role::collect::Scope;
 use crate::transport::held::Held;
@@ -42,7 +43,7 @@ const AROUND_PAYLOAD: usize = 256 * 1024;
 
 /// Adds the service to the routes of collect. The key is checked before any message is read.
 pub(super) fn with_grpc(routes: Routes, edge: Arc<CollectEdge>) -> Routes {
-    let largest = edge.limits.message_bytes + AROUND_PAYLOAD;
+    let largest = MESSAGE_BYTES_MAX + AROUND_PAYLOAD;
     let server = CollectServer::new(Edge { edge: Arc::clone(&edge) }).max_decoding_message_size(largest);
     let check = {
         let edge = Arc::clone(&edge);
@@ -322,7 +323,7 @@ fn names<T>(
 
 /// Applies the rules of `POST /v1/messages`, with the names of this request.
 fn read(edge: &CollectEdge, request: message::PublishRequest) -> Result<Publish, Problem> {
-    let limits = &edge.limits;
+    let limits = edge.limits.get();
     if request.payload_json.len() > limits.message_bytes {
         return Err(Problem::new(413, format!("the payload is larger than {} bytes", limits.message_bytes)));
     }

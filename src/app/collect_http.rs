@@ -19,6 +19,7 @@ use tower::ServiceExt;
 use super::edge::{HttpError, Routes, asset, bearer, closed, json, json_body, json_of, refuse, root};
 use super::senders::{Sender, Senders};
 use crate::inbox::InboxError;
+use crate::live::Live;
 use crate::membership::{Counts, Membership};
 use crate::message::{DeviceId, Message, MessageId, Millis, NodeId, Recipients, Seq, UserId};
 use crate::role::collect::{Addressed, Collect, HISTORY_PAGE, Lists, PUBLISH_DEADLINE, Scope, UserReport};
@@ -56,7 +57,7 @@ pub(super) struct CollectEdge {
     pub(super) membership: Arc<dyn Membership>,
     pub(super) urls: PublicUrls,
     pub(super) senders: Senders,
-    pub(super) limits: PublishLimits,
+    pub(super) limits: Live<PublishLimits>,
     /// The memory budget of unanswered requests.
     pub(super) budget: Budget,
     batches: Semaphore,
@@ -68,7 +69,7 @@ impl CollectEdge {
         membership: Arc<dyn Membership>,
         urls: PublicUrls,
         senders: Senders,
-        limits: PublishLimits,
+        limits: Live<PublishLimits>,
         budget: Budget,
     ) -> Arc<Self> {
         let batches = Semaphore::new(BATCHES_AT_ONCE);
@@ -191,7 +192,7 @@ pub(super) async fn publish_body<B: RequestBody>(
 ) -> Answer {
     let mut held = edge.budget.hold();
     let body = json_body(request, PUBLISH_BODY, &mut held).await?;
-    let publish = parse_publish(&body, &edge.limits)?;
+    let publish = parse_publish(&body, &edge.limits.get())?;
     // A large payload is a slice of the body; nothing else may keep the body alive.
     drop(body);
     Ok(published(&edge.publish(publish, sender).await?))
@@ -232,7 +233,7 @@ async fn batch_of(
     };
     let mut held = edge.budget.hold();
     let body = json_body(request, BATCH_BODY, &mut held).await?;
-    let items = parse_batch(&body, &edge.limits)?;
+    let items = parse_batch(&body, &edge.limits.get())?;
     let mut results = Vec::with_capacity(items.len());
     for part in parts(addressed(edge, items, sender).await) {
         let deadline = Instant::now() + PUBLISH_DEADLINE;

@@ -39,23 +39,27 @@ impl Keys {
     pub(crate) fn of(config: &mut Config) -> Result<Self> {
         let text = |secret: &SecretString| secret.expose_secret().to_owned();
         let mut keys = Self {
-            token_key: text(&config.auth.token_key),
+            token_key: config.auth.token_keys.first().map(|first| text(&first.key)).unwrap_or_default(),
             api_key: config.api_keys.first().or_else(|| named_secret(config)).map(text).unwrap_or_default(),
             admin_key: text(&config.admin_key),
-            peer_secret: text(&config.peer_secret),
+            peer_secret: config.peer_secrets.first().map(text).unwrap_or_default(),
             self_made: false,
         };
         keys.self_made = config.development && keys == Self::default();
         if config.development {
             keys.complete(&config.data_dir)?;
         }
-        if matches!(config.verify_by, VerifyBy::Jwks(_)) && config.auth.token_key.expose_secret().is_empty() {
+        if matches!(config.verify_by, VerifyBy::Jwks(_)) && config.auth.token_keys.is_empty() {
             // The tokens are another issuer's: one of ours would be refused everywhere.
             keys.token_key.clear();
         }
-        config.auth.token_key = keys.token_key.as_str().into();
+        if config.auth.token_keys.is_empty() && !keys.token_key.is_empty() {
+            config.auth.token_keys.push(keys.token_key.as_str().into());
+        }
         config.admin_key = keys.admin_key.as_str().into();
-        config.peer_secret = keys.peer_secret.as_str().into();
+        if config.peer_secrets.is_empty() && !keys.peer_secret.is_empty() {
+            config.peer_secrets.push(keys.peer_secret.as_str().into());
+        }
         if config.api_keys.is_empty() && config.named_keys.is_empty() && !keys.api_key.is_empty() {
             config.api_keys.push(keys.api_key.as_str().into());
         }

@@ -57,7 +57,8 @@ pub(super) fn push_http_limits() -> HttpLimits {
 }
 
 /// In development every node is reached at its own address.
-pub(super) fn own_urls(bound: &Bound) -> PublicUrls {
+pub(super) fn own_urls(bound: &Bound, tls: bool) -> PublicUrls {
+    let scheme = if tls { "wss" } else { "ws" };
     let url = |node: &NodeId, at: &SocketAddr| {
         let mut at = *at;
         if at.ip().is_unspecified() {
@@ -67,7 +68,7 @@ pub(super) fn own_urls(bound: &Bound) -> PublicUrls {
                 std::net::Ipv6Addr::LOCALHOST.into()
             });
         }
-        format!("ws://{at}/n/{node}/v1/ws")
+        format!("{scheme}://{at}/n/{node}/v1/ws")
     };
     PublicUrls::Own(bound.push.iter().map(|(node, at)| (node.clone(), url(node, at))).collect())
 }

@@ -15,6 +15,7 @@ mod page;
 mod peers;
 mod push_http;
 mod reload;
+mod secure;
 mod senders;
 mod serve;
 mod start;
@@ -44,14 +45,15 @@ use crate::role::push::{Drain, Push};
 use crate::role::reach::PeerProbe;
 use crate::role::witness::OwnNode;
 use crate::telemetry::{Health, Metrics, Refusals};
-use crate::ticket::TicketKey;
 use crate::transport::http::HttpLimits;
 
 use assemble::needs_view;
 use edge::Budgets;
 use keys::Keys;
 use peers::{Proofs, PushNodes};
-pub use reload::Reloader;
+use reload::LiveSettings;
+pub use reload::{Reloader, SetLogLevel};
+use secure::Tls;
 use start::Prepared;
 
 /// How long the last responses may take when the store has failed.
@@ -99,7 +101,8 @@ struct Shared {
     membership: Arc<dyn Membership>,
     fallback: Arc<dyn Fallback>,
     urls: PublicUrls,
-    ticket_key: TicketKey,
+    live: LiveSettings,
+    tls: Tls,
     nodes: Arc<PushNodes>,
     reach: PeerProbe,
     health: Health,

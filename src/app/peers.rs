@@ -19,8 +19,10 @@ use crate::message::NodeId;
 use crate::peer_proof::{Call, Calls, Signer};
 use crate::role::witness::Ping;
 use crate::role::{DispatchService, PeerDirectory, PushService};
+use crate::secret::SharedKeys;
 use crate::telemetry::{Credential, Refusals};
-use crate::transport::peer::{RemoteDispatch, RemotePush, Sign, Verify};
+use crate::transport::peer::{Dial, RemoteDispatch, RemotePush, Sign, Verify};
+use crate::transport::tls::ClientTls;
 use crate::wire::peer::{DispatchRequest, DispatchResponse, PeerError, PushRequest};
 
 /// How long a node that has left the view is still known: longer than dispatch sends to it.
@@ -30,7 +32,7 @@ const TRIES: usize = 3;
 
 /// Makes and takes the proofs of calls between roles.
 pub(super) struct Proofs {
-    secret: String,
+    keys: SharedKeys,
     clock: Clock,
     calls: Mutex<Calls>,
     /// The nodes of this process: the incarnation of each name, and whether it was reached.
@@ -38,23 +40,23 @@ pub(super) struct Proofs {
     refusals: Refusals,
     /// Signs the calls of nodes that were not reached. Each has one link, because the called
     /// process remembers every link.
-    pings: Mutex<HashMap<(NodeId, u64), Sign>>,
+    pings: Mutex<HashMap<(NodeId, u64), Dial>>,
+    /// Set with `peer.tls`.
+    tls: Option<ClientTls>,
 }
 
 /// Most such links that are kept: as many as a registry has nodes.
 const PINGS_MAX: usize = 1_000;
 
 impl Proofs {
-    pub(super) fn new(secret: &str, clock: Clock, refusals: Refusals) -> Arc<Self> {
-        let calls = Mutex::new(Calls::new(secret));
-        Arc::new(Self {
-            secret: secret.to_owned(),
-            clock,
-            calls,
-            here: RwLock::default(),
-            refusals,
-            pings: Mutex::default(),
-        })
+    pub(super) fn new(
+        keys: SharedKeys,
+        clock: Clock,
+        refusals: Refusals,
+        tls: Option<ClientTls>,
+    ) -> Arc<Self> {
+        let calls = Mutex::new(Calls::new(keys.clone()));
+        Arc::new(Self { keys, clock, calls, here: RwLock::default(), refusals, pings: Mutex::default(), tls })
     }
 
     /// From now on calls for this node are accepted.
@@ -62,11 +64,14 @@ impl Proofs {
         self.here.write().insert(node, (incarnation, reached));
     }
 
-    /// Signs the calls of one link, to one process of a node.
-    fn sign(&self, node: &NodeId, incarnation: u64) -> Sign {
-        let (signer, clock) = (Signer::new(&self.secret, rand::random()), self.clock.clone());
+    /// Dials one process of a node, and signs the calls of the link.
+    fn dial(&self, node: &NodeId, incarnation: u64) -> Dial {
+        let (signer, clock) = (Signer::new(self.keys.clone(), rand::random()), self.clock.clone());
         let node = node.clone();
-        Arc::new(move |method| signer.sign(Call { node: node.as_str(), incarnation, method }, clock.now()))
+        let sign: Sign = Arc::new(move |method| {
+            signer.sign(Call { node: node.as_str(), incarnation, method }, clock.now())
+        });
+        Dial { sign, tls: self.tls.clone() }
     }
 
     /// Takes the proofs of calls that arrive here.
@@ -93,12 +98,12 @@ impl Proofs {
         })
     }
 
-    fn ping_sign(&self, node: &NodeId, incarnation: u64) -> Sign {
+    fn ping_dial(&self, node: &NodeId, incarnation: u64) -> Dial {
         let mut pings = self.pings.lock();
         if pings.len() >= PINGS_MAX {
             pings.clear();
         }
-        let new = || self.sign(node, incarnation);
+        let new = || self.dial(node, incarnation);
         pings.entry((node.clone(), incarnation)).or_insert_with(new).clone()
     }
 
@@ -106,12 +111,12 @@ impl Proofs {
     pub(super) fn ping(self: Arc<Self>) -> Ping {
         Arc::new(move |member| {
             let info = &member.info;
-            let sign = self.ping_sign(&info.node, member.incarnation);
+            let dial = self.ping_dial(&info.node, member.incarnation);
             if info.push {
-                let remote = RemotePush::new(&info.peer, info.node.as_str(), sign);
+                let remote = RemotePush::new(&info.peer, info.node.as_str(), dial);
                 async move { remote?.service().oneshot(PushRequest::Ping).await.map(drop) }.boxed()
             } else {
-                let remote = RemoteDispatch::new(&info.peer, sign);
+                let remote = RemoteDispatch::new(&info.peer, dial);
                 async move { remote?.call(DispatchRequest::Ping).await.map(drop) }.boxed()
             }
         })
@@ -162,7 +167,7 @@ impl PeerDirectory for PushNodes {
             }
             _ => {
                 elsewhere.retain(|_, known| known.seen.elapsed() < KEPT);
-                let remote = RemotePush::new(&address, node.as_str(), self.proofs.sign(node, incarnation));
+                let remote = RemotePush::new(&address, node.as_str(), self.proofs.dial(node, incarnation));
                 let service =
                     remote.inspect_err(|fault| tracing::warn!(%node, %fault, "the connections to other processes cannot be set up")).ok()?.service();
                 let seen = Instant::now();
@@ -219,8 +224,8 @@ impl Routers {
             return Ok(client.clone());
         }
         clients.retain(|node, _| routers.iter().any(|router| router.node == *node));
-        let sign = self.proofs.sign(&router.node, router.incarnation);
-        let client = RemoteDispatch::new(&router.peer, sign)?;
+        let dial = self.proofs.dial(&router.node, router.incarnation);
+        let client = RemoteDispatch::new(&router.peer, dial)?;
         clients.insert(router.node.clone(), (router.clone(), client.clone()));
         Ok(client)
     }

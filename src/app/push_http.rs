@@ -19,6 +19,7 @@ use super::edge::{
     Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, json_of, not_found, refuse,
 };
 use crate::inbox::history::HistoryRange;
+use crate::live::Live;
 use crate::message::{LogId, NameError, Seq, TopicName};
 use crate::role::connect::{Connect, ConnectError};
 use crate::role::push::{Admission, AdmissionError, OWN_HISTORY_PAGE, Origins, Push, SocketRequest};
@@ -47,7 +48,7 @@ pub(super) struct PushEdge {
 /// State of `POST /v1/connect`, on push and on dispatch.
 pub(super) struct ConnectEdge {
     pub(super) connect: Connect,
-    pub(super) origins: Origins,
+    pub(super) origins: Live<Origins>,
     pub(super) hint: ReconnectHint,
     pub(super) refusals: Refusals,
     pub(super) budgets: Budgets,
@@ -227,7 +228,7 @@ fn preflight(edge: &ConnectEdge, headers: &HeaderMap) -> Response<Body> {
 fn allow_origin(edge: &ConnectEdge, headers: &HeaderMap, response: &mut Response<Body>) -> bool {
     response.headers_mut().append(VARY, HeaderValue::from_static("origin"));
     let Some(origin) = origin_of(headers) else { return true };
-    let allowed = edge.origins.allows(Some(origin));
+    let allowed = edge.origins.get().allows(Some(origin));
     if allowed && let Ok(value) = HeaderValue::from_str(origin) {
         response.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, value);
         // Or a page could not honour it.
@@ -364,7 +365,7 @@ fn history_query(query: &str) -> Result<(HistoryRange, usize), HttpError> {
 }
 
 fn check_origin(edge: &ConnectEdge, headers: &HeaderMap) -> Result<(), HttpError> {
-    if edge.origins.allows(origin_of(headers)) {
+    if edge.origins.get().allows(origin_of(headers)) {
         return Ok(());
     }
     let why = "pages of this origin may not connect (push.origins)";

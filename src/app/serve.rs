@@ -8,7 +8,7 @@ use super::collect_http::CollectEdge;
 use super::edge::{closed, guarded, root};
 use super::listeners::{Listeners, Listening, push_http_limits};
 use super::push_http::{ConnectEdge, PushEdge};
-use super::reload::Reloader;
+use super::reload::{Parts, Reloader};
 use super::{App, Shared};
 use super::{auth_http, collect_grpc, collect_http, ops_http, page, push_http};
 use crate::config::{Config, VerifyBy};
@@ -17,8 +17,8 @@ use crate::role::connect::Connect;
 use crate::role::push::Push;
 use crate::secret::page_code;
 use crate::transport::http::{AnswerBody, Answers, HttpLimits, UpgradeHandler, serve};
+use crate::transport::tls::ServerTls;
 use crate::wire::frame::ReconnectHint;
-use secrecy::ExposeSecret;
 
 impl App {
     pub(super) fn serve_ops(&mut self, shared: &Shared, listeners: &mut Listeners) {
@@ -42,11 +42,19 @@ impl App {
         collect: Option<Arc<CollectEdge>>,
         listeners: Listeners,
     ) {
-        self.reloader = Some(Reloader::new(config, collect.clone()));
+        let parts = Parts {
+            live: shared.live.clone(),
+            tls: shared.tls.clone(),
+            auth: shared.own_auth.clone(),
+            collect: collect.clone(),
+            membership: Arc::clone(&shared.membership),
+            clock: shared.clock.clone(),
+        };
+        self.reloader = Some(Reloader::new(config, parts));
         let development = shared.own_auth.clone().zip(collect.clone());
         // Only if no key is configured: otherwise there are real users.
         let development = development.filter(|_| self.keys.self_made && config.verify_by == VerifyBy::Key);
-        let code = page_code(config.peer_secret.expose_secret());
+        let code = page_code(config.peer_secret_texts().first().unwrap_or(&""));
         let development =
             development.map(|(auth, collect)| Arc::new(page::Development { auth, collect, code }));
         for (push, listening) in self.pushes.clone().into_iter().zip(listeners.push) {
@@ -60,17 +68,17 @@ impl App {
             let page = page::routes(page::Page { development, push, loopback });
             let edge = Arc::new(edge);
             let routes = closed(push_http::push_routes(Arc::clone(&edge)).merge(page));
-            self.serve_sockets(listening, routes, edge);
+            self.serve_sockets(listening, routes, edge, shared.tls.push());
         }
         let plain = HttpLimits::default();
         if let (Some(listening), Some(edge)) = (listeners.collect, collect) {
             let routes = collect_grpc::with_grpc(collect_http::routes(Arc::clone(&edge)), Arc::clone(&edge));
-            self.serve(listening, collect_http::front(edge, routes), plain);
+            self.serve_over(listening, collect_http::front(edge, routes), plain, shared.tls.collect());
         }
         if let (Some(listening), Some(auth)) = (listeners.auth, &shared.own_auth) {
             let edge = auth_http::AuthEdge {
                 auth: auth.clone(),
-                admin_key: config.admin_key.clone(),
+                admin_key: shared.live.admin_key.clone(),
                 refusals: shared.refusals.clone(),
                 budgets: shared.budgets.clone(),
             };
@@ -84,14 +92,29 @@ impl App {
         }
     }
 
-    pub(super) fn serve_peers<B: AnswerBody>(&mut self, listening: Listening, routes: impl Answers<B>) {
+    pub(super) fn serve_peers<B: AnswerBody>(
+        &mut self,
+        listening: Listening,
+        routes: impl Answers<B>,
+        tls: Option<ServerTls>,
+    ) {
         let limits = HttpLimits::default();
-        self.servers.spawn(serve(listening.listener, routes, None, limits, self.stop.clone()));
+        self.servers.spawn(serve(listening.listener, routes, None, tls, limits, self.stop.clone()));
     }
 
     pub(super) fn serve(&mut self, listening: Listening, service: impl Answers<Body>, limits: HttpLimits) {
+        self.serve_over(listening, service, limits, None);
+    }
+
+    fn serve_over(
+        &mut self,
+        listening: Listening,
+        service: impl Answers<Body>,
+        limits: HttpLimits,
+        tls: Option<ServerTls>,
+    ) {
         let service = guarded(service);
-        self.servers.spawn(serve(listening.listener, service, None, limits, self.stop.clone()));
+        self.servers.spawn(serve(listening.listener, service, None, tls, limits, self.stop.clone()));
     }
 
     pub(super) fn serve_sockets(
@@ -99,9 +122,10 @@ impl App {
         listening: Listening,
         service: impl Answers<Body>,
         edge: Arc<dyn UpgradeHandler<Body>>,
+        tls: Option<ServerTls>,
     ) {
         let (service, limits) = (guarded(service), push_http_limits());
-        let serving = serve(listening.listener, service, Some(edge), limits, self.stop.clone());
+        let serving = serve(listening.listener, service, Some(edge), tls, limits, self.stop.clone());
         self.servers.spawn(serving);
     }
 }
@@ -117,11 +141,11 @@ pub(super) fn connect_edge(
             verify.clone(),
             shared.membership.views(),
             shared.urls.clone(),
-            shared.ticket_key.clone(),
+            shared.live.tickets.clone(),
             shared.reach.clone(),
             shared.clock.clone(),
         ),
-        origins: config.origins.clone(),
+        origins: shared.live.origins.clone(),
         hint: ReconnectHint { min_ms: 0, max_ms: config.push.reconnect_jitter_ms },
         refusals: shared.refusals.clone(),
         budgets: shared.budgets.clone(),

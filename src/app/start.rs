@@ -16,6 +16,8 @@ use super::gauges;
 use super::keys::Keys;
 use super::listeners::{Bound, Listeners, advertised, own_urls, write_listen};
 use super::peers::{Proofs, PushNodes};
+use super::reload::LiveSettings;
+use super::secure::{Tls, TlsFilesRead};
 use super::stores::{self, Opened};
 use super::{App, Shared};
 use crate::clock::Clock;
@@ -24,7 +26,6 @@ use crate::role::auth::Auth;
 use crate::role::connect::PublicUrls;
 use crate::role::reach::PeerProbe;
 use crate::telemetry::{Health, Metrics, Refusals};
-use crate::ticket::TicketKey;
 use secrecy::ExposeSecret;
 
 /// The first stage: keys, the data directory, and the embedded store if the process has one.
@@ -33,6 +34,8 @@ pub(super) struct Prepared {
     keys: Keys,
     clock: Clock,
     own_auth: Option<Auth>,
+    live: LiveSettings,
+    tls: TlsFilesRead,
     tasks: JoinSet<()>,
     opened: Option<Opened>,
     listen_file: PathBuf,
@@ -50,6 +53,8 @@ impl Prepared {
         let keys = Keys::of(&mut config)?;
         let clock = Clock::system();
         let own_auth = own_auth(&config, &clock)?;
+        let tls = TlsFilesRead::of(&config, &clock)?;
+        let live = LiveSettings::of(&config);
         let mut tasks = JoinSet::new();
         // The lock of the embedded store keeps a second process from this directory, so it comes
         // before the ports.
@@ -61,7 +66,7 @@ impl Prepared {
         let listen_file = config.data_dir.join("listen.json");
         // It belongs to a process that was killed.
         let _ = std::fs::remove_file(&listen_file);
-        Ok(Self { config, keys, clock, own_auth, tasks, opened, listen_file })
+        Ok(Self { config, keys, clock, own_auth, live, tls, tasks, opened, listen_file })
     }
 
     /// Binds the ports, opens the registry, and answers `/livez` and `/readyz` from then on.
@@ -70,24 +75,26 @@ impl Prepared {
     ///
     /// What could not be bound or opened, with the remedy.
     pub(super) async fn listen(self, push_nodes: Option<usize>) -> Result<Listening> {
-        let Self { config, keys, clock, own_auth, mut tasks, opened, listen_file } = self;
+        let Self { config, keys, clock, own_auth, live, tls, mut tasks, opened, listen_file } = self;
         let mut listeners = Listeners::bind(&config, push_nodes)?;
         let bound = listeners.bound(push_nodes.is_some());
         let (metrics, health) = (Metrics::default(), Health::default());
         for (name, needed) in [("view", needs_view(&config)), ("inbox", needs_inbox(&config))] {
             health.set(name, !needed, if needed { "not reached yet" } else { "not needed here" });
         }
-        let (membership, fallback) = stores::registry(&config, &clock, &metrics, &mut tasks).await?;
+        let (membership, fallback) = stores::registry(&config, &live, &clock, &metrics, &mut tasks).await?;
         gauges::register(&metrics, &health, membership.views());
         let refusals = Refusals::register(&metrics);
-        let proofs = Proofs::new(config.peer_secret.expose_secret(), clock.clone(), refusals.clone());
+        let tls = Tls::new(tls, &metrics, &refusals)?;
+        let proofs = Proofs::new(live.calls.clone(), clock.clone(), refusals.clone(), tls.peer_client());
         let nodes = Arc::new(PushNodes::new(membership.views(), Arc::clone(&proofs)));
         let peer = listeners.peer.as_ref().map_or_else(String::new, |peer| advertised(&config, peer.at));
         let shared = Shared {
             urls: public_urls(&config, &bound),
             membership,
             fallback,
-            ticket_key: TicketKey::derive(config.peer_secret.expose_secret()),
+            live,
+            tls,
             reach: PeerProbe::new(Arc::clone(&nodes) as _),
             nodes,
             health: health.clone(),
@@ -149,6 +156,6 @@ impl Listening {
 fn public_urls(config: &Config, bound: &Bound) -> PublicUrls {
     match &config.public_url {
         Some(template) => PublicUrls::Template(template.clone()),
-        None => own_urls(bound),
+        None => own_urls(bound, config.tls.push.is_some()),
     }
 }

@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use tower::ServiceExt;
 use tower::util::BoxCloneSyncService;
 
+use super::reload::LiveSettings;
 use crate::client::http::HttpClient;
 use crate::clock::Clock;
 use crate::config::{Config, Faults, VerifyBy};
@@ -27,7 +28,6 @@ use crate::membership::Membership;
 use crate::membership::keeper::Times;
 use crate::membership::local::LocalMembership;
 use crate::membership::redis::RedisMembership;
-use crate::peer_proof::EntryKey;
 use crate::role::VerifyService;
 use crate::role::auth::Auth;
 use crate::role::verify::RemoteAuth;
@@ -70,6 +70,7 @@ fn refused(why: impl Into<String>) -> anyhow::Error {
 /// Membership and fallback: in Redis, or in this process.
 pub(super) async fn registry(
     config: &Config,
+    live: &LiveSettings,
     clock: &Clock,
     metrics: &Metrics,
     tasks: &mut JoinSet<()>,
@@ -79,14 +80,19 @@ pub(super) async fn registry(
         return Ok((Arc::new(LocalMembership::new(clock.clone())), Arc::new(LocalFallback::default())));
     };
     let times = Times::default();
-    let link = || RedisLink::new(url).map_err(|fault| refused(format!("redis.url: {fault}")));
-    let membership = RedisMembership::start(
-        link()?,
-        &config.redis_prefix,
-        times,
-        clock.clone(),
-        EntryKey::derive(config.peer_secret.expose_secret()),
-    );
+    let ca = match &config.tls.redis_ca {
+        None => None,
+        Some(path) => {
+            let read = std::fs::read(path);
+            Some(read.map_err(|error| {
+                refused(format!("redis.tls.ca: {} cannot be read: {error}", path.display()))
+            })?)
+        }
+    };
+    let named = if ca.is_some() { "redis.url or redis.tls.ca" } else { "redis.url" };
+    let link = || RedisLink::new(url, ca.as_deref()).map_err(|fault| refused(format!("{named}: {fault}")));
+    let membership =
+        RedisMembership::start(link()?, &config.redis_prefix, times, clock.clone(), live.entries.clone());
     membership.check().await.map_err(|fault| {
         refused(format!("redis.url: {fault}; check the user, the password and their rights"))
     })?;
@@ -247,7 +253,7 @@ pub(super) fn verify(
         (VerifyBy::Key, None) => Err(refused("auth.token_key: is required to verify tokens here")),
         (VerifyBy::Jwks(url), own) => {
             // The auth of this process, if it has no key of its own.
-            let shared = own.filter(|_| config.auth.token_key.expose_secret().is_empty()).cloned();
+            let shared = own.filter(|_| config.auth.token_keys.is_empty()).cloned();
             let auth = shared.unwrap_or_else(|| Auth::fetched(config.auth.clone(), clock.clone()));
             tasks.spawn(fetch_keys(auth.clone(), url.clone(), health.clone()));
             Ok(BoxCloneSyncService::new(auth))

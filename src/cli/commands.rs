@@ -59,7 +59,12 @@ impl Addressed {
         let at = listening[role].as_str().or_else(|| listening[role][0].as_str());
         let at =
             at.ok_or_else(|| anyhow!("the server on {} does not run {role}", config.data_dir.display()))?;
-        Ok(format!("http://{at}"))
+        let tls = match role {
+            "push" => config.tls.push.is_some(),
+            "collect" => config.tls.collect.is_some(),
+            _ => false,
+        };
+        Ok(format!("{}://{at}", if tls { "https" } else { "http" }))
     }
 }
 
@@ -113,7 +118,7 @@ fn watch_rights(patterns: &[String]) -> Result<Option<WatchRights>> {
 pub(super) fn signer(config: &mut Config) -> Result<Auth> {
     Keys::of(config)?;
     Auth::new(config.auth.clone(), Clock::system())
-        .map_err(|fault| Faults(vec![format!("auth.token_key: {fault}")]).into())
+        .map_err(|(n, fault)| Faults(vec![format!("{}: {fault}", config.token_key_name(n))]).into())
 }
 
 /// Parses a duration such as `90s`, `15m`, `1h 30m` or `7d`, in whole seconds.

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use secrecy::{ExposeSecret, SecretString};
 
 use super::reader::Reader;
-use super::secrets::SECRET_MIN_BYTES;
+use super::secrets::{SECRET_MIN_BYTES, secret_in};
 use crate::role::collect::{KeyRate, KeySettings, SCOPE_RULE, Scope};
 
 /// Most keys; each has metrics of its own.
@@ -73,7 +73,8 @@ impl Reader {
     }
 
     fn named_key(&mut self, n: usize, table: &toml::Table) -> Option<NamedKey> {
-        const KNOWN: [&str; 6] = ["name", "secret", "secret_sha256", "scopes", "rate_per_s", "burst"];
+        const KNOWN: [&str; 7] =
+            ["name", "secret", "secret_file", "secret_sha256", "scopes", "rate_per_s", "burst"];
         let before = self.faults.len();
         let mut fault =
             |field: &str, rule: &str| self.faults.push(format!("collect.keys[{n}].{field}: {rule}"));
@@ -86,7 +87,8 @@ impl Reader {
         if !(1..=NAME_MAX).contains(&name.len()) || !name.bytes().all(is_name) {
             fault("name", "must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' and '-'");
         }
-        let digest = digest_in(table).map_err(|(field, rule)| fault(field, &rule)).ok();
+        let secret = secret_in(table, "secret");
+        let digest = digest_in(table, &secret).map_err(|(field, rule)| fault(&field, &rule)).ok();
         let mut scopes = Vec::new();
         match table.get("scopes").and_then(toml::Value::as_array) {
             Some(all) if !all.is_empty() => {
@@ -118,26 +120,32 @@ impl Reader {
         }
         let rate = per_s.map(|per_s| KeyRate { per_s, burst: burst.unwrap_or(per_s) });
         let settings = KeySettings { name: name.to_owned(), digest: digest?, scopes, rate };
-        Some(NamedKey { settings, secret: text("secret").map(SecretString::from) })
+        Some(NamedKey { settings, secret: secret.ok().flatten().map(SecretString::from) })
     }
 }
 
 /// The digest of the secret of a key; or which field breaks which rule.
-fn digest_in(table: &toml::Table) -> Result<[u8; 32], (&'static str, String)> {
+fn digest_in(
+    table: &toml::Table,
+    secret: &Result<Option<String>, (String, String)>,
+) -> Result<[u8; 32], (String, String)> {
     let make_one = "make one with: openssl rand -base64 32";
-    let text = |name: &str| table.get(name).map(|value| value.as_str().unwrap_or_default());
-    match (text("secret"), text("secret_sha256")) {
-        (Some(_), Some(_)) => Err(("secret_sha256", "give secret or secret_sha256, not both".to_owned())),
-        (None, None) => Err(("secret", format!("is required, or secret_sha256 ({make_one})"))),
+    let named = |field: &str, rule: String| Err((field.to_owned(), rule));
+    let secret = secret.as_ref().map_err(Clone::clone)?;
+    let hex = table.get("secret_sha256").map(|value| value.as_str().unwrap_or_default());
+    match (secret, hex) {
+        (Some(_), Some(_)) => named("secret_sha256", "give secret or secret_sha256, not both".to_owned()),
+        (None, None) => named("secret", format!("is required, or secret_file or secret_sha256 ({make_one})")),
         (Some(secret), None) => {
             if secret.len() >= SECRET_MIN_BYTES && secret.bytes().all(|b| b.is_ascii_graphic()) {
                 return Ok(KeySettings::digest_of(secret));
             }
             let rule = "printable ASCII characters without spaces";
-            Err(("secret", format!("must be a string of at least {SECRET_MIN_BYTES} {rule} ({make_one})")))
+            named("secret", format!("must be a string of at least {SECRET_MIN_BYTES} {rule} ({make_one})"))
         }
         (None, Some(hex)) => digest_of_hex(hex).ok_or_else(|| {
-            ("secret_sha256", "must be 64 hexadecimal digits (printf %s SECRET | sha256sum)".to_owned())
+            let rule = "must be 64 hexadecimal digits (printf %s SECRET | sha256sum)";
+            ("secret_sha256".to_owned(), rule.to_owned())
         }),
     }
 }

@@ -21,6 +21,12 @@ pub(super) struct Key {
     pub(super) default: &'static str,
 }
 
+impl Kind {
+    pub(super) const fn is_secret(self) -> bool {
+        matches!(self, Self::Secret | Self::SecretList | Self::SecretTables)
+    }
+}
+
 pub(super) const fn key(name: &'static str, kind: Kind, default: &'static str) -> Key {
     Key { name, kind, default }
 }
@@ -32,10 +38,14 @@ pub(super) const KEYS: &[Key] = &[
     key("push.listen", Kind::Text, "\"127.0.0.1:8080\""),
     key("push.public_url", Kind::Text, "\"\""),
     key("push.origins", Kind::List, "[\"*\"]"),
+    key("push.tls.cert", Kind::Text, "\"\""),
+    key("push.tls.key", Kind::Text, "\"\""),
     key("push.drain_window_s", Kind::Number, "60"),
     key("push.accept_per_s", Kind::Number, "4000"),
     key("push.weight", Kind::Fraction, "1.0"),
     key("collect.listen", Kind::Text, "\"127.0.0.1:8081\""),
+    key("collect.tls.cert", Kind::Text, "\"\""),
+    key("collect.tls.key", Kind::Text, "\"\""),
     key("collect.api_keys", Kind::SecretList, "[]"),
     key("collect.keys", Kind::SecretTables, "[]"),
     key("topics.open", Kind::List, "[]"),
@@ -43,6 +53,7 @@ pub(super) const KEYS: &[Key] = &[
     key("auth.mode", Kind::Text, "\"local\""),
     key("auth.url", Kind::Text, "\"\""),
     key("auth.token_key", Kind::Secret, "\"\""),
+    key("auth.token_keys", Kind::SecretTables, "[]"),
     key("auth.jwks_url", Kind::Text, "\"\""),
     key("auth.admin_key", Kind::Secret, "\"\""),
     key("auth.issuer", Kind::Text, "\"\""),
@@ -51,12 +62,19 @@ pub(super) const KEYS: &[Key] = &[
     key("dispatch.listen", Kind::Text, "\"127.0.0.1:8083\""),
     key("peer.listen", Kind::Text, "\"127.0.0.1:7070\""),
     key("peer.secret", Kind::Secret, "\"\""),
+    key("peer.secrets", Kind::SecretList, "[]"),
     key("peer.advertise", Kind::Text, "\"\""),
+    key("peer.tls.cert", Kind::Text, "\"\""),
+    key("peer.tls.key", Kind::Text, "\"\""),
+    key("peer.tls.ca", Kind::Text, "\"\""),
+    key("peer.tls.name", Kind::Text, "\"\""),
     key("ops.listen", Kind::Text, "\"127.0.0.1:9090\""),
     key("redis.url", Kind::Secret, "\"\""),
+    key("redis.tls.ca", Kind::Text, "\"\""),
     key("redis.prefix", Kind::Text, "\"ringpush\""),
     key("mongo.uri", Kind::Secret, "\"\""),
     key("mongo.database", Kind::Text, "\"ringpush\""),
+    key("log.level", Kind::Text, "\"info\""),
     key("data.dir", Kind::Text, "\"./data\""),
     key("limits.message_bytes", Kind::Number, "65536"),
     key("limits.recipients", Kind::Number, "1000"),
@@ -88,7 +106,7 @@ pub(super) fn rule_of(kind: Kind) -> &'static str {
         Kind::Text | Kind::Secret => "must be a string",
         Kind::List | Kind::SecretList => "must be a list of strings",
         Kind::SecretTables => {
-            "must be a list of tables ([[collect.keys]]), in the environment a JSON array of objects"
+            "must be a list of tables ([[section.key]]), in the environment a JSON array of objects"
         }
         Kind::Number => "must be an integer",
         Kind::Fraction => "must be a number",

@@ -6,6 +6,7 @@ mod keys;
 mod reader;
 mod rules;
 mod secrets;
+mod tls;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,11 +20,15 @@ use crate::role::collect::CollectLimits;
 use crate::role::push::{Origins, PushLimits};
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::PublishLimits;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 
 pub use api_keys::{NamedKey, all_keys};
 use keys::KEYS;
 use reader::{Reader, read_environment};
+pub use tls::{PeerTls, TlsConfig, TlsFiles};
+
+/// Largest payload that can be configured (`limits.message_bytes`), in bytes.
+pub const MESSAGE_BYTES_MAX: usize = 65_536;
 
 /// A role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -94,8 +99,13 @@ pub struct Config {
     pub api_keys: Vec<SecretString>,
     /// `collect.keys`: keys with names, scopes and limits.
     pub named_keys: Vec<NamedKey>,
-    /// `peer.secret`, shared by all roles.
-    pub peer_secret: SecretString,
+    /// `peer.secret` or `peer.secrets`, shared by all roles: the first signs, each verifies. Empty
+    /// if development has yet to make it.
+    pub peer_secrets: Vec<SecretString>,
+    /// The files of TLS.
+    pub tls: TlsConfig,
+    /// `log.level`: a level, or directives as in `RUST_LOG`.
+    pub log_level: String,
     /// `peer.advertise`: where other roles reach this process. `None`: derived from the listener.
     pub peer_advertise: Option<String>,
     /// `redis.url`; `None` keeps membership and fallback inside the process.
@@ -208,6 +218,21 @@ impl Config {
     #[must_use]
     pub fn runs(&self, role: RoleName) -> bool {
         self.roles.contains(&role)
+    }
+
+    /// The texts of [`Config::peer_secrets`].
+    #[must_use]
+    pub fn peer_secret_texts(&self) -> Vec<&str> {
+        self.peer_secrets.iter().map(ExposeSecret::expose_secret).collect()
+    }
+
+    /// The name of the key that holds the token key of this number, from 0.
+    #[must_use]
+    pub fn token_key_name(&self, n: usize) -> String {
+        match self.effective.get("auth.token_keys").map(String::as_str) {
+            None | Some("[]") => "auth.token_key".to_owned(),
+            Some(_) => format!("auth.token_keys[{n}].key"),
+        }
     }
 
     /// The effective configuration as TOML, without secrets.

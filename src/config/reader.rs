@@ -2,14 +2,25 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::io::Read;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::keys::{KEYS, Kind, rule_of};
+use super::keys::{KEYS, Key, Kind, rule_of};
 use super::{Faults, Sources};
 
 /// Variables without the prefix `RINGPUSH_` that are read too.
 pub(super) const READ_TOO: [&str; 3] = ["POD_NAME", "POD_IP", "RUST_LOG"];
+
+/// Largest file with secrets, in bytes: 100 keys with names and scopes have a tenth of it.
+const SECRET_FILE_MAX: u64 = 256 * 1024;
+/// The ranks of the sources: a later one replaces what an earlier one has.
+const FILE_RANK: u8 = 0;
+const ENVIRONMENT_RANK: u8 = 1;
+const COMMAND_LINE_RANK: u8 = 2;
+/// How faults name the source of flags.
+const COMMAND_LINE: &str = "the command line";
 
 /// The environment as text. A variable that is not UTF-8 is a fault if its name is ours, and is
 /// ignored otherwise.
@@ -39,6 +50,10 @@ pub(super) struct Reader {
     /// For the host name and the pod's name.
     pub(super) environment: Vec<(String, String)>,
     pub(super) for_command: bool,
+    /// Which source each value came from, as its rank.
+    ranks: BTreeMap<&'static str, u8>,
+    /// The files of secrets that are to be read, by key.
+    files: BTreeMap<&'static str, PathBuf>,
 }
 
 impl Reader {
@@ -48,6 +63,8 @@ impl Reader {
             faults: Vec::new(),
             environment: sources.environment.clone(),
             for_command: sources.for_command,
+            ranks: BTreeMap::new(),
+            files: BTreeMap::new(),
         };
         if let Some((name, text)) = &sources.file {
             reader.take_file(name, text);
@@ -56,8 +73,9 @@ impl Reader {
             reader.take_variable(name, value);
         }
         for (name, value) in &sources.flags {
-            reader.take_text(name, value, "the command line");
+            reader.take_text(name, value, COMMAND_LINE);
         }
+        reader.read_secret_files();
         reader
     }
 
@@ -84,7 +102,7 @@ impl Reader {
                         self.unknown(&section, file);
                     }
                     for (name, value) in entries {
-                        self.take(&format!("{section}.{name}"), value, file);
+                        self.take_entry(&format!("{section}.{name}"), value, file);
                     }
                 }
                 value => self.take(&section, value, file),
@@ -92,10 +110,72 @@ impl Reader {
         }
     }
 
+    /// Takes an entry of a section, which may be a section itself, such as `push.tls`.
+    fn take_entry(&mut self, name: &str, value: toml::Value, from: &str) {
+        let beneath = format!("{name}.");
+        match value {
+            toml::Value::Table(entries) if KEYS.iter().any(|key| key.name.starts_with(&beneath)) => {
+                for (inner, value) in entries {
+                    self.take(&format!("{beneath}{inner}"), value, from);
+                }
+            }
+            value => self.take(name, value, from),
+        }
+    }
+
     pub(super) fn take(&mut self, name: &str, value: toml::Value, from: &str) {
-        match KEYS.iter().find(|key| key.name == name) {
-            Some(key) => drop(self.values.insert(key.name, value)),
-            None => self.unknown(name, from),
+        match (KEYS.iter().find(|key| key.name == name), secret_of_file(name), value) {
+            (Some(key), _, value) => self.place(key, FILE_RANK, value),
+            (None, Some(key), toml::Value::String(path)) => self.place_file(key, FILE_RANK, &path),
+            (None, Some(_), _) => self.faults.push(format!("{name}: must be the path of a file")),
+            (None, None, _) => self.unknown(name, from),
+        }
+    }
+
+    /// Keeps a value; a source of a higher rank replaces what another has, also the file of the
+    /// secret.
+    fn place(&mut self, key: &'static Key, rank: u8, value: toml::Value) {
+        if self.files.contains_key(key.name) && self.ranks.get(key.name) == Some(&rank) {
+            self.both(key);
+        }
+        self.files.remove(key.name);
+        self.ranks.insert(key.name, rank);
+        self.values.insert(key.name, value);
+    }
+
+    fn place_file(&mut self, key: &'static Key, rank: u8, path: &str) {
+        if self.values.contains_key(key.name) && self.ranks.get(key.name) == Some(&rank) {
+            self.both(key);
+        }
+        self.values.remove(key.name);
+        self.ranks.insert(key.name, rank);
+        self.files.insert(key.name, PathBuf::from(path));
+    }
+
+    fn both(&mut self, key: &Key) {
+        let name = key.name;
+        self.faults.push(format!("{name}_file: {name} stands beside it; give one of the two"));
+    }
+
+    /// Reads the secrets that stand in files of their own.
+    fn read_secret_files(&mut self) {
+        for (name, path) in std::mem::take(&mut self.files) {
+            let Some(key) = KEYS.iter().find(|key| key.name == name) else { continue };
+            let read = read_secret_file(&path).and_then(|text| {
+                let value = match key.kind {
+                    Kind::SecretList => lines_of(&text),
+                    Kind::SecretTables => tables_of(&text),
+                    _ => Some(toml::Value::String(text.trim_end_matches(['\r', '\n']).to_owned())),
+                };
+                value.ok_or_else(|| match key.kind {
+                    Kind::SecretTables => "holds no JSON array of objects".to_owned(),
+                    _ => "holds no list: one secret in each line, or a JSON array".to_owned(),
+                })
+            });
+            match read {
+                Ok(value) => drop(self.values.insert(key.name, value)),
+                Err(why) => self.faults.push(format!("{name}_file: {} {why}", path.display())),
+            }
         }
     }
 
@@ -112,12 +192,13 @@ impl Reader {
     /// injects such.
     pub(super) fn take_variable(&mut self, name: &str, value: &str) {
         if let Some(rest) = name.strip_prefix("RINGPUSH_")
-            && let Some((section, key)) = rest.split_once("__")
+            && rest.contains("__")
         {
-            let key = format!("{}.{}", section.to_lowercase(), key.to_lowercase());
-            match KEYS.iter().find(|known| known.name == key) {
-                Some(known) => self.take_text(known.name, value, name),
-                None => self.unknown(&key, name),
+            let key = rest.to_lowercase().replace("__", ".");
+            match (KEYS.iter().find(|known| known.name == key), secret_of_file(&key)) {
+                (Some(known), _) => self.take_text(known.name, value, name),
+                (None, Some(known)) => self.place_file(known, ENVIRONMENT_RANK, value),
+                (None, None) => self.unknown(&key, name),
             }
         }
     }
@@ -133,8 +214,9 @@ impl Reader {
             Kind::Switch => text.trim().parse().ok().map(toml::Value::Boolean),
         };
         match value {
-            Some(value) => drop(self.values.insert(name, value)),
-            None if matches!(key.kind, Kind::Secret | Kind::SecretList | Kind::SecretTables) => {
+            Some(value) if from == COMMAND_LINE => self.place(key, COMMAND_LINE_RANK, value),
+            Some(value) => self.place(key, ENVIRONMENT_RANK, value),
+            None if key.kind.is_secret() => {
                 self.faults.push(format!("{name}: (from {from}) {}", rule_of(key.kind)));
             }
             None => self.faults.push(format!("{name}: {text:?} (from {from}) {}", rule_of(key.kind))),
@@ -201,6 +283,37 @@ impl Reader {
             SocketAddr::from(([127, 0, 0, 1], 0))
         })
     }
+}
+
+/// The key whose secret the file named by `name` holds: `peer.secret_file` is that of
+/// `peer.secret`.
+fn secret_of_file(name: &str) -> Option<&'static Key> {
+    let secret = name.strip_suffix("_file")?;
+    KEYS.iter().find(|key| key.kind.is_secret() && key.name == secret)
+}
+
+/// Reads a file with a secret. An error says what is wrong with the file.
+pub(super) fn read_secret_file(path: &Path) -> Result<String, String> {
+    let mut text = String::new();
+    let read = std::fs::File::open(path)
+        .and_then(|file| file.take(SECRET_FILE_MAX + 1).read_to_string(&mut text))
+        .map_err(|error| format!("cannot be read: {error}"))?;
+    if read as u64 > SECRET_FILE_MAX {
+        return Err(format!("is larger than {SECRET_FILE_MAX} bytes"));
+    }
+    if text.trim().is_empty() {
+        return Err("is empty".to_owned());
+    }
+    Ok(text)
+}
+
+/// A JSON array, or one secret in each line.
+fn lines_of(text: &str) -> Option<toml::Value> {
+    if text.trim_start().starts_with('[') {
+        return list_of(text);
+    }
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    Some(toml::Value::Array(lines.map(|line| toml::Value::String(line.to_owned())).collect()))
 }
 
 /// A JSON array of objects.

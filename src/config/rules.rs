@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::keys::Kind;
 use super::reader::Reader;
 use super::secrets::without_passwords;
-use super::{Config, Listeners, RoleName, VerifyBy};
+use super::{Config, Listeners, MESSAGE_BYTES_MAX, RoleName, VerifyBy};
 use crate::clock::Clock;
 use crate::message::NodeId;
 use crate::redis_url::RedisUrl;
@@ -16,7 +16,7 @@ use crate::role::push::{LogReadingLimits, Origins, PushLimits};
 use crate::topic::TopicPatterns;
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::{PublishLimits, TTL_S};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 
 impl Reader {
     pub(super) fn build(&mut self) -> Option<Config> {
@@ -49,6 +49,8 @@ impl Reader {
         let (redis_prefix, mongo_database) = (self.word("redis.prefix"), self.database());
         let peer_advertise = self.advertise();
         let head_trust = self.millis("limits.head_trust_ms", 50..=600_000);
+        let tls = self.tls();
+        let log_level = self.text("log.level");
         let mut effective = self.effective(development);
         if let Some(node) = &node {
             effective.insert("node.name", format!("\"{node}\""));
@@ -69,7 +71,9 @@ impl Reader {
             admin_key: secrets.admin_key.into(),
             api_keys: secrets.api_keys.into_iter().map(SecretString::from).collect(),
             named_keys: secrets.named_keys,
-            peer_secret: secrets.peer_secret.into(),
+            peer_secrets: secrets.peer_secrets.into_iter().map(SecretString::from).collect(),
+            tls,
+            log_level,
             peer_advertise,
             redis,
             redis_prefix,
@@ -267,21 +271,21 @@ impl Reader {
         }
         let optional = |text: String| (!text.is_empty()).then_some(text);
         let config = AuthConfig {
-            token_key: self.text("auth.token_key").into(),
+            token_keys: self.token_keys(),
             issuer: optional(self.text("auth.issuer")),
             audience: optional(self.text("auth.audience")),
         };
-        if !config.token_key.expose_secret().is_empty()
-            && let Err(fault) = Auth::new(config.clone(), Clock::system())
-        {
-            self.faults.push(format!("auth.token_key: {fault}"));
+        if let Err((n, fault)) = Auth::new(config.clone(), Clock::system()) {
+            let alone = !self.text("auth.token_key").is_empty();
+            let name = if alone { "auth.token_key".to_owned() } else { format!("auth.token_keys[{n}].key") };
+            self.faults.push(format!("{name}: {fault}"));
         }
         config
     }
 
     pub(super) fn publish_limits(&mut self) -> PublishLimits {
         PublishLimits {
-            message_bytes: self.number("limits.message_bytes", 1..=65_536) as usize,
+            message_bytes: self.number("limits.message_bytes", 1..=MESSAGE_BYTES_MAX as u64) as usize,
             recipients: self.number("limits.recipients", 1..=1_000) as usize,
             batch: self.number("limits.batch", 1..=1_000) as usize,
         }

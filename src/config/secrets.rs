@@ -1,11 +1,13 @@
 //! The rules of secrets, and what is shown of the settings in use.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use super::RoleName;
 use super::api_keys::NamedKey;
 use super::keys::{KEYS, Kind};
-use super::reader::Reader;
+use super::reader::{Reader, read_secret_file};
+use crate::role::auth::TokenKey;
 
 impl Reader {
     pub(super) fn secrets(&mut self, development: bool, roles: &[RoleName]) -> Secrets {
@@ -13,13 +15,19 @@ impl Reader {
             admin_key: self.text("auth.admin_key"),
             api_keys: self.list("collect.api_keys"),
             named_keys: self.named_keys(),
-            peer_secret: self.text("peer.secret"),
+            peer_secrets: self.peer_secrets(),
         };
         if secrets.api_keys.iter().any(|key| key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic())) {
             self.faults.push("collect.api_keys: each key is printable ASCII without spaces".to_owned());
         }
-        let admin = [("auth.admin_key", &secrets.admin_key), ("peer.secret", &secrets.peer_secret)];
-        let all = secrets.api_keys.iter().map(|key| ("collect.api_keys", key)).chain(admin);
+        let listed = !self.list("peer.secrets").is_empty();
+        let peer_name = if listed { "peer.secrets" } else { "peer.secret" };
+        let peers = secrets.peer_secrets.iter().map(|secret| (peer_name, secret));
+        let all = secrets.api_keys.iter().map(|key| ("collect.api_keys", key)).chain(peers);
+        let all = all.chain([("auth.admin_key", &secrets.admin_key)]);
+        if secrets.peer_secrets.iter().any(|secret| listed && secret.is_empty()) {
+            self.faults.push("peer.secrets: one of them is empty".to_owned());
+        }
         for (name, secret) in all.filter(|(_, secret)| !secret.is_empty()) {
             if secret.len() < SECRET_MIN_BYTES {
                 self.faults.push(format!(
@@ -36,7 +44,7 @@ impl Reader {
         let local = self.text("auth.mode") == "local";
         let verifies = runs(RoleName::Auth) || (local && (runs(RoleName::Push) || runs(RoleName::Dispatch)));
         let fetched = local && !self.text("auth.jwks_url").is_empty();
-        let no_key = self.text("auth.token_key").is_empty() && !fetched;
+        let no_key = self.token_keys().is_empty() && !fetched;
         let missing = [
             ("auth.token_key", verifies && no_key),
             ("auth.admin_key", runs(RoleName::Auth) && secrets.admin_key.is_empty()),
@@ -47,7 +55,7 @@ impl Reader {
             // A process with the role auth alone does not ask another auth.
             (
                 "peer.secret",
-                roles.iter().any(|role| *role != RoleName::Auth) && secrets.peer_secret.is_empty(),
+                roles.iter().any(|role| *role != RoleName::Auth) && secrets.peer_secrets.is_empty(),
             ),
         ];
         for (name, missing) in missing {
@@ -60,6 +68,95 @@ impl Reader {
             }
         }
         secrets
+    }
+
+    /// `peer.secrets`, or `peer.secret` alone. None if neither is set.
+    fn peer_secrets(&mut self) -> Vec<String> {
+        let (one, several) = (self.text("peer.secret"), self.list("peer.secrets"));
+        if !one.is_empty() && !several.is_empty() {
+            self.faults.push(
+                "peer.secrets: peer.secret stands beside it; put it into peer.secrets, of which the first signs".to_owned(),
+            );
+        }
+        if several.len() > SECRETS_MAX {
+            self.faults.push(format!(
+                "peer.secrets: has {} secrets; at most {SECRETS_MAX} are allowed",
+                several.len()
+            ));
+        }
+        if several.is_empty() && !one.is_empty() { vec![one] } else { several }
+    }
+
+    /// `auth.token_keys`, or `auth.token_key` alone. None if neither is set.
+    pub(super) fn token_keys(&mut self) -> Vec<TokenKey> {
+        let (one, several) = (self.text("auth.token_key"), self.value("auth.token_keys"));
+        let Some(toml::Value::Array(entries)) = several else {
+            self.fault_once("auth.token_keys: must be a list of tables: [[auth.token_keys]]".to_owned());
+            return Vec::new();
+        };
+        if !one.is_empty() && !entries.is_empty() {
+            self.fault_once(
+                "auth.token_keys: auth.token_key stands beside it; put it into auth.token_keys, of which the first signs".to_owned(),
+            );
+        }
+        if entries.len() > SECRETS_MAX {
+            self.fault_once(format!(
+                "auth.token_keys: has {} keys; at most {SECRETS_MAX} are allowed",
+                entries.len()
+            ));
+            return Vec::new();
+        }
+        if entries.is_empty() {
+            let key = TokenKey { key: one.clone().into(), kid: None };
+            return if one.is_empty() { Vec::new() } else { vec![key] };
+        }
+        let keys: Vec<TokenKey> =
+            entries.iter().enumerate().filter_map(|(n, entry)| self.listed_token_key(n, entry)).collect();
+        let kids: Vec<&String> = keys.iter().filter_map(|key| key.kid.as_ref()).collect();
+        if let Some(kid) =
+            kids.iter().enumerate().find_map(|(n, kid)| kids[..n].contains(kid).then_some(*kid))
+        {
+            self.fault_once(format!("auth.token_keys: kid {kid:?} is that of two keys"));
+        }
+        keys
+    }
+
+    fn listed_token_key(&mut self, n: usize, entry: &toml::Value) -> Option<TokenKey> {
+        const KNOWN: [&str; 3] = ["key", "key_file", "kid"];
+        let at = |field: &str, rule: &str| format!("auth.token_keys[{n}].{field}: {rule}");
+        let Some(table) = entry.as_table() else {
+            self.fault_once(format!(
+                "auth.token_keys[{n}]: must be a table with key or key_file, and perhaps kid"
+            ));
+            return None;
+        };
+        for name in table.keys().filter(|name| !KNOWN.contains(&name.as_str())) {
+            self.fault_once(at(name, &format!("no such field; there are {}", KNOWN.join(", "))));
+        }
+        let kid = table.get("kid").map(|kid| kid.as_str().unwrap_or_default());
+        if kid.is_some_and(|kid| {
+            kid.is_empty() || kid.len() > KID_MAX || !kid.bytes().all(|b| b.is_ascii_graphic())
+        }) {
+            self.fault_once(at("kid", "must be 1 to 64 printable ASCII characters without spaces"));
+        }
+        match secret_in(table, "key") {
+            Ok(Some(key)) => Some(TokenKey { key: key.into(), kid: kid.map(str::to_owned) }),
+            Ok(None) => {
+                self.fault_once(at("key", "is required, or key_file"));
+                None
+            }
+            Err((field, why)) => {
+                self.fault_once(at(&field, &why));
+                None
+            }
+        }
+    }
+
+    /// Rules that are looked at twice report a fault once.
+    fn fault_once(&mut self, fault: String) {
+        if !self.faults.contains(&fault) {
+            self.faults.push(fault);
+        }
     }
 
     pub(super) fn effective(&mut self, development: bool) -> BTreeMap<&'static str, String> {
@@ -94,7 +191,37 @@ pub(super) struct Secrets {
     pub(super) admin_key: String,
     pub(super) api_keys: Vec<String>,
     pub(super) named_keys: Vec<NamedKey>,
-    pub(super) peer_secret: String,
+    pub(super) peer_secrets: Vec<String>,
+}
+
+/// Most secrets or keys that are valid at the same time: a rotation has two, one that was not
+/// finished a few more.
+const SECRETS_MAX: usize = 16;
+/// Longest `kid`, in bytes.
+const KID_MAX: usize = 64;
+
+/// The secret of a table that may have it as `field` or in a file named `field_file`; or which
+/// field breaks which rule.
+pub(super) fn secret_in(table: &toml::Table, field: &str) -> Result<Option<String>, (String, String)> {
+    let file = format!("{field}_file");
+    match (table.get(field), table.get(&file)) {
+        (Some(_), Some(_)) => Err((file, format!("{field} stands beside it; give one of the two"))),
+        (None, None) => Ok(None),
+        (Some(secret), None) => {
+            let text = secret.as_str().filter(|text| !text.is_empty());
+            text.map(|text| Some(text.to_owned()))
+                .ok_or_else(|| (field.to_owned(), "must be a string".to_owned()))
+        }
+        (None, Some(path)) => {
+            let Some(path) = path.as_str() else {
+                return Err((file, "must be the path of a file".to_owned()));
+            };
+            match read_secret_file(Path::new(path)) {
+                Ok(text) => Ok(Some(text.trim_end_matches(['\r', '\n']).to_owned())),
+                Err(why) => Err((file, format!("{path} {why}"))),
+            }
+        }
+    }
 }
 
 /// Shortest key or secret, in bytes: the length of the digest. Somebody who sees a ticket can try

@@ -154,6 +154,81 @@ fn what_is_printed_reads_back_and_holds_no_secret() {
     assert!(printed.contains("api_keys = \"(set)\"") && printed.contains("listen = \"0.0.0.0:8080\""));
 }
 
+#[test]
+fn a_secret_may_stand_in_a_file_and_not_beside_itself() {
+    let place = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = place.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let secret = "a-secret-of-at-least-thirty-two-bytes";
+    let (one, two) = (file("one", &format!("{secret}\n")), file("two", &format!("{secret}\n\n{secret}2\n")));
+    let keys = file("keys", r#"[{"kid": "a", "key": "0123456789abcdef0123456789abcdef"}]"#);
+    let text = format!(
+        "[peer]\nsecrets_file = {two:?}\n[auth]\ntoken_keys_file = {keys:?}\nadmin_key_file = {one:?}\n\
+         [[collect.keys]]\nname = \"shop\"\nsecret_file = {one:?}\nscopes = [\"publish\"]"
+    );
+    let config = load(&text, &[]).unwrap();
+    assert_eq!(config.peer_secret_texts(), [secret, &format!("{secret}2")]);
+    assert_eq!(config.auth.token_keys[0].kid.as_deref(), Some("a"));
+    assert_eq!(config.admin_key.expose_secret(), secret);
+    assert_eq!(config.named_keys[0].secret.as_ref().unwrap().expose_secret(), secret);
+    assert!(!config.to_toml().contains(secret));
+    // The environment stands above the file, whichever of the two forms it has.
+    let other = "another-secret-of-at-least-32-bytes-1";
+    let config = load(&text, &[("RINGPUSH_AUTH__ADMIN_KEY", other)]).unwrap();
+    assert_eq!(config.admin_key.expose_secret(), other);
+    let plain = format!("[auth]\nadmin_key = {other:?}");
+    let config = load(&plain, &[("RINGPUSH_AUTH__ADMIN_KEY_FILE", &one)]).unwrap();
+    assert_eq!(config.admin_key.expose_secret(), secret);
+    let empty = file("empty", "\n");
+    for (text, expected) in [
+        (
+            format!("[auth]\nadmin_key = {other:?}\nadmin_key_file = {one:?}"),
+            "auth.admin_key_file: auth.admin_key stands beside it",
+        ),
+        (
+            "[auth]\nadmin_key_file = \"/no/such/file\"".to_owned(),
+            "auth.admin_key_file: /no/such/file cannot be read",
+        ),
+        (format!("[auth]\nadmin_key_file = {empty:?}"), "is empty"),
+        ("[auth]\nadmin_key_file = 1".to_owned(), "auth.admin_key_file: must be the path of a file"),
+        (format!("[auth]\ntoken_keys_file = {one:?}"), "holds no JSON array of objects"),
+        (format!("[auth]\nmode_file = {one:?}"), "auth.mode_file: no such key"),
+        (
+            "[peer]\nsecret = \"x\"\nsecrets = [\"y\"]".to_owned(),
+            "peer.secrets: peer.secret stands beside it",
+        ),
+        ("[peer]\nsecrets = [\"short\"]".to_owned(), "peer.secrets: is 5 bytes long"),
+        ("[[auth.token_keys]]\nkid = \"a\"".to_owned(), "auth.token_keys[0].key: is required"),
+        ("[[auth.token_keys]]\nkey = \"short\"".to_owned(), "auth.token_keys[0].key: is 5 bytes long"),
+        ("[[auth.token_keys]]\nkye = \"short\"".to_owned(), "auth.token_keys[0].kye: no such field"),
+    ] {
+        let said = faults(&text, &[]);
+        assert!(said.contains(expected), "{text}:\n{said}");
+    }
+}
+
+#[test]
+fn the_files_of_tls_come_in_pairs() {
+    let text = "[push.tls]\ncert = \"c\"\nkey = \"k\"\n[peer.tls]\ncert = \"c\"\nkey = \"k\"\nca = \"a\"\nname = \"n\"";
+    let config =
+        load(text, &[("RINGPUSH_COLLECT__TLS__CERT", "c"), ("RINGPUSH_COLLECT__TLS__KEY", "k")]).unwrap();
+    assert!(config.tls.push.is_some() && config.tls.collect == config.tls.push && config.tls.peer.is_some());
+    for (text, expected) in [
+        ("[push.tls]\ncert = \"c\"", "push.tls.key: is required"),
+        ("[collect.tls]\nkey = \"k\"", "collect.tls.cert: is required"),
+        ("[peer.tls]\ncert = \"c\"\nkey = \"k\"", "peer.tls.ca: is required"),
+        ("[peer.tls]\nname = \"n\"", "peer.tls.name: stands beside peer.tls.cert"),
+        ("[push.tls]\ncret = \"c\"", "push.tls.cret: no such key"),
+        ("[redis.tls]\nca = \"c\"", "redis.tls.ca: is for a redis.url"),
+    ] {
+        let said = faults(text, &[]);
+        assert!(said.contains(expected), "{text}:\n{said}");
+    }
+}
+
 /// Every key stands in each sample, commented or not; and what is commented out is the default.
 #[test]
 fn the_samples_are_read_and_say_every_default_rightly() {
@@ -179,11 +254,15 @@ fn the_samples_are_read_and_say_every_default_rightly() {
         let all: toml::Table = bare.parse().unwrap_or_else(|error| panic!("{name}: {error}"));
         for key in KEYS {
             let (section, entry) = key.name.split_once('.').unwrap();
-            let stands = all.get(section).and_then(|section| section.get(entry));
+            let find = |table: &toml::Table| {
+                let inner = table.get(section)?;
+                entry.split('.').try_fold(inner, |value, part| value.get(part)).cloned()
+            };
+            let stands = find(&all);
             let stands = stands.unwrap_or_else(|| panic!("{name} does not show {}", key.name));
             let commented = text.lines().any(|line| line.starts_with(&format!("#{entry} = ")));
             let set = text.parse::<toml::Table>().unwrap();
-            let is_set = set.get(section).and_then(|section| section.get(entry)).is_some();
+            let is_set = find(&set).is_some();
             if commented && !is_set {
                 let default: toml::Table = format!("v = {}", key.default).parse().unwrap();
                 let elsewhere = stands.to_string().replace("0.0.0.0", "127.0.0.1");

@@ -54,6 +54,10 @@ pub trait Membership: Send + Sync + 'static {
 
     /// A peer has a newer view: look soon instead of at the next poll.
     fn refresh(&self);
+
+    /// The secret that signs what the nodes of this process say of themselves has changed: say it
+    /// again soon, instead of at the next heartbeat.
+    fn sign_anew(&self) {}
 }
 
 /// How a node departs.

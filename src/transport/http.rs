@@ -37,6 +37,7 @@ pub use body::{BodyError, RequestBody, read_body};
 
 use super::accept;
 use super::lazy_stream::LazyTcpStream;
+use super::tls::ServerTls;
 use super::websocket::request_head;
 
 /// Connections that the kernel queues: a tenth of a second of 40,000/s.
@@ -160,23 +161,25 @@ struct Server<S, B> {
     http: auto::Builder<TokioExecutor>,
     service: S,
     sockets: Option<Arc<dyn UpgradeHandler<B>>>,
+    tls: Option<ServerTls>,
     limits: HttpLimits,
     stop: CancellationToken,
 }
 
-/// Serves `service` on `listener` until `stop`, and before it `sockets`, if given. Then requests in
-/// flight are finished within the limit.
+/// Serves `service` on `listener` until `stop`, and before it `sockets`, if given; over TLS, if
+/// given. Then requests in flight are finished within the limit.
 pub async fn serve<S, B>(
     Listener(listener): Listener,
     service: S,
     sockets: Option<Arc<dyn UpgradeHandler<B>>>,
+    tls: Option<ServerTls>,
     limits: HttpLimits,
     stop: CancellationToken,
 ) where
     S: Answers<B>,
     B: AnswerBody,
 {
-    let server = Arc::new(Server { http: http(&limits), service, sockets, limits, stop: stop.clone() });
+    let server = Arc::new(Server { http: http(&limits), service, sockets, tls, limits, stop: stop.clone() });
     let connections = TaskTracker::new();
     let tracked = connections.clone();
     let begin = {
@@ -245,6 +248,14 @@ where
 {
     let mut until = Instant::now() + server.limits.first_request;
     let mut line = LazyTcpStream::new(stream, Vec::new());
+    if let Some(tls) = &server.tls {
+        let shaken = tokio::time::timeout_at(until, tls.accept(line));
+        let Some(Ok(Ok(secure))) = server.stop.run_until_cancelled(shaken).await else {
+            tracing::debug!("a connection made no TLS handshake in time, or a bad one");
+            return None;
+        };
+        line = secure;
+    }
     let (line, answer) = match &server.sockets {
         None => (line, None),
         Some(sockets) => {

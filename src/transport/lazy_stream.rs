@@ -14,10 +14,11 @@ use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio_rustls::server::TlsStream;
 
 /// Bytes that are read at once where the reader's memory would have to be cleared first.
 const READ_AT_ONCE: usize = 16 * 1024;
@@ -76,6 +77,8 @@ enum Stream {
     Read(AsyncFd<TcpStream>),
     /// For reading and writing.
     Both(AsyncFd<TcpStream>),
+    /// Over TLS; the connection itself is the one within.
+    Tls(Box<TlsStream<LazyTcpStream>>),
     /// Registration failed.
     Broken,
 }
@@ -86,7 +89,8 @@ impl Stream {
         let stream = match std::mem::replace(self, Self::Broken) {
             Self::Fresh(stream) => stream,
             Self::Read(watched) | Self::Both(watched) => watched.into_inner(),
-            Self::Broken => return Err(io::ErrorKind::NotConnected.into()),
+            // Over TLS the stream within is watched.
+            Self::Tls(_) | Self::Broken => return Err(io::ErrorKind::NotConnected.into()),
         };
         let watched = watched(stream, interest)?;
         *self = if interest.is_writable() { Self::Both(watched) } else { Self::Read(watched) };
@@ -98,6 +102,7 @@ impl Stream {
 
     fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let watched = match self {
+            Self::Tls(tls) => return Pin::new(&mut **tls).poll_read(cx, buffer),
             Self::Read(watched) | Self::Both(watched) => &*watched,
             Self::Fresh(_) | Self::Broken => self.watch(Interest::READABLE)?,
         };
@@ -135,7 +140,8 @@ impl Stream {
                         Err(_) => continue,
                     }
                 }
-                Self::Broken => Err(io::ErrorKind::NotConnected.into()),
+                // Writes over TLS do not come here.
+                Self::Tls(_) | Self::Broken => Err(io::ErrorKind::NotConnected.into()),
             };
             match written {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -158,6 +164,11 @@ impl LazyTcpStream {
         Self { stream: Stream::Fresh(stream), unread, held: Vec::new() }
     }
 
+    /// The connection over TLS.
+    pub(super) fn tls(stream: TlsStream<LazyTcpStream>) -> Self {
+        Self { stream: Stream::Tls(Box::new(stream)), unread: Vec::new(), held: Vec::new() }
+    }
+
     /// Reads what has arrived already, without waiting.
     ///
     /// # Errors
@@ -167,6 +178,13 @@ impl LazyTcpStream {
         match &mut self.stream {
             Stream::Fresh(stream) => stream.read(buffer),
             Stream::Read(watched) | Stream::Both(watched) => watched.get_ref().read(buffer),
+            Stream::Tls(tls) => {
+                let (mut nobody, mut buffer) = (Context::from_waker(Waker::noop()), ReadBuf::new(buffer));
+                match Pin::new(&mut **tls).poll_read(&mut nobody, &mut buffer) {
+                    Poll::Ready(read) => read.map(|()| buffer.filled().len()),
+                    Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
+                }
+            }
             Stream::Broken => Err(io::ErrorKind::NotConnected.into()),
         }
     }
@@ -201,6 +219,9 @@ impl LazyTcpStream {
     /// Writes what was held back and then `more`. Returns how much of `more` was written, which is
     /// nothing only if `more` is empty.
     fn poll_write_after_held(&mut self, cx: &mut Context<'_>, more: &[u8]) -> Poll<io::Result<usize>> {
+        if let Stream::Tls(tls) = &mut self.stream {
+            return poll_write_tls(Pin::new(&mut **tls), cx, &mut self.held, more);
+        }
         while !self.held.is_empty() {
             let both = [IoSlice::new(&self.held), IoSlice::new(more)];
             let written = ready!(self.stream.poll_write(cx, |mut stream| match more {
@@ -225,6 +246,30 @@ impl LazyTcpStream {
             self.stream.poll_write(cx, |mut stream| stream.write(more))
         }
     }
+}
+
+/// Writes what was held back and then `more` over TLS, and flushes it if there is no more. Returns
+/// how much of `more` was written.
+fn poll_write_tls(
+    mut tls: Pin<&mut TlsStream<LazyTcpStream>>,
+    cx: &mut Context<'_>,
+    held: &mut Vec<u8>,
+    more: &[u8],
+) -> Poll<io::Result<usize>> {
+    let mut sent = 0;
+    while sent < held.len() {
+        match tls.as_mut().poll_write(cx, &held[sent..]) {
+            Poll::Ready(Ok(count)) if count > 0 => sent += count,
+            unfinished => {
+                held.drain(..sent);
+                return unfinished.map(|result| result.and(Err(io::ErrorKind::WriteZero.into())));
+            }
+        }
+    }
+    if sent > 0 {
+        *held = Vec::new();
+    }
+    if more.is_empty() { tls.poll_flush(cx).map_ok(|()| 0) } else { tls.poll_write(cx, more) }
 }
 
 impl AsyncRead for LazyTcpStream {
@@ -258,7 +303,10 @@ impl AsyncWrite for LazyTcpStream {
         parts: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         if self.held.is_empty() {
-            return self.stream.poll_write(cx, |mut stream| stream.write_vectored(parts));
+            return match &mut self.stream {
+                Stream::Tls(tls) => Pin::new(&mut **tls).poll_write_vectored(cx, parts),
+                plain => plain.poll_write(cx, |mut stream| stream.write_vectored(parts)),
+            };
         }
         let first = parts.iter().find(|part| !part.is_empty());
         self.poll_write(cx, first.map_or(&[], |part| part))
@@ -274,7 +322,8 @@ impl AsyncWrite for LazyTcpStream {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_write_after_held(cx, &[]))?;
-        Poll::Ready(match &self.stream {
+        Poll::Ready(match &mut self.stream {
+            Stream::Tls(tls) => return Pin::new(&mut **tls).poll_shutdown(cx),
             Stream::Fresh(stream) => stream.shutdown(Shutdown::Write),
             Stream::Read(watched) | Stream::Both(watched) => watched.get_ref().shutdown(Shutdown::Write),
             Stream::Broken => Err(io::ErrorKind::NotConnected.into()),

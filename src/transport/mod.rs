@@ -8,4 +8,5 @@ pub mod lazy_stream;
 pub mod peer;
 pub mod redis;
 pub mod request;
+pub mod tls;
 pub mod websocket;

@@ -3,10 +3,16 @@
 
 mod server;
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use http::Uri;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
 use tokio::sync::{Mutex, mpsc};
+use tokio_rustls::client::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::InterceptedService;
 use tonic::metadata::{Ascii, MetadataValue};
@@ -15,6 +21,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{GrpcMethod, Request, Response, Status, Streaming};
 use tower::util::BoxCloneSyncService;
 
+use super::tls::ClientTls;
 use crate::wire::peer::{
     DispatchRequest, DispatchResponse, PeerError, Presence, PushRequest, PushResponse, ViewVersion,
 };
@@ -81,7 +88,24 @@ impl Interceptor for Signed {
 
 type Link = InterceptedService<Channel, Signed>;
 
-fn link(address: &str, node: Option<&str>, sign: Sign) -> Result<Link, PeerError> {
+/// How a peer is called: the proof of each call, and TLS if the cluster has it.
+#[derive(Clone)]
+pub struct Dial {
+    /// Makes the proofs.
+    pub sign: Sign,
+    /// The certificates of both sides; `None` calls in the clear.
+    pub tls: Option<ClientTls>,
+}
+
+/// Connects over TLS, with the certificates that are in use at that time.
+async fn connect_over(tls: ClientTls, uri: Uri) -> io::Result<TokioIo<TlsStream<TcpStream>>> {
+    let authority = uri.authority().ok_or(io::ErrorKind::InvalidInput)?;
+    let stream = TcpStream::connect(authority.as_str()).await?;
+    stream.set_nodelay(true)?;
+    tls.connect(stream).await.map(TokioIo::new)
+}
+
+fn link(address: &str, node: Option<&str>, dial: Dial) -> Result<Link, PeerError> {
     let bad = || PeerError::Unavailable(format!("{address:?} is no address of a peer (peer.advertise)"));
     let node = node.map(|node| node.parse().map_err(|_| bad())).transpose()?;
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
@@ -91,7 +115,18 @@ fn link(address: &str, node: Option<&str>, sign: Sign) -> Result<Link, PeerError
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
         .keep_alive_while_idle(true);
-    Ok(InterceptedService::new(endpoint.connect_lazy(), Signed { sign, node }))
+    let Dial { sign, tls } = dial;
+    let channel = match tls {
+        None => endpoint.connect_lazy(),
+        Some(tls) => {
+            let connect = move |uri: Uri| {
+                tokio::time::timeout(CONNECT_TIMEOUT, connect_over(tls.clone(), uri))
+                    .map(|made| made.map_err(io::Error::from)?)
+            };
+            endpoint.connect_with_connector_lazy(tower::service_fn(connect))
+        }
+    };
+    Ok(InterceptedService::new(channel, Signed { sign, node }))
 }
 
 fn unavailable(status: Status) -> PeerError {
@@ -133,8 +168,8 @@ impl RemotePush {
     ///
     /// # Errors
     /// That it is no address.
-    pub fn new(address: &str, node: &str, sign: Sign) -> Result<Self, PeerError> {
-        let client = PushClient::new(link(address, Some(node), sign)?)
+    pub fn new(address: &str, node: &str, dial: Dial) -> Result<Self, PeerError> {
+        let client = PushClient::new(link(address, Some(node), dial)?)
             .max_decoding_message_size(MESSAGE_MAX)
             .max_encoding_message_size(MESSAGE_MAX);
         Ok(Self { client, feed: Arc::default(), hints: Arc::default() })
@@ -233,8 +268,8 @@ impl RemoteDispatch {
     ///
     /// # Errors
     /// That it is no address.
-    pub fn new(address: &str, sign: Sign) -> Result<Self, PeerError> {
-        let client = DispatchClient::new(link(address, None, sign)?)
+    pub fn new(address: &str, dial: Dial) -> Result<Self, PeerError> {
+        let client = DispatchClient::new(link(address, None, dial)?)
             .max_decoding_message_size(MESSAGE_MAX)
             .max_encoding_message_size(MESSAGE_MAX);
         Ok(Self { client })

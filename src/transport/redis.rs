@@ -11,7 +11,8 @@ use redis::cluster::ClusterClient;
 use redis::cluster_async::ClusterConnection;
 use redis::sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType};
 use redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, TlsMode, Value,
+    AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, TlsCertificates,
+    TlsMode, Value,
 };
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinSet;
@@ -136,13 +137,14 @@ enum Connection {
 }
 
 impl RedisLink {
-    /// A link that is not connected yet.
+    /// A link that is not connected yet. `ca` is the certificate of the authority in PEM that signs
+    /// that of the server; without it the authorities of the system are trusted.
     ///
     /// # Errors
     ///
-    /// What is wrong with the URL.
-    pub fn new(url: &RedisUrl) -> Result<Self, RedisError> {
-        let source = source(url).map_err(|error| RedisError::Refused(error.to_string()))?;
+    /// What is wrong with the URL or the certificate.
+    pub fn new(url: &RedisUrl, ca: Option<&[u8]>) -> Result<Self, RedisError> {
+        let source = source(url, ca).map_err(|error| RedisError::Refused(error.to_string()))?;
         Ok(Self { inner: Arc::new(Inner { source, connection: Mutex::new(None) }) })
     }
 
@@ -297,7 +299,8 @@ impl RedisLink {
     }
 }
 
-fn source(url: &RedisUrl) -> redis::RedisResult<Source> {
+fn source(url: &RedisUrl, ca: Option<&[u8]>) -> redis::RedisResult<Source> {
+    let certificates = || ca.map(|ca| TlsCertificates { client_tls: None, root_cert: Some(ca.to_vec()) });
     let address = |(host, port): &(String, u16)| {
         if url.tls {
             ConnectionAddr::TcpTls { host: host.clone(), port: *port, insecure: false, tls_params: None }
@@ -315,7 +318,11 @@ fn source(url: &RedisUrl) -> redis::RedisResult<Source> {
     match &url.servers {
         RedisServers::One(host, database) => {
             let info = address(host).into_connection_info()?.set_redis_settings(account.set_db(*database));
-            Ok(Source::One(Client::open(info)?))
+            let client = match certificates() {
+                None => Client::open(info)?,
+                Some(certificates) => Client::build_with_tls(info, certificates)?,
+            };
+            Ok(Source::One(client))
         }
         RedisServers::Sentinel(hosts, master) => {
             let mut builder =
@@ -330,6 +337,11 @@ fn source(url: &RedisUrl) -> redis::RedisResult<Source> {
             }
             if !url.password.is_empty() {
                 builder = builder.set_client_to_redis_password(&url.password);
+            }
+            if let Some(certificates) = certificates() {
+                builder = builder
+                    .set_client_to_redis_certificates(certificates.clone())
+                    .set_client_to_sentinel_certificates(certificates);
             }
             Ok(Source::Sentinel(Mutex::new(builder.build()?)))
         }
@@ -347,6 +359,9 @@ fn source(url: &RedisUrl) -> redis::RedisResult<Source> {
             }
             if !url.password.is_empty() {
                 builder = builder.password(&url.password);
+            }
+            if let Some(certificates) = certificates() {
+                builder = builder.certs(certificates);
             }
             Ok(Source::Cluster(builder.build()?))
         }

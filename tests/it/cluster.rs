@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ringpush::transport::peer::Dial;
 use ringpush::wire::proto::collect as message;
 use serde_json::json;
 use tonic::Request;
@@ -59,7 +60,7 @@ async fn one_name_leads_to_every_node_and_nowhere_else() {
     let remote = ringpush::transport::peer::RemotePush::new(
         &format!("{host}:{peer}"),
         "push-0",
-        std::sync::Arc::new(|_| "1.forged".to_owned()),
+        Dial { sign: std::sync::Arc::new(|_| "1.forged".to_owned()), tls: None },
     );
     let asked =
         tower::ServiceExt::oneshot(remote.unwrap().service(), ringpush::wire::peer::PushRequest::Ping);

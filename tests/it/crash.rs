@@ -229,7 +229,8 @@ fn user_id() -> ringpush::message::UserId {
 
 fn signer(server: &Server) -> ringpush::role::auth::Auth {
     use ringpush::role::auth::{Auth, AuthConfig};
-    let config = AuthConfig { token_key: server.key("token_key").into(), ..AuthConfig::default() };
+    let config =
+        AuthConfig { token_keys: vec![server.key("token_key").as_str().into()], ..AuthConfig::default() };
     Auth::new(config, ringpush::clock::Clock::system()).unwrap()
 }
 

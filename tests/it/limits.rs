@@ -111,7 +111,8 @@ async fn an_idle_socket_costs_little_memory() {
     const SOCKETS: usize = 5_000;
     const MOST_KIB: usize = 7;
     let server = Server::with(Options::default().with("push.accept_per_s", "0")).await;
-    let config = AuthConfig { token_key: server.key("token_key").into(), ..AuthConfig::default() };
+    let config =
+        AuthConfig { token_keys: vec![server.key("token_key").as_str().into()], ..AuthConfig::default() };
     let auth = Auth::new(config, Clock::system()).unwrap();
     let resident_kib = || {
         let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();

@@ -30,6 +30,7 @@ mod replica_set;
 mod requests;
 mod restores;
 mod rooms;
+mod secure;
 mod session_options;
 mod sizes;
 mod sockets;

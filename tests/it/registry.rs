@@ -24,7 +24,7 @@ pub(crate) fn times() -> Times {
 }
 
 pub(crate) fn link(url: &str) -> RedisLink {
-    RedisLink::new(&RedisUrl::parse(url).unwrap()).unwrap()
+    RedisLink::new(&RedisUrl::parse(url).unwrap(), None).unwrap()
 }
 
 pub(crate) fn membership(redis: &Foreign) -> RedisMembership {
@@ -33,7 +33,7 @@ pub(crate) fn membership(redis: &Foreign) -> RedisMembership {
 }
 
 pub(crate) fn entries() -> EntryKey {
-    EntryKey::derive(ringpush_testing::PEER_SECRET)
+    EntryKey::derive(&[ringpush_testing::PEER_SECRET])
 }
 
 /// Registers a node, and says that somebody has reached it.

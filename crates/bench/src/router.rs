@@ -19,7 +19,7 @@ use ringpush::role::dispatch::Dispatch;
 use ringpush::role::{PeerDirectory, PushService};
 use ringpush::telemetry::Metrics;
 use ringpush::transport::http::{HttpLimits, bind, serve};
-use ringpush::transport::peer::{RemotePush, routes};
+use ringpush::transport::peer::{Dial, RemotePush, routes};
 use ringpush::wire::peer::{DispatchRequest, LiveMessage, PushRequest, PushResponse, ViewVersion};
 use ringpush::wire::proto::peer as proto;
 use tokio::task::JoinSet;
@@ -197,7 +197,7 @@ pub fn sink() {
         let find = Arc::new(move |_: &str| Some(taker.clone()));
         let router = routes(None, Some(find), Arc::new(|_, _| Ok(())));
         tokio::select! {
-            () = serve(listener, router, None, limits, Default::default()) => {}
+            () = serve(listener, router, None, None, limits, Default::default()) => {}
             _ = tokio::task::spawn_blocking(|| std::io::stdin().read_line(&mut String::new())) => {}
         }
     });
@@ -209,8 +209,13 @@ fn to_another_process(seconds: f64, runtime: &tokio::runtime::Runtime) -> f64 {
     let mut line = String::new();
     BufReader::new(process.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let rate = runtime.block_on(async {
-        let remote =
-            RemotePush::new(line.trim(), "push-0", Arc::new(|_| "proof".to_owned())).unwrap().service();
+        let remote = RemotePush::new(
+            line.trim(),
+            "push-0",
+            Dial { sign: Arc::new(|_| "proof".to_owned()), tls: None },
+        )
+        .unwrap()
+        .service();
         let batches: Vec<Arc<[LiveMessage]>> = batches().into_iter().map(Arc::from).collect();
         let (began, mut sent) = (Instant::now(), 0);
         for batch in batches.iter().cycle() {

@@ -180,7 +180,7 @@ pub fn tokens(key: &str, users: std::ops::Range<usize>) -> Vec<String> {
     use ringpush::clock::Clock;
     use ringpush::message::UserId;
     use ringpush::role::auth::{Auth, AuthConfig};
-    let config = AuthConfig { token_key: key.into(), ..AuthConfig::default() };
+    let config = AuthConfig { token_keys: vec![key.into()], ..AuthConfig::default() };
     let auth = Auth::new(config, Clock::system()).unwrap();
     users.map(|n| auth.issue(&UserId::parse(&format!("user-{n:08}")).unwrap(), 7200).unwrap().0).collect()
 }

@@ -8,6 +8,7 @@
     unreachable_pub
 )]
 
+pub mod certificates;
 pub mod cluster;
 pub mod examples;
 pub mod foreign;

@@ -196,7 +196,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn key() -> EntryKey {
-        EntryKey::derive("peer-secret-of-the-tests-0123456789abcdef")
+        EntryKey::derive(&["peer-secret-of-the-tests-0123456789abcdef"])
     }
 
     fn bytes(text: &str) -> Reply {
@@ -249,7 +249,7 @@ mod tests {
 
     #[test]
     fn who_was_not_reached_or_does_not_know_the_secret_is_no_member() {
-        let other = EntryKey::derive("another-secret-of-the-tests-0123456789ab");
+        let other = EntryKey::derive(&["another-secret-of-the-tests-0123456789ab"]);
         let found = read(vec![
             entry("push-0", |_| {}, &key()),
             entry("push-1", |info| info.reached = false, &key()),

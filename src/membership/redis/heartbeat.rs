@@ -40,6 +40,7 @@ pub(super) async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
         let pause = around(inner.times.beat, JITTER, &mut rand::rng());
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
+            () = inner.beat_soon.notified() => {}
             // Others wait to hear that the node was reached.
             () = own.proof.noted(), if answered && !said_reached => {}
         }

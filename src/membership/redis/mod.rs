@@ -67,6 +67,8 @@ struct Inner {
     seen: Mutex<HashMap<NodeId, Counts>>,
     own: Mutex<HashMap<NodeId, Arc<Own>>>,
     hint: Arc<Notify>,
+    /// Heartbeats do not wait for their time.
+    beat_soon: Notify,
     skew_ms: AtomicI64,
     entries: EntryKey,
     /// The prefix, for log lines.
@@ -91,6 +93,7 @@ impl RedisMembership {
             seen: Mutex::default(),
             own: Mutex::default(),
             hint: Arc::new(Notify::new()),
+            beat_soon: Notify::new(),
             skew_ms: AtomicI64::new(0),
             entries,
             prefix: prefix.to_owned(),
@@ -378,5 +381,9 @@ impl Membership for RedisMembership {
 
     fn refresh(&self) {
         self.inner.hint.notify_one();
+    }
+
+    fn sign_anew(&self) {
+        self.inner.beat_soon.notify_waiters();
     }
 }

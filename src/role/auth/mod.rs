@@ -35,11 +35,26 @@ pub const TOKEN_TTL_S: std::ops::RangeInclusive<u64> = 1..=90 * 24 * 3600;
 /// Default life of an issued token, in seconds.
 pub const TOKEN_TTL_DEFAULT_S: u64 = 3600;
 
+/// A configured key.
+#[derive(Debug, Clone)]
+pub struct TokenKey {
+    /// An HS256 secret as it stands, or a public key in PEM.
+    pub key: SecretString,
+    /// The `kid` of the tokens that are signed with it, if they have one.
+    pub kid: Option<String>,
+}
+
+impl From<&str> for TokenKey {
+    fn from(key: &str) -> Self {
+        Self { key: key.into(), kid: None }
+    }
+}
+
 /// How tokens are verified.
 #[derive(Debug, Clone, Default)]
 pub struct AuthConfig {
-    /// An HS256 secret as it stands, or a public key in PEM.
-    pub token_key: SecretString,
+    /// The keys: the first signs, and each verifies.
+    pub token_keys: Vec<TokenKey>,
     /// The `iss` that a token must have, if set.
     pub issuer: Option<String>,
     /// The `aud` that a token must have, if set.
@@ -105,10 +120,21 @@ struct Inner {
 
 /// The keys that verify tokens.
 enum Keys {
-    /// The configured key.
-    One(Box<Key>),
+    /// The configured keys with their `kid`; the first signs.
+    Own(RwLock<Arc<OwnKeys>>),
     /// Public keys of another issuer by `kid`; `None` until they were fetched.
     Fetched(RwLock<Option<HashMap<String, Key>>>),
+}
+
+type OwnKeys = Vec<(Option<String>, Key)>;
+
+/// Reads the configured keys. An error says which of them cannot be used.
+fn own_keys(config: &[TokenKey]) -> Result<Arc<OwnKeys>, (usize, KeyError)> {
+    let read = |(n, given): (usize, &TokenKey)| {
+        let key = Key::read(given.key.expose_secret()).map_err(|fault| (n, fault))?;
+        Ok((given.kid.clone(), key))
+    };
+    config.iter().enumerate().map(read).collect::<Result<OwnKeys, _>>().map(Arc::new)
 }
 
 /// The claims that are checked. All others pass through unread.
@@ -123,14 +149,28 @@ struct Claims {
 }
 
 impl Auth {
-    /// Reads the configured key.
+    /// Reads the configured keys.
     ///
     /// # Errors
     ///
-    /// [`KeyError`] with the remedy.
-    pub fn new(config: AuthConfig, clock: Clock) -> Result<Self, KeyError> {
-        let keys = Keys::One(Box::new(Key::read(config.token_key.expose_secret())?));
+    /// The number of the key that cannot be used, from 0, and why, with the remedy.
+    pub fn new(config: AuthConfig, clock: Clock) -> Result<Self, (usize, KeyError)> {
+        let keys = Keys::Own(RwLock::new(own_keys(&config.token_keys)?));
         Ok(Self { inner: Arc::new(Inner { keys, config, clock, unknown_key: Notify::new() }) })
+    }
+
+    /// Replaces the configured keys: the first signs from now on, and each verifies. Does nothing
+    /// where the keys are fetched.
+    ///
+    /// # Errors
+    ///
+    /// As [`Auth::new`]. The keys in use then stay.
+    pub fn replace_keys(&self, config: &[TokenKey]) -> Result<(), (usize, KeyError)> {
+        let keys = own_keys(config)?;
+        if let Keys::Own(own) = &self.inner.keys {
+            *own.write() = keys;
+        }
+        Ok(())
     }
 
     /// An auth whose keys are fetched later: see [`Auth::take_jwks`].
@@ -167,11 +207,19 @@ impl Auth {
         Ok(count)
     }
 
-    /// Verifies a token with the key that its `kid` names. A token without `kid` is verified with
-    /// the only key there is.
+    /// Verifies a token with the key that its `kid` names. A token without `kid`, and a `kid` that
+    /// the configuration does not name, is tried with each configured key; of fetched keys there
+    /// must be one alone.
     fn claims(&self, token: &str) -> Result<Box<RawValue>, TokenError> {
         match &self.inner.keys {
-            Keys::One(key) => key.claims(token),
+            Keys::Own(own) => {
+                let own = Arc::clone(&own.read());
+                match &own[..] {
+                    [] => Err(TokenError::NoKeys),
+                    [(_, key)] => key.claims(token),
+                    all => claims_by_any(all, token),
+                }
+            }
             Keys::Fetched(known) => {
                 let known = known.read();
                 let keys = known.as_ref().ok_or(TokenError::NoKeys)?;
@@ -252,7 +300,9 @@ impl Auth {
         ttl_s: u64,
         watch: Option<&WatchRights>,
     ) -> Result<(String, Millis), SigningError> {
-        let Keys::One(key) = &self.inner.keys else { return Err(SigningError) };
+        let Keys::Own(own) = &self.inner.keys else { return Err(SigningError) };
+        let own = Arc::clone(&own.read());
+        let (kid, key) = own.first().ok_or(SigningError)?;
         let signing = key.signing.as_ref().ok_or(SigningError)?;
         let now = self.inner.clock.now();
         let exp = now.seconds() + ttl_s;
@@ -266,26 +316,49 @@ impl Auth {
                 claims[name] = value.as_str().into();
             }
         }
-        let token = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, signing)
-            .map_err(|_| SigningError)?;
+        let mut header = Header::new(Algorithm::HS256);
+        header.kid.clone_from(kid);
+        let token = jsonwebtoken::encode(&header, &claims, signing).map_err(|_| SigningError)?;
         Ok((token, Millis(exp * 1000)))
     }
 
-    /// The public keys that verify tokens (RFC 7517); none if the key is a shared secret.
+    /// The public keys that verify tokens (RFC 7517); a shared secret is not among them.
     #[must_use]
     pub fn jwks(&self) -> Value {
-        let public = |key: &Key| match key.signing {
-            Some(_) => None,
-            None => Jwk::from_decoding_key(&key.verifying, Some(key.algorithm)).ok(),
+        let public = |kid: Option<&String>, key: &Key| {
+            let mut jwk = match key.signing {
+                Some(_) => return None,
+                None => Jwk::from_decoding_key(&key.verifying, Some(key.algorithm)).ok()?,
+            };
+            if let Some(kid) = kid.filter(|kid| !kid.is_empty()) {
+                jwk.common.key_id = Some(kid.clone());
+            }
+            Some(jwk)
         };
         let keys: Vec<Jwk> = match &self.inner.keys {
-            Keys::One(key) => public(key).into_iter().collect(),
+            Keys::Own(own) => own.read().iter().filter_map(|(kid, key)| public(kid.as_ref(), key)).collect(),
             Keys::Fetched(known) => {
-                known.read().iter().flatten().filter_map(|(_, key)| public(key)).collect()
+                known.read().iter().flatten().filter_map(|(kid, key)| public(Some(kid), key)).collect()
             }
         };
         serde_json::json!({ "keys": keys })
     }
+}
+
+/// Verifies a token with several keys: that of its `kid` first. If none verifies it, the error is
+/// that of the first key that was tried.
+fn claims_by_any(all: &[(Option<String>, Key)], token: &str) -> Result<Box<RawValue>, TokenError> {
+    let kid = jsonwebtoken::decode_header(token).map_err(|_| TokenError::Malformed)?.kid;
+    let named = |known: &&(Option<String>, Key)| kid.is_some() && known.0 == kid;
+    let others = all.iter().filter(|known| !named(known));
+    let mut fault = None;
+    for (_, key) in all.iter().filter(named).chain(others) {
+        match key.claims(token) {
+            Ok(claims) => return Ok(claims),
+            Err(error) => fault = fault.or(Some(error)),
+        }
+    }
+    Err(fault.unwrap_or(TokenError::NoKeys))
 }
 
 /// A claim in whole seconds, as in RFC 7519: a number, perhaps with a fraction.

@@ -10,8 +10,11 @@ const NOW: Millis = Millis(1_795_380_000_000);
 const SECRET: &str = "0123456789abcdef0123456789abcdef";
 
 fn auth(token_key: &str) -> Auth {
-    Auth::new(AuthConfig { token_key: token_key.into(), ..AuthConfig::default() }, Clock::standing(NOW))
-        .unwrap()
+    Auth::new(
+        AuthConfig { token_keys: vec![token_key.into()], ..AuthConfig::default() },
+        Clock::standing(NOW),
+    )
+    .unwrap()
 }
 
 fn signed(claims: &Value, algorithm: Algorithm, key: &EncodingKey) -> String {
@@ -35,7 +38,7 @@ fn with(name: &str, value: Value) -> Value {
 #[test]
 fn an_issued_token_is_good_until_its_very_end() {
     let clock = Clock::standing(NOW);
-    let config = AuthConfig { token_key: SECRET.into(), ..AuthConfig::default() };
+    let config = AuthConfig { token_keys: vec![SECRET.into()], ..AuthConfig::default() };
     let auth = Auth::new(config, clock.clone()).unwrap();
     let (token, ends) = auth.issue(&UserId::parse("用户42").unwrap(), 60).unwrap();
     assert_eq!(ends, Millis(NOW.0 + 60_000));
@@ -108,7 +111,7 @@ fn tokens_that_are_not_good_are_refused() {
 #[test]
 fn issuer_and_audience_count_where_they_are_configured() {
     let config = AuthConfig {
-        token_key: SECRET.into(),
+        token_keys: vec![SECRET.into()],
         issuer: Some("shop".to_owned()),
         audience: Some("push".to_owned()),
     };
@@ -127,13 +130,14 @@ fn issuer_and_audience_count_where_they_are_configured() {
 #[test]
 fn keys_that_cannot_serve_are_named() {
     let make = |key: &str| {
-        Auth::new(AuthConfig { token_key: key.into(), ..AuthConfig::default() }, Clock::standing(NOW)).err()
+        Auth::new(AuthConfig { token_keys: vec![key.into()], ..AuthConfig::default() }, Clock::standing(NOW))
+            .err()
     };
-    assert_eq!(make("too short"), Some(KeyError::Short(9)));
-    assert_eq!(make(include_str!("../../../tests/keys/rsa-private.pem")), Some(KeyError::NotAPublicKey));
+    assert_eq!(make("too short"), Some((0, KeyError::Short(9))));
+    assert_eq!(make(include_str!("../../../tests/keys/rsa-private.pem")), Some((0, KeyError::NotAPublicKey)));
     assert_eq!(
         make("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----"),
-        Some(KeyError::NotAPublicKey)
+        Some((0, KeyError::NotAPublicKey))
     );
     let public = auth(include_str!("../../../tests/keys/ed-public.pem"));
     assert_eq!(public.issue(&UserId::parse("alice").unwrap(), 60), Err(SigningError));
@@ -169,9 +173,9 @@ fn a_public_key_in_any_dress_is_no_secret() {
             STANDARD.encode(&jwk),
             format!("ssh-ed25519 {body} somebody"),
         ] {
-            let config = AuthConfig { token_key: dress.as_str().into(), ..AuthConfig::default() };
+            let config = AuthConfig { token_keys: vec![dress.as_str().into()], ..AuthConfig::default() };
             let made = Auth::new(config, Clock::standing(NOW)).err();
-            assert!(matches!(made, Some(KeyError::Disguised(_))), "{dress}: {made:?}");
+            assert!(matches!(made, Some((0, KeyError::Disguised(_)))), "{dress}: {made:?}");
         }
     }
 }
@@ -300,4 +304,36 @@ proptest! {
         }
         prop_assert_eq!(fresh.verify(&token), seen.verify(&token));
     }
+}
+
+#[test]
+fn of_several_keys_the_first_signs_and_each_verifies() {
+    let key = |kid: Option<&str>, key: &str| TokenKey { key: key.into(), kid: kid.map(str::to_owned) };
+    let (old, new) =
+        (key(Some("2026"), SECRET), key(Some("2027"), "another-secret-of-the-tests-0123456789ab"));
+    let with = |keys: &[&TokenKey]| {
+        let token_keys = keys.iter().map(|key| (*key).clone()).collect();
+        Auth::new(AuthConfig { token_keys, ..AuthConfig::default() }, Clock::standing(NOW)).unwrap()
+    };
+    let alice = UserId::parse("alice").unwrap();
+    let auth = with(&[&old]);
+    let first = auth.issue(&alice, 60).unwrap().0;
+    let named = |token: &str| jsonwebtoken::decode_header(token).unwrap().kid;
+    assert_eq!(named(&first).as_deref(), Some("2026"));
+    auth.replace_keys(&[new.clone(), old.clone()]).unwrap();
+    let second = auth.issue(&alice, 60).unwrap().0;
+    assert_eq!(named(&second).as_deref(), Some("2027"));
+    // Without a kid, or with one that nobody knows, each is tried.
+    let third = with(&[&key(None, SECRET)]).issue(&alice, 60).unwrap().0;
+    let fourth = with(&[&key(Some("elsewhere"), SECRET)]).issue(&alice, 60).unwrap().0;
+    for token in [&first, &second, &third, &fourth] {
+        assert_eq!(auth.verify(token).unwrap().user, alice);
+    }
+    auth.replace_keys(std::slice::from_ref(&new)).unwrap();
+    assert!(auth.verify(&second).is_ok());
+    for token in [&first, &third, &fourth] {
+        assert!(matches!(auth.verify(token), Err(TokenError::Bad(_))));
+    }
+    assert_eq!(auth.replace_keys(&[new, key(None, "short")]), Err((1, KeyError::Short(5))));
+    assert!(auth.verify(&second).is_ok(), "what is in use stays");
 }

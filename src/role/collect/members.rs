@@ -10,6 +10,7 @@ use quick_cache::sync::Cache;
 use super::{CollectLimits, refusal};
 use crate::inbox::topics::{MembersVersion, PutTopic, Topic, TopicRecipients, TopicSettings, Topics};
 use crate::inbox::{InboxError, Logs};
+use crate::live::Live;
 use crate::message::{LogId, TopicName, UserId};
 use crate::topic::{Delivery, TopicPatterns};
 use crate::wire::http::PublishError;
@@ -60,15 +61,16 @@ pub(super) struct MemberLists {
     topics: Arc<dyn Topics>,
     logs: Logs,
     open: TopicPatterns,
-    ttl_s: u64,
+    limits: Live<CollectLimits>,
     lists: Cache<TopicName, List, Weight>,
 }
 
 impl MemberLists {
     /// Keeps lists of as many bytes as the limits say.
-    pub(super) fn new(topics: Arc<dyn Topics>, logs: Logs, limits: &CollectLimits) -> Self {
-        let lists = Cache::with_weighter(LISTS, limits.member_lists_bytes, Weight);
-        Self { topics, logs, open: limits.open.clone(), ttl_s: limits.ttl_s, lists }
+    pub(super) fn new(topics: Arc<dyn Topics>, logs: Logs, limits: Live<CollectLimits>) -> Self {
+        let at_start = limits.get();
+        let lists = Cache::with_weighter(LISTS, at_start.member_lists_bytes, Weight);
+        Self { topics, logs, open: at_start.open.clone(), limits, lists }
     }
 
     /// Creates a topic, or changes the life of its messages.
@@ -104,8 +106,11 @@ impl MemberLists {
         if !self.open.match_name(name) {
             return Ok(None);
         }
-        let settings =
-            TopicSettings { delivery: Some(Delivery::Log), ttl_s: None, default_ttl_s: self.ttl_s };
+        let settings = TopicSettings {
+            delivery: Some(Delivery::Log),
+            ttl_s: None,
+            default_ttl_s: self.limits.get().ttl_s,
+        };
         Ok(Some(match self.put(name.clone(), settings).await? {
             PutTopic::Created(topic) | PutTopic::Known(topic) | PutTopic::Other(topic) => topic,
         }))

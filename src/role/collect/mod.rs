@@ -30,6 +30,7 @@ use crate::inbox::topics::{MEMBERS_LOT, MembersChange, MembersChanged, PutTopic,
 use crate::inbox::{
     Appender, Change, Inbox, InboxError, Janitor, Logs, PageLimit, Profile, Sought, StartAt, Stores, Topics,
 };
+use crate::live::Live;
 use crate::membership::View;
 use crate::message::{LogId, Message, MessageId, Millis, NodeId, Seq, TopicName, UserId};
 use crate::tasks::raised_or_else;
@@ -70,7 +71,7 @@ struct Inner {
     rates: Rates,
     /// Turns of publishes to topics.
     lots: Semaphore,
-    limits: CollectLimits,
+    limits: Live<CollectLimits>,
     appender: Appender,
     /// The writer of the logs.
     log_appender: Appender,
@@ -94,7 +95,7 @@ impl Collect {
     /// Starts the role. Its writer and its tasks end with `tasks`.
     pub fn start(
         Stores { inbox, topics, logs }: Stores,
-        limits: CollectLimits,
+        limits: Live<CollectLimits>,
         dispatch: DispatchService,
         views: watch::Receiver<Arc<View>>,
         clock: Clock,
@@ -107,14 +108,14 @@ impl Collect {
         let log_appender = Arc::clone(logs.store()).appender(stored_in_logs, tasks);
         tasks.spawn(hand_on::<LiveMessage>(Arc::clone(&handing_on), dispatch.clone(), views.clone()));
         tasks.spawn(hand_on::<LogHint>(Arc::clone(&handing_on), dispatch.clone(), views));
-        let members = MemberLists::new(Arc::clone(&topics), logs.clone(), &limits);
+        let members = MemberLists::new(Arc::clone(&topics), logs.clone(), limits.clone());
         let lots = Semaphore::new(publish::LOTS_AT_ONCE);
         let inner = Inner {
             inbox,
             topics,
             logs,
             members,
-            rates: Rates::new(limits.logs),
+            rates: Rates::new(limits.clone()),
             lots,
             limits,
             appender,
@@ -132,10 +133,10 @@ impl Collect {
         &*self.inner.topics
     }
 
-    /// The limits of collect.
+    /// The limits of collect at present.
     #[must_use]
-    pub fn limits(&self) -> &CollectLimits {
-        &self.inner.limits
+    pub fn limits(&self) -> Arc<CollectLimits> {
+        self.inner.limits.get()
     }
 
     /// Creates a topic, or changes the life of its messages.

@@ -149,7 +149,7 @@ impl Collect {
             }
             let way = match log {
                 LogId::Everyone => {
-                    let ttl_s = publish.ttl_s.unwrap_or(self.inner.limits.ttl_s);
+                    let ttl_s = publish.ttl_s.unwrap_or_else(|| self.inner.limits.get().ttl_s);
                     Ok(Way::Log { life: EVERYONES_LIFE, ttl_s })
                 }
                 LogId::Topic(name) => self.way(name, publish.ttl_s, except, lists).await,
@@ -255,7 +255,7 @@ impl Collect {
 
     /// Stores a message in a log.
     async fn publish_to_log(&self, publish: &TopicPublish, log: &LogId, life: u64, ttl_s: u64) -> Outcome {
-        let most = self.inner.limits.logs.bytes_of(log);
+        let most = self.inner.limits.get().logs.bytes_of(log);
         let bytes = publish.payload.len();
         if bytes > most {
             return Err(refusal(413, format!("the payload has {bytes} bytes; {log} takes at most {most}")));
@@ -369,7 +369,7 @@ impl Collect {
             accepted_at: self.inner.clock.now(),
             event: publish.event,
         };
-        let ttl_s = publish.ttl_s.unwrap_or(self.inner.limits.ttl_s);
+        let ttl_s = publish.ttl_s.unwrap_or_else(|| self.inner.limits.get().ttl_s);
         let count = publish.to.users().len();
         // The last recipient takes the payload itself; sharing it would cost an allocation.
         let mut payload = publish.payload;

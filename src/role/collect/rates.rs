@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use super::CollectLimits;
+use crate::live::Live;
 use crate::message::LogId;
 
 /// Logs whose budgets are kept. Above that, those that are full again are dropped.
@@ -36,7 +38,7 @@ impl LogLimits {
 
 /// What may still be published now.
 pub(super) struct Rates {
-    limits: LogLimits,
+    limits: Live<CollectLimits>,
     budgets: Mutex<HashMap<LogId, Budget>>,
 }
 
@@ -54,17 +56,18 @@ impl Budget {
 }
 
 impl Rates {
-    pub(super) fn new(limits: LogLimits) -> Self {
+    pub(super) fn new(limits: Live<CollectLimits>) -> Self {
         Self { limits, budgets: Mutex::default() }
     }
 
     /// Takes one publish to this log out of its budget. Returns whether there was one left.
     pub(super) fn try_take(&self, log: &LogId, now: Instant) -> bool {
-        let per_s = f64::from(self.limits.per_s_of(log));
+        let limits = self.limits.get().logs;
+        let per_s = f64::from(limits.per_s_of(log));
         let mut budgets = self.budgets.lock();
         if budgets.len() >= KEPT && !budgets.contains_key(log) {
             let full = |log: &LogId, budget: &Budget| {
-                let per_s = f64::from(self.limits.per_s_of(log));
+                let per_s = f64::from(limits.per_s_of(log));
                 budget.left_at(now, per_s) >= per_s
             };
             budgets.retain(|log, budget| !full(log, budget));
@@ -86,7 +89,9 @@ mod tests {
     #[test]
     fn each_log_has_a_second_s_worth_at_once_and_then_its_rate() {
         let limits = LogLimits { topic_bytes: 1, everyone_bytes: 1, topic_per_s: 100, everyone_per_s: 10 };
-        let (rates, start) = (Rates::new(limits), Instant::now());
+        let limits =
+            CollectLimits { ttl_s: 1, member_lists_bytes: 0, logs: limits, open: Default::default() };
+        let (rates, start) = (Rates::new(Live::new(limits)), Instant::now());
         let topic = |n: usize| LogId::Topic(TopicName::parse(&format!("t{n}")).unwrap());
         let count = |log: &LogId, now| (0..1_000).filter(|_| rates.try_take(log, now)).count();
         assert_eq!((count(&LogId::Everyone, start), count(&topic(0), start)), (10, 100));

@@ -135,7 +135,7 @@ async fn replaced_after(reads: u64, topics: &[&str]) -> Bench {
             topics: Arc::new(replaced),
             logs: Logs::new(Arc::new(MemoryInbox::new(clock.clone()))),
         },
-        CollectLimits { ttl_s: 60, member_lists_bytes: 1 << 20, logs, open: Default::default() },
+        Live::new(CollectLimits { ttl_s: 60, member_lists_bytes: 1 << 20, logs, open: Default::default() }),
         dispatch,
         LocalMembership::new(clock.clone()).views(),
         clock,

@@ -13,6 +13,7 @@ use super::registry::Arrival;
 use super::tokens::{Known, TokenCheck};
 use crate::clock::Clock;
 use crate::fallback::Holder;
+use crate::live::Live;
 use crate::role::connect::PublicUrls;
 use crate::telemetry::{Credential, WAY};
 use crate::ticket::{Ticket, TicketError, TicketKey, UsedNonces};
@@ -100,7 +101,7 @@ impl AdmissionError {
 /// What is configured about requests for sockets.
 pub(super) struct AdmissionRules {
     /// The origins whose pages may open sockets.
-    pub(super) origins: Origins,
+    pub(super) origins: Live<Origins>,
     /// Whether a token may stand in the URL.
     pub(super) token_in_url: bool,
 }
@@ -159,7 +160,7 @@ impl Admitter {
         if !self.availability.takes_sockets() {
             return Err(AdmissionError::Unavailable("this node is leaving; another one takes sockets"));
         }
-        if !self.rules.origins.allows(request.origin) {
+        if !self.rules.origins.get().allows(request.origin) {
             let why = "pages of this origin may not open sockets (push.origins)";
             self.tokens.refuse(Credential::Origin, why);
             return Err(AdmissionError::ForbiddenOrigin);

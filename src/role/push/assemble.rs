@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use super::admission::Admitter;
 use super::attach::Attacher;
 use super::availability::Availability;
+use super::config::LiveLimits;
 use super::config::{PushConfig, PushLimits, PushMetrics, PushParts};
 use super::connection::Connector;
 use super::cursors::CursorWriter;
@@ -22,7 +23,7 @@ use super::ownership::Ownership;
 use super::page_reads::PageReads;
 use super::reconnect::ReconnectWindow;
 use super::refresh::Refresher;
-use super::registry::{Registry, SessionLimits};
+use super::registry::Registry;
 use super::serving::ServingContext;
 use super::sweep::Sweeper;
 use super::tails::Tails;
@@ -38,6 +39,7 @@ use crate::role::reach::PeerProbe;
 pub(super) struct Base {
     holder: Holder,
     limits: PushLimits,
+    live: Arc<LiveLimits>,
     drain_window: Duration,
     pub(super) metrics: PushMetrics,
     pub(super) registry: Arc<Registry>,
@@ -50,17 +52,15 @@ impl Base {
     /// The base of the node `holder`.
     pub(super) fn new(config: &PushConfig, parts: &PushParts, holder: Holder) -> Self {
         let limits = config.limits;
-        let registry = Arc::new(Registry::new(SessionLimits {
-            per_user: limits.sessions_per_user,
-            per_device: limits.sessions_per_device,
-        }));
+        let live = Arc::clone(&config.live);
+        let registry = Arc::new(Registry::new(Arc::clone(&live)));
         let availability = Arc::new(Availability::new(parts.health.clone()));
         let (name, views) = (holder.node.clone(), parts.membership.views());
         let ownership = Arc::new(Ownership::new(name, views, Arc::clone(&availability)));
         let (accept_per_s, jitter_ms) = (config.info.accept_per_s, limits.reconnect_jitter_ms);
         let window = Arc::new(ReconnectWindow::new(Arc::clone(&registry), accept_per_s, jitter_ms));
         let (drain_window, metrics) = (config.drain_window, parts.metrics.clone());
-        Self { holder, limits, drain_window, metrics, registry, availability, ownership, window }
+        Self { holder, limits, live, drain_window, metrics, registry, availability, ownership, window }
     }
 
     /// What runs connections.
@@ -83,7 +83,8 @@ impl Base {
             cursors: Arc::clone(&reading.cursors),
         };
         let context = ServingContext {
-            limits: self.limits,
+            ping_every: self.limits.ping_every,
+            live: Arc::clone(&self.live),
             metrics: self.metrics.clone(),
             clock: clock.clone(),
             cursors: Arc::clone(&reading.cursors),

@@ -1,6 +1,7 @@
 //! What a push node is made with: configuration, the services of other modules, metrics.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter;
@@ -13,6 +14,7 @@ use super::tails::LogReadingLimits;
 use crate::clock::Clock;
 use crate::fallback::Fallback;
 use crate::inbox::Stores;
+use crate::live::Live;
 use crate::membership::{Membership, NodeInfo};
 use crate::role::VerifyService;
 use crate::role::connect::PublicUrls;
@@ -28,11 +30,60 @@ pub struct PushConfig {
     /// How long it takes to empty itself when it has lost its place.
     pub drain_window: Duration,
     /// The origins whose pages may open sockets.
-    pub origins: Origins,
+    pub origins: Live<Origins>,
     /// Whether a token may stand in the URL.
     pub token_in_url: bool,
     /// Times and sizes.
     pub limits: PushLimits,
+    /// Those of them that may change while the node runs.
+    pub live: Arc<LiveLimits>,
+}
+
+/// The limits of sessions that may change while the node runs. New sockets and frames are held to
+/// them.
+#[derive(Debug, Default)]
+pub struct LiveLimits {
+    auth_deadline_ms: AtomicU64,
+    per_user: AtomicUsize,
+    per_device: AtomicUsize,
+    client_frames_per_s: AtomicU32,
+}
+
+impl LiveLimits {
+    /// Those of `limits`.
+    #[must_use]
+    pub fn of(limits: &PushLimits) -> Self {
+        let this = Self::default();
+        this.take(limits);
+        this
+    }
+
+    /// Replaces them by those of `limits`.
+    pub fn take(&self, limits: &PushLimits) {
+        let deadline = u64::try_from(limits.auth_deadline.as_millis()).unwrap_or(u64::MAX);
+        self.auth_deadline_ms.store(deadline, Ordering::Relaxed);
+        self.per_user.store(limits.sessions_per_user, Ordering::Relaxed);
+        self.per_device.store(limits.sessions_per_device, Ordering::Relaxed);
+        self.client_frames_per_s.store(limits.client_frames_per_s, Ordering::Relaxed);
+    }
+
+    pub(super) fn auth_deadline(&self) -> Duration {
+        Duration::from_millis(self.auth_deadline_ms.load(Ordering::Relaxed))
+    }
+
+    /// Most sessions of one user on this node.
+    pub(super) fn per_user(&self) -> usize {
+        self.per_user.load(Ordering::Relaxed)
+    }
+
+    /// Most sessions of one device of a user on this node.
+    pub(super) fn per_device(&self) -> usize {
+        self.per_device.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn client_frames_per_s(&self) -> u32 {
+        self.client_frames_per_s.load(Ordering::Relaxed)
+    }
 }
 
 /// The limits of sessions (docs/design.md, section 11).

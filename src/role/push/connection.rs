@@ -170,7 +170,7 @@ impl Connector {
         options: &mut SessionOptions,
         arrival: &mut Arrival,
     ) -> Result<Known, End> {
-        let limit = self.context.limits.auth_deadline;
+        let limit = self.context.live.auth_deadline();
         let first = tokio::select! {
             first = tokio::time::timeout(limit, first_text(socket)) => {
                 first.map_err(|_| End::close(CloseCode::AuthTimeout, "no token came in time"))??

@@ -54,7 +54,7 @@ use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 pub use admission::{Admission, AdmissionError, Origins, SocketRequest};
-pub use config::{PushConfig, PushLimits, PushMetrics, PushParts};
+pub use config::{LiveLimits, PushConfig, PushLimits, PushMetrics, PushParts};
 pub use drain::Drain;
 pub use tails::LogReadingLimits;
 
@@ -275,8 +275,8 @@ impl Push {
 
     /// The origins whose pages may connect.
     #[must_use]
-    pub fn origins(&self) -> &Origins {
-        &self.node.admitter.rules.origins
+    pub fn origins(&self) -> Arc<Origins> {
+        self.node.admitter.rules.origins.get()
     }
 
     /// Decides about a request for a socket before the upgrade.

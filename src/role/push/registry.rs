@@ -15,6 +15,7 @@ use hashbrown::HashTable;
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 
+use super::config::LiveLimits;
 use super::mailbox::{InboxFrame, Mailbox};
 use crate::message::{ClientName, DeviceId, Millis, NodeId, Seq, UserId};
 use crate::session::Item;
@@ -191,16 +192,7 @@ pub(super) struct Registry {
     shards: Box<[Shard]>,
     hasher: RandomState,
     sessions: AtomicUsize,
-    limits: SessionLimits,
-}
-
-/// Most sessions on one node.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct SessionLimits {
-    /// Of one user.
-    pub(super) per_user: usize,
-    /// Of one device of a user.
-    pub(super) per_device: usize,
+    limits: Arc<LiveLimits>,
 }
 
 /// Whether there is room for one more session.
@@ -270,7 +262,7 @@ impl Drop for RegistrationGuard {
 
 impl Registry {
     /// An empty registry with room for so many sessions of each user and device.
-    pub(super) fn new(limits: SessionLimits) -> Self {
+    pub(super) fn new(limits: Arc<LiveLimits>) -> Self {
         Self {
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
             hasher: RandomState::new(),
@@ -296,7 +288,7 @@ impl Registry {
             .into_mut()
             .handles;
         handles.push(Arc::clone(&handle));
-        let crowded = handles.len() > self.limits.per_user.min(self.limits.per_device);
+        let crowded = handles.len() > self.limits.per_user().min(self.limits.per_device());
         drop(shard);
         self.sessions.fetch_add(1, Ordering::Relaxed);
         RegistrationGuard { registry: Arc::clone(self), handle, crowded, on_last: None }
@@ -312,7 +304,7 @@ impl Registry {
         };
         let handles = &mut place.handles;
         let of_device = handles.iter().filter(|handle| handle.device == newcomer.device).count();
-        if handles.len() <= self.limits.per_user && of_device <= self.limits.per_device {
+        if handles.len() <= self.limits.per_user() && of_device <= self.limits.per_device() {
             return Room::Enough;
         }
         // It was made to yield itself, and will hear of it.

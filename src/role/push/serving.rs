@@ -43,6 +43,8 @@ use futures_util::sink::SinkExt;
 use parking_lot::Mutex;
 use tokio::time::{Instant, Sleep};
 
+use super::PushMetrics;
+use super::config::LiveLimits;
 use super::connection::read_frame;
 use super::cursors::CursorWriter;
 use super::displaced::DisplacedSet;
@@ -57,7 +59,6 @@ use super::refresh::Refresher;
 use super::registry::{InlineSend, RegistrationGuard, SessionHandle};
 use super::tokens::Known;
 use super::welcome::Welcomer;
-use super::{PushLimits, PushMetrics};
 use crate::backoff::between;
 use crate::clock::Clock;
 use crate::inbox::UserPosition;
@@ -89,7 +90,8 @@ const LOG_FRAMES_PER_POLL: usize = 32;
 
 /// What all sessions of a node use while they serve.
 pub(super) struct ServingContext {
-    pub(super) limits: PushLimits,
+    pub(super) ping_every: Duration,
+    pub(super) live: Arc<LiveLimits>,
     pub(super) metrics: PushMetrics,
     pub(super) clock: Clock,
     pub(super) cursors: Arc<CursorWriter>,
@@ -247,7 +249,7 @@ impl<S: Socket> Serving<S> {
         let now = Instant::now();
         // The first ping comes at a random time; otherwise a restarted node would ping all clients
         // at the same time for ever.
-        let next_ping = now + between(Duration::ZERO, context.limits.ping_every, &mut rand::rng());
+        let next_ping = now + between(Duration::ZERO, context.ping_every, &mut rand::rng());
         let token_ends = now + until(known.expires_at_s, context.clock.now());
         let positions = logs.as_ref().map(|logs| shown(&logs.starts));
         let welcome = context.welcomer.frame(
@@ -575,7 +577,7 @@ impl<S: Socket> Serving<S> {
             self.frames_this_second = 0;
         }
         self.frames_this_second += 1;
-        if self.frames_this_second > self.context.limits.client_frames_per_s {
+        if self.frames_this_second > self.context.live.client_frames_per_s() {
             return Err(End::close(CloseCode::RateLimited, "too many frames in one second"));
         }
         Ok(())
@@ -619,7 +621,7 @@ impl<S: Socket> Serving<S> {
             }
             self.unanswered += 1;
             self.handle.set_silent(true);
-            self.next_ping = now + self.context.limits.ping_every;
+            self.next_ping = now + self.context.ping_every;
             self.push(Outgoing::Ping);
             if self.heartbeat && !self.told_full {
                 self.push(Outgoing::Text(ServerFrame::Heartbeat.encode()));

@@ -24,6 +24,7 @@ use crate::inbox::{
     Append, Appended, Appender, Change, Inbox, InboxError, InboxPage, Logs, PageLimit, PositionLookup,
     PositionQuery, Profile, Sought, Stores, UserPosition, WriteObserver,
 };
+use crate::live::Live;
 use crate::membership::local::LocalMembership;
 use crate::membership::{LeaseState, NodeInfo};
 use crate::message::{DeviceId, LogId, Message, MessageId, Millis, Seq, UserId};
@@ -251,9 +252,10 @@ impl Cluster {
                 ticket_in_auth: false,
             },
             drain_window: Duration::from_secs(60),
-            origins: Origins::Any,
+            origins: Live::new(Origins::Any),
             token_in_url: false,
             limits: PushLimits::default(),
+            live: Arc::new(LiveLimits::of(&PushLimits::default())),
         };
         // Here a token is the user's name: what verifies it is another room's affair.
         let verify = BoxCloneSyncService::new(tower::service_fn(async |request: VerifyRequest| {
@@ -278,7 +280,7 @@ impl Cluster {
             reach: PeerProbe::new(Arc::clone(&self.known) as _),
             health,
             urls: PublicUrls::Template(UrlTemplate::parse("wss://push.example/n/{node}/v1/ws").unwrap()),
-            ticket_key: TicketKey::derive("secret"),
+            ticket_key: TicketKey::derive(&["secret"]),
             clock: self.clock.clone(),
             metrics: PushMetrics::default(),
             refusals: Refusals::default(),

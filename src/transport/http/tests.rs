@@ -33,7 +33,7 @@ async fn a_refusal_that_takes_longer_than_a_request_may_is_answered() {
     let (at, stop) = (listener.local_addr().unwrap(), CancellationToken::new());
     let sockets: Arc<dyn UpgradeHandler<Full<Bytes>>> = Arc::new(Slow(limits.first_request * 2));
     let none = tower::service_fn(|_| ready(Ok(Response::new(Full::default()))));
-    let serving = tokio::spawn(serve(listener, none, Some(sockets), limits, stop.clone()));
+    let serving = tokio::spawn(serve(listener, none, Some(sockets), None, limits, stop.clone()));
     let ask = || async {
         let mut stream = TcpStream::connect(at).await.unwrap();
         stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();

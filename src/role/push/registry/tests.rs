@@ -1,7 +1,10 @@
 use super::*;
+use crate::role::push::{LiveLimits, PushLimits};
 
-fn limits(per_user: usize, per_device: usize) -> SessionLimits {
-    SessionLimits { per_user, per_device }
+fn limits(per_user: usize, per_device: usize) -> Arc<LiveLimits> {
+    let limits =
+        PushLimits { sessions_per_user: per_user, sessions_per_device: per_device, ..PushLimits::default() };
+    Arc::new(LiveLimits::of(&limits))
 }
 
 fn of_device(user: &str, device: &str) -> Arc<SessionHandle> {

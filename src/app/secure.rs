@@ -1,0 +1,204 @@
+//! The TLS of this process: read at the start, and again when its files change.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::clock::Clock;
+use crate::config::{Config, Faults, PeerTls, TlsFiles};
+use crate::telemetry::{Credential, Family, Gauge, Metrics, Refusals};
+use crate::transport::tls::{ClientTls, Identity, PeerTrust, ServerTls, TlsFault};
+
+/// The files of one use, as they were read.
+#[derive(Clone)]
+struct Read {
+    identity: Identity,
+    peers: Option<PeerTrust>,
+}
+
+impl Read {
+    /// Whether the files hold the same as those of `other`.
+    fn is(&self, other: &Self) -> bool {
+        let trust = |read: &Self| read.peers.as_ref().map(|peers| peers.digest);
+        self.identity.digest == other.identity.digest && trust(self) == trust(other)
+    }
+}
+
+/// All files, as they were read.
+#[derive(Default)]
+pub(super) struct TlsFilesRead {
+    push: Option<Read>,
+    collect: Option<Read>,
+    peer: Option<Read>,
+}
+
+impl TlsFilesRead {
+    /// Reads the files that the configuration names.
+    ///
+    /// # Errors
+    ///
+    /// Each file that cannot be used, with its key.
+    pub(super) fn of(config: &Config, clock: &Clock) -> Result<Self, Faults> {
+        let mut faults = Vec::new();
+        let now_s = clock.now().seconds();
+        let mut plain = |section: &str, files: &Option<TlsFiles>| {
+            let files = files.as_ref()?;
+            let read = Identity::read(&files.cert, &files.key, now_s);
+            read.map(|identity| Read { identity, peers: None })
+                .map_err(|fault| faults.push(named(section, &fault)))
+                .ok()
+        };
+        let (push, collect) =
+            (plain("push.tls", &config.tls.push), plain("collect.tls", &config.tls.collect));
+        let peer = config.tls.peer.as_ref().and_then(|PeerTls { own, ca, name }| {
+            let identity = Identity::read(&own.cert, &own.key, now_s);
+            let read =
+                identity.and_then(|identity| Ok(Read { identity, peers: Some(PeerTrust::read(ca, name)?) }));
+            read.map_err(|fault| faults.push(named("peer.tls", &fault))).ok()
+        });
+        if faults.is_empty() { Ok(Self { push, collect, peer }) } else { Err(Faults(faults)) }
+    }
+}
+
+fn named(section: &str, fault: &TlsFault) -> String {
+    format!("{section}.{fault}")
+}
+
+/// A listener, and what it serves with.
+struct Use<T> {
+    tls: T,
+    read: Mutex<Read>,
+}
+
+/// The TLS in use. Cloned, it is the same.
+#[derive(Clone)]
+pub(super) struct Tls {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    push: Option<Use<ServerTls>>,
+    collect: Option<Use<ServerTls>>,
+    peer: Option<Use<(ServerTls, ClientTls)>>,
+    expiries: Family<[(&'static str, &'static str); 1], Gauge>,
+}
+
+impl Tls {
+    /// Serves with what was read.
+    ///
+    /// # Errors
+    ///
+    /// rustls does not take it.
+    pub(super) fn new(read: TlsFilesRead, metrics: &Metrics, refusals: &Refusals) -> Result<Self, Faults> {
+        let fault = |section: &'static str| move |fault: TlsFault| Faults(vec![named(section, &fault)]);
+        let public = |section: &'static str, read: Option<Read>| {
+            let told = move |why: &str| tracing::debug!(listener = section, why, "a TLS handshake failed");
+            let made = read.map(|read| {
+                let tls = ServerTls::new(&read.identity, None, told)?;
+                Ok(Use { tls, read: Mutex::new(read) })
+            });
+            made.transpose().map_err(fault(section))
+        };
+        let peer = read.peer.map(|read| {
+            let Some(peers) = &read.peers else { return Ok(None) };
+            let refusals = refusals.clone();
+            let told = move |why: &str| refusals.note(Credential::PeerCertificate, why);
+            let server = ServerTls::new(&read.identity, Some(peers), told)?;
+            let client = ClientTls::new(&read.identity, peers)?;
+            Ok(Some(Use { tls: (server, client), read: Mutex::new(read) }))
+        });
+        let inner = Inner {
+            push: public("push.tls", read.push)?,
+            collect: public("collect.tls", read.collect)?,
+            peer: peer.transpose().map_err(fault("peer.tls"))?.flatten(),
+            expiries: Family::default(),
+        };
+        let help = "When the certificate in use expires, in seconds since 1970";
+        let shown = inner.expiries.clone();
+        metrics.register(|r| r.register("certificate_expiry_timestamp_seconds", help, shown));
+        let this = Self { inner: Arc::new(inner) };
+        this.show_expiries();
+        Ok(this)
+    }
+
+    pub(super) fn push(&self) -> Option<ServerTls> {
+        self.inner.push.as_ref().map(|used| used.tls.clone())
+    }
+
+    pub(super) fn collect(&self) -> Option<ServerTls> {
+        self.inner.collect.as_ref().map(|used| used.tls.clone())
+    }
+
+    pub(super) fn peer_server(&self) -> Option<ServerTls> {
+        self.inner.peer.as_ref().map(|used| used.tls.0.clone())
+    }
+
+    pub(super) fn peer_client(&self) -> Option<ClientTls> {
+        self.inner.peer.as_ref().map(|used| used.tls.1.clone())
+    }
+
+    /// Takes what was read again, where it is not what is in use.
+    ///
+    /// # Errors
+    ///
+    /// rustls does not take it.
+    pub(super) fn take(&self, read: TlsFilesRead) -> Result<(), Faults> {
+        let fault = |section: &'static str| move |fault: TlsFault| Faults(vec![named(section, &fault)]);
+        let inner = &*self.inner;
+        taken("push.tls", inner.push.as_ref(), read.push, |tls, read| tls.replace(&read.identity, None))
+            .map_err(fault("push.tls"))?;
+        taken("collect.tls", inner.collect.as_ref(), read.collect, |tls, read| {
+            tls.replace(&read.identity, None)
+        })
+        .map_err(fault("collect.tls"))?;
+        taken("peer.tls", inner.peer.as_ref(), read.peer, |(server, client), read| {
+            let Some(peers) = &read.peers else { return Ok(()) };
+            server.replace(&read.identity, Some(peers))?;
+            client.replace(&read.identity, peers)
+        })
+        .map_err(fault("peer.tls"))?;
+        self.show_expiries();
+        Ok(())
+    }
+
+    fn show_expiries(&self) {
+        let inner = &*self.inner;
+        let of = |read: &Mutex<Read>| read.lock().identity.expires_at_s;
+        for (name, expires_at_s) in [
+            ("push", inner.push.as_ref().map(|used| of(&used.read))),
+            ("collect", inner.collect.as_ref().map(|used| of(&used.read))),
+            ("peer", inner.peer.as_ref().map(|used| of(&used.read))),
+        ] {
+            if let Some(expires_at_s) = expires_at_s {
+                let gauge = inner.expiries.get_or_create(&[("use", name)]);
+                gauge.set(i64::try_from(expires_at_s).unwrap_or(i64::MAX));
+            }
+        }
+    }
+}
+
+/// Takes one use's files anew, if they hold something else.
+fn taken<T>(
+    section: &'static str,
+    used: Option<&Use<T>>,
+    read: Option<Read>,
+    replace: impl FnOnce(&T, &Read) -> Result<(), TlsFault>,
+) -> Result<(), TlsFault> {
+    match (used, read) {
+        (Some(used), Some(read)) => {
+            if !used.read.lock().is(&read) {
+                replace(&used.tls, &read)?;
+                let until_s = read.identity.expires_at_s;
+                tracing::info!(
+                    section,
+                    until_s,
+                    "the certificate was taken anew; connections keep the one that they began with"
+                );
+                *used.read.lock() = read;
+            }
+        }
+        (None, None) => {}
+        _ => tracing::warn!(section, "TLS is turned on or off by a restart alone"),
+    }
+    Ok(())
+}
