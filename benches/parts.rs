@@ -53,6 +53,7 @@ fn ring(c: &mut Criterion) {
 
 fn message(seq: u64) -> Message {
     Message {
+        trace: None,
         seq: Seq::at(seq),
         id: MessageId::parse("01K0000000000000000000000").unwrap(),
         accepted_at: Millis(1_795_380_000_000),
@@ -105,6 +106,7 @@ fn append(c: &mut Criterion) {
                                 let Message { id, accepted_at, expires_at, payload, .. } = message(1);
                                 let user = users[n].clone();
                                 Append {
+                                    trace: None,
                                     user,
                                     id,
                                     deduplicated: false,

@@ -62,4 +62,4 @@ pub mod transport;
 pub mod wire;
 
 pub use ringpush_client as client;
-pub use ringpush_protocol::{backoff, message, topic, watching};
+pub use ringpush_protocol::{backoff, message, topic, trace, watching};

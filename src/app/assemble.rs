@@ -11,6 +11,7 @@ use super::peers::routers;
 use super::senders::Senders;
 use super::stores;
 use super::stores::Opened;
+use super::traces::Traces;
 use super::{App, Shared};
 use crate::clock::Clock;
 use crate::config::{Config, Faults, RoleName, VerifyBy, all_keys};
@@ -179,7 +180,7 @@ impl App {
                 &shared.metrics,
                 shared.refusals.clone(),
             ),
-            shared.live.publish.clone(),
+            (shared.live.publish.clone(), Traces::register(&shared.metrics)),
             shared.budgets.known.clone(),
         )
     }

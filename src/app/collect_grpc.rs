@@ -19,6 +19,7 @@ use tower::{ServiceExt, service_fn};
 use super::collect_http::CollectEdge;
 use super::edge::{BODY_DEADLINE, Routes};
 use super::senders::Sender;
+use super::traces::TRACEPARENT;
 use crate::config::MESSAGE_BYTES_MAX;
 use crate::message::{EventName, LogId, MessageId, NameError, Recipients, TopicName, UserId};
 use crate::role::collect::Scope;
@@ -86,8 +87,9 @@ impl Collect for Edge {
         &self,
         request: Request<message::PublishRequest>,
     ) -> Result<Response<message::PublishResult>, Status> {
-        let sender = sender_of(&request)?;
-        Ok(Response::new(publish(&self.edge, request.into_inner(), &sender).await))
+        let (sender, of_call) = (sender_of(&request)?, trace_of_call(&request));
+        let request = traced(request.into_inner(), of_call.as_deref());
+        Ok(Response::new(publish(&self.edge, request, &sender).await))
     }
 
     type PublishStreamStream = Pin<Box<dyn Stream<Item = Result<message::PublishResult, Status>> + Send>>;
@@ -97,20 +99,37 @@ impl Collect for Edge {
         request: Request<Streaming<message::PublishRequest>>,
     ) -> Result<Response<Self::PublishStreamStream>, Status> {
         let (edge, sender) = (Arc::clone(&self.edge), sender_of(&request)?);
+        let of_call: Option<Arc<str>> = trace_of_call(&request).map(Into::into);
         let results = request
             .into_inner()
             .map(move |request| {
-                let (edge, sender) = (Arc::clone(&edge), Arc::clone(&sender));
+                let (edge, sender, of_call) = (Arc::clone(&edge), Arc::clone(&sender), of_call.clone());
                 async move {
                     // A stream may outlive its key.
                     let gone = |problem: Problem| Status::unauthenticated(problem.detail);
                     edge.senders.still(&sender).map_err(gone)?;
-                    Ok(publish(&edge, request?, &sender).await)
+                    Ok(publish(&edge, traced(request?, of_call.as_deref()), &sender).await)
                 }
             })
             .buffered(IN_FLIGHT);
         Ok(Response::new(Box::pin(results)))
     }
+}
+
+/// The `traceparent` in the metadata of a call; several are as bad as one that breaks the rules.
+fn trace_of_call<T>(request: &Request<T>) -> Option<String> {
+    let mut given = request.metadata().get_all(TRACEPARENT).iter();
+    let (first, second) = (given.next()?, given.next());
+    let text = first.to_str().unwrap_or_default();
+    Some(if second.is_none() && !text.is_empty() { text.to_owned() } else { "-".to_owned() })
+}
+
+/// A request that names no trace has that of its call.
+fn traced(mut request: message::PublishRequest, of_call: Option<&str>) -> message::PublishRequest {
+    if request.traceparent.is_empty() {
+        request.traceparent = of_call.unwrap_or_default().to_owned();
+    }
+    request
 }
 
 /// Who has called, as the interceptor found out.
@@ -340,7 +359,10 @@ fn read(edge: &CollectEdge, request: message::PublishRequest) -> Result<Publish,
     }
     let id = (!request.id.is_empty()).then(|| MessageId::parse(&request.id)).transpose();
     let event = (!request.event.is_empty()).then(|| EventName::parse(&request.event)).transpose();
+    let trace =
+        (!request.traceparent.is_empty()).then(|| edge.traces.of_text(&request.traceparent)).flatten();
     Ok(Publish {
+        trace,
         to,
         event: event.map_err(|rule| fault("/event", rule.to_string()))?,
         payload: request.payload_json,

@@ -18,6 +18,7 @@ use tower::ServiceExt;
 
 use super::edge::{HttpError, Routes, asset, bearer, closed, json, json_body, json_of, refuse, root};
 use super::senders::{Sender, Senders};
+use super::traces::Traces;
 use crate::inbox::InboxError;
 use crate::live::Live;
 use crate::membership::{Counts, Membership};
@@ -58,6 +59,7 @@ pub(super) struct CollectEdge {
     pub(super) urls: PublicUrls,
     pub(super) senders: Senders,
     pub(super) limits: Live<PublishLimits>,
+    pub(super) traces: Traces,
     /// The memory budget of unanswered requests.
     pub(super) budget: Budget,
     batches: Semaphore,
@@ -69,11 +71,11 @@ impl CollectEdge {
         membership: Arc<dyn Membership>,
         urls: PublicUrls,
         senders: Senders,
-        limits: Live<PublishLimits>,
+        (limits, traces): (Live<PublishLimits>, Traces),
         budget: Budget,
     ) -> Arc<Self> {
         let batches = Semaphore::new(BATCHES_AT_ONCE);
-        Arc::new(Self { collect, membership, urls, senders, limits, budget, batches })
+        Arc::new(Self { collect, membership, urls, senders, limits, traces, budget, batches })
     }
 
     /// Stores one publish of a sender; `None`: of the page of this machine.
@@ -191,8 +193,9 @@ pub(super) async fn publish_body<B: RequestBody>(
     sender: Option<&Sender>,
 ) -> Answer {
     let mut held = edge.budget.hold();
+    let trace = edge.traces.of_headers(request.headers());
     let body = json_body(request, PUBLISH_BODY, &mut held).await?;
-    let publish = parse_publish(&body, &edge.limits.get())?;
+    let publish = Publish { trace, ..parse_publish(&body, &edge.limits.get())? };
     // A large payload is a slice of the body; nothing else may keep the body alive.
     drop(body);
     Ok(published(&edge.publish(publish, sender).await?))
@@ -232,8 +235,11 @@ async fn batch_of(
         return Err(refuse(503, "too many batches are under way: send this one again"));
     };
     let mut held = edge.budget.hold();
+    let trace = edge.traces.of_headers(request.headers());
     let body = json_body(request, BATCH_BODY, &mut held).await?;
+    let traced = |publish| Publish { trace: trace.clone(), ..publish };
     let items = parse_batch(&body, &edge.limits.get())?;
+    let items: Vec<_> = items.into_iter().map(|item| item.map(traced)).collect();
     let mut results = Vec::with_capacity(items.len());
     for part in parts(addressed(edge, items, sender).await) {
         let deadline = Instant::now() + PUBLISH_DEADLINE;
@@ -392,6 +398,7 @@ fn status_of_message(message: &Message, report: &UserReport, now: Millis) -> Sta
         accepted_at: message.accepted_at.rfc3339(),
         expires_at: message.expires_at.rfc3339(),
         event: message.event.as_ref().map(|event| event.as_str().to_owned()),
+        traceparent: message.trace.as_ref().map(ToString::to_string),
         via: message.topic().map(|topic| topic.as_str().to_owned()),
         state: state.to_owned(),
         devices: devices.into_values().collect(),

@@ -21,6 +21,7 @@ mod serve;
 mod start;
 mod stores;
 mod topics_http;
+mod traces;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, EventName, Message, MessageId, Seq, UserId};
+use crate::trace::TraceParent;
 
 /// An adapter under test: all three ports.
 pub trait Adapter: Inbox + Janitor + Topics {}
@@ -48,6 +49,7 @@ pub async fn suite(bench: &Bench) {
     a_batch_keeps_its_order_and_its_users_apart(bench).await;
     a_repeat_is_stored_once_and_a_conflict_is_told(bench).await;
     an_event_comes_back_and_another_one_is_a_conflict(bench).await;
+    a_trace_comes_back_and_makes_no_conflict(bench).await;
     a_device_that_begins_has_a_cursor_also_at_zero(bench).await;
     an_expired_original_gives_up_its_id(bench).await;
     pages_are_cut_by_count_and_by_bytes(bench).await;
@@ -90,6 +92,7 @@ impl Bench {
     fn message(&self, name: &str, id: &str, payload: &str, ttl_s: u64) -> Append {
         let now = self.clock.now();
         Append {
+            trace: None,
             user: user(name),
             id: MessageId::parse(id).unwrap(),
             deduplicated: false,
@@ -216,6 +219,29 @@ async fn an_event_comes_back_and_another_one_is_a_conflict(bench: &Bench) {
     let page = bench.page("evented", Seq::BEGINNING, WIDE).await;
     assert_eq!(page.messages[0].event, event("order.paid"));
     assert_eq!(page.messages[0].payload, "1");
+}
+
+async fn a_trace_comes_back_and_makes_no_conflict(bench: &Bench) {
+    let trace = |digit: &str| {
+        let text = format!("00-{}-{}-01", digit.repeat(32), digit.repeat(16));
+        TraceParent::parse(&text).map(Arc::new)
+    };
+    let traced = Append { deduplicated: true, trace: trace("a"), ..bench.message("traced", "t", "1", 5) };
+    let again = Append { trace: trace("b"), ..traced.clone() };
+    let outcomes = bench.append(vec![traced]).await;
+    let first = stored(&outcomes[0]);
+    assert_eq!(first.trace, trace("a"));
+    assert_eq!(
+        bench.append(vec![again]).await,
+        [Appended::Duplicate(first.seq)],
+        "a repeat has its own trace"
+    );
+    bench.put("traced", "2", DAY_S).await;
+    let page = bench.page("traced", Seq::BEGINNING, WIDE).await;
+    let traces: Vec<_> = page.messages.iter().map(|message| message.trace.clone()).collect();
+    assert_eq!(traces, [trace("a"), None]);
+    let found = bench.inbox.stored(user("traced"), Sought::At(first.seq)).await.unwrap();
+    assert_eq!(found.unwrap().trace, trace("a"));
 }
 
 async fn a_device_that_begins_has_a_cursor_also_at_zero(bench: &Bench) {

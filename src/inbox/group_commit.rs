@@ -334,6 +334,7 @@ mod tests {
     fn append(id: &str, payload: &'static str) -> Append {
         let now = Clock::system().now();
         Append {
+            trace: None,
             user: UserId::parse("alice").unwrap(),
             id: MessageId::parse(id).unwrap(),
             deduplicated: true,

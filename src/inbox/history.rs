@@ -123,6 +123,7 @@ mod tests {
         let inbox: Arc<dyn Inbox> = Arc::new(MemoryInbox::new(Clock::standing(NOW)));
         let user = UserId::parse("alice").unwrap();
         let append = |(n, (bytes, ttl_s)): (usize, &(usize, u64))| Append {
+            trace: None,
             user: user.clone(),
             id: MessageId::parse(&n.to_string()).unwrap(),
             deduplicated: false,

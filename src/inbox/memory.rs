@@ -75,6 +75,7 @@ impl MemoryInbox {
                 expires_at: item.expires_at,
                 event: item.event,
                 via: item.via,
+                trace: item.trace,
                 payload: item.payload,
             };
             if item.deduplicated {

@@ -46,6 +46,7 @@ pub use lookup::PositionLookup;
 pub use topics::Topics;
 
 use crate::message::{DeviceId, EventName, LogId, Message, MessageId, Millis, Seq, UserId, Via};
+use crate::trace::TraceParent;
 
 /// Cursors kept per user. The longest unused one is dropped (docs/design.md, section 11).
 pub const DEVICES_PER_USER: usize = 64;
@@ -145,6 +146,8 @@ pub struct Append {
     pub event: Option<EventName>,
     /// What a topic has to do with it, if one has.
     pub via: Option<Arc<Via>>,
+    /// The trace that the message belongs to, if its sender named one.
+    pub trace: Option<Arc<TraceParent>>,
     /// Valid JSON text.
     pub payload: Bytes,
 }

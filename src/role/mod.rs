@@ -14,7 +14,8 @@ pub mod witness;
 
 use tower::util::BoxCloneSyncService;
 
-use crate::message::{Millis, NodeId};
+use crate::message::{Message, Millis, NodeId};
+use crate::trace::TraceParent;
 use crate::wire::peer::{
     DispatchRequest, DispatchResponse, Identity, PeerError, PushRequest, PushResponse, VerifyRequest,
 };
@@ -36,6 +37,11 @@ pub type PushService = BoxCloneSyncService<PushRequest, PushResponse, PeerError>
 /// # Errors
 ///
 /// `iat` is more than [`IAT_AHEAD_MAX_S`] in the future.
+/// The trace of a message in a log line, if it has one.
+fn shown(message: &Message) -> Option<tracing::field::DisplayValue<&TraceParent>> {
+    message.trace.as_deref().map(tracing::field::display)
+}
+
 fn issued_at_s(iat: Option<u64>, now: Millis) -> Result<u64, &'static str> {
     let iat = iat.unwrap_or(0);
     if iat > now.seconds().saturating_add(IAT_AHEAD_MAX_S) {

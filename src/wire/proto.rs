@@ -8,6 +8,7 @@ use crate::message::{
     ClientName, DeviceId, EventName, LogEntry, LogId, Message, MessageId, Millis, NodeId, Seq, TopicName,
     UserId, Via,
 };
+use crate::trace::TraceParent;
 
 /// Messages between roles, from `proto/peer.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
@@ -51,6 +52,7 @@ impl From<&LiveMessage> for peer::Live {
             expires_at_ms: message.expires_at.0,
             event: message.event.as_ref().map(|event| event.as_str().to_owned()),
             via: message.topic().map(|topic| topic.as_str().to_owned()),
+            traceparent: trace_text(message),
             payload: message.payload.clone(),
         }
     }
@@ -71,10 +73,20 @@ impl TryFrom<peer::Live> for LiveMessage {
                 .map(|topic| TopicName::parse(&topic).map(|topic| Arc::new(Via::Inbox(topic))))
                 .transpose()
                 .map_err(|_| ProtoError("via"))?,
+            trace: trace_of(live.traceparent),
             payload: live.payload,
         };
         Ok(Self { user: user_of(&live.user)?, message: Arc::new(message) })
     }
+}
+
+fn trace_text(message: &Message) -> Option<String> {
+    message.trace.as_ref().map(ToString::to_string)
+}
+
+/// A trace is only passed on: one that cannot be read is worth no message.
+fn trace_of(text: Option<String>) -> Option<Arc<TraceParent>> {
+    text.as_deref().and_then(TraceParent::parse).map(Arc::new)
 }
 
 fn event_of(event: Option<String>) -> Result<Option<EventName>, ProtoError> {
@@ -115,6 +127,7 @@ impl From<&LogHint> for peer::Hint {
                         event: message.event.as_ref().map(|event| event.as_str().to_owned()),
                         life: entry.life,
                         except: entry.except.iter().map(|user| user.as_str().to_owned()).collect(),
+                        traceparent: trace_text(message),
                     })
                 }
                 LogHint::Memberships(users) => About::Memberships(peer::Users {
@@ -141,6 +154,7 @@ impl TryFrom<peer::Hint> for LogHint {
                     expires_at: Millis(sent.expires_at_ms),
                     event: event_of(sent.event)?,
                     via: Some(Arc::new(Via::Log(LogEntry { life: sent.life, except }))),
+                    trace: trace_of(sent.traceparent),
                     payload: sent.payload,
                 };
                 let log = sent.log.ok_or(ProtoError("log"))?.try_into()?;
@@ -250,6 +264,7 @@ mod tests {
                 expires_at: Millis(u64::MAX),
                 event: None,
                 via: Some(Arc::new(Via::Inbox(TopicName::parse("match-7").unwrap()))),
+                trace: TraceParent::parse("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01").map(Arc::new),
                 payload: Bytes::from(payload),
             };
             let live = LiveMessage { user: UserId::parse(&user).unwrap(), message: Arc::new(message) };

@@ -38,5 +38,6 @@ mod status;
 mod tokens;
 mod topic_store;
 mod topics;
+mod traces;
 mod versions;
 mod watching;

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 /// Each room with the rooms that it may know. `app` and `main` may know all.
 const MAY_KNOW: &[(&str, &[&str])] = &[
-    // Tier 0: pure. `message`, `topic`, `watching`, `backoff` and most of `wire` are the crate
-    // `ringpush-protocol`.
+    // Tier 0: pure. `message`, `topic`, `trace`, `watching`, `backoff` and most of `wire` are the
+    // crate `ringpush-protocol`.
     ("ring", &[]),
     ("redis_url", &[]),
-    ("wire", &["message"]),
+    ("wire", &["message", "trace"]),
     ("secret", &[]),
     ("ticket", &["message", "watching", "secret"]),
     ("peer_proof", &["message", "secret"]),
@@ -22,7 +22,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("tasks", &[]),
     ("membership", &["message", "ring", "clock", "backoff", "wire", "transport", "peer_proof"]),
     ("fallback", &["message", "clock", "backoff", "transport"]),
-    ("inbox", &["message", "topic", "clock", "backoff", "tasks"]),
+    ("inbox", &["message", "topic", "trace", "clock", "backoff", "tasks"]),
     ("transport", &["wire", "redis_url"]),
     // Tier 2: what should happen. A role knows users, not sockets: it does not know transport.
     (
@@ -30,6 +30,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
         &[
             "message",
             "topic",
+            "trace",
             "watching",
             "ring",
             "backoff",

@@ -74,6 +74,7 @@ fn batches() -> Vec<Vec<LiveMessage>> {
     let live = |n: usize| LiveMessage {
         user: UserId::parse(&format!("user-{n:08}")).unwrap(),
         message: Arc::new(Message {
+            trace: None,
             seq: Seq::at(1_795_380_000_000),
             id: MessageId::parse("01K0000000000000000000000").unwrap(),
             accepted_at: Millis(1_795_380_000_000),

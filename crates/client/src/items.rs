@@ -28,6 +28,8 @@ pub struct Message {
     pub expires_at: String,
     /// Whether it was sent as it came, and not from the backlog.
     pub live: bool,
+    /// The trace that it belongs to, if its sender named one (W3C Trace Context).
+    pub traceparent: Option<String>,
 }
 
 impl Message {
@@ -41,10 +43,10 @@ impl Message {
     }
 
     pub(crate) fn new(frame: MessageFrame, live: bool) -> Self {
-        let MessageFrame { seq, id, event, via, accepted_at, expires_at, payload, of } = frame;
+        let MessageFrame { seq, id, event, via, accepted_at, expires_at, payload, of, traceparent } = frame;
         let in_log = !of.is_inbox();
         let topic = via.or(name_of(&of));
-        Self { seq, id, event, topic, in_log, payload, accepted_at, expires_at, live }
+        Self { seq, id, event, topic, in_log, payload, accepted_at, expires_at, live, traceparent }
     }
 }
 

@@ -12,6 +12,7 @@ pub use client::{
 };
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
@@ -348,6 +349,10 @@ fn put_message_fields(out: &mut BytesMut, message: &Message) {
         out.put_slice(topic.as_str().as_bytes());
         out.put_u8(b'"');
     }
+    if let Some(trace) = &message.trace {
+        // Memory takes every text.
+        let _ = write!(out, r#","traceparent":"{trace}""#);
+    }
     out.put_slice(br#","accepted_at":""#);
     message.accepted_at.put_rfc3339(out);
     out.put_slice(br#"","expires_at":""#);
@@ -391,6 +396,9 @@ pub struct MessageFrame {
     /// The log in which it stands.
     #[serde(flatten)]
     pub of: OfLog,
+    /// The trace that it belongs to, if its sender named one.
+    #[serde(default)]
+    pub traceparent: Option<String>,
     /// When it was accepted, RFC 3339.
     pub accepted_at: String,
     /// When it expires, RFC 3339.

@@ -32,4 +32,5 @@ pub mod message;
 pub mod refusal;
 pub mod rest;
 pub mod topic;
+pub mod trace;
 pub mod watching;

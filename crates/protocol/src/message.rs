@@ -7,6 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::trace::TraceParent;
 use bytes::{Bytes, BytesMut};
 use jiff::fmt::temporal::DateTimePrinter;
 use smol_str::SmolStr;
@@ -291,6 +292,8 @@ pub struct Message {
     /// What a topic has to do with it; `None` if the message was sent to the user. Shared, because
     /// nearly all messages have none: it takes 8 bytes.
     pub via: Option<Arc<Via>>,
+    /// The trace that it belongs to, if its sender named one.
+    pub trace: Option<Arc<TraceParent>>,
     /// Valid JSON text.
     pub payload: Bytes,
 }

@@ -117,6 +117,9 @@ pub struct StatusResponse {
     /// What it tells, if its sender named that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub event: Option<String>,
+    /// The trace that it belongs to, if its sender named one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
     /// The topic by which it came, if it came by one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub via: Option<String>,

@@ -62,6 +62,9 @@ impl Store {
             let message = item.numbered(seq);
             put_message(&mut value, &message, fence.is_some());
             pending.insert(&self.messages, &*key, &*value);
+            if let Some(trace) = &message.trace {
+                pending.insert(&self.traces, &*key, trace.to_bytes());
+            }
             if let Some((key, digest)) = fence {
                 let fence = Fence { seq: message.seq, expires_at: message.expires_at, digest };
                 pending.insert(&self.fences, &*key, fence.encode());

@@ -5,7 +5,7 @@ use fjall::{PersistMode, Readable, Snapshot};
 
 use super::super::{InboxError, PASSED_OVER, fence_of};
 use super::records::{
-    Cursor, decode, device_of, fence_key, head_key, message_key, prefix, seq_of, unreadable, user_of,
+    Cursor, Decoded, decode, device_of, fence_key, head_key, message_key, prefix, seq_of, unreadable, user_of,
 };
 use super::{JANITOR_BATCH, Store};
 use crate::message::{Millis, UserId};
@@ -86,6 +86,9 @@ impl Store {
         pending.insert(&self.heads, head_key(user), head.encode());
         for expired in &run {
             pending.remove(&self.messages, message_key(user, expired.seq));
+            if expired.is_traced {
+                pending.remove(&self.traces, message_key(user, expired.seq));
+            }
             if let Some(fence) = &expired.fence {
                 let key = fence_key(user, fence);
                 if self.fence(&snapshot, &key)?.is_some_and(|fence| fence.seq.get() == expired.seq) {
@@ -108,8 +111,10 @@ impl Store {
         for entry in snapshot.prefix(&self.messages, prefix(user)).take(JANITOR_BATCH + PASSED_OVER) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
             let seq = seq_of(&key)?;
-            let Ok((message, deduplicated)) = decode(seq, Bytes::copy_from_slice(&value)) else {
-                run.push(Expired { seq, fence: None });
+            let Ok(Decoded { message, deduplicated, is_traced }) =
+                decode(seq, Bytes::copy_from_slice(&value))
+            else {
+                run.push(Expired { seq, fence: None, is_traced: true });
                 if matches!(over, Over::Upto(last) if seq <= last) {
                     upto = run.len();
                 }
@@ -123,7 +128,7 @@ impl Store {
                 break;
             }
             let fence = deduplicated.then(|| fence_of(message.via.as_deref(), &message.id));
-            run.push(Expired { seq, fence });
+            run.push(Expired { seq, fence, is_traced });
             upto = run.len();
         }
         run.truncate(upto);
@@ -175,4 +180,6 @@ struct Expired {
     seq: u64,
     /// Its idempotency key, if it has one.
     fence: Option<String>,
+    /// It may belong to a trace.
+    is_traced: bool,
 }

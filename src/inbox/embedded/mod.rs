@@ -24,6 +24,9 @@
 //! The logs of topics have keyspaces of their own for messages, heads and fences, of the same form,
 //! and a writer's lock of their own ([`EmbeddedInbox::logs`]): an inbox never waits for a log.
 //!
+//! The traces that messages belong to stand in keyspaces of their own, under the key of the
+//! message: an earlier version reads the messages without them.
+//!
 //! The hash is only for speed. fjall keeps the first four bytes of a key beside its pointer, and
 //! names of users begin alike; without the hash every comparison in the memtable went to memory
 //! (docs/benchmarks/log.md).
@@ -84,6 +87,8 @@ const TOPIC_KEYSPACES: [&str; 3] = ["topics.1", "topic_members.1", "user_topics.
 const LOG_KEYSPACES: [&str; 3] = ["topic_messages.1", "topic_heads.1", "topic_fences.1"];
 /// The keyspaces of what users have to do with logs.
 const LOG_USER_KEYSPACES: [&str; 2] = ["user_changes.1", "log_positions.1"];
+/// The keyspaces of traces, of messages in inboxes and in logs.
+const TRACE_KEYSPACES: [&str; 2] = ["traces.1", "topic_traces.1"];
 /// A keyspace of the first layout.
 const EARLIER: &str = "messages";
 /// A sync takes a fifth of a millisecond and ten wake-ups, for one message as for many
@@ -118,6 +123,7 @@ struct Store {
     messages: Keyspace,
     heads: Keyspace,
     fences: Keyspace,
+    traces: Keyspace,
     cursors: Keyspace,
     topics: Keyspace,
     topic_members: Keyspace,
@@ -144,6 +150,7 @@ impl Store {
             messages: keyspace(messages)?,
             heads: keyspace(heads)?,
             fences: keyspace(fences)?,
+            traces: keyspace(TRACE_KEYSPACES[1])?,
             cursors: self.cursors.clone(),
             topics: self.topics.clone(),
             topic_members: self.topic_members.clone(),
@@ -243,6 +250,7 @@ impl EmbeddedInbox {
                 messages: keyspace(messages)?,
                 heads: keyspace(heads)?,
                 fences: keyspace(fences)?,
+                traces: keyspace(TRACE_KEYSPACES[0])?,
                 cursors: keyspace(cursors)?,
                 topics: keyspace(topics)?,
                 topic_members: keyspace(topic_members)?,
@@ -295,7 +303,8 @@ impl EmbeddedInbox {
                 &*self.store;
             let of_users = [cursors, topics, topic_members, user_topics, user_changes, log_positions];
             let stores = [Some(&self.store), self.logs.as_ref()].into_iter().flatten();
-            let of_messages = stores.flat_map(|store| [&store.messages, &store.heads, &store.fences]);
+            let of_messages =
+                stores.flat_map(|store| [&store.messages, &store.heads, &store.fences, &store.traces]);
             for keyspace in of_users.into_iter().chain(of_messages) {
                 let active = keyspace.tree.active_memtable();
                 if !held.iter().any(|one| Arc::ptr_eq(one, &active)) {

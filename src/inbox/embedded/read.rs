@@ -1,6 +1,7 @@
 //! Positions, pages and profiles; cursors and times that rise.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use fjall::{OwnedWriteBatch, PersistMode, Readable, Snapshot};
@@ -10,10 +11,12 @@ use super::super::{
     REVOCATION_AHEAD_MAX_S, Sought, StartAt, UserPosition, fence_of,
 };
 use super::records::{
-    Cursor, Head, cursor_key, decode, ended, fence_key, head_key, message_key, prefix, seq_of, unreadable,
+    Cursor, Decoded, Head, cursor_key, decode, ended, fence_key, head_key, message_key, prefix, seq_of,
+    unreadable,
 };
 use super::{ASKED_IN_A_ROW, Store};
 use crate::message::{DeviceId, Message, Millis, Seq, UserId};
+use crate::trace::TraceParent;
 
 impl Store {
     /// Looks up each position. Also returns the users that need a head record before the result may
@@ -159,11 +162,12 @@ impl Store {
                 break;
             }
             looked_at += 1;
-            let Ok((message, _)) = decode(seq, Bytes::copy_from_slice(&value)) else {
+            let Ok(decoded) = decode(seq, Bytes::copy_from_slice(&value)) else {
                 page.unreadable.push(Seq::at(seq));
                 page.upto = page.upto.max(Seq::at(seq));
                 continue;
             };
+            let message = self.traced(&snapshot, &key, decoded)?;
             let full = page.messages.len() >= limit.messages || bytes + message.payload.len() > limit.bytes;
             if full && !page.messages.is_empty() {
                 page.upto = Seq::at(message.seq.get() - 1);
@@ -188,8 +192,19 @@ impl Store {
                 None => return Ok(None),
             },
         };
-        let raw = snapshot.get(&self.messages, message_key(user, seq)).map_err(unreadable)?;
-        raw.map(|raw| decode(seq, Bytes::copy_from_slice(&raw)).map(|found| found.0)).transpose()
+        let key = message_key(user, seq);
+        let Some(raw) = snapshot.get(&self.messages, &key).map_err(unreadable)? else { return Ok(None) };
+        self.traced(&snapshot, &key, decode(seq, Bytes::copy_from_slice(&raw))?).map(Some)
+    }
+
+    /// The message with its trace, if it belongs to one.
+    fn traced(&self, snapshot: &Snapshot, key: &[u8], decoded: Decoded) -> Result<Message, InboxError> {
+        let Decoded { mut message, is_traced, .. } = decoded;
+        if is_traced {
+            let raw = snapshot.get(&self.traces, key).map_err(unreadable)?;
+            message.trace = raw.and_then(|raw| TraceParent::from_bytes(&raw)).map(Arc::new);
+        }
+        Ok(message)
     }
 
     pub(super) fn profile(&self, user: &UserId) -> Result<Profile, InboxError> {

@@ -19,8 +19,8 @@ pub(super) struct Head {
 
 impl Append {
     pub(super) fn numbered(self, seq: u64) -> Message {
-        let Self { id, accepted_at, expires_at, event, via, payload, .. } = self;
-        Message { seq: Seq::at(seq), id, accepted_at, expires_at, event, via, payload }
+        let Self { id, accepted_at, expires_at, event, via, trace, payload, .. } = self;
+        Message { seq: Seq::at(seq), id, accepted_at, expires_at, event, via, trace, payload }
     }
 }
 
@@ -103,6 +103,9 @@ const HAS_TOPIC: u8 = 4;
 /// Flag of a message in a log: the life in which it was published stands next, then the number of
 /// users who do not get it, and their names, each with its length before it.
 const IN_LOG: u8 = 8;
+/// Flag of a message that belongs to a trace, which stands in a keyspace of its own: a version that
+/// knows no traces reads the message, and leaves the flag aside.
+const HAS_TRACE: u8 = 16;
 
 /// Encodes a message into `out`, replacing its content.
 pub(super) fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bool) {
@@ -118,7 +121,8 @@ pub(super) fn put_message(out: &mut Vec<u8>, message: &Message, deduplicated: bo
         flag(deduplicated, DEDUPLICATED)
             | flag(event.is_some(), HAS_EVENT)
             | flag(topic.is_some(), HAS_TOPIC)
-            | flag(entry.is_some(), IN_LOG),
+            | flag(entry.is_some(), IN_LOG)
+            | flag(message.trace.is_some(), HAS_TRACE),
     );
     out.put_u8(u8::try_from(id.len()).unwrap_or(u8::MAX));
     out.put_slice(id);
@@ -151,7 +155,17 @@ fn put_name(out: &mut Vec<u8>, name: &str) {
     out.put_slice(name.as_bytes());
 }
 
-pub(super) fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxError> {
+/// A message as it is stored.
+pub(super) struct Decoded {
+    /// Without its trace.
+    pub(super) message: Message,
+    /// Its idempotency key is remembered.
+    pub(super) deduplicated: bool,
+    /// It belongs to a trace, which stands elsewhere.
+    pub(super) is_traced: bool,
+}
+
+pub(super) fn decode(seq: u64, mut raw: Bytes) -> Result<Decoded, InboxError> {
     if raw.len() < 19 || raw.get_u8() != MESSAGE_LAYOUT {
         return Err(corrupt("a message"));
     }
@@ -169,8 +183,9 @@ pub(super) fn decode(seq: u64, mut raw: Bytes) -> Result<(Message, bool), InboxE
     if !is_json(&raw) {
         return Err(corrupt("a payload"));
     }
-    let message = Message { seq: Seq::at(seq), id, accepted_at, expires_at, event, via, payload: raw };
-    Ok((message, flags & DEDUPLICATED != 0))
+    let (seq, trace) = (Seq::at(seq), None);
+    let message = Message { seq, id, accepted_at, expires_at, event, via, trace, payload: raw };
+    Ok(Decoded { message, deduplicated: flags & DEDUPLICATED != 0, is_traced: flags & HAS_TRACE != 0 })
 }
 
 fn take_text(raw: &mut Bytes, length: usize) -> Result<Bytes, InboxError> {

@@ -516,6 +516,7 @@ async fn acknowledge(
         expires_at: item.append.expires_at,
         event: item.append.event.clone(),
         via: item.append.via.clone(),
+        trace: item.append.trace.clone(),
         payload: item.append.payload.clone(),
     }))));
     Ok(true)

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::inbox::{Append, InboxError, is_json};
 use crate::message::{EventName, LogEntry, Message, MessageId, Millis, Seq, TopicName, UserId, Via};
+use crate::trace::TraceParent;
 
 /// The collection of head records and messages.
 pub(super) const INBOX: &str = "inbox";
@@ -49,6 +50,9 @@ pub(super) struct StoredMessage {
     /// In a log: users who do not get it.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub(super) ex: Vec<String>,
+    /// The trace that the message belongs to, if its sender named one.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(super) t: Option<Binary>,
     /// Payload.
     pub(super) p: Binary,
     /// The idempotency key; unset when it is given up.
@@ -118,6 +122,7 @@ impl StoredMessage {
             ex: entry
                 .map(|entry| entry.except.iter().map(|user| user.as_str().to_owned()).collect())
                 .unwrap_or_default(),
+            t: append.trace.as_deref().map(|trace| binary(&trace.to_bytes())),
             p: binary(&append.payload),
             f: append.deduplicated.then(|| append.fence()),
             d: append.deduplicated.then(|| binary(&append.digest())),
@@ -136,6 +141,7 @@ impl StoredMessage {
             v: None,
             l: None,
             ex: Vec::new(),
+            t: None,
             p: binary(&[]),
             f: None,
             d: None,
@@ -178,6 +184,8 @@ impl StoredMessage {
             expires_at: Millis(self.x.max(0).unsigned_abs()),
             event: self.e.map(|event| EventName::parse(&event)).transpose().map_err(|_| corrupt())?,
             via: via.map(Arc::new),
+            // What a later version may write there is not worth a message.
+            trace: self.t.and_then(|raw| TraceParent::from_bytes(&raw.bytes)).map(Arc::new),
             payload: Bytes::from(self.p.bytes),
         })
     }

@@ -14,6 +14,7 @@ use crate::inbox::WriteObserver;
 use crate::inbox::logs::log_of;
 use crate::membership::View;
 use crate::message::{Message, UserId};
+use crate::role::shown;
 use crate::telemetry::{Metrics, Timing, WAY};
 use crate::wire::peer::{DispatchRequest, LiveMessage, LogHint, ViewVersion};
 
@@ -102,7 +103,7 @@ impl WriteObserver for StoredInLogs {
         let hint = |(key, message): (UserId, Arc<Message>)| {
             let log = log_of(&key)?;
             let (id, seq) = (&message.id, message.seq);
-            tracing::debug!(target: WAY, step = 5, %log, %id, %seq, "stored in a log, and on the way to dispatch");
+            tracing::debug!(target: WAY, step = 5, %log, %id, %seq, traceparent = shown(&message), "stored in a log, and on the way to dispatch");
             Some(LogHint::Message { log, message })
         };
         self.0.hint(messages.into_iter().filter_map(hint).collect());
@@ -121,7 +122,7 @@ impl WriteObserver for HandingOn {
     fn stored(&self, messages: Vec<(UserId, Arc<Message>)>) {
         let live = |(user, message): (UserId, Arc<Message>)| {
             let (id, seq) = (&message.id, message.seq);
-            tracing::debug!(target: WAY, step = 5, %user, %id, %seq, "stored, and on the way to dispatch");
+            tracing::debug!(target: WAY, step = 5, %user, %id, %seq, traceparent = shown(&message), "stored, and on the way to dispatch");
             LiveMessage { user, message }
         };
         let dropped = self.backlog.put(messages.into_iter().map(live).collect());

@@ -13,6 +13,7 @@ use crate::inbox::group_commit::PendingReceipt;
 use crate::inbox::logs::{EVERYONES_LIFE, key};
 use crate::inbox::{Append, Receipt};
 use crate::message::{EventName, LogEntry, LogId, MessageId, Millis, Recipients, TopicName, UserId, Via};
+use crate::trace::TraceParent;
 use crate::wire::http::{FieldError, Problem, Publish, PublishError, Published, Stored, TopicOutcome};
 
 /// Deadline of a publish, after which it is answered 503. The message may be stored nevertheless; a
@@ -121,6 +122,7 @@ struct Draft {
     deduplicated: bool,
     accepted_at: Millis,
     event: Option<EventName>,
+    trace: Option<Arc<TraceParent>>,
 }
 
 /// A publish to topics.
@@ -226,6 +228,7 @@ impl Collect {
                 deduplicated: true,
                 accepted_at: self.inner.clock.now(),
                 event: publish.event,
+                trace: publish.trace,
             },
             payload: publish.payload,
             ttl_s: publish.ttl_s,
@@ -368,6 +371,7 @@ impl Collect {
             deduplicated,
             accepted_at: self.inner.clock.now(),
             event: publish.event,
+            trace: publish.trace,
         };
         let ttl_s = publish.ttl_s.unwrap_or_else(|| self.inner.limits.get().ttl_s);
         let count = publish.to.users().len();
@@ -428,6 +432,7 @@ impl Draft {
             expires_at: self.accepted_at.plus_seconds(ttl_s),
             event: self.event.clone(),
             via: via.cloned(),
+            trace: self.trace.clone(),
             payload,
         }
     }

@@ -149,6 +149,7 @@ impl Bench {
     async fn publish(&self, topics: &[&str]) -> crate::wire::http::Published {
         let mut lists = Lists::default();
         let publish = Publish {
+            trace: None,
             to: Recipients::Topics {
                 topics: topics.iter().map(|topic| LogId::Topic(name(topic))).collect(),
                 except: vec![],
@@ -184,6 +185,7 @@ async fn a_list_that_is_used_twice_in_a_request_keeps_the_server_that_it_is_of()
     let bench = replaced_after(1, &["a", "b"]).await;
     let mut lists = Lists::default();
     let publish = |topic: &str, id: &str| Publish {
+        trace: None,
         to: Recipients::Topics { topics: vec![LogId::Topic(name(topic))], except: vec![] },
         event: None,
         payload: Bytes::from_static(b"1"),

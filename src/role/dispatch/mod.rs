@@ -32,6 +32,7 @@ use crate::fallback::Fallback;
 use crate::membership::{Membership, View};
 use crate::message::{LogId, NodeId, UserId};
 use crate::ring;
+use crate::role::shown;
 use crate::tasks::raised;
 use crate::telemetry::{Metrics, WAY};
 use crate::wire::peer::{
@@ -203,7 +204,7 @@ impl Dispatch {
                 self.inner.recent.lock().owners(key, |owner| nodes.retain(|node| node != owner));
                 for node in nodes {
                     let (id, seq) = (&live.message.id, live.message.seq);
-                    tracing::debug!(target: WAY, step = 6, user = %live.user, %id, %seq, %node, "routed to where its user is displaced");
+                    tracing::debug!(target: WAY, step = 6, user = %live.user, %id, %seq, %node, traceparent = shown(&live.message), "routed to where its user is displaced");
                     by_node.entry(node).or_default().push(live.clone());
                 }
             }

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use crate::membership::View;
 use crate::message::NodeId;
 use crate::ring;
+use crate::role::shown;
 use crate::telemetry::WAY;
 use crate::wire::peer::LiveMessage;
 
@@ -120,5 +121,5 @@ impl Recent {
 }
 
 pub(super) fn note_routed(live: &LiveMessage, node: &NodeId) {
-    tracing::debug!(target: WAY, step = 6, user = %live.user, id = %live.message.id, seq = %live.message.seq, %node, "routed");
+    tracing::debug!(target: WAY, step = 6, user = %live.user, id = %live.message.id, seq = %live.message.seq, %node, traceparent = shown(&live.message), "routed");
 }

@@ -98,6 +98,7 @@ fn info(name: &str) -> NodeInfo {
 
 fn live(user: &str, seq: u64) -> LiveMessage {
     let message = Message {
+        trace: None,
         seq: Seq::at(seq),
         id: MessageId::parse("m").unwrap(),
         accepted_at: Millis(0),

@@ -64,6 +64,7 @@ use crate::inbox::logs::{EVERYONES_LIFE, is_for};
 use crate::inbox::{InboxError, PositionQuery, StartAt};
 use crate::membership::{Counts, Departure, Membership, MembershipError, Reached};
 use crate::message::{LogId, Message, NodeId, Seq, UserId};
+use crate::role::shown;
 use crate::telemetry::WAY;
 use crate::topic::Delivery;
 use crate::watching::WatchRights;
@@ -137,7 +138,7 @@ impl Node {
             let inline = few && batch.get(n + 1).is_none_or(|next| next.user != live.user);
             let feed = |handle: &SessionHandle, item| {
                 let (id, seq) = (&live.message.id, live.message.seq);
-                tracing::debug!(target: WAY, step = 7, user = %live.user, %id, %seq, device = %handle.device, "fed to a session");
+                tracing::debug!(target: WAY, step = 7, user = %live.user, %id, %seq, device = %handle.device, traceparent = shown(&live.message), "fed to a session");
                 if inline { handle.send_inline(item) } else { handle.mailbox.try_live(item) }
             };
             let item = mailbox::encoded(&live.message);

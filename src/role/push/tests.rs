@@ -319,6 +319,7 @@ impl Cluster {
     /// Stored, and nobody is told.
     async fn store(&self, user: &str, payload: &'static str) -> Arc<Message> {
         let item = Append {
+            trace: None,
             user: UserId::parse(user).unwrap(),
             id: MessageId::parse("m").unwrap(),
             deduplicated: false,

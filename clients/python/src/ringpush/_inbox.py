@@ -56,7 +56,7 @@ Token = Union[str, Callable[[TokenReason], Union[str, Awaitable[str]]]]
 class Message:
     """A message. ``topic`` is the one by which it came, ``"everyone"`` if it was sent to all users, ``None`` if it was sent to
     the user; ``live`` is false where it comes from the backlog. ``seq`` is its number in the user's inbox, or with ``in_log``
-    in the log of the topic."""
+    in the log of the topic. ``traceparent`` is the trace that its sender named, if it named one (W3C Trace Context)."""
 
     seq: int
     id: str
@@ -67,6 +67,7 @@ class Message:
     expires_at: datetime
     live: bool
     in_log: bool = False
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -886,7 +887,8 @@ def _moment(text: str) -> datetime:
 def _message(frame: dict[str, Any], live: bool) -> Message:
     name = _log_of(frame)
     return Message(frame["seq"], frame["id"], frame.get("payload"), frame.get("event"), frame.get("via") or name or None,
-                   _moment(frame["accepted_at"]), _moment(frame["expires_at"]), live, name != INBOX)
+                   _moment(frame["accepted_at"]), _moment(frame["expires_at"]), live, name != INBOX,
+                   frame.get("traceparent"))
 
 
 def _http_closed(status: int, headers: Any, body: bytes) -> _Closed:

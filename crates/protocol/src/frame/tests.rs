@@ -38,6 +38,7 @@ fn a_bad_value_in_auth_is_named() {
 
 fn message(payload: &str) -> Message {
     Message {
+        trace: None,
         event: None,
         via: None,
         seq: Seq::new(43).unwrap(),

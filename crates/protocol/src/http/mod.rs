@@ -11,6 +11,7 @@ mod topics;
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
+use std::sync::Arc;
 
 pub use problem::{FieldError, Problem};
 pub use recipients::{EXCEPT_PER_PUBLISH, TOPICS_PER_PUBLISH};
@@ -21,6 +22,7 @@ pub use requests::{TokenRequest, parse_connect, parse_token_request, parse_verif
 pub use topics::{MEMBERS_PER_CALL, MembersRequest, TopicRequest, parse_members, parse_topic};
 
 use crate::message::{EventName, MessageId, Recipients};
+use crate::trace::TraceParent;
 
 use problem::TOO_LARGE;
 use recipients::{parse_to, parse_user};
@@ -52,6 +54,8 @@ pub struct Publish {
     pub ttl_s: Option<u64>,
     /// The sender's id, if it gave one.
     pub id: Option<MessageId>,
+    /// The trace that the publish belongs to, if its sender named one in a header.
+    pub trace: Option<Arc<TraceParent>>,
 }
 
 /// Tells `null` from an absent field where `null` is a value. Elsewhere the two are the same.
@@ -126,7 +130,9 @@ pub fn parse_publish(body: &Bytes, limits: &PublishLimits) -> Result<Publish, Pr
     let id = raw.id.and_then(|raw| parse_id(raw, &mut faults));
     let event = raw.event.and_then(|raw| parse_event(raw, &mut faults));
     match (to, payload) {
-        (Some(to), Some(payload)) if faults.is_empty() => Ok(Publish { to, event, payload, ttl_s, id }),
+        (Some(to), Some(payload)) if faults.is_empty() => {
+            Ok(Publish { to, event, payload, ttl_s, id, trace: None })
+        }
         _ => Err(Problem::fields(faults)),
     }
 }

@@ -111,6 +111,7 @@ impl World {
         let except = if kind == Kind::Excepting { vec![user(0)] } else { Vec::new() };
         let life = if kind == Kind::Dead { LIFE - 1 } else { LIFE };
         Message {
+            trace: None,
             seq: Seq::at(n),
             id: MessageId::parse("m").unwrap(),
             accepted_at: Millis(0),

@@ -35,6 +35,7 @@ impl Cluster {
     /// Stored in the log, and nobody is told.
     async fn store_news(&self, life: u64) -> Seq {
         let item = Append {
+            trace: None,
             user: key(&LogId::Topic(news())),
             id: MessageId::parse("m").unwrap(),
             deduplicated: false,
