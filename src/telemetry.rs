@@ -1,12 +1,13 @@
 //! Logs, metrics and health of the process. None of them contains a token or a payload.
 
+mod audit;
 pub mod process;
 mod timings;
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
 use std::sync::atomic::AtomicI64;
-use std::sync::{Arc, LazyLock, mpsc};
+use std::sync::{Arc, LazyLock, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -16,6 +17,7 @@ pub use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tracing_subscriber::EnvFilter;
 
+pub use audit::{AUDIT, audit};
 pub use timings::{Outcome, Path, Timing, TimingBy};
 
 /// How log lines look.
@@ -38,6 +40,9 @@ const NEVER_VERBOSE: &str =
 const LOG_LINES_MAX: usize = 32_768;
 /// How long writing the last lines may take when the process ends.
 const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Takes the lines of the audit log, once logging was started.
+static AUDIT_LINES: OnceLock<LogQueue> = OnceLock::new();
 
 /// Log lines that were dropped. A process has one standard error, and so one counter.
 static LINES_DROPPED: LazyLock<Counter> = LazyLock::new(Counter::default);
@@ -129,6 +134,7 @@ pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<(Logging
         }
     };
     started.map_err(|error| anyhow::anyhow!("logging was started before: {error}"))?;
+    let _ = AUDIT_LINES.set(logging.queue.clone());
     let set = move |filter: &str| set(filter_of(filter).map_err(|error| error.to_string())?);
     Ok((logging, Box::new(set)))
 }

@@ -181,6 +181,7 @@ impl App {
                 shared.refusals.clone(),
             ),
             (shared.live.publish.clone(), Traces::register(&shared.metrics)),
+            shared.strangers.clone(),
             shared.budgets.known.clone(),
         )
     }

@@ -10,11 +10,16 @@ use axum::routing::{get, post};
 use super::edge::{
     Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, json_of, refuse, same_secret,
 };
+use super::push_http::forwarded;
 use crate::live::Live;
 use crate::message::Millis;
+use crate::message::UserId;
 use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S};
+use crate::role::strangers::Strangers;
+use crate::telemetry::audit;
 use crate::telemetry::{Credential, Refusals};
 use crate::transport::held::Held;
+use crate::transport::http::PeerAddress;
 use crate::wire::http::{Problem, TokenRequest, parse_token_request, parse_verify_request};
 use crate::wire::refusal::Refused;
 use crate::wire::rest::{TokenResponse, VerifyResponse};
@@ -23,6 +28,7 @@ use secrecy::{ExposeSecret, SecretString};
 pub(super) struct AuthEdge {
     pub(super) auth: Auth,
     pub(super) admin_key: Live<SecretString>,
+    pub(super) strangers: Strangers,
     pub(super) refusals: Refusals,
     pub(super) budgets: Budgets,
 }
@@ -67,16 +73,26 @@ async fn issue(State(edge): Edge, request: Request<Body>) -> Answer {
         edge.refusals.note(Credential::AdminKey, why);
         return Err(refuse(401, why));
     }
-    issue_body(&edge.auth, request, edge.budgets.known.hold()).await
+    let peer: Option<PeerAddress> = request.extensions().get().copied();
+    let address = peer.map(|PeerAddress(peer)| edge.strangers.address(peer, forwarded(request.headers())));
+    let (answer, user) = issue_body(&edge.auth, request, edge.budgets.known.hold()).await?;
+    let address = address.map(|at| at.to_string()).unwrap_or_default();
+    audit("issue_token", &[("key", "admin"), ("address", &address), ("user", user.as_str())]);
+    Ok(answer)
 }
 
-/// Issues a token to a caller with the admin key.
-pub(super) async fn issue_body(auth: &Auth, request: Request<Body>, mut held: Held) -> Answer {
+/// Issues a token to a caller with the admin key. Returns the answer, and for whom the token is.
+pub(super) async fn issue_body(
+    auth: &Auth,
+    request: Request<Body>,
+    mut held: Held,
+) -> Result<(Response<Body>, UserId), HttpError> {
     let body = json_body(request, SMALL_BODY, &mut held).await?;
     let TokenRequest { user, ttl_s, watch } = parse_token_request(&body, TOKEN_TTL_S)?;
     let issued = auth.issue_with(&user, ttl_s.unwrap_or(TOKEN_TTL_DEFAULT_S), watch.as_ref());
     let (token, expires_at) = issued.map_err(|fault| refuse(403, fault.to_string()))?;
-    Ok(json_of(StatusCode::OK, &TokenResponse { token, expires_at: expires_at.rfc3339() }))
+    let answer = TokenResponse { token, expires_at: expires_at.rfc3339() };
+    Ok((json_of(StatusCode::OK, &answer), user))
 }
 
 async fn jwks(State(edge): Edge) -> Response<Body> {

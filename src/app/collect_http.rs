@@ -1,5 +1,6 @@
 //! Collect over HTTP.
 
+use axum::middleware::from_fn_with_state;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +17,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 use tower::ServiceExt;
 
+use super::audit::audited;
 use super::edge::{HttpError, Routes, asset, bearer, closed, json, json_body, json_of, refuse, root};
 use super::senders::{Sender, Senders};
 use super::traces::Traces;
@@ -25,6 +27,7 @@ use crate::membership::{Counts, Membership};
 use crate::message::{DeviceId, Message, MessageId, Millis, NodeId, Recipients, Seq, UserId};
 use crate::role::collect::{Addressed, Collect, HISTORY_PAGE, Lists, PUBLISH_DEADLINE, Scope, UserReport};
 use crate::role::connect::PublicUrls;
+use crate::role::strangers::Strangers;
 use crate::transport::held::Budget;
 use crate::transport::http::{Answers, RequestBody};
 use crate::wire::http::{
@@ -60,6 +63,7 @@ pub(super) struct CollectEdge {
     pub(super) senders: Senders,
     pub(super) limits: Live<PublishLimits>,
     pub(super) traces: Traces,
+    pub(super) strangers: Strangers,
     /// The memory budget of unanswered requests.
     pub(super) budget: Budget,
     batches: Semaphore,
@@ -72,10 +76,11 @@ impl CollectEdge {
         urls: PublicUrls,
         senders: Senders,
         (limits, traces): (Live<PublishLimits>, Traces),
+        strangers: Strangers,
         budget: Budget,
     ) -> Arc<Self> {
         let batches = Semaphore::new(BATCHES_AT_ONCE);
-        Arc::new(Self { collect, membership, urls, senders, limits, traces, budget, batches })
+        Arc::new(Self { collect, membership, urls, senders, limits, traces, strangers, budget, batches })
     }
 
     /// Stores one publish of a sender; `None`: of the page of this machine.
@@ -166,6 +171,7 @@ pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
             .route("/v1/cluster", get(cluster))
             .merge(super::topics_http::routes())
             .route("/openapi.yaml", get(openapi))
+            .layer(from_fn_with_state(Arc::clone(&edge), audited))
             .with_state(edge)
             .merge(root("ringpush collect: POST /v1/messages\n")),
     )

@@ -2,6 +2,7 @@
 //! same way.
 
 mod assemble;
+mod audit;
 mod auth_http;
 mod collect_grpc;
 mod collect_http;
@@ -44,6 +45,7 @@ use crate::role::collect::Collect;
 use crate::role::connect::PublicUrls;
 use crate::role::push::{Drain, Push};
 use crate::role::reach::PeerProbe;
+use crate::role::strangers::Strangers;
 use crate::role::witness::OwnNode;
 use crate::telemetry::{Health, Metrics, Refusals};
 use crate::transport::http::HttpLimits;
@@ -115,6 +117,7 @@ struct Shared {
     /// Set if this process verifies tokens itself.
     own_auth: Option<Auth>,
     refusals: Refusals,
+    strangers: Strangers,
     budgets: Budgets,
 }
 

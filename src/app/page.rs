@@ -102,7 +102,7 @@ async fn is_development(State(page): Edge, request: Request<Body>) -> Answer {
 async fn token(State(page): Edge, request: Request<Body>) -> Answer {
     let development = allowed(page, &request)?;
     let held = development.collect.budget.hold();
-    issue_body(&development.auth, request, held).await
+    issue_body(&development.auth, request, held).await.map(|(answer, _)| answer)
 }
 
 async fn publish(State(page): Edge, request: Request<Body>) -> Answer {

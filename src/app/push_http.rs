@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::time::Duration;
+use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{RawPathParams, State};
@@ -10,7 +11,8 @@ use axum::http::header::{
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, LOCATION, ORIGIN, SEC_WEBSOCKET_VERSION, UPGRADE,
     VARY,
 };
-use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use futures_util::future::{BoxFuture, FutureExt, ready};
@@ -23,8 +25,10 @@ use crate::live::Live;
 use crate::message::{LogId, NameError, Seq, TopicName};
 use crate::role::connect::{Connect, ConnectError};
 use crate::role::push::{Admission, AdmissionError, OWN_HISTORY_PAGE, Origins, Push, SocketRequest};
+use crate::role::strangers::{Stranger, Strangers};
 use crate::telemetry::{Credential, Refusals};
 use crate::ticket::TICKET_LIFE_MS;
+use crate::transport::http::PeerAddress;
 use crate::transport::http::{ConnectionFuture, UpgradeHandler};
 use crate::transport::lazy_stream::LazyTcpStream;
 use crate::transport::websocket::{Handshake, HandshakeError, ServerSocket, handshake};
@@ -49,6 +53,7 @@ pub(super) struct PushEdge {
 pub(super) struct ConnectEdge {
     pub(super) connect: Connect,
     pub(super) origins: Live<Origins>,
+    pub(super) strangers: Strangers,
     pub(super) hint: ReconnectHint,
     pub(super) refusals: Refusals,
     pub(super) budgets: Budgets,
@@ -58,14 +63,22 @@ pub(super) struct ConnectEdge {
 
 impl ConnectEdge {
     /// Counts a refused token, and answers it.
-    fn unauthorized(&self, refused: Refused) -> HttpError {
+    fn unauthorized(&self, refused: Refused, stranger: Option<&Stranger>) -> HttpError {
         self.refusals.note(Credential::Token, &refused.detail);
-        HttpError(Problem::refused(&refused))
+        match stranger.and_then(|stranger| stranger.failed(Instant::now())) {
+            Some(after_s) => too_many(after_s),
+            None => HttpError(Problem::refused(&refused)),
+        }
     }
 
-    fn fault(&self, fault: ConnectError) -> HttpError {
+    /// The client by its address, if addresses are limited.
+    fn stranger(&self, headers: &HeaderMap, peer: Option<PeerAddress>) -> Option<Stranger> {
+        self.strangers.client(peer?.0, forwarded(headers))
+    }
+
+    fn fault(&self, fault: ConnectError, stranger: Option<&Stranger>) -> HttpError {
         match fault {
-            ConnectError::Unauthorized(refused) => self.unauthorized(refused),
+            ConnectError::Unauthorized(refused) => self.unauthorized(refused, stranger),
             ConnectError::Unavailable(why) => refuse(503, why),
         }
     }
@@ -100,7 +113,7 @@ async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -
     if request.uri().path() != SOCKET_PATH && node_in_path(request.uri().path()).is_none() {
         return not_found().await.into_response();
     }
-    match decide(&edge.push, &request).await {
+    match decide(&edge, &request).await {
         Ok((answer, admission)) => {
             let socket = ServerSocket::upgraded(upgrade, UPGRADE_DEADLINE);
             tokio::spawn(Box::pin(edge.push.serve(admission, socket)));
@@ -122,7 +135,7 @@ impl UpgradeHandler<Body> for PushEdge {
         line: LazyTcpStream,
     ) -> BoxFuture<'_, Result<ConnectionFuture, (LazyTcpStream, Response<Body>)>> {
         async move {
-            match decide(&self.push, &request).await {
+            match decide(self, &request).await {
                 Ok((answer, admission)) => {
                     let socket = ready(Some(ServerSocket::answered(line, &answer)));
                     Ok(self.push.serve(admission, socket).boxed())
@@ -135,20 +148,25 @@ impl UpgradeHandler<Body> for PushEdge {
 }
 
 /// Whether a request gets its socket. Returns the response in either case.
-async fn decide(push: &Push, request: &Request<()>) -> Result<(Handshake, Admission), Box<Response<Body>>> {
+async fn decide(
+    edge: &PushEdge,
+    request: &Request<()>,
+) -> Result<(Handshake, Admission), Box<Response<Body>>> {
     let refused = |refused: HttpError| Box::new(refused.into_response());
     let answer = match handshake(request) {
         Ok(answer) => answer,
         Err(HandshakeError::Bad(why)) => return Err(refused(refuse(400, why))),
         Err(HandshakeError::Upgrade(why)) => return Err(Box::new(upgrade_required(why))),
     };
+    let stranger = edge.connect.stranger(request.headers(), request.extensions().get().copied());
     let socket_request = SocketRequest {
         node_in_path: node_in_path(request.uri().path()),
         query: request.uri().query().unwrap_or_default(),
         origin: origin_of(request.headers()),
         bearer: bearer(request.headers()),
+        stranger: stranger.as_ref(),
     };
-    match push.admit(socket_request).await {
+    match edge.push.admit(socket_request).await {
         Ok(admission) => Ok((answer, admission)),
         Err(AdmissionError::Redirect(url)) => Err(Box::new(redirect(&url))),
         Err(rejection) => Err(refused(rejected(rejection))),
@@ -181,6 +199,7 @@ fn rejected(rejection: AdmissionError) -> HttpError {
         }
         AdmissionError::Unauthorized(refused) => HttpError(Problem::refused(&refused)),
         AdmissionError::Redirect(_) => refuse(503, "the node of this user is another one"),
+        AdmissionError::TooMany(after_s) => too_many(after_s),
         AdmissionError::BadQuery(faults) => HttpError(Problem::fields(
             faults
                 .into_iter()
@@ -188,6 +207,19 @@ fn rejected(rejection: AdmissionError) -> HttpError {
                 .collect(),
         )),
     }
+}
+
+/// The answer to an address with too many bad tokens, or too many sockets that wait for one.
+fn too_many(after_s: u32) -> HttpError {
+    let mut problem =
+        Problem::new(429, "this address has shown too many bad tokens, or has too many sockets without one");
+    problem.retry_after_s = Some(after_s);
+    HttpError(problem)
+}
+
+/// What proxies say about the client's address.
+pub(super) fn forwarded(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok())
 }
 
 async fn connect_on_push(State(edge): State<Arc<PushEdge>>, request: Request<Body>) -> Response<Body> {
@@ -249,46 +281,46 @@ async fn connect(edge: &ConnectEdge, request: Request<Body>) -> Response<Body> {
 }
 
 /// The user of the token of a request.
-async fn identify(edge: &ConnectEdge, headers: &HeaderMap) -> Result<Identity, HttpError> {
+async fn identify(
+    edge: &ConnectEdge,
+    headers: &HeaderMap,
+    stranger: Option<&Stranger>,
+) -> Result<Identity, HttpError> {
     let token = bearer(headers).filter(|token| !token.is_empty()).ok_or_else(|| {
         let why = "a token is needed: Authorization: Bearer <token>";
-        edge.unauthorized(Refused::new(RefusalReason::TokenMissing, why))
+        edge.unauthorized(Refused::new(RefusalReason::TokenMissing, why), stranger)
     })?;
-    edge.connect.verify(token).await.map_err(|fault| edge.fault(fault))
+    edge.connect.verify(token).await.map_err(|fault| edge.fault(fault, stranger))
 }
 
-async fn own_history(State(edge): State<Arc<PushEdge>>, headers: HeaderMap, uri: Uri) -> Response<Body> {
-    shown_history(&edge, &headers, &uri, Ok(None)).await
+async fn own_history(State(edge): State<Arc<PushEdge>>, request: Request<Body>) -> Response<Body> {
+    shown_history(&edge, &request.into_parts().0, Ok(None)).await
 }
 
 /// The log of a topic, for a member.
 async fn topic_history(
     State(edge): State<Arc<PushEdge>>,
     path: RawPathParams,
-    headers: HeaderMap,
-    uri: Uri,
+    request: Request<Body>,
 ) -> Response<Body> {
     let topic = path.iter().find(|(name, _)| *name == "topic").map(|(_, topic)| topic);
     let log = TopicName::parse(topic.unwrap_or_default()).map(|topic| Some(LogId::Topic(topic)));
-    shown_history(&edge, &headers, &uri, log).await
+    shown_history(&edge, &request.into_parts().0, log).await
 }
 
 /// The log of what goes to all users.
-async fn everyones_history(
-    State(edge): State<Arc<PushEdge>>,
-    headers: HeaderMap,
-    uri: Uri,
-) -> Response<Body> {
-    shown_history(&edge, &headers, &uri, Ok(Some(LogId::Everyone))).await
+async fn everyones_history(State(edge): State<Arc<PushEdge>>, request: Request<Body>) -> Response<Body> {
+    shown_history(&edge, &request.into_parts().0, Ok(Some(LogId::Everyone))).await
 }
 
 async fn shown_history(
     edge: &PushEdge,
-    headers: &HeaderMap,
-    uri: &Uri,
+    request: &Parts,
     log: Result<Option<LogId>, NameError>,
 ) -> Response<Body> {
-    let mut response = match read_history(edge, headers, uri.query().unwrap_or_default(), log).await {
+    let (headers, query) = (&request.headers, request.uri.query().unwrap_or_default());
+    let stranger = edge.connect.stranger(headers, request.extensions.get().copied());
+    let mut response = match read_history(edge, headers, query, log, stranger.as_ref()).await {
         Ok(response) => response,
         Err(refused) => refused.into_response(),
     };
@@ -302,12 +334,13 @@ async fn read_history(
     headers: &HeaderMap,
     query: &str,
     log: Result<Option<LogId>, NameError>,
+    stranger: Option<&Stranger>,
 ) -> Answer {
     check_origin(&edge.connect, headers)?;
-    let identity = identify(&edge.connect, headers).await?;
+    let identity = identify(&edge.connect, headers, stranger).await?;
     if edge.push.has_revoked(&identity.user, identity.issued_at_s).await {
         let refused = Refused::new(RefusalReason::TokenRevoked, "the token was revoked");
-        return Err(edge.connect.unauthorized(refused));
+        return Err(edge.connect.unauthorized(refused, stranger));
     }
     let (range, limit) = history_query(query)?;
     let user = &identity.user;
@@ -378,14 +411,18 @@ async fn place(edge: &ConnectEdge, request: Request<Body>) -> Answer {
     if edge.push.as_ref().is_some_and(|push| !push.takes_sockets()) {
         return Err(refuse(503, "this node is leaving; another one answers"));
     }
-    let identity = identify(edge, request.headers()).await?;
+    let peer = request.extensions().get().copied();
+    let stranger = edge.stranger(request.headers(), peer);
+    let identity = identify(edge, request.headers(), stranger.as_ref()).await?;
     let mut held = edge.budgets.known.hold();
     let device = parse_connect(&json_body(request, SMALL_BODY, &mut held).await?)?;
-    let place = edge.connect.place(identity, device).await.map_err(|fault| edge.fault(fault))?;
+    let place =
+        edge.connect.place(identity, device).await.map_err(|fault| edge.fault(fault, stranger.as_ref()))?;
     if let Some(push) = &edge.push
         && push.has_revoked(&place.user, place.token_iat_s).await
     {
-        return Err(edge.unauthorized(Refused::new(RefusalReason::TokenRevoked, "the token was revoked")));
+        let refused = Refused::new(RefusalReason::TokenRevoked, "the token was revoked");
+        return Err(edge.unauthorized(refused, stranger.as_ref()));
     }
     let hint = edge.push.as_ref().map_or(edge.hint, Push::reconnect_hint);
     let answer = ConnectResponse {

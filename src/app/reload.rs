@@ -15,18 +15,21 @@ use crate::redis_url::RedisUrl;
 use crate::role::auth::Auth;
 use crate::role::collect::{CollectLimits, KeySettings};
 use crate::role::push::{LiveLimits, Origins};
+use crate::role::strangers::StrangerRules;
 use crate::secret::SharedKeys;
+use crate::telemetry::audit;
 use crate::ticket::TicketKey;
 use crate::wire::http::PublishLimits;
 use secrecy::{ExposeSecret, SecretString};
 
 /// The keys of the configuration that are taken while the process runs.
-const TAKEN: [&str; 29] = [
+const TAKEN: [&str; 32] = [
     "collect.api_keys",
     "collect.keys",
     "collect.tls.cert",
     "collect.tls.key",
     "push.origins",
+    "push.trusted_proxies",
     "push.tls.cert",
     "push.tls.key",
     "auth.token_key",
@@ -51,6 +54,8 @@ const TAKEN: [&str; 29] = [
     "limits.sessions_per_device",
     "limits.auth_deadline_ms",
     "limits.client_frames_per_s",
+    "limits.auth_failures_per_min",
+    "limits.handshakes_per_address",
 ];
 
 /// What a running process takes anew, each where it is used. Cloned, it is the same.
@@ -60,6 +65,7 @@ pub(super) struct LiveSettings {
     pub(super) publish: Live<PublishLimits>,
     pub(super) collect: Live<CollectLimits>,
     pub(super) sessions: Arc<LiveLimits>,
+    pub(super) strangers: Live<StrangerRules>,
     pub(super) admin_key: Live<SecretString>,
     pub(super) tickets: TicketKey,
     pub(super) entries: EntryKey,
@@ -74,6 +80,7 @@ impl LiveSettings {
             publish: Live::new(config.publish),
             collect: Live::new(config.collect.clone()),
             sessions: Arc::new(LiveLimits::of(&config.push)),
+            strangers: Live::new(config.strangers.clone()),
             admin_key: Live::new(config.admin_key.clone()),
             tickets: TicketKey::derive(&secrets),
             entries: EntryKey::derive(&secrets),
@@ -86,6 +93,7 @@ impl LiveSettings {
         self.publish.set(config.publish);
         self.collect.set(config.collect.clone());
         self.sessions.take(&config.push);
+        self.strangers.set(config.strangers.clone());
         self.admin_key.set(config.admin_key.clone());
         let secrets = config.peer_secret_texts();
         self.tickets.replace(&secrets);
@@ -183,12 +191,14 @@ impl Reloader {
             let names: Vec<&str> = keys.iter().map(|key| key.name.as_str()).collect();
             tracing::info!(keys = names.join(", "), "the API keys were taken anew (collect.keys)");
             collect.senders.replace(keys.clone());
+            audit("reload_keys", &[("keys", &names.join(","))]);
         }
         self.keys = keys;
         let secrets = secrets(&config);
         for (name, digests) in &secrets {
             if self.secrets.get(name) != Some(digests) {
                 tracing::info!(key = name, valid = digests.len(), "secrets were taken anew");
+                audit("reload_keys", &[("keys", name)]);
             }
         }
         if self.secrets.get("peer.secrets") != secrets.get("peer.secrets") {
@@ -201,7 +211,7 @@ impl Reloader {
             }
             if !TAKEN.contains(name) {
                 tracing::warn!(key = name, "has changed, and is taken by a restart alone");
-            } else if name.starts_with("limits.") || *name == "push.origins" {
+            } else if name.starts_with("limits.") || ["push.origins", "push.trusted_proxies"].contains(name) {
                 tracing::info!(key = name, value, "was taken anew");
             }
         }

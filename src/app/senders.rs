@@ -85,6 +85,13 @@ impl Senders {
         Err(sender.refusal(&format!("needs the scope {right}")))
     }
 
+    /// The name of a key; `None` if it is not known.
+    pub(super) fn name_of(&self, given: Option<&str>) -> Option<String> {
+        let digest = KeySettings::digest_of(given?);
+        let all = self.all.read();
+        all.iter().find(|sender| sender.key.is_of(&digest)).map(|sender| sender.key.settings().name.clone())
+    }
+
     /// Whether a sender that was found before may still send: its key may have been taken away.
     ///
     /// # Errors

@@ -79,6 +79,7 @@ impl App {
             let edge = auth_http::AuthEdge {
                 auth: auth.clone(),
                 admin_key: shared.live.admin_key.clone(),
+                strangers: shared.strangers.clone(),
                 refusals: shared.refusals.clone(),
                 budgets: shared.budgets.clone(),
             };
@@ -146,6 +147,7 @@ pub(super) fn connect_edge(
             shared.clock.clone(),
         ),
         origins: shared.live.origins.clone(),
+        strangers: shared.strangers.clone(),
         hint: ReconnectHint { min_ms: 0, max_ms: config.push.reconnect_jitter_ms },
         refusals: shared.refusals.clone(),
         budgets: shared.budgets.clone(),

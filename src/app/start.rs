@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::role::auth::Auth;
 use crate::role::connect::PublicUrls;
 use crate::role::reach::PeerProbe;
+use crate::role::strangers::Strangers;
 use crate::telemetry::{Health, Metrics, Refusals};
 use secrecy::ExposeSecret;
 
@@ -86,6 +87,7 @@ impl Prepared {
         gauges::register(&metrics, &health, membership.views());
         let refusals = Refusals::register(&metrics);
         let tls = Tls::new(tls, &metrics, &refusals)?;
+        let strangers = Strangers::register(live.strangers.clone(), &metrics);
         let proofs = Proofs::new(live.calls.clone(), clock.clone(), refusals.clone(), tls.peer_client());
         let nodes = Arc::new(PushNodes::new(membership.views(), Arc::clone(&proofs)));
         let peer = listeners.peer.as_ref().map_or_else(String::new, |peer| advertised(&config, peer.at));
@@ -105,6 +107,7 @@ impl Prepared {
             peer: peer.into(),
             own_auth,
             refusals,
+            strangers,
             budgets: Budgets::default(),
         };
         let (_, never) = watch::channel(false);

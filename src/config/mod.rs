@@ -18,6 +18,7 @@ use crate::redis_url::RedisUrl;
 use crate::role::auth::AuthConfig;
 use crate::role::collect::CollectLimits;
 use crate::role::push::{Origins, PushLimits};
+use crate::role::strangers::StrangerRules;
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::PublishLimits;
 use secrecy::{ExposeSecret, SecretString};
@@ -93,6 +94,8 @@ pub struct Config {
     pub verify_by: VerifyBy,
     /// `auth.token_in_url`: whether a token may stand in the URL.
     pub token_in_url: bool,
+    /// Limits on clients that have not shown who they are, by address.
+    pub strangers: StrangerRules,
     /// `auth.admin_key`: the key that may issue tokens.
     pub admin_key: SecretString,
     /// `collect.api_keys`: the keys that may publish.

@@ -1,5 +1,7 @@
 //! From values to a checked configuration: ranges, and relations between keys.
 
+use ipnet::IpNet;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,6 +15,7 @@ use crate::redis_url::RedisUrl;
 use crate::role::auth::{Auth, AuthConfig};
 use crate::role::collect::{CollectLimits, LogLimits};
 use crate::role::push::{LogReadingLimits, Origins, PushLimits};
+use crate::role::strangers::StrangerRules;
 use crate::topic::TopicPatterns;
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::{PublishLimits, TTL_S};
@@ -48,6 +51,7 @@ impl Reader {
         let data_dir = PathBuf::from(self.text("data.dir"));
         let (redis_prefix, mongo_database) = (self.word("redis.prefix"), self.database());
         let peer_advertise = self.advertise();
+        let strangers = self.strangers();
         let head_trust = self.millis("limits.head_trust_ms", 50..=600_000);
         let tls = self.tls();
         let log_level = self.text("log.level");
@@ -68,6 +72,7 @@ impl Reader {
             auth,
             verify_by,
             token_in_url,
+            strangers,
             admin_key: secrets.admin_key.into(),
             api_keys: secrets.api_keys.into_iter().map(SecretString::from).collect(),
             named_keys: secrets.named_keys,
@@ -256,6 +261,31 @@ impl Reader {
             Origins::Any
         } else {
             Origins::Listed(listed.into_iter().filter(|o| o != "*").collect())
+        }
+    }
+
+    fn strangers(&mut self) -> StrangerRules {
+        let listed = self.list("push.trusted_proxies");
+        let mut proxies = Vec::with_capacity(listed.len());
+        for network in listed.iter().filter(|network| *network != "off") {
+            let one =
+                network.parse::<IpNet>().ok().or_else(|| network.parse::<IpAddr>().ok().map(IpNet::from));
+            match one {
+                Some(net) => proxies.push(net),
+                None => self.faults.push(format!(
+                    "push.trusted_proxies: {network:?} must be an address or a network, such as 10.0.0.0/8; [] says that clients \
+                     come directly"
+                )),
+            }
+        }
+        let is_off = listed.iter().any(|network| network == "off");
+        if is_off && listed.len() > 1 {
+            self.faults.push("push.trusted_proxies: \"off\" stands alone".to_owned());
+        }
+        StrangerRules {
+            proxies: (!is_off).then_some(proxies),
+            failures_per_min: self.number("limits.auth_failures_per_min", 1..=1_000_000) as u32,
+            handshakes: self.number("limits.handshakes_per_address", 1..=1_000_000) as u32,
         }
     }
 

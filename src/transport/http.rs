@@ -12,7 +12,7 @@ mod body;
 
 use std::convert::Infallible;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -139,6 +139,10 @@ impl<B> AnswerBody for B where
 {
 }
 
+/// The address of the other end of a connection: an extension of each request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerAddress(pub IpAddr);
+
 /// The whole life of a socket.
 pub type ConnectionFuture = BoxFuture<'static, ()>;
 
@@ -247,6 +251,7 @@ where
     B: AnswerBody,
 {
     let mut until = Instant::now() + server.limits.first_request;
+    let peer = stream.peer_addr().ok().map(|at| PeerAddress(at.ip()));
     let mut line = LazyTcpStream::new(stream, Vec::new());
     if let Some(tls) = &server.tls {
         let shaken = tokio::time::timeout_at(until, tls.accept(line));
@@ -270,7 +275,10 @@ where
                     line.give_back(&read);
                     (line, None)
                 }
-                Some((request, length)) => {
+                Some((mut request, length)) => {
+                    if let Some(peer) = peer {
+                        request.extensions_mut().insert(peer);
+                    }
                     let rest = read.split_off(length);
                     line.give_back(&rest);
                     match sockets.take(request, line).await {
@@ -288,7 +296,7 @@ where
         }
     };
     Some(Box::pin(async move {
-        serve_http(server, line, answer, until).await;
+        serve_http(server, line, answer, (until, peer)).await;
         drop(tracked);
     }))
 }
@@ -341,7 +349,7 @@ async fn serve_http<S, B>(
     server: Arc<Server<S, B>>,
     line: LazyTcpStream,
     answer: Option<Response<B>>,
-    until: Instant,
+    (until, peer): (Instant, Option<PeerAddress>),
 ) where
     S: Answers<B>,
     B: AnswerBody,
@@ -349,7 +357,10 @@ async fn serve_http<S, B>(
     let asked = Arc::new(AtomicBool::new(false));
     let service = hyper::service::service_fn({
         let (asked, answer, service) = (Arc::clone(&asked), Mutex::new(answer), server.service.clone());
-        move |request: Request<Incoming>| {
+        move |mut request: Request<Incoming>| {
+            if let Some(peer) = peer {
+                request.extensions_mut().insert(peer);
+            }
             let answer = if asked.swap(true, Ordering::Relaxed) { None } else { answer.lock().take() };
             match answer {
                 Some(answer) => Either::Left(ready(Ok(answer))),

@@ -35,6 +35,7 @@ mod session_options;
 mod sizes;
 mod sockets;
 mod status;
+mod strangers;
 mod tokens;
 mod topic_store;
 mod topics;

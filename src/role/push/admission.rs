@@ -15,6 +15,7 @@ use crate::clock::Clock;
 use crate::fallback::Holder;
 use crate::live::Live;
 use crate::role::connect::PublicUrls;
+use crate::role::strangers::{Stranger, Waiting};
 use crate::telemetry::{Credential, WAY};
 use crate::ticket::{Ticket, TicketError, TicketKey, UsedNonces};
 use crate::wire::address::SocketQuery;
@@ -57,6 +58,8 @@ pub struct SocketRequest<'a> {
     pub origin: Option<&'a str>,
     /// The bearer token of the `Authorization` header.
     pub bearer: Option<&'a str>,
+    /// The client by its address, if addresses are limited.
+    pub stranger: Option<&'a Stranger>,
 }
 
 /// A client that may open a socket, perhaps without a token yet.
@@ -68,6 +71,10 @@ pub struct Admission {
     pub(super) arrival: Arrival,
     /// An `auth` frame follows, whoever the client is.
     pub(super) topics_in_auth: bool,
+    /// The client by its address, if addresses are limited.
+    pub(super) stranger: Option<Stranger>,
+    /// Set while it is not known who the client is.
+    pub(super) waiting: Option<Waiting>,
 }
 
 /// The response instead of the upgrade.
@@ -83,6 +90,18 @@ pub enum AdmissionError {
     BadQuery(Vec<(&'static str, String)>),
     /// 307 to this URL, for a client that asked for it.
     Redirect(String),
+    /// 429: this address has shown too many bad tokens, or has too many sockets waiting. It may
+    /// come again after this many seconds.
+    TooMany(u32),
+}
+
+/// The same, or too many of them if the client's address has shown many bad tokens before.
+fn counted(stranger: Option<&Stranger>, error: AdmissionError) -> AdmissionError {
+    let failed = || stranger?.failed(std::time::Instant::now());
+    match error {
+        AdmissionError::Unauthorized(_) => failed().map_or(error, AdmissionError::TooMany),
+        error => error,
+    }
 }
 
 impl AdmissionError {
@@ -94,6 +113,7 @@ impl AdmissionError {
             Self::Unauthorized(_) => "unauthorized",
             Self::BadQuery(_) => "bad_query",
             Self::Redirect(_) => "redirect",
+            Self::TooMany(_) => "too_many",
         }
     }
 }
@@ -168,8 +188,15 @@ impl Admitter {
         let mut query = SocketQuery::parse(request.query).map_err(AdmissionError::BadQuery)?;
         let mut arrival = self.arrival(request.node_in_path, &query);
         let identity = match &query.ticket {
-            Some(ticket) => Some(self.redeem(ticket, &mut arrival, &mut query.options)?),
-            None => self.verify_token(&request, &query).await?,
+            Some(ticket) => self.redeem(ticket, &mut arrival, &mut query.options).map(Some),
+            None => self.verify_token(&request, &query).await,
+        };
+        let identity = identity.map_err(|error| counted(request.stranger, error))?;
+        let waiting = match request.stranger.filter(|_| identity.is_none()) {
+            Some(stranger) => {
+                Some(stranger.waits(std::time::Instant::now()).ok_or(AdmissionError::TooMany(1))?)
+            }
+            None => None,
         };
         let user = identity.as_ref().map_or("not known yet", |known| known.user.as_str());
         tracing::debug!(target: WAY, step = 1, user, node = %self.ownership.node(), "asked for a socket");
@@ -182,7 +209,8 @@ impl Admitter {
             return Err(AdmissionError::Redirect(url));
         }
         let topics_in_auth = query.topics_in_auth;
-        Ok(Admission { identity, options: query.options, arrival, topics_in_auth })
+        let stranger = request.stranger.cloned();
+        Ok(Admission { identity, options: query.options, arrival, topics_in_auth, stranger, waiting })
     }
 
     /// A client that was sent on twice, or whose path names another node, is kept until the view

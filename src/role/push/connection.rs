@@ -25,6 +25,7 @@ use super::serving::{Attached, Serving, ServingContext, Shared};
 use super::tokens::Known;
 use crate::inbox::UserPosition;
 use crate::message::Seq;
+use crate::role::strangers::Stranger;
 use crate::telemetry::{Counted, WAY};
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{AuthCredential, AuthFrame, ClientFrame, LogOptions, SessionOptions};
@@ -96,15 +97,17 @@ impl Connector {
         socket: &mut S,
         accepted_at: Instant,
     ) -> Result<Attached, End> {
-        let Admission { identity, mut options, mut arrival, topics_in_auth } = admission;
+        let Admission { identity, mut options, mut arrival, topics_in_auth, stranger, waiting } = admission;
         let known = match identity {
             Some(known) if !topics_in_auth => known,
             identity => {
                 // The client waits for the response to the handshake before it shows a token.
                 socket.flush().await?;
-                Box::pin(self.identify(socket, identity, &mut options, &mut arrival)).await?
+                let identified = Box::pin(self.identify(socket, identity, &mut options, &mut arrival)).await;
+                identified.map_err(|end| counted(stranger.as_ref(), end))?
             }
         };
+        drop(waiting);
         let SessionOptions { device, since, begin, heartbeat, window, client, logs } = options;
         let now = self.context.clock.now();
         let handle = SessionHandle::new(
@@ -208,6 +211,16 @@ impl Connector {
                 })
             }
         }
+    }
+}
+
+/// The same end, or another one if the client's address has shown many bad tokens before.
+fn counted(stranger: Option<&Stranger>, end: End) -> End {
+    match (&end, stranger) {
+        (End::Refused(_), Some(stranger)) if stranger.failed(std::time::Instant::now()).is_some() => {
+            End::close(CloseCode::RateLimited, "too many bad tokens came from this address")
+        }
+        _ => end,
     }
 }
 
