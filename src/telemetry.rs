@@ -2,6 +2,7 @@
 
 mod audit;
 pub mod process;
+mod recent;
 mod timings;
 
 use std::collections::BTreeMap;
@@ -18,6 +19,7 @@ use prometheus_client::registry::Registry;
 use tracing_subscriber::EnvFilter;
 
 pub use audit::{AUDIT, audit};
+pub use recent::Recent;
 pub use timings::{Outcome, Path, Timing, TimingBy};
 
 /// How log lines look.

@@ -480,6 +480,8 @@ pub(super) fn cluster_report(membership: &dyn Membership, urls: &PublicUrls) -> 
             displaced: held.displaced,
             delivered: held.delivered,
             moves: held.moves,
+            delivery_p50_ms: held.delays.map(|delays| delays.p50_ms),
+            delivery_p99_ms: held.delays.map(|delays| delays.p99_ms),
             url: urls.of(node),
         }
     });

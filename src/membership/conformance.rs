@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::Delays;
 use super::{
     Counts, Departure, LeaseState, Membership, MembershipError, NodeInfo, NodeState, Registration, View,
 };
@@ -95,7 +96,8 @@ async fn the_last_to_register_has_the_name(bench: &Bench) {
 
 async fn counts_never_raise_the_epoch(bench: &Bench) {
     let epoch = bench.others.views().borrow().epoch;
-    let counts = Counts { sessions: 7, displaced: 1, delivered: 12, moves: 3 };
+    let delays = Some(Delays { p50_ms: 0, p99_ms: 40 });
+    let counts = Counts { sessions: 7, displaced: 1, delivered: 12, moves: 3, delays };
     let node = info("push-1").node;
     bench.own.counts(Some((node.clone(), counts)));
     let seen = async {

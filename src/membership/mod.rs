@@ -232,6 +232,17 @@ pub struct Counts {
     pub delivered: u64,
     /// `move` frames sent since the process started.
     pub moves: u64,
+    /// How long deliveries took in the last minute; `None` if there were none.
+    pub delays: Option<Delays>,
+}
+
+/// Quantiles of the time from the acceptance of a message to its way into the socket, in ms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Delays {
+    /// Half of them took at most as long.
+    pub p50_ms: u64,
+    /// Of a hundred, 99 took at most as long.
+    pub p99_ms: u64,
 }
 
 /// Everything that membership decides, as one immutable value.

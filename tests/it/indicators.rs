@@ -107,3 +107,22 @@ async fn a_move_is_measured_until_the_session_is_gone() {
         assert_eq!(count(&server, &series).await, times, "{path}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_cluster_tells_how_long_deliveries_took_in_the_last_minute() {
+    let server = Server::start().await;
+    let node = async || server.get("/v1/cluster").await.json()["nodes"][0].clone();
+    assert!(node().await["delivery_p50_ms"].is_null());
+    let mut alice = server.connect("alice", "").await;
+    alice.caught_up().await;
+    for n in 0..20 {
+        server.publish("alice", json!(n)).await;
+        alice.until("message").await;
+    }
+    eventually("the next heartbeat tells it", async || {
+        let node = node().await;
+        let (p50, p99) = (node["delivery_p50_ms"].as_u64(), node["delivery_p99_ms"].as_u64());
+        p50.zip(p99).is_some_and(|(p50, p99)| p50 <= p99 && p99 < 20_000)
+    })
+    .await;
+}

@@ -253,6 +253,13 @@ pub struct ClusterNode {
     /// `move` frames sent since its process started.
     #[serde(default)]
     pub moves: u64,
+    /// Time from the acceptance of a message to its way into the socket, in ms: half of those of
+    /// the last minute took at most as long; `None` if there were none.
+    #[serde(default)]
+    pub delivery_p50_ms: Option<u64>,
+    /// The same for 99 of a hundred.
+    #[serde(default)]
+    pub delivery_p99_ms: Option<u64>,
     /// Its public URL.
     pub url: Option<String>,
 }

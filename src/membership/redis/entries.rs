@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::super::Delays;
 use super::super::keeper::Snapshot;
 use super::super::{Counts, Member, NodeInfo, NodeState, Outsiders};
 use crate::message::NodeId;
@@ -152,7 +153,11 @@ pub(super) fn read_entry(entry: &Reply, key: &EntryKey, look: &mut Look) -> Resu
     }
     let mut numbers = held.text().split(' ').map(|number| number.parse().unwrap_or(0).min(COUNT_MAX));
     let mut next = || numbers.next().unwrap_or(0);
-    let held = Counts { sessions: next(), displaced: next(), delivered: next(), moves: next() };
+    let (sessions, displaced, delivered, moves) = (next(), next(), next(), next());
+    let (p50, p99) = (next(), next());
+    let delays = p50.checked_sub(1).zip(p99.checked_sub(1));
+    let delays = delays.map(|(p50_ms, p99_ms)| Delays { p50_ms, p99_ms });
+    let held = Counts { sessions, displaced, delivered, moves, delays };
     let bad_weight = !WEIGHTS.contains(&stored.weight);
     if bad_weight || stored.accept_per_s > ACCEPTS_MAX {
         let (from, to) = (WEIGHTS.start(), WEIGHTS.end());

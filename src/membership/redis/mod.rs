@@ -192,8 +192,10 @@ impl Inner {
         said: &str,
         counts: Counts,
     ) -> Result<Beaten, RedisError> {
-        let Counts { sessions, displaced, delivered, moves } = counts;
-        let held = format!("{sessions} {displaced} {delivered} {moves}");
+        let Counts { sessions, displaced, delivered, moves, delays } = counts;
+        // Raised by one: an earlier version says nothing, which reads as 0.
+        let [p50, p99] = delays.map_or([0, 0], |delays| [delays.p50_ms + 1, delays.p99_ms + 1]);
+        let held = format!("{sessions} {displaced} {delivered} {moves} {p50} {p99}");
         let sent = self.clock.now().0;
         let own = [info.node.as_str(), &incarnation.to_string(), said, &held, &info.store];
         let reply = self.run(&self.keys.beat, &own).await?;

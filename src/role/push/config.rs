@@ -19,6 +19,7 @@ use crate::membership::{Membership, NodeInfo};
 use crate::role::VerifyService;
 use crate::role::connect::PublicUrls;
 use crate::role::reach::PeerProbe;
+use crate::telemetry::Recent;
 use crate::telemetry::{Health, Metrics, Path, Refusals, Timing, TimingBy};
 use crate::ticket::TicketKey;
 
@@ -180,6 +181,8 @@ pub struct PushMetrics {
     pub sockets_refused: Family<[(&'static str, &'static str); 1], Counter>,
     /// From the acceptance of a message to its way into the socket, by [`Path`].
     pub delivery: TimingBy<4>,
+    /// The same for the paths that the objective counts, in the last minute.
+    pub recent: Recent,
     /// From there to its ack, of one message per socket at a time.
     pub ack: Timing,
     /// From the acceptance of a socket to its `welcome`.
@@ -194,6 +197,7 @@ impl PushMetrics {
     pub fn register(metrics: &Metrics) -> Self {
         let delivery = "From the acceptance of a message to its way into the socket";
         let own = Self {
+            recent: Recent::default(),
             delivery: TimingBy::register(metrics, ("delivery_seconds", delivery), "path", Path::NAMES),
             ack: Timing::register(metrics, "ack_seconds", "From the socket to the ack, sampled"),
             attach: Timing::register(

@@ -47,6 +47,7 @@ mod welcome;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
+use std::time::Instant;
 
 use futures_util::future::{Ready, ready};
 use futures_util::{Sink, Stream};
@@ -62,6 +63,7 @@ use crate::fallback::Holder;
 use crate::inbox::history::{self, HistoryRange};
 use crate::inbox::logs::{EVERYONES_LIFE, is_for};
 use crate::inbox::{InboxError, PositionQuery, StartAt};
+use crate::membership::Delays;
 use crate::membership::{Counts, Departure, Membership, MembershipError, Reached};
 use crate::message::{LogId, Message, NodeId, Seq, UserId};
 use crate::role::shown;
@@ -116,12 +118,14 @@ struct Node {
 
 impl Node {
     fn counts(&self) -> Counts {
+        let delays = self.base.metrics.recent.quantiles(Instant::now(), [0.5, 0.99]);
         Counts {
             sessions: self.base.registry.len() as u64,
             displaced: self.placement.displaced.len() as u64,
             // Shared by the push nodes of one process; only development has several.
             delivered: self.base.metrics.delivered.get(),
             moves: self.base.metrics.moves.get(),
+            delays: delays.map(|[p50_ms, p99_ms]| Delays { p50_ms, p99_ms }),
         }
     }
 

@@ -9,6 +9,14 @@ use crate::message::{Millis, Seq};
 use crate::session::{Input, Output};
 use crate::telemetry::Path;
 
+/// Counts a delivery that took this many ms.
+fn observe(context: &ServingContext, path: Path, took: u64) {
+    context.metrics.delivery.at(path as usize).observe_ms(took);
+    if matches!(path, Path::Live | Path::Displaced) {
+        context.metrics.recent.observe_ms(took);
+    }
+}
+
 /// What one session measures. An idle one measures nothing.
 #[derive(Default)]
 pub(super) struct Clocks {
@@ -53,7 +61,7 @@ impl Clocks {
                 if let Some(path) = self.path {
                     // Collect's clock and this one may differ.
                     let took = now.0.saturating_sub(frame.accepted_at.0);
-                    context.metrics.delivery.at(path as usize).observe_ms(took);
+                    observe(context, path, took);
                     self.sample(frame.seq);
                 }
             }
@@ -72,7 +80,7 @@ impl Clocks {
 
     /// A message of a log was sent that was accepted at this time.
     pub(super) fn sent_of_log(&self, accepted_at: Millis, path: Path, now: Millis, context: &ServingContext) {
-        context.metrics.delivery.at(path as usize).observe_ms(now.0.saturating_sub(accepted_at.0));
+        observe(context, path, now.0.saturating_sub(accepted_at.0));
     }
 
     fn sample(&mut self, seq: Seq) {
