@@ -136,6 +136,14 @@ impl App {
             shared.nodes.here.write().insert(node, BoxCloneSyncService::new(push.clone()));
             self.pushes.push(push);
         }
+        let (displaced, pushes) = (Gauge::<i64>::default(), self.pushes.clone());
+        let shown = displaced.clone();
+        let help = "Users with a session here that another node owns";
+        shared.metrics.register(|r| r.register("displaced_users", help, shown));
+        shared.metrics.before_each_look(move || {
+            let count: u64 = pushes.iter().map(|push| push.counts().displaced).sum();
+            displaced.set(i64::try_from(count).unwrap_or(i64::MAX));
+        });
         Ok(())
     }
 

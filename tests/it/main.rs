@@ -7,6 +7,7 @@ mod wire {
     pub use ringpush::wire::proto;
 }
 
+mod alerts;
 mod broken_stores;
 mod clients;
 mod cluster;

@@ -188,7 +188,8 @@ impl Server {
     /// The options that give the next process the same addresses.
     pub fn pinned(&self) -> Options {
         let mut options = self.options.clone();
-        for role in ["push", "collect", "auth", "dispatch", "ops"] {
+        let roles = ["push", "collect", "auth", "dispatch", "ops"];
+        for role in roles.into_iter().filter(|role| !self.listening[role].is_null()) {
             options = options.with(&format!("{role}.listen"), &self.at(role));
         }
         options
