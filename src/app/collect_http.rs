@@ -173,7 +173,8 @@ pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
             .route("/openapi.yaml", get(openapi))
             .layer(from_fn_with_state(Arc::clone(&edge), audited))
             .with_state(edge)
-            .merge(root("ringpush collect: POST /v1/messages\n")),
+            .merge(super::console::routes())
+            .merge(root("ringpush collect: POST /v1/messages, the console at /console/\n")),
     )
 }
 

@@ -6,6 +6,7 @@ mod audit;
 mod auth_http;
 mod collect_grpc;
 mod collect_http;
+mod console;
 mod edge;
 mod gauges;
 mod greeting;

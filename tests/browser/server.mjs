@@ -37,9 +37,12 @@ export class Server {
         this.code = greeting.match(/^ *page +http:\S+\?code=(\S+)$/m)?.[1];
         const keys = await readFile(join(this.#data, 'dev-keys.toml'), 'utf8');
         [this.#key, this.adminKey] = ['api_key', 'admin_key'].map((name) => keys.match(new RegExp(`^${name} = "(.*)"$`, 'm'))[1]);
-        if (this.code) return;
+        // With keys of its own there is no page of development.
+        if (this.code || this.#env.RINGPUSH_COLLECT__KEYS) return;
       } catch { /* not ready yet */ }
     }
+    // Or it would keep this script alive.
+    this.#process.kill('SIGKILL');
     throw new Error('the server did not start');
   }
 

@@ -129,6 +129,12 @@ async fn the_page_works_in_a_real_browser() {
     in_chromium("page.mjs", &[("RINGPUSH_PROGRAM", program().to_owned())]).await;
 }
 
+/// The console: the cluster live, and five cases of "nothing came".
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_console_tells_why_nothing_came() {
+    in_chromium("console.mjs", &[("RINGPUSH_PROGRAM", program().to_owned())]).await;
+}
+
 /// The client library in the tabs of a browser, separate and shared: closed, killed, frozen, hidden
 /// and offline ones, and one from the back/forward cache.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
