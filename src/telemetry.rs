@@ -146,7 +146,7 @@ type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send>;
 pub type SetLogFilter = Box<dyn Fn(&str) -> Result<(), String> + Send>;
 
 fn filter_of(text: &str) -> anyhow::Result<EnvFilter> {
-    Ok(EnvFilter::try_new(format!("{text},{NEVER_VERBOSE}"))?)
+    Ok(EnvFilter::try_new(format!("{AUDIT}=info,{text},{NEVER_VERBOSE}"))?)
 }
 
 /// The target of the log lines that follow one user's messages through all processes:

@@ -137,7 +137,9 @@ function curve({ title, of, shown }) {
     }
   }
   const svg = drawn('svg', { viewBox: '0 0 300 100', preserveAspectRatio: 'none', role: 'img' });
-  const place = ([at, value]) => `${(300 - ((now - at) / KEPT_MS) * 300).toFixed(1)},${(97 - (most > 0 ? value / most : 0) * 92).toFixed(1)}`;
+  // What has been seen fills the width, until it is ten minutes.
+  const span = Math.max(now - seen[0].at, 30_000);
+  const place = ([at, value]) => `${(300 - ((now - at) / span) * 300).toFixed(1)},${(97 - (most > 0 ? value / most : 0) * 92).toFixed(1)}`;
   const latest = [];
   for (const [name, points] of lines) {
     svg.append(drawn('polyline', { class: colour(name), points: points.map(place).join(' ') }));
@@ -175,6 +177,8 @@ function showCluster(cluster) {
   state(cluster.held ? 'waiting' : 'live', cluster.held ? 'view held' : 'live');
 }
 
+let again;
+
 /** Looks at the cluster, and again, as long as there is this key. */
 async function watch(mine) {
   if (key !== mine) return;
@@ -187,7 +191,8 @@ async function watch(mine) {
     note('cluster-note', refused.message, 'bad');
     state('refused', refused.status === 0 ? 'not reached' : 'refused');
   }
-  setTimeout(() => watch(mine), LOOK_EVERY_MS);
+  clearTimeout(again);
+  again = setTimeout(() => watch(mine), LOOK_EVERY_MS);
 }
 
 // ---------------------------------------------------------------- one user
@@ -255,20 +260,27 @@ function verdictOf(user) {
   if (user.head === null) return `${user.user} never had a message. Is the name right, and was the sender answered 202? 403 names the scope that its key lacks.`;
   if (user.devices.length === 0) return `No device has ever connected as ${user.user}. Its messages wait until they expire. Is the name in the token the same?`;
   if (!user.online) return `No device of ${user.user} is online. It gets what waits when it connects.`;
-  const slow = user.devices.filter((device) => device.connected_at && device.lag > 0);
-  if (slow.length > 0) return `${user.user} is online; ${slow.map((device) => `${device.device} has not acked ${device.lag}`).join(', ')}.`;
+  const behind = user.devices.filter((device) => device.lag > 0)
+    .map((device) => `${device.device}${device.connected_at ? '' : ', which is offline,'} has not acked ${device.lag}`);
+  if (behind.length > 0) return `${user.user} is online; ${behind.join('; ')}.`;
   return `${user.user} is online and has acked everything.`;
 }
 
 const statusOf = (name, which) =>
   call('GET', `/v1/users/${encodeURIComponent(name)}/messages/${encodeURIComponent(which)}/status`).catch((refused) => refused);
 
+/** Goes up with each look and each key: an answer that comes late is not shown. */
+let turn = 0;
+
 async function look(name, which) {
+  turn += 1;
+  const mine = turn;
   note('find-note', 'looking');
   let user;
   try {
     user = await call('GET', `/v1/users/${encodeURIComponent(name)}`);
   } catch (refused) {
+    if (turn !== mine) return;
     $('found').hidden = true;
     return note('find-note', refused.message, 'bad');
   }
@@ -297,6 +309,7 @@ async function look(name, which) {
   const statuses = await Promise.all(messages.map((message) => statusOf(name, message.seq)));
   for (let n = messages.length - 1; n >= 0; n -= 1) items.push(messageItem(messages[n], statuses[n], user, false));
   if (items.length === 0) items.push(element('li', unreadable || 'None: all have expired, or there never was one. One that has expired is still found by its id for a while.'));
+  if (turn !== mine) return;
   $('verdict').textContent = verdictOf(user);
   $('devices').replaceChildren(...user.devices.map(deviceRow));
   $('messages').replaceChildren(...items);
@@ -351,6 +364,10 @@ function enter() {
 function leave(why) {
   key = null;
   seen = [];
+  turn += 1;
+  clearTimeout(again);
+  for (const id of ['nodes', 'curves', 'devices', 'messages', 'verdict']) $(id).replaceChildren();
+  delete $('found').dataset.user;
   sessionStorage.removeItem(KEY);
   for (const id of ['cluster', 'find', 'forget']) $(id).hidden = true;
   $('found').hidden = true;

@@ -43,25 +43,46 @@ fn act_of(method: &Method, path: &str) -> Option<Act> {
     Some(Act { name, subject })
 }
 
-/// Writes a line for each act that succeeded.
+/// The line of an act. One whose caller goes away before it is answered, or that is answered 503,
+/// may have been done all the same: its line says so.
+struct Line {
+    act: Act,
+    key: String,
+    address: String,
+    /// What is written if this is dropped.
+    outcome: Option<&'static str>,
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        let Some(outcome) = self.outcome else { return };
+        let mut fields = vec![("key", self.key.as_str()), ("address", &self.address), ("outcome", outcome)];
+        if let Some((kind, name)) = &self.act.subject {
+            fields.push((kind, name));
+        }
+        audit(self.act.name, &fields);
+    }
+}
+
+/// Writes a line for each act that was done, or may have been.
 pub(super) async fn audited(
     State(edge): State<Arc<CollectEdge>>,
     request: Request<Body>,
     next: Next,
 ) -> Response<Body> {
-    let Some(act) = act_of(request.method(), request.uri().path()) else { return next.run(request).await };
+    let act = act_of(request.method(), request.uri().path());
     let key = edge.senders.name_of(bearer(request.headers()));
+    let (Some(act), Some(key)) = (act, key) else { return next.run(request).await };
     let peer: Option<PeerAddress> = request.extensions().get().copied();
     let address = peer.map(|PeerAddress(peer)| edge.strangers.address(peer, forwarded(request.headers())));
+    let address = address.map(|at| at.to_string()).unwrap_or_default();
+    let mut line = Line { act, key, address, outcome: Some("unknown") };
     let response = next.run(request).await;
-    if response.status().is_success() {
-        let (key, address) = (key.unwrap_or_default(), address.map(|at| at.to_string()).unwrap_or_default());
-        let mut fields = vec![("key", key.as_str()), ("address", address.as_str())];
-        if let Some((kind, name)) = &act.subject {
-            fields.push((kind, name));
-        }
-        audit(act.name, &fields);
-    }
+    line.outcome = match response.status() {
+        status if status.is_success() => Some("done"),
+        status if status.is_server_error() => Some("unknown"),
+        _ => None,
+    };
     response
 }
 

@@ -77,7 +77,10 @@ async fn issue(State(edge): Edge, request: Request<Body>) -> Answer {
     let address = peer.map(|PeerAddress(peer)| edge.strangers.address(peer, forwarded(request.headers())));
     let (answer, user) = issue_body(&edge.auth, request, edge.budgets.known.hold()).await?;
     let address = address.map(|at| at.to_string()).unwrap_or_default();
-    audit("issue_token", &[("key", "admin"), ("address", &address), ("user", user.as_str())]);
+    audit(
+        "issue_token",
+        &[("key", "admin"), ("address", &address), ("outcome", "done"), ("user", user.as_str())],
+    );
     Ok(answer)
 }
 

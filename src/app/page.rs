@@ -25,6 +25,7 @@ use super::edge::{
 use crate::library;
 use crate::role::auth::Auth;
 use crate::role::push::Push;
+use crate::telemetry::audit;
 
 /// The header with the code; in a query it is `code`.
 const CODE: &str = "x-ringpush-code";
@@ -102,7 +103,9 @@ async fn is_development(State(page): Edge, request: Request<Body>) -> Answer {
 async fn token(State(page): Edge, request: Request<Body>) -> Answer {
     let development = allowed(page, &request)?;
     let held = development.collect.budget.hold();
-    issue_body(&development.auth, request, held).await.map(|(answer, _)| answer)
+    let (answer, user) = issue_body(&development.auth, request, held).await?;
+    audit("issue_token", &[("key", "page"), ("outcome", "done"), ("user", user.as_str())]);
+    Ok(answer)
 }
 
 async fn publish(State(page): Edge, request: Request<Body>) -> Answer {

@@ -1,5 +1,6 @@
 //! Push over HTTP: the socket, connect, and the page. Dispatch offers connect alone.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
@@ -25,6 +26,7 @@ use crate::live::Live;
 use crate::message::{LogId, NameError, Seq, TopicName};
 use crate::role::connect::{Connect, ConnectError};
 use crate::role::push::{Admission, AdmissionError, OWN_HISTORY_PAGE, Origins, Push, SocketRequest};
+use crate::role::strangers::is_guess;
 use crate::role::strangers::{Stranger, Strangers};
 use crate::telemetry::{Credential, Refusals};
 use crate::ticket::TICKET_LIFE_MS;
@@ -65,7 +67,8 @@ impl ConnectEdge {
     /// Counts a refused token, and answers it.
     fn unauthorized(&self, refused: Refused, stranger: Option<&Stranger>) -> HttpError {
         self.refusals.note(Credential::Token, &refused.detail);
-        match stranger.and_then(|stranger| stranger.failed(Instant::now())) {
+        let counted = stranger.filter(|_| is_guess(refused.reason));
+        match counted.and_then(|stranger| stranger.failed(Instant::now())) {
             Some(after_s) => too_many(after_s),
             None => HttpError(Problem::refused(&refused)),
         }
@@ -127,6 +130,10 @@ async fn socket(State(edge): State<Arc<PushEdge>>, mut request: Request<Body>) -
 impl UpgradeHandler<Body> for PushEdge {
     fn is_for(&self, path: &str) -> bool {
         path == SOCKET_PATH || node_in_path(path).is_some()
+    }
+
+    fn wants_address(&self) -> bool {
+        self.connect.strangers.are_limited()
     }
 
     fn take(
@@ -218,8 +225,9 @@ fn too_many(after_s: u32) -> HttpError {
 }
 
 /// What proxies say about the client's address.
-pub(super) fn forwarded(headers: &HeaderMap) -> impl Iterator<Item = &str> {
-    headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok())
+pub(super) fn forwarded(headers: &HeaderMap) -> impl Iterator<Item = Cow<'_, str>> {
+    // What a client wrote itself stands to the left: it must not hide what its proxy added.
+    headers.get_all("x-forwarded-for").iter().map(|value| String::from_utf8_lossy(value.as_bytes()))
 }
 
 async fn connect_on_push(State(edge): State<Arc<PushEdge>>, request: Request<Body>) -> Response<Body> {

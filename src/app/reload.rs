@@ -164,23 +164,33 @@ impl Reloader {
         }
     }
 
-    /// Does all that can fail, what changes something last.
+    /// Does all that can fail, and changes something only when nothing can fail any more.
     fn check(&mut self, mut config: Config) -> Result<Config, String> {
         // In development keys that are not configured are made.
         Keys::of(&mut config).map_err(|error| error.to_string())?;
-        let files = TlsFilesRead::of(&config, &self.parts.clock).map_err(|faults| faults.to_string())?;
-        if let (true, Some(set)) = (config.log_level != self.log_level.0, &self.log_level.1) {
-            set(&config.log_level).map_err(|why| format!("log.level: {why}"))?;
-            tracing::info!(level = config.log_level, "the level of the log was taken anew (log.level)");
+        let Parts { clock, tls, auth, .. } = &self.parts;
+        let files = TlsFilesRead::of(&config, clock, Some(tls)).map_err(|faults| faults.to_string())?;
+        let swap_tls = tls.replacement(files).map_err(|faults| faults.to_string())?;
+        let (level, set) = &self.log_level;
+        if config.log_level != *level {
+            match set {
+                Some(set) => {
+                    set(&config.log_level).map_err(|why| format!("log.level: {why}"))?;
+                    tracing::info!(
+                        level = config.log_level,
+                        "the level of the log was taken anew (log.level)"
+                    );
+                }
+                None => tracing::warn!("log.level has changed; RUST_LOG or --log-filter stands above it"),
+            }
         }
         self.log_level.0.clone_from(&config.log_level);
-        if let Some(auth) = &self.parts.auth
-            && !config.auth.token_keys.is_empty()
-        {
+        swap_tls();
+        if let Some(auth) = auth.as_ref().filter(|_| !config.auth.token_keys.is_empty()) {
+            // The keys were read once when the configuration was.
             let replaced = auth.replace_keys(&config.auth.token_keys);
             replaced.map_err(|(n, fault)| format!("{}: {fault}", config.token_key_name(n)))?;
         }
-        self.parts.tls.take(files).map_err(|faults| faults.to_string())?;
         Ok(config)
     }
 
@@ -196,7 +206,11 @@ impl Reloader {
         self.keys = keys;
         let secrets = secrets(&config);
         for (name, digests) in &secrets {
-            if self.secrets.get(name) != Some(digests) {
+            let before = self.secrets.get(name);
+            if before.is_some_and(|before| before.is_empty() != digests.is_empty()) {
+                // From own keys to those of an issuer, or back.
+                tracing::warn!(key = name, "has changed, and is taken by a restart alone");
+            } else if before != Some(digests) {
                 tracing::info!(key = name, valid = digests.len(), "secrets were taken anew");
                 audit("reload_keys", &[("keys", name)]);
             }

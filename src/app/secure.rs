@@ -1,11 +1,12 @@
 //! The TLS of this process: read at the start, and again when its files change.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use crate::clock::Clock;
-use crate::config::{Config, Faults, PeerTls, TlsFiles};
+use crate::config::{Config, Faults, PeerTls, RoleName, TlsFiles};
 use crate::telemetry::{Credential, Family, Gauge, Metrics, Refusals};
 use crate::transport::tls::{ClientTls, Identity, PeerTrust, ServerTls, TlsFault};
 
@@ -33,25 +34,31 @@ pub(super) struct TlsFilesRead {
 }
 
 impl TlsFilesRead {
-    /// Reads the files that the configuration names.
+    /// Reads the files that the configuration names and the roles of this process need. Those that
+    /// `tls` has in use are not checked again: a certificate that expires is no fault of a
+    /// configuration, which may bring the next one, or a key that must be turned.
     ///
     /// # Errors
     ///
     /// Each file that cannot be used, with its key.
-    pub(super) fn of(config: &Config, clock: &Clock) -> Result<Self, Faults> {
+    pub(super) fn of(config: &Config, clock: &Clock, tls: Option<&Tls>) -> Result<Self, Faults> {
         let mut faults = Vec::new();
         let now_s = clock.now().seconds();
-        let mut plain = |section: &str, files: &Option<TlsFiles>| {
-            let files = files.as_ref()?;
-            let read = Identity::read(&files.cert, &files.key, now_s);
+        let in_use = |section: &str| tls.and_then(|tls| tls.digest_in_use(section));
+        let mut plain = |section: &str, role: RoleName, files: &Option<TlsFiles>| {
+            let files = files.as_ref().filter(|_| config.runs(role))?;
+            let read = Identity::read(&files.cert, &files.key, now_s, in_use(section));
             read.map(|identity| Read { identity, peers: None })
                 .map_err(|fault| faults.push(named(section, &fault)))
                 .ok()
         };
-        let (push, collect) =
-            (plain("push.tls", &config.tls.push), plain("collect.tls", &config.tls.collect));
-        let peer = config.tls.peer.as_ref().and_then(|PeerTls { own, ca, name }| {
-            let identity = Identity::read(&own.cert, &own.key, now_s);
+        let push = plain("push.tls", RoleName::Push, &config.tls.push);
+        let collect = plain("collect.tls", RoleName::Collect, &config.tls.collect);
+        // Auth alone calls nobody, and is called by nobody that is a peer.
+        let is_peer = config.roles.iter().any(|role| *role != RoleName::Auth);
+        let peer = config.tls.peer.as_ref().filter(|_| is_peer);
+        let peer = peer.and_then(|PeerTls { own, ca, name }| {
+            let identity = Identity::read(&own.cert, &own.key, now_s, in_use("peer.tls"));
             let read =
                 identity.and_then(|identity| Ok(Read { identity, peers: Some(PeerTrust::read(ca, name)?) }));
             read.map_err(|fault| faults.push(named("peer.tls", &fault))).ok()
@@ -81,6 +88,8 @@ struct Inner {
     collect: Option<Use<ServerTls>>,
     peer: Option<Use<(ServerTls, ClientTls)>>,
     expiries: Family<[(&'static str, &'static str); 1], Gauge>,
+    /// The sections of which it was told that a restart alone takes them.
+    told: Mutex<BTreeSet<&'static str>>,
 }
 
 impl Tls {
@@ -112,6 +121,7 @@ impl Tls {
             collect: public("collect.tls", read.collect)?,
             peer: peer.transpose().map_err(fault("peer.tls"))?.flatten(),
             expiries: Family::default(),
+            told: Mutex::default(),
         };
         let help = "When the certificate in use expires, in seconds since 1970";
         let shown = inner.expiries.clone();
@@ -137,28 +147,89 @@ impl Tls {
         self.inner.peer.as_ref().map(|used| used.tls.1.clone())
     }
 
-    /// Takes what was read again, where it is not what is in use.
+    /// The digest of the files that are in use in this section.
+    fn digest_in_use(&self, section: &str) -> Option<[u8; 32]> {
+        let read = match section {
+            "push.tls" => self.inner.push.as_ref().map(|used| &used.read),
+            "collect.tls" => self.inner.collect.as_ref().map(|used| &used.read),
+            _ => self.inner.peer.as_ref().map(|used| &used.read),
+        };
+        read.map(|read| read.lock().identity.digest)
+    }
+
+    /// Prepares what was read again, where it is not what is in use. It is taken once the result
+    /// was called.
     ///
     /// # Errors
     ///
     /// rustls does not take it.
-    pub(super) fn take(&self, read: TlsFilesRead) -> Result<(), Faults> {
+    pub(super) fn replacement(&self, read: TlsFilesRead) -> Result<Box<dyn FnOnce()>, Faults> {
         let fault = |section: &'static str| move |fault: TlsFault| Faults(vec![named(section, &fault)]);
         let inner = &*self.inner;
-        taken("push.tls", inner.push.as_ref(), read.push, |tls, read| tls.replace(&read.identity, None))
-            .map_err(fault("push.tls"))?;
-        taken("collect.tls", inner.collect.as_ref(), read.collect, |tls, read| {
-            tls.replace(&read.identity, None)
-        })
-        .map_err(fault("collect.tls"))?;
-        taken("peer.tls", inner.peer.as_ref(), read.peer, |(server, client), read| {
-            let Some(peers) = &read.peers else { return Ok(()) };
-            server.replace(&read.identity, Some(peers))?;
-            client.replace(&read.identity, peers)
-        })
-        .map_err(fault("peer.tls"))?;
-        self.show_expiries();
-        Ok(())
+        let public = |tls: &ServerTls, read: &Read| {
+            let swap = tls.replacement(&read.identity, None)?;
+            Ok(Box::new(swap) as Box<dyn FnOnce()>)
+        };
+        let of_peers = |(server, client): &(ServerTls, ClientTls), read: &Read| {
+            let Some(peers) = &read.peers else { return Ok(Box::new(|| {}) as Box<dyn FnOnce()>) };
+            let serve = server.replacement(&read.identity, Some(peers))?;
+            let connect = client.replacement(&read.identity, peers)?;
+            Ok(Box::new(move || {
+                serve();
+                connect();
+            }) as Box<dyn FnOnce()>)
+        };
+        let prepared = [
+            self.prepared("push.tls", inner.push.as_ref(), &read.push, public).map_err(fault("push.tls"))?,
+            self.prepared("collect.tls", inner.collect.as_ref(), &read.collect, public)
+                .map_err(fault("collect.tls"))?,
+            self.prepared("peer.tls", inner.peer.as_ref(), &read.peer, of_peers)
+                .map_err(fault("peer.tls"))?,
+        ];
+        let this = self.clone();
+        Ok(Box::new(move || {
+            prepared.into_iter().flatten().for_each(|swap| swap());
+            for (used, read) in [
+                (this.inner.push.as_ref().map(|used| &used.read), read.push),
+                (this.inner.collect.as_ref().map(|used| &used.read), read.collect),
+                (this.inner.peer.as_ref().map(|used| &used.read), read.peer),
+            ] {
+                if let (Some(used), Some(read)) = (used, read) {
+                    *used.lock() = read;
+                }
+            }
+            this.show_expiries();
+        }))
+    }
+
+    /// What takes one use's files anew; `None` if they hold the same as before.
+    fn prepared<T>(
+        &self,
+        section: &'static str,
+        used: Option<&Use<T>>,
+        read: &Option<Read>,
+        replacement: impl FnOnce(&T, &Read) -> Result<Box<dyn FnOnce()>, TlsFault>,
+    ) -> Result<Option<Box<dyn FnOnce()>>, TlsFault> {
+        match (used, read) {
+            (Some(used), Some(read)) => {
+                if used.read.lock().is(read) {
+                    return Ok(None);
+                }
+                let (swap, until_s) = (replacement(&used.tls, read)?, read.identity.expires_at_s);
+                let told = "the certificate was taken anew; connections keep the one that they began with";
+                Ok(Some(Box::new(move || {
+                    swap();
+                    tracing::info!(section, until_s, "{told}");
+                })))
+            }
+            (None, None) => Ok(None),
+            _ => {
+                if self.inner.told.lock().insert(section) {
+                    tracing::warn!(section, "TLS is turned on or off by a restart alone");
+                }
+                Ok(None)
+            }
+        }
     }
 
     fn show_expiries(&self) {
@@ -175,30 +246,4 @@ impl Tls {
             }
         }
     }
-}
-
-/// Takes one use's files anew, if they hold something else.
-fn taken<T>(
-    section: &'static str,
-    used: Option<&Use<T>>,
-    read: Option<Read>,
-    replace: impl FnOnce(&T, &Read) -> Result<(), TlsFault>,
-) -> Result<(), TlsFault> {
-    match (used, read) {
-        (Some(used), Some(read)) => {
-            if !used.read.lock().is(&read) {
-                replace(&used.tls, &read)?;
-                let until_s = read.identity.expires_at_s;
-                tracing::info!(
-                    section,
-                    until_s,
-                    "the certificate was taken anew; connections keep the one that they began with"
-                );
-                *used.read.lock() = read;
-            }
-        }
-        (None, None) => {}
-        _ => tracing::warn!(section, "TLS is turned on or off by a restart alone"),
-    }
-    Ok(())
 }

@@ -54,7 +54,7 @@ impl Prepared {
         let keys = Keys::of(&mut config)?;
         let clock = Clock::system();
         let own_auth = own_auth(&config, &clock)?;
-        let tls = TlsFilesRead::of(&config, &clock)?;
+        let tls = TlsFilesRead::of(&config, &clock, None)?;
         let live = LiveSettings::of(&config);
         let mut tasks = JoinSet::new();
         // The lock of the embedded store keeps a second process from this directory, so it comes

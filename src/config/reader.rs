@@ -157,6 +157,20 @@ impl Reader {
         self.faults.push(format!("{name}_file: {name} stands beside it; give one of the two"));
     }
 
+    /// Whether one of the roles of this process uses this secret. One file of configuration may
+    /// serve all processes, and the secrets of other roles need not be there.
+    fn is_needed(&self, name: &str) -> bool {
+        let Some(toml::Value::Array(roles)) = self.values.get("node.roles") else { return true };
+        let runs = |role: &str| roles.iter().any(|one| one.as_str().is_some_and(|one| one.trim() == role));
+        match name {
+            "auth.admin_key" => runs("auth"),
+            "auth.token_key" | "auth.token_keys" => runs("auth") || runs("push") || runs("dispatch"),
+            "collect.api_keys" | "collect.keys" => runs("collect"),
+            "peer.secret" | "peer.secrets" => runs("push") || runs("collect") || runs("dispatch"),
+            _ => true,
+        }
+    }
+
     /// Reads the secrets that stand in files of their own.
     fn read_secret_files(&mut self) {
         for (name, path) in std::mem::take(&mut self.files) {
@@ -174,6 +188,7 @@ impl Reader {
             });
             match read {
                 Ok(value) => drop(self.values.insert(key.name, value)),
+                Err(_) if !self.is_needed(name) => {}
                 Err(why) => self.faults.push(format!("{name}_file: {} {why}", path.display())),
             }
         }

@@ -1,5 +1,6 @@
 //! The rules of secrets, and what is shown of the settings in use.
 
+use secrecy::ExposeSecret;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -112,6 +113,15 @@ impl Reader {
         }
         let keys: Vec<TokenKey> =
             entries.iter().enumerate().filter_map(|(n, entry)| self.listed_token_key(n, entry)).collect();
+        let is_public = |key: &TokenKey| key.key.expose_secret().trim_start().starts_with("-----BEGIN");
+        if keys.len() > 1
+            && let Some(n) = keys.iter().position(|key| key.kid.is_none() && is_public(key))
+        {
+            // Those who fetch them tell them apart by it alone.
+            self.fault_once(format!(
+                "auth.token_keys[{n}].kid: is required where a public key stands beside others"
+            ));
+        }
         let kids: Vec<&String> = keys.iter().filter_map(|key| key.kid.as_ref()).collect();
         if let Some(kid) =
             kids.iter().enumerate().find_map(|(n, kid)| kids[..n].contains(kid).then_some(*kid))

@@ -182,6 +182,7 @@ fn a_secret_may_stand_in_a_file_and_not_beside_itself() {
     let plain = format!("[auth]\nadmin_key = {other:?}");
     let config = load(&plain, &[("RINGPUSH_AUTH__ADMIN_KEY_FILE", &one)]).unwrap();
     assert_eq!(config.admin_key.expose_secret(), secret);
+    let public = file("public", include_str!("../../tests/keys/ed-public.pem"));
     let empty = file("empty", "\n");
     for (text, expected) in [
         (
@@ -203,6 +204,10 @@ fn a_secret_may_stand_in_a_file_and_not_beside_itself() {
         ("[peer]\nsecrets = [\"short\"]".to_owned(), "peer.secrets: is 5 bytes long"),
         ("[[auth.token_keys]]\nkid = \"a\"".to_owned(), "auth.token_keys[0].key: is required"),
         ("[[auth.token_keys]]\nkey = \"short\"".to_owned(), "auth.token_keys[0].key: is 5 bytes long"),
+        (
+            format!("[[auth.token_keys]]\nkey_file = {public:?}\n[[auth.token_keys]]\nkey_file = {one:?}"),
+            "auth.token_keys[0].kid: is required where a public key",
+        ),
         ("[[auth.token_keys]]\nkye = \"short\"".to_owned(), "auth.token_keys[0].kye: no such field"),
     ] {
         let said = faults(&text, &[]);

@@ -14,16 +14,30 @@ use parking_lot::Mutex;
 
 use crate::live::Live;
 use crate::telemetry::{Counter, Family, Metrics};
+use crate::wire::refusal::RefusalReason;
 
 /// The time over which bad tokens are counted.
 const WINDOW: Duration = Duration::from_secs(60);
 /// Most addresses that are remembered, about 100 bytes each: 10 MB. Beyond them an address that is
 /// not remembered is not limited.
 const ADDRESSES: usize = 100_000;
+/// Shortest time between two looks for addresses whose time is over.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
 /// Whoever has an IPv6 address has a network of this size (RFC 6177).
 const V6_PREFIX: u8 = 64;
 /// Most entries of `X-Forwarded-For` that are looked at.
 const HOPS: usize = 32;
+
+/// Whether a refused credential counts. One whose signature was good is nobody's guess: a crowd
+/// behind one address whose tokens end together must hear that, and come again. Tickets are made
+/// here for half a minute, and many are late.
+#[must_use]
+pub fn is_guess(reason: RefusalReason) -> bool {
+    !matches!(
+        reason,
+        RefusalReason::TokenExpired | RefusalReason::TokenRevoked | RefusalReason::TicketInvalid
+    )
+}
 
 /// What is configured.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -45,8 +59,16 @@ pub struct Strangers {
 
 struct Inner {
     rules: Live<StrangerRules>,
-    seen: Mutex<HashMap<IpAddr, Seen>>,
+    seen: Mutex<Table>,
     refused: Family<[(&'static str, &'static str); 1], Counter>,
+}
+
+/// What is remembered of addresses.
+#[derive(Default)]
+struct Table {
+    by_address: HashMap<IpAddr, Seen>,
+    /// When those whose time is over were last taken out because there was no room.
+    swept: Option<Instant>,
 }
 
 /// What an address did.
@@ -79,7 +101,11 @@ impl std::fmt::Debug for Strangers {
 
 /// A socket that waits for a token, until this is dropped.
 #[derive(Debug)]
-pub struct Waiting(Stranger);
+pub struct Waiting {
+    stranger: Stranger,
+    /// There was room to remember it.
+    is_counted: bool,
+}
 
 impl Strangers {
     /// Counts by `rules`.
@@ -95,11 +121,17 @@ impl Strangers {
         Self { inner: Arc::new(Inner { rules, seen: Mutex::default(), refused }) }
     }
 
+    /// Whether the limits are on.
+    #[must_use]
+    pub fn are_limited(&self) -> bool {
+        self.inner.rules.get().proxies.is_some()
+    }
+
     /// The address of the client behind `peer`: the last one in `forwarded`, which is the value of
     /// each `X-Forwarded-For` in order, that is no proxy. What a stranger says of itself does not
     /// count. With the limits off it is `peer`.
     #[must_use]
-    pub fn address<'a>(&self, peer: IpAddr, forwarded: impl Iterator<Item = &'a str>) -> IpAddr {
+    pub fn address(&self, peer: IpAddr, forwarded: impl Iterator<Item = impl AsRef<str>>) -> IpAddr {
         let rules = self.inner.rules.get();
         let Some(proxies) = rules.proxies.as_deref() else { return peer };
         let mut address = peer.to_canonical();
@@ -107,8 +139,9 @@ impl Strangers {
         if !is_proxy(address) {
             return address;
         }
-        let all: Vec<&str> = forwarded.flat_map(|value| value.split(',')).collect();
-        for hop in all.iter().rev().take(HOPS) {
+        let all: Vec<_> = forwarded.collect();
+        let hops = all.iter().rev().flat_map(|value| value.as_ref().rsplit(','));
+        for hop in hops.take(HOPS) {
             let Some(named) = address_of(hop.trim()) else { break };
             address = named.to_canonical();
             if !is_proxy(address) {
@@ -120,7 +153,7 @@ impl Strangers {
 
     /// The client to count; `None` with the limits off.
     #[must_use]
-    pub fn client<'a>(&self, peer: IpAddr, forwarded: impl Iterator<Item = &'a str>) -> Option<Stranger> {
+    pub fn client(&self, peer: IpAddr, forwarded: impl Iterator<Item = impl AsRef<str>>) -> Option<Stranger> {
         self.inner.rules.get().proxies.as_ref()?;
         let address = match self.address(peer, forwarded) {
             IpAddr::V6(address) => IpAddr::V6(ipnet::Ipv6Net::new(address, V6_PREFIX).ok()?.network()),
@@ -164,35 +197,43 @@ impl Stranger {
         let Inner { rules, seen, refused } = &*self.strangers.inner;
         let most = rules.get().handshakes;
         let mut seen = seen.lock();
+        let mut is_counted = false;
         if let Some(entry) = entry(&mut seen, self.address, now) {
             if entry.waiting >= most {
                 refused.get_or_create(&[("reason", "handshakes")]).inc();
                 return None;
             }
             entry.waiting += 1;
+            is_counted = true;
         }
-        Some(Waiting(self.clone()))
+        Some(Waiting { stranger: self.clone(), is_counted })
     }
 }
 
 /// What is remembered of an address; `None` if no more addresses can be.
-fn entry(seen: &mut HashMap<IpAddr, Seen>, address: IpAddr, now: Instant) -> Option<&mut Seen> {
-    if seen.len() >= ADDRESSES && !seen.contains_key(&address) {
-        seen.retain(|_, seen| !seen.is_over(now));
-        if seen.len() >= ADDRESSES {
+fn entry(table: &mut Table, address: IpAddr, now: Instant) -> Option<&mut Seen> {
+    let Table { by_address, swept } = table;
+    if by_address.len() >= ADDRESSES && !by_address.contains_key(&address) {
+        // A look at all of them takes a millisecond, and a crowd must not cost one each.
+        if swept.is_none_or(|at| now.saturating_duration_since(at) >= SWEEP_EVERY) {
+            *swept = Some(now);
+            by_address.retain(|_, seen| !seen.is_over(now));
+        }
+        if by_address.len() >= ADDRESSES {
             return None;
         }
     }
-    Some(seen.entry(address).or_insert(Seen { began: now, failures: 0, waiting: 0 }))
+    Some(by_address.entry(address).or_insert(Seen { began: now, failures: 0, waiting: 0 }))
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        let mut seen = self.0.strangers.inner.seen.lock();
-        if let Some(entry) = seen.get_mut(&self.0.address) {
+        let Stranger { strangers, address } = &self.stranger;
+        let mut seen = strangers.inner.seen.lock();
+        if let Some(entry) = seen.by_address.get_mut(address).filter(|_| self.is_counted) {
             entry.waiting = entry.waiting.saturating_sub(1);
             if entry.waiting == 0 && entry.failures == 0 {
-                seen.remove(&self.0.address);
+                seen.by_address.remove(address);
             }
         }
     }
@@ -224,6 +265,7 @@ mod tests {
             ("10.1.2.3", &["192.0.2.1, 203.0.113.9"], "203.0.113.9"),
             ("10.1.2.3", &["192.0.2.1", "203.0.113.9, 10.7.7.7"], "203.0.113.9"),
             ("10.1.2.3", &["192.0.2.1, rubbish"], "10.1.2.3"),
+            ("10.1.2.3", &["rubbish \u{fffd}, 203.0.113.9"], "203.0.113.9"),
             ("10.1.2.3", &[], "10.1.2.3"),
             ("10.1.2.3", &["10.9.9.9"], "10.9.9.9"),
             ("fd00::1", &["[2001:db8::7]:4711"], "2001:db8::7"),
@@ -239,7 +281,7 @@ mod tests {
     #[test]
     fn a_minute_has_room_for_some_bad_tokens() {
         let (direct, now) = (strangers(&[]), Instant::now());
-        let client = |address: &str| direct.client(ip(address), std::iter::empty()).unwrap();
+        let client = |address: &str| direct.client(ip(address), std::iter::empty::<&str>()).unwrap();
         for _ in 0..3 {
             assert_eq!(client("198.51.100.7").failed(now), None);
         }
@@ -252,34 +294,34 @@ mod tests {
         }
         assert!(client("2001:db8::4").failed(now).is_some());
         let off = Strangers::register(Live::new(StrangerRules::default()), &Metrics::default());
-        assert!(off.client(ip("198.51.100.7"), std::iter::empty()).is_none());
+        assert!(off.client(ip("198.51.100.7"), std::iter::empty::<&str>()).is_none());
     }
 
     #[test]
     fn sockets_that_wait_give_their_place_back() {
         let (direct, now) = (strangers(&[]), Instant::now());
-        let client = direct.client(ip("198.51.100.7"), std::iter::empty()).unwrap();
+        let client = direct.client(ip("198.51.100.7"), std::iter::empty::<&str>()).unwrap();
         let first = client.waits(now).unwrap();
         let _second = client.waits(now).unwrap();
         assert!(client.waits(now).is_none());
         drop(first);
         assert!(client.waits(now).is_some());
-        assert_eq!(direct.inner.seen.lock().len(), 1);
+        assert_eq!(direct.inner.seen.lock().by_address.len(), 1);
         drop(_second);
-        assert_eq!(direct.inner.seen.lock().len(), 0, "nothing is kept of whoever did nothing");
+        assert_eq!(direct.inner.seen.lock().by_address.len(), 0, "nothing is kept of whoever did nothing");
     }
 
     #[test]
     fn no_crowd_of_addresses_takes_more_memory() {
         let (direct, now) = (strangers(&[]), Instant::now());
         for n in 0..ADDRESSES as u32 + 10 {
-            let client = direct.client(IpAddr::from(n.to_be_bytes()), std::iter::empty()).unwrap();
+            let client = direct.client(IpAddr::from(n.to_be_bytes()), std::iter::empty::<&str>()).unwrap();
             assert_eq!(client.failed(now), None);
         }
-        assert_eq!(direct.inner.seen.lock().len(), ADDRESSES);
-        let client = direct.client(ip("255.1.1.1"), std::iter::empty()).unwrap();
+        assert_eq!(direct.inner.seen.lock().by_address.len(), ADDRESSES);
+        let client = direct.client(ip("255.1.1.1"), std::iter::empty::<&str>()).unwrap();
         assert_eq!(client.failed(now + WINDOW), None);
-        assert_eq!(direct.inner.seen.lock().len(), 1, "those whose minute is over make room");
+        assert_eq!(direct.inner.seen.lock().by_address.len(), 1, "those whose minute is over make room");
     }
 
     proptest! {

@@ -7,7 +7,8 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 use super::AUDIT_LINES;
 
-/// The target of the audit log: `ringpush::audit=off` in the filter of the log turns it off.
+/// The target of the audit log. A filter of the log that does not name it leaves it on:
+/// `ringpush::audit=off` turns it off.
 pub const AUDIT: &str = "ringpush::audit";
 
 /// Writes one line for an act that changes something for somebody, or that reads another's

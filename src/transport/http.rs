@@ -151,6 +151,11 @@ pub trait UpgradeHandler<B>: Send + Sync {
     /// Whether a request for this path, which has no body, is one to take over.
     fn is_for(&self, path: &str) -> bool;
 
+    /// Whether such requests need the address of the other end: it costs a call of the system.
+    fn wants_address(&self) -> bool {
+        false
+    }
+
     /// Decides about a request. Returns what runs to the end of the socket, or the connection with
     /// the response to send.
     fn take(
@@ -251,7 +256,10 @@ where
     B: AnswerBody,
 {
     let mut until = Instant::now() + server.limits.first_request;
-    let peer = stream.peer_addr().ok().map(|at| PeerAddress(at.ip()));
+    let peer = match &server.sockets {
+        Some(sockets) if !sockets.wants_address() => None,
+        _ => stream.peer_addr().ok().map(|at| PeerAddress(at.ip())),
+    };
     let mut line = LazyTcpStream::new(stream, Vec::new());
     if let Some(tls) = &server.tls {
         let shaken = tokio::time::timeout_at(until, tls.accept(line));

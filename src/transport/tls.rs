@@ -69,21 +69,24 @@ impl Identity {
     /// # Errors
     ///
     /// A file that cannot be read or holds something else, a certificate that is not valid at
-    /// `now_s`, in seconds since 1970, or that does not belong to the key.
-    pub fn read(cert: &Path, key: &Path, now_s: u64) -> Result<Self, TlsFault> {
+    /// `now_s`, in seconds since 1970, or that does not belong to the key. Files of the digest
+    /// `in_use` were checked before, and have changed nothing.
+    pub fn read(cert: &Path, key: &Path, now_s: u64, in_use: Option<[u8; 32]>) -> Result<Self, TlsFault> {
         let (cert_text, key_text) = (file("cert", cert)?, file("key", key)?);
         let chain = certificates("cert", cert, &cert_text)?;
         let times = times_of("cert", cert, &chain[0])?;
         let (from_s, expires_at_s) = times;
+        let digest = Sha256::new().chain_update(&cert_text).chain_update(&key_text).finalize().into();
+        let is_new = in_use != Some(digest);
         let shown = |s: u64| {
             humantime::format_rfc3339_seconds(std::time::UNIX_EPOCH + std::time::Duration::from_secs(s))
         };
-        if expires_at_s <= now_s {
+        if is_new && expires_at_s <= now_s {
             let rule =
                 format!("{} expired at {}: put a new certificate there", cert.display(), shown(expires_at_s));
             return Err(fault("cert", rule));
         }
-        if from_s > now_s {
+        if is_new && from_s > now_s {
             let rule = format!(
                 "{} is valid from {} on: set the clock by NTP, or wait",
                 cert.display(),
@@ -93,7 +96,6 @@ impl Identity {
         }
         let key_der = PrivateKeyDer::from_pem_slice(&key_text)
             .map_err(|_| fault("key", format!("{} holds no private key in PEM", key.display())))?;
-        let digest = Sha256::new().chain_update(&cert_text).chain_update(&key_text).finalize().into();
         let identity = Self { chain, key: Arc::new(key_der), expires_at_s, digest };
         identity.is_pair().map_err(|why| fault("key", format!("{} {why}", key.display())))?;
         Ok(identity)
@@ -209,20 +211,25 @@ impl ServerTls {
         Ok(Self { config: Arc::new(RwLock::new(Arc::new(config))), refused: Arc::new(refused) })
     }
 
-    /// Replaces what new connections are served with.
+    /// Prepares what new connections are to be served with. It is in use once the result was
+    /// called.
     ///
     /// # Errors
     ///
     /// As [`ServerTls::new`]; what is in use then stays.
-    pub fn replace(&self, identity: &Identity, peers: Option<&PeerTrust>) -> Result<(), TlsFault> {
+    pub fn replacement(
+        &self,
+        identity: &Identity,
+        peers: Option<&PeerTrust>,
+    ) -> Result<impl FnOnce() + use<>, TlsFault> {
         let mut config = server_config(identity, peers)?;
-        {
-            let before = self.config.read();
-            config.ticketer = Arc::clone(&before.ticketer);
-            config.send_tls13_tickets = before.send_tls13_tickets;
-        }
-        *self.config.write() = Arc::new(config);
-        Ok(())
+        let current = Arc::clone(&self.config);
+        Ok(move || {
+            let mut current = current.write();
+            config.ticketer = Arc::clone(&current.ticketer);
+            config.send_tls13_tickets = current.send_tls13_tickets;
+            *current = Arc::new(config);
+        })
     }
 
     /// Makes the handshake. A client that speaks HTTP without TLS is told so.
@@ -342,14 +349,18 @@ impl ClientTls {
         Ok(Self { current: Arc::new(RwLock::new(client_config(identity, peers)?)) })
     }
 
-    /// Replaces what new connections are made with.
+    /// Prepares what new connections are to be made with. It is in use once the result was called.
     ///
     /// # Errors
     ///
     /// As [`ClientTls::new`]; what is in use then stays.
-    pub fn replace(&self, identity: &Identity, peers: &PeerTrust) -> Result<(), TlsFault> {
-        *self.current.write() = client_config(identity, peers)?;
-        Ok(())
+    pub fn replacement(
+        &self,
+        identity: &Identity,
+        peers: &PeerTrust,
+    ) -> Result<impl FnOnce() + use<>, TlsFault> {
+        let (config, current) = (client_config(identity, peers)?, Arc::clone(&self.current));
+        Ok(move || *current.write() = config)
     }
 
     /// Makes the handshake on a connection to a peer.

@@ -145,7 +145,8 @@ const steps = {
     await client('dora', 'desktop');
     await wasHere('dora', 'phone');
     const seq = await publish('dora');
-    const { messages } = await until(page, 'dora', String(seq), ({ messages }) => messages[0]?.includes('not on phone'));
+    const { messages, verdict } = await until(page, 'dora', String(seq), ({ messages }) => messages[0]?.includes('not on phone'));
+    assert.match(verdict, /dora is online; phone, which is offline, has not acked 1\./);
     assert.match(messages[0], /acked on desktop, not on phone.*phone: offline/);
   },
 

@@ -11,6 +11,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 
+use ringpush::transport::tls::Identity;
 use ringpush_testing::certificates::{Authority, Pair, dial};
 use ringpush_testing::foreign::{Foreign, ReplicaSet, redis};
 use ringpush_testing::{
@@ -109,6 +110,34 @@ async fn sockets_and_publishes_go_over_tls_and_nothing_else_does() {
     assert!(dial(stranger.client(None, &[&TLS13]), &server.at("push"), "localhost").await.is_err());
     let expires = server.metric("ringpush_certificate_expiry_timestamp_seconds{use=\"push\"}").await;
     assert_eq!(expires, 4_070_908_800.0, "2099-01-01");
+}
+
+/// One file of configuration may serve all processes: what another role needs must not be there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_of_other_roles_need_not_be_there() {
+    let nowhere = "/no/such/file";
+    let redis = redis(&[]).await;
+    let mut options = Options::registered_in(&format!("redis://127.0.0.1:{}", redis.port));
+    options.environment.retain(|(name, _)| !name.ends_with("PEER__SECRET") && !name.ends_with("API_KEYS"));
+    for key in ["push.tls.cert", "push.tls.key", "collect.tls.cert", "collect.tls.key", "peer.secret_file"] {
+        options = options.with(key, nowhere);
+    }
+    let server =
+        Server::with(options.with("collect.api_keys_file", nowhere).with("node.roles", "auth")).await;
+    assert!(!token(&server, "alice").await.is_empty());
+}
+
+#[test]
+fn a_certificate_that_is_in_use_may_end_and_another_one_that_has_ended_is_not_taken() {
+    let (place, authority) = (tempfile::tempdir().unwrap(), Authority::make());
+    let (cert, key) = authority.sign_until(&["localhost"], 2030).write(place.path());
+    let read = |now_s, in_use| Identity::read(&cert, &key, now_s, in_use);
+    let digest = read(1_800_000_000, None).unwrap().digest;
+    let in_2031 = 1_924_992_000;
+    let fault = read(in_2031, None).unwrap_err();
+    assert!(fault.field == "cert" && fault.rule.contains("expired at 2030-01-01T00:00:00Z"), "{fault}");
+    assert!(read(in_2031, Some(digest)).is_ok() && read(in_2031, Some([0; 32])).is_err());
+    assert!(read(1_000_000_000, None).unwrap_err().rule.contains("is valid from 2020-01-01"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -41,6 +41,11 @@ async fn an_address_may_show_some_bad_tokens_and_good_ones_always_pass() {
     let mut late = upgrade(&server, None, ELSEWHERE).await.unwrap();
     late.say(&json!({"type": "auth", "token": "bad"})).await;
     assert_eq!(late.closed().await.code, 4429);
+    // A token that was good once is told what is wrong with it, whatever else came from there.
+    let ended = server.token_for("alice", 1).await;
+    eventually("the token has ended", async || upgrade(&server, Some(&ended), ELSEWHERE).await.is_err())
+        .await;
+    assert_eq!(upgrade(&server, Some(&ended), ELSEWHERE).await.err(), Some(401));
     // Whoever is known comes in: by token, by ticket, by the first frame.
     upgrade(&server, Some(&token), ELSEWHERE).await.unwrap().caught_up().await;
     let place = connect(&server, &token, ELSEWHERE).await.json();

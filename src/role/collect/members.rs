@@ -12,6 +12,7 @@ use crate::inbox::topics::{MembersVersion, PutTopic, Topic, TopicRecipients, Top
 use crate::inbox::{InboxError, Logs};
 use crate::live::Live;
 use crate::message::{LogId, TopicName, UserId};
+use crate::telemetry::audit;
 use crate::topic::{Delivery, TopicPatterns};
 use crate::wire::http::PublishError;
 
@@ -112,7 +113,12 @@ impl MemberLists {
             default_ttl_s: self.limits.get().ttl_s,
         };
         Ok(Some(match self.put(name.clone(), settings).await? {
-            PutTopic::Created(topic) | PutTopic::Known(topic) | PutTopic::Other(topic) => topic,
+            PutTopic::Created(topic) => {
+                // By its first use, which is no call of its own.
+                audit("make_topic", &[("key", "topics.open"), ("outcome", "done"), ("topic", name.as_str())]);
+                topic
+            }
+            PutTopic::Known(topic) | PutTopic::Other(topic) => topic,
         }))
     }
 

@@ -15,6 +15,7 @@ use crate::clock::Clock;
 use crate::fallback::Holder;
 use crate::live::Live;
 use crate::role::connect::PublicUrls;
+use crate::role::strangers::is_guess;
 use crate::role::strangers::{Stranger, Waiting};
 use crate::telemetry::{Credential, WAY};
 use crate::ticket::{Ticket, TicketError, TicketKey, UsedNonces};
@@ -98,9 +99,11 @@ pub enum AdmissionError {
 /// The same, or too many of them if the client's address has shown many bad tokens before.
 fn counted(stranger: Option<&Stranger>, error: AdmissionError) -> AdmissionError {
     let failed = || stranger?.failed(std::time::Instant::now());
-    match error {
-        AdmissionError::Unauthorized(_) => failed().map_or(error, AdmissionError::TooMany),
-        error => error,
+    match &error {
+        AdmissionError::Unauthorized(refused) if is_guess(refused.reason) => {
+            failed().map_or(error, AdmissionError::TooMany)
+        }
+        _ => error,
     }
 }
 

@@ -26,6 +26,7 @@ use super::tokens::Known;
 use crate::inbox::UserPosition;
 use crate::message::Seq;
 use crate::role::strangers::Stranger;
+use crate::role::strangers::is_guess;
 use crate::telemetry::{Counted, WAY};
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{AuthCredential, AuthFrame, ClientFrame, LogOptions, SessionOptions};
@@ -217,7 +218,9 @@ impl Connector {
 /// The same end, or another one if the client's address has shown many bad tokens before.
 fn counted(stranger: Option<&Stranger>, end: End) -> End {
     match (&end, stranger) {
-        (End::Refused(_), Some(stranger)) if stranger.failed(std::time::Instant::now()).is_some() => {
+        (End::Refused(refused), Some(stranger))
+            if is_guess(refused.reason) && stranger.failed(std::time::Instant::now()).is_some() =>
+        {
             End::close(CloseCode::RateLimited, "too many bad tokens came from this address")
         }
         _ => end,
