@@ -23,6 +23,8 @@ pub struct Bound {
     pub others: Vec<(&'static str, SocketAddr)>,
     /// Whether several push nodes were requested: `push` is a list then.
     pub(super) many: bool,
+    /// The roles whose listeners speak TLS.
+    pub(super) tls: Vec<&'static str>,
 }
 
 impl Bound {
@@ -36,7 +38,15 @@ impl Bound {
             all.insert("push".to_owned(), one);
         }
         all.extend(self.others.iter().map(|(name, at)| ((*name).to_owned(), at.to_string().into())));
+        if !self.tls.is_empty() {
+            all.insert("tls".to_owned(), self.tls.clone().into());
+        }
         all.into()
+    }
+
+    /// `secure` if the listener of this role speaks TLS, else `plain`.
+    pub(super) fn scheme<'a>(&self, role: &str, plain: &'a str, secure: &'a str) -> &'a str {
+        if self.tls.contains(&role) { secure } else { plain }
     }
 
     /// The bound address of a role.
@@ -57,8 +67,8 @@ pub(super) fn push_http_limits() -> HttpLimits {
 }
 
 /// In development every node is reached at its own address.
-pub(super) fn own_urls(bound: &Bound, tls: bool) -> PublicUrls {
-    let scheme = if tls { "wss" } else { "ws" };
+pub(super) fn own_urls(bound: &Bound) -> PublicUrls {
+    let scheme = bound.scheme("push", "ws", "wss");
     let url = |node: &NodeId, at: &SocketAddr| {
         let mut at = *at;
         if at.ip().is_unspecified() {
@@ -119,7 +129,7 @@ impl Listeners {
         })
     }
 
-    pub(super) fn bound(&self, many: bool) -> Bound {
+    pub(super) fn bound(&self, many: bool, config: &Config) -> Bound {
         let push = self.names.iter().cloned().zip(self.push.iter().map(|listening| listening.at)).collect();
         let named = [
             ("collect", &self.collect),
@@ -130,7 +140,9 @@ impl Listeners {
         ];
         let others =
             named.into_iter().filter_map(|(name, listening)| Some((name, listening.as_ref()?.at))).collect();
-        Bound { push, others, many }
+        let secure = [("push", &config.tls.push), ("collect", &config.tls.collect)];
+        let tls = secure.into_iter().filter_map(|(role, files)| files.as_ref().map(|_| role)).collect();
+        Bound { push, others, many, tls }
     }
 }
 

@@ -78,7 +78,7 @@ impl Prepared {
     pub(super) async fn listen(self, push_nodes: Option<usize>) -> Result<Listening> {
         let Self { config, keys, clock, own_auth, live, tls, mut tasks, opened, listen_file } = self;
         let mut listeners = Listeners::bind(&config, push_nodes)?;
-        let bound = listeners.bound(push_nodes.is_some());
+        let bound = listeners.bound(push_nodes.is_some(), &config);
         let (metrics, health) = (Metrics::default(), Health::default());
         for (name, needed) in [("view", needs_view(&config)), ("inbox", needs_inbox(&config))] {
             health.set(name, !needed, if needed { "not reached yet" } else { "not needed here" });
@@ -159,6 +159,6 @@ impl Listening {
 fn public_urls(config: &Config, bound: &Bound) -> PublicUrls {
     match &config.public_url {
         Some(template) => PublicUrls::Template(template.clone()),
-        None => own_urls(bound, config.tls.push.is_some()),
+        None => own_urls(bound),
     }
 }

@@ -59,12 +59,9 @@ impl Addressed {
         let at = listening[role].as_str().or_else(|| listening[role][0].as_str());
         let at =
             at.ok_or_else(|| anyhow!("the server on {} does not run {role}", config.data_dir.display()))?;
-        let tls = match role {
-            "push" => config.tls.push.is_some(),
-            "collect" => config.tls.collect.is_some(),
-            _ => false,
-        };
-        Ok(format!("{}://{at}", if tls { "https" } else { "http" }))
+        let secure = listening["tls"].as_array();
+        let is_secure = secure.is_some_and(|roles| roles.iter().any(|name| name == role));
+        Ok(format!("{}://{at}", if is_secure { "https" } else { "http" }))
     }
 }
 

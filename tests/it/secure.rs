@@ -74,7 +74,7 @@ async fn until(socket: &mut WebSocketStream<Secure>, kind: &str) -> Value {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sockets_and_publishes_go_over_tls_and_nothing_else_does() {
     let (place, authority) = (tempfile::tempdir().unwrap(), Authority::make());
-    let server = Server::with(over_tls(place.path(), &authority.sign(&["localhost"]))).await;
+    let server = Server::with(over_tls(place.path(), &authority.sign(&["localhost", "127.0.0.1"]))).await;
     let mut alice = open(&authority, &server, "alice").await;
     until(&mut alice, "caught_up").await;
     // More than a record of TLS, and more than the kernel takes at once.
@@ -92,6 +92,14 @@ async fn sockets_and_publishes_go_over_tls_and_nothing_else_does() {
     let closed = tokio::time::timeout(DEADLINE, async { while alice.next().await.is_some() {} }).await;
     closed.expect("the close handshake ends in time");
     server.nobody_is_left().await;
+    // The commands find out by themselves; the authority is the system's, or the one that is named.
+    let ca = authority.write(place.path());
+    let published = std::process::Command::new(ringpush_testing::program())
+        .args(["--data", server.directory.path().to_str().unwrap(), "publish", "alice", "1"])
+        .env("SSL_CERT_FILE", &ca)
+        .output()
+        .unwrap();
+    assert!(published.status.success(), "{}", String::from_utf8_lossy(&published.stderr));
     // TLS 1.2 too; HTTP/2 where the client asks for it.
     for (versions, alpn) in [(&[&TLS12][..], &b"http/1.1"[..]), (&[&TLS13], b"h2")] {
         let mut config = authority.client(None, versions);
