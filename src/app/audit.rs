@@ -10,6 +10,7 @@ use axum::middleware::Next;
 use super::collect_http::CollectEdge;
 use super::edge::bearer;
 use super::push_http::forwarded;
+use crate::role::strangers::Strangers;
 use crate::telemetry::audit;
 use crate::transport::http::PeerAddress;
 
@@ -43,6 +44,13 @@ fn act_of(method: &Method, path: &str) -> Option<Act> {
     Some(Act { name, subject })
 }
 
+/// The address of whoever makes a call; empty if it is not known.
+pub(super) fn caller(strangers: &Strangers, request: &Request<Body>) -> String {
+    let peer: Option<PeerAddress> = request.extensions().get().copied();
+    let address = peer.map(|PeerAddress(peer)| strangers.address(peer, forwarded(request.headers())));
+    address.map(|at| at.to_string()).unwrap_or_default()
+}
+
 /// The line of an act. One whose caller goes away before it is answered, or that is answered 503,
 /// may have been done all the same: its line says so.
 struct Line {
@@ -73,9 +81,7 @@ pub(super) async fn audited(
     let act = act_of(request.method(), request.uri().path());
     let key = edge.senders.name_of(bearer(request.headers()));
     let (Some(act), Some(key)) = (act, key) else { return next.run(request).await };
-    let peer: Option<PeerAddress> = request.extensions().get().copied();
-    let address = peer.map(|PeerAddress(peer)| edge.strangers.address(peer, forwarded(request.headers())));
-    let address = address.map(|at| at.to_string()).unwrap_or_default();
+    let address = caller(&edge.strangers, &request);
     let mut line = Line { act, key, address, outcome: Some("unknown") };
     let response = next.run(request).await;
     line.outcome = match response.status() {

@@ -7,10 +7,10 @@ use axum::extract::State;
 use axum::http::{Request, Response, StatusCode};
 use axum::routing::{get, post};
 
+use super::audit::caller;
 use super::edge::{
     Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, json_of, refuse, same_secret,
 };
-use super::push_http::forwarded;
 use crate::live::Live;
 use crate::message::Millis;
 use crate::message::UserId;
@@ -19,7 +19,6 @@ use crate::role::strangers::Strangers;
 use crate::telemetry::audit;
 use crate::telemetry::{Credential, Refusals};
 use crate::transport::held::Held;
-use crate::transport::http::PeerAddress;
 use crate::wire::http::{Problem, TokenRequest, parse_token_request, parse_verify_request};
 use crate::wire::refusal::Refused;
 use crate::wire::rest::{TokenResponse, VerifyResponse};
@@ -73,10 +72,8 @@ async fn issue(State(edge): Edge, request: Request<Body>) -> Answer {
         edge.refusals.note(Credential::AdminKey, why);
         return Err(refuse(401, why));
     }
-    let peer: Option<PeerAddress> = request.extensions().get().copied();
-    let address = peer.map(|PeerAddress(peer)| edge.strangers.address(peer, forwarded(request.headers())));
+    let address = caller(&edge.strangers, &request);
     let (answer, user) = issue_body(&edge.auth, request, edge.budgets.known.hold()).await?;
-    let address = address.map(|at| at.to_string()).unwrap_or_default();
     audit(
         "issue_token",
         &[("key", "admin"), ("address", &address), ("outcome", "done"), ("user", user.as_str())],

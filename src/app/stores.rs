@@ -33,6 +33,7 @@ use crate::role::auth::Auth;
 use crate::role::verify::RemoteAuth;
 use crate::telemetry::{Gauge, Health, Metrics, Outcome, TimingBy};
 use crate::transport::redis::RedisLink;
+use crate::transport::tls::read_file;
 use crate::wire::peer::{PeerError, VerifyRequest};
 use secrecy::ExposeSecret;
 
@@ -80,15 +81,8 @@ pub(super) async fn registry(
         return Ok((Arc::new(LocalMembership::new(clock.clone())), Arc::new(LocalFallback::default())));
     };
     let times = Times::default();
-    let ca = match &config.tls.redis_ca {
-        None => None,
-        Some(path) => {
-            let read = std::fs::read(path);
-            Some(read.map_err(|error| {
-                refused(format!("redis.tls.ca: {} cannot be read: {error}", path.display()))
-            })?)
-        }
-    };
+    let ca = config.tls.redis_ca.as_ref().map(|path| read_file("ca", path));
+    let ca = ca.transpose().map_err(|fault| refused(format!("redis.tls.{fault}")))?;
     let named = if ca.is_some() { "redis.url or redis.tls.ca" } else { "redis.url" };
     let link = || RedisLink::new(url, ca.as_deref()).map_err(|fault| refused(format!("{named}: {fault}")));
     let membership =

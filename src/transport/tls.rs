@@ -72,7 +72,7 @@ impl Identity {
     /// `now_s`, in seconds since 1970, or that does not belong to the key. Files of the digest
     /// `in_use` were checked before, and have changed nothing.
     pub fn read(cert: &Path, key: &Path, now_s: u64, in_use: Option<[u8; 32]>) -> Result<Self, TlsFault> {
-        let (cert_text, key_text) = (file("cert", cert)?, file("key", key)?);
+        let (cert_text, key_text) = (read_file("cert", cert)?, read_file("key", key)?);
         let chain = certificates("cert", cert, &cert_text)?;
         let times = times_of("cert", cert, &chain[0])?;
         let (from_s, expires_at_s) = times;
@@ -129,7 +129,7 @@ impl PeerTrust {
     ///
     /// A file that cannot be read or has no certificate; a name that no certificate can have.
     pub fn read(ca: &Path, name: &str) -> Result<Self, TlsFault> {
-        let text = file("ca", ca)?;
+        let text = read_file("ca", ca)?;
         let mut authorities = RootCertStore::empty();
         for certificate in certificates("ca", ca, &text)? {
             authorities.add(certificate).map_err(|error| {
@@ -149,7 +149,12 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 
-fn file(field: &'static str, path: &Path) -> Result<Vec<u8>, TlsFault> {
+/// Reads a file of certificates or keys, up to a megabyte.
+///
+/// # Errors
+///
+/// It cannot be read, or is larger; `field` is the part of the key that names it.
+pub fn read_file(field: &'static str, path: &Path) -> Result<Vec<u8>, TlsFault> {
     let mut bytes = Vec::new();
     std::fs::File::open(path)
         .and_then(|file| file.take(FILE_MAX + 1).read_to_end(&mut bytes))
