@@ -427,4 +427,36 @@ mod tests {
         assert!(all_of(far).await == more);
         near.await.unwrap();
     }
+
+    /// What the kernel did not take waits within rustls, and a flush alone sends it.
+    #[tokio::test]
+    async fn what_tls_has_taken_is_sent_by_a_flush() {
+        use crate::transport::tls::{Identity, ServerTls};
+        use ringpush_testing::certificates::{Authority, dial};
+        let (place, authority) = (tempfile::tempdir().unwrap(), Authority::make());
+        let (cert, key) = authority.sign(&["localhost"]).write(place.path());
+        let identity = Identity::read(&cert, &key, 1_800_000_000, None).unwrap();
+        let tls = ServerTls::new(&identity, None, |_| ()).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap().to_string();
+        let client = authority.client(None, &[&rustls::version::TLS13]);
+        let near = async {
+            let stream = listener.accept().await.unwrap().0.into_std().unwrap();
+            tls.accept(LazyTcpStream::new(stream, Vec::new())).await.unwrap()
+        };
+        let (mut line, far) = tokio::join!(near, dial(client, &at, "localhost"));
+        let (mut far, chunk) = (far.unwrap(), [7u8; 16 * 1024]);
+        let mut taken = 0;
+        while let Some(written) = futures_util::FutureExt::now_or_never(line.write(&chunk)) {
+            taken += written.unwrap();
+        }
+        let flushing = tokio::spawn(async move {
+            line.flush().await.unwrap();
+            line
+        });
+        let mut all = vec![0; taken];
+        let read = tokio::time::timeout(Duration::from_secs(10), far.read_exact(&mut all)).await;
+        read.expect("all of it comes").unwrap();
+        flushing.await.unwrap();
+    }
 }

@@ -375,6 +375,10 @@ impl Turning {
         assert_eq!(answer.status, 202, "{answer:?}");
         assert_eq!(self.socket.until("message").await.1["payload"], json!(self.sent));
         Socket::open(&self.url, Some(&self.bearer)).await.caught_up().await;
+        // Messages go by a stream that is open; this is a call of its own, with a proof of its own.
+        let path = format!("/v1/users/{}", self.user);
+        let user = http::get(&collect, &path, Some(self.api_key)).await.json();
+        assert_eq!(user["online"], true, "{user}");
         for server in &self.servers {
             assert_eq!(server.metric("ringpush_view_members{state=\"active\"}").await, 2.0);
         }
@@ -437,6 +441,7 @@ async fn secrets_are_turned_on_a_running_cluster_and_nobody_is_refused() {
     assert_eq!(answer.status, 401);
     for server in &cluster.servers {
         let log = server.log();
+        assert!(!log.contains("has no proof by our peer.secret"), "{log}");
         let secrets = [PEER_SECRET, NEW_PEER_SECRET, API_KEY, NEW_API_KEY, old.1, new.1];
         assert!(secrets.iter().all(|secret| !log.contains(secret)));
     }
