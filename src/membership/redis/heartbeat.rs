@@ -32,6 +32,7 @@ pub(super) enum Turn {
 
 /// Renews a node's lease as long as it has one, in a task of its own.
 pub(super) async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
+    let mut soon = inner.beat_soon.subscribe();
     let mut renewed = Instant::now();
     let mut times = 1;
     let mut said_reached = false;
@@ -40,7 +41,7 @@ pub(super) async fn keep_beating(inner: Arc<Inner>, own: Arc<Own>) {
         let pause = around(inner.times.beat, JITTER, &mut rand::rng());
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
-            () = inner.beat_soon.notified() => {}
+            Ok(()) = soon.changed() => {}
             // Others wait to hear that the node was reached.
             () = own.proof.noted(), if answered && !said_reached => {}
         }

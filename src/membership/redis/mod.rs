@@ -67,8 +67,9 @@ struct Inner {
     seen: Mutex<HashMap<NodeId, Counts>>,
     own: Mutex<HashMap<NodeId, Arc<Own>>>,
     hint: Arc<Notify>,
-    /// Heartbeats do not wait for their time.
-    beat_soon: Notify,
+    /// Each change: heartbeats do not wait for their time. One that is under way is followed by
+    /// another.
+    beat_soon: watch::Sender<()>,
     skew_ms: AtomicI64,
     entries: EntryKey,
     /// The prefix, for log lines.
@@ -93,7 +94,7 @@ impl RedisMembership {
             seen: Mutex::default(),
             own: Mutex::default(),
             hint: Arc::new(Notify::new()),
-            beat_soon: Notify::new(),
+            beat_soon: watch::Sender::new(()),
             skew_ms: AtomicI64::new(0),
             entries,
             prefix: prefix.to_owned(),
@@ -386,6 +387,6 @@ impl Membership for RedisMembership {
     }
 
     fn sign_anew(&self) {
-        self.inner.beat_soon.notify_waiters();
+        self.inner.beat_soon.send_replace(());
     }
 }
