@@ -168,7 +168,7 @@ async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<Exit
         clients: options.clients,
         client_program: options.client_program,
     };
-    audit(config, plan).await
+    audit(config, plan, stop_signal()?).await
 }
 
 /// The configuration of a command that is not the server. Each command says itself which key it

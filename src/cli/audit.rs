@@ -20,7 +20,7 @@ use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -87,7 +87,13 @@ pub struct AuditPlan {
 /// # Errors
 ///
 /// It could not begin.
-pub async fn audit(mut config: Config, plan: AuditPlan) -> Result<ExitCode> {
+/// `interrupted` resolves when the load is to end before its time: what was accepted until then is
+/// accounted for as ever.
+pub async fn audit(
+    mut config: Config,
+    plan: AuditPlan,
+    interrupted: impl Future<Output = ()>,
+) -> Result<ExitCode> {
     let tokens = signer(&mut config)?;
     let key = Keys::of(&mut config)?.api_key;
     if key.is_empty() {
@@ -96,7 +102,15 @@ pub async fn audit(mut config: Config, plan: AuditPlan) -> Result<ExitCode> {
     let run = ulid::Ulid::generate().to_string().to_lowercase();
     let users: Vec<UserId> =
         (0..plan.users).filter_map(|n| UserId::parse(&format!("audit-{run}-{n}")).ok()).collect();
-    let bench = Arc::new(Bench { plan, run, key, users, http: HttpClient::default(), book: Book::default() });
+    let bench = Arc::new(Bench {
+        plan,
+        run,
+        key,
+        users,
+        http: HttpClient::default(),
+        book: Book::default(),
+        load_ends: watch::Sender::new(false),
+    });
     bench.book.users.lock().resize(bench.users.len(), UserBook::default());
     let before = bench.cluster().await.context("collect cannot be asked for the cluster")?;
     let issue = |user| tokens.issue(user, TOKEN_S).map(|issued| issued.0);
@@ -120,12 +134,21 @@ pub async fn audit(mut config: Config, plan: AuditPlan) -> Result<ExitCode> {
     }
     say(format_args!("audit {}: {} users connected, seed {}", bench.run, bench.users.len(), bench.plan.seed));
     let began = Instant::now();
-    match bench.plan.topics {
-        None => publish_all(&bench).await,
-        Some(plan) => {
-            tokio::join!(publish_all(&bench), Arc::clone(&bench).load_topics(plan));
+    let load = async {
+        match bench.plan.topics {
+            None => publish_all(&bench).await,
+            Some(plan) => {
+                tokio::join!(publish_all(&bench), Arc::clone(&bench).load_topics(plan));
+            }
         }
-    }
+    };
+    let interrupted = async {
+        interrupted.await;
+        say(format_args!("audit {}: the load ends; a second signal ends the audit at once", bench.run));
+        bench.load_ends.send_replace(true);
+        std::future::pending::<()>().await;
+    };
+    tokio::select! { () = load => {} () = interrupted => {} }
     let settled = bench.settle().await;
     let after = bench.cluster().await.unwrap_or_default();
     drop(fleet);
@@ -146,6 +169,8 @@ struct Bench {
     users: Vec<UserId>,
     http: HttpClient,
     book: Book,
+    /// Whether the load ends before its time.
+    load_ends: watch::Sender<bool>,
 }
 
 /// One user's client, for as long as the audit runs.
@@ -202,7 +227,9 @@ async fn publish_all(bench: &Arc<Bench>) {
     let mut sending = JoinSet::new();
     for k in 0..total {
         let due = began + Duration::from_secs_f64(k as f64 / bench.plan.rate);
-        tokio::time::sleep_until(due).await;
+        if !bench.is_due(due).await {
+            break;
+        }
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { break };
         let (bench, user) = (Arc::clone(bench), random.random_range(0..bench.users.len()));
         sending.spawn(async move {
@@ -265,6 +292,17 @@ impl Bench {
             }
             let rest = between(Duration::from_millis(50), Duration::from_millis(500), &mut rand::rng());
             tokio::time::sleep(rest).await;
+        }
+    }
+
+    /// Waits until a moment of the load. Returns whether it has come: the load may end before.
+    async fn is_due(&self, due: Instant) -> bool {
+        let mut ends = self.load_ends.subscribe();
+        tokio::select! {
+            // A load that has ended publishes nothing more, also where it is late.
+            biased;
+            _ = ends.wait_for(|ends| *ends) => false,
+            () = tokio::time::sleep_until(due) => true,
         }
     }
 

@@ -247,7 +247,8 @@ pub struct AuditOptions {
     /// Messages per second, each to one of the topics.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub topic_rate: u32,
-    /// How long it publishes, such as 60s or 5m.
+    /// How long it publishes, such as 60s or 5m. Ctrl-C (or SIGTERM) ends the load before, and what
+    /// was accepted until then is accounted for.
     #[arg(long = "for", default_value = "60s", value_name = "TIME")]
     pub time: String,
     /// How long accepted messages may take to arrive after the last publish; longer than a sweep.

@@ -157,7 +157,7 @@ async fn the_library_works_in_react() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_dashboard_shows_a_cluster_that_is_scaled() {
     let cluster = Cluster::up(&[]).await;
-    let audit = cluster.audit(&["--users", "500", "--rate", "200", "--for", "30s"]).await;
+    let audit = cluster.audit(&["--users", "500", "--rate", "200", "--for", "10m"]).await;
     let environment = [
         ("RINGPUSH_OPS", format!("http://{}/", cluster.address("dispatch-0", "ops"))),
         ("RINGPUSH_SCALE", cluster.script().display().to_string()),
@@ -165,6 +165,6 @@ async fn the_dashboard_shows_a_cluster_that_is_scaled() {
         ("RINGPUSH_USERS", "500".to_owned()),
     ];
     in_chromium("scaling.mjs", &environment).await;
-    audit.passes().await;
+    audit.ends_and_passes().await;
     cluster.nothing_is_left().await;
 }

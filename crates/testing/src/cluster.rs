@@ -208,6 +208,13 @@ pub struct Audit {
 }
 
 impl Audit {
+    /// Ends the load before its time, and waits for the report as [`Audit::passes`] does: for what
+    /// happens while an audit runs, and takes as long as it takes.
+    pub async fn ends_and_passes(self) -> Value {
+        super::signal(self.child.id().expect("it runs until it is told to end"), "INT");
+        self.passes().await
+    }
+
     /// Waits for the end; the report, which must say that nothing was lost, repeated, late or out
     /// of order.
     pub async fn passes(mut self) -> Value {
