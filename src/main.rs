@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ringpush::app::{App, Ended, Reloader};
-use ringpush::cli::audit::{AuditPlan, TopicPlan, audit};
+use ringpush::cli::audit::{AuditPlan, Repetition, TopicPlan, audit, canary};
 use ringpush::cli::commands::{self, Addressed};
 use ringpush::cli::options::{AuditOptions, Cli, Command, Common, ConfigCommand, Serve};
 use ringpush::cli::publish::{self, Recipient};
@@ -166,9 +166,16 @@ async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<Exit
         seed: options.seed.unwrap_or_else(rand::random),
         json: options.json,
         clients: options.clients,
+        forget_users: false,
         client_program: options.client_program,
     };
-    audit(config, plan, stop_signal()?).await
+    let stop = stop_signal()?;
+    match (options.every, options.metrics) {
+        (Some(every), Some(metrics)) => {
+            canary(config, plan, Repetition { every: time("--every", &every)?, metrics }, stop).await
+        }
+        _ => audit(config, plan, stop).await,
+    }
 }
 
 /// The configuration of a command that is not the server. Each command says itself which key it

@@ -35,6 +35,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 pub use listeners::Bound;
+pub use ops_http::serve_metrics;
 
 use crate::clock::Clock;
 use crate::config::Config;

@@ -1,5 +1,6 @@
 //! Ops over HTTP: health, metrics, and the dashboard.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::body::Body;
@@ -8,12 +9,15 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderValue, Response, StatusCode};
 use axum::middleware::from_fn_with_state;
 use axum::routing::get;
+use tokio_util::sync::CancellationToken;
 
 use super::collect_http::cluster_report;
-use super::edge::{Routes, asset, closed, json_of, options, own_host};
+use super::edge::{Routes, asset, closed, guarded, json_of, options, own_host};
+use super::listeners::{Listening, bind_one};
 use crate::membership::Membership;
 use crate::role::connect::PublicUrls;
 use crate::telemetry::{Health, Metrics};
+use crate::transport::http::{HttpLimits, serve};
 use crate::wire::rest::{ReadyCondition, ReadyResponse};
 
 pub(super) struct OpsEdge {
@@ -59,7 +63,11 @@ async fn ready(State(edge): Edge) -> Response<Body> {
 }
 
 async fn metrics(State(edge): Edge) -> Response<Body> {
-    let (kind, text) = edge.metrics.expose();
+    exposition(&edge.metrics)
+}
+
+fn exposition(metrics: &Metrics) -> Response<Body> {
+    let (kind, text) = metrics.expose();
     let mut response = Response::new(Body::from(text));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     response
@@ -68,4 +76,27 @@ async fn metrics(State(edge): Edge) -> Response<Body> {
 /// What the dashboard shows.
 async fn cluster(State(edge): Edge) -> Response<Body> {
     json_of(StatusCode::OK, &cluster_report(&*edge.membership, &edge.urls))
+}
+
+/// Serves `/livez` and `/metrics` of a command that is no server. Returns the address, and what
+/// serves for as long as it is polled. `name` is the flag that holds the address.
+///
+/// # Errors
+///
+/// The address cannot be listened on, with the remedy.
+pub fn serve_metrics(
+    name: &'static str,
+    at: SocketAddr,
+    metrics: Metrics,
+) -> anyhow::Result<(SocketAddr, impl Future<Output = ()>)> {
+    let limits = HttpLimits::default();
+    let Listening { listener, at } = bind_one(name, at, &limits)?;
+    let exposed = move || async move { exposition(&metrics) };
+    let routes = closed(
+        axum::Router::new()
+            .route("/livez", get(async || "ok\n"))
+            .route("/metrics", get(exposed))
+            .layer(from_fn_with_state(at.ip().is_loopback(), own_host)),
+    );
+    Ok((at, serve(listener, guarded(routes), None, None, limits, CancellationToken::new())))
 }

@@ -3,10 +3,12 @@
 //! to the application, or out of order.
 
 mod book;
+mod canary;
 mod fleet;
 mod topics;
 mod verdict;
 
+pub use canary::{Repetition, canary};
 pub use fleet::ClientLibrary;
 pub use topics::TopicPlan;
 
@@ -32,9 +34,12 @@ use crate::client::http::HttpClient;
 use crate::client::{Item, Notice, State, connect};
 use crate::config::{Config, Faults};
 use crate::message::UserId;
+use crate::role::auth::Auth;
+use crate::wire::address::escape;
 use crate::wire::frame::Since;
 use book::{Accepted, Book, Happened, UserBook};
 use fleet::Fleet;
+use verdict::show;
 
 /// Publishes in flight at once.
 const IN_FLIGHT: usize = 512;
@@ -78,88 +83,112 @@ pub struct AuditPlan {
     pub topics: Option<TopicPlan>,
     /// Which library receives.
     pub clients: ClientLibrary,
+    /// Whether the users are forgotten in the end.
+    pub forget_users: bool,
     /// What runs it. `None`: `node` or `python3`.
     pub client_program: Option<String>,
 }
 
-/// Runs the audit.
+/// Runs the audit. `interrupted` resolves when the load is to end before its time: what was
+/// accepted until then is accounted for as ever.
 ///
 /// # Errors
 ///
 /// It could not begin.
-/// `interrupted` resolves when the load is to end before its time: what was accepted until then is
-/// accounted for as ever.
 pub async fn audit(
-    mut config: Config,
+    config: Config,
     plan: AuditPlan,
     interrupted: impl Future<Output = ()>,
 ) -> Result<ExitCode> {
-    let tokens = signer(&mut config)?;
-    let key = Keys::of(&mut config)?.api_key;
-    if key.is_empty() {
-        return Err(Faults(vec!["collect.api_keys: a key is needed to publish".to_owned()]).into());
-    }
-    let run = ulid::Ulid::generate().to_string().to_lowercase();
-    let users: Vec<UserId> =
-        (0..plan.users).filter_map(|n| UserId::parse(&format!("audit-{run}-{n}")).ok()).collect();
-    let bench = Arc::new(Bench {
-        plan,
-        run,
-        key,
-        users,
-        http: HttpClient::default(),
-        book: Book::default(),
-        load_ends: watch::Sender::new(false),
-    });
-    bench.book.users.lock().resize(bench.users.len(), UserBook::default());
-    let before = bench.cluster().await.context("collect cannot be asked for the cluster")?;
-    let issue = |user| tokens.issue(user, TOKEN_S).map(|issued| issued.0);
-    let tokens = bench.users.iter().map(issue).collect::<Result<Vec<_>, _>>()?;
-    let mut clients = JoinSet::new();
-    let mut fleet = match bench.plan.clients {
-        ClientLibrary::Rust => {
-            for (n, token) in tokens.into_iter().enumerate() {
-                clients.spawn(listen(Arc::clone(&bench), n, token));
-                if n % 20 == 19 {
-                    tokio::time::sleep(Duration::from_secs(20) / CONNECTS_PER_S).await;
-                }
-            }
-            None
-        }
-        ClientLibrary::JavaScript | ClientLibrary::Python => Some(Fleet::start(&bench, &tokens).await?),
+    let auditor = Auditor::new(config, plan)?;
+    let load_ends = watch::Sender::new(false);
+    let end = async {
+        interrupted.await;
+        say(format_args!("audit: the load ends; a second signal ends the audit at once"));
+        load_ends.send_replace(true);
+        std::future::pending::<()>().await;
     };
-    bench.until_connected(fleet.as_mut()).await?;
-    if let Some(plan) = bench.plan.topics {
-        bench.make_topics(plan).await?;
+    let report = tokio::select! { report = auditor.run(&load_ends) => report?, () = end => return Ok(ExitCode::FAILURE) };
+    show(&report.json, auditor.plan.json)?;
+    Ok(if report.is_bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// The result of an audit.
+pub(super) struct Report {
+    /// As it is printed.
+    json: Value,
+    /// Whether a promise was broken.
+    is_bad: bool,
+}
+
+/// What audits of one plan share.
+struct Auditor {
+    tokens: Auth,
+    key: String,
+    plan: AuditPlan,
+}
+
+impl Auditor {
+    fn new(mut config: Config, plan: AuditPlan) -> Result<Self> {
+        let tokens = signer(&mut config)?;
+        let key = Keys::of(&mut config)?.api_key;
+        if key.is_empty() {
+            return Err(Faults(vec!["collect.api_keys: a key is needed to publish".to_owned()]).into());
+        }
+        Ok(Self { tokens, key, plan })
     }
-    say(format_args!("audit {}: {} users connected, seed {}", bench.run, bench.users.len(), bench.plan.seed));
-    let began = Instant::now();
-    let load = async {
+
+    /// Runs one audit, with users of its own.
+    async fn run(&self, load_ends: &watch::Sender<bool>) -> Result<Report> {
+        let run = ulid::Ulid::generate().to_string().to_lowercase();
+        let users: Vec<UserId> =
+            (0..self.plan.users).filter_map(|n| UserId::parse(&format!("audit-{run}-{n}")).ok()).collect();
+        let tokens = users.iter().map(|user| self.tokens.issue(user, TOKEN_S).map(|issued| issued.0));
+        let tokens = tokens.collect::<Result<Vec<_>, _>>()?;
+        let book = Book::default();
+        book.users.lock().resize(users.len(), UserBook::default());
+        let bench = Arc::new(Bench {
+            plan: self.plan.clone(),
+            run,
+            key: self.key.clone(),
+            users,
+            http: HttpClient::default(),
+            book,
+            load_ends: load_ends.subscribe(),
+        });
+        let before = bench.cluster().await.context("collect cannot be asked for the cluster")?;
+        let (mut clients, mut fleet) = bench.start_clients(tokens).await?;
+        bench.until_connected(fleet.as_mut()).await?;
+        if let Some(plan) = bench.plan.topics {
+            bench.make_topics(plan).await?;
+        }
+        say(format_args!(
+            "audit {}: {} users connected, seed {}",
+            bench.run,
+            bench.users.len(),
+            bench.plan.seed
+        ));
+        let began = Instant::now();
         match bench.plan.topics {
             None => publish_all(&bench).await,
             Some(plan) => {
                 tokio::join!(publish_all(&bench), Arc::clone(&bench).load_topics(plan));
             }
         }
-    };
-    let interrupted = async {
-        interrupted.await;
-        say(format_args!("audit {}: the load ends; a second signal ends the audit at once", bench.run));
-        bench.load_ends.send_replace(true);
-        std::future::pending::<()>().await;
-    };
-    tokio::select! { () = load => {} () = interrupted => {} }
-    let settled = bench.settle().await;
-    let after = bench.cluster().await.unwrap_or_default();
-    drop(fleet);
-    let verdict = bench.verdict().await?;
-    if let Some(plan) = bench.plan.topics {
-        bench.remove_topics(plan).await;
+        let settled = bench.settle().await;
+        let after = bench.cluster().await.unwrap_or_default();
+        drop(fleet);
+        let verdict = bench.verdict().await?;
+        if let Some(plan) = bench.plan.topics {
+            bench.remove_topics(plan).await;
+        }
+        clients.shutdown().await;
+        if bench.plan.forget_users {
+            bench.forget_users().await;
+        }
+        let json = bench.report(&verdict, settled, &bench.placement(began, &before, &after));
+        Ok(Report { json, is_bad: verdict.is_bad() })
     }
-    let report = bench.report(&verdict, settled, &bench.placement(began, &before, &after));
-    bench.show(&report)?;
-    let failed = verdict.is_bad();
-    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 struct Bench {
@@ -170,7 +199,7 @@ struct Bench {
     http: HttpClient,
     book: Book,
     /// Whether the load ends before its time.
-    load_ends: watch::Sender<bool>,
+    load_ends: watch::Receiver<bool>,
 }
 
 /// One user's client, for as long as the audit runs.
@@ -242,6 +271,28 @@ async fn publish_all(bench: &Arc<Bench>) {
 }
 
 impl Bench {
+    /// Starts the clients of all users; those of another language in a process.
+    async fn start_clients(self: &Arc<Self>, tokens: Vec<String>) -> Result<(JoinSet<()>, Option<Fleet>)> {
+        let mut clients = JoinSet::new();
+        if self.plan.clients != ClientLibrary::Rust {
+            return Ok((clients, Some(Fleet::start(self, &tokens).await?)));
+        }
+        for (n, token) in tokens.into_iter().enumerate() {
+            clients.spawn(listen(Arc::clone(self), n, token));
+            if n % 20 == 19 {
+                tokio::time::sleep(Duration::from_secs(20) / CONNECTS_PER_S).await;
+            }
+        }
+        Ok((clients, None))
+    }
+
+    /// So that audits that are repeated for years leave nothing.
+    async fn forget_users(&self) {
+        for user in &self.users {
+            self.sent("DELETE", &format!("/v1/users/{}", escape(user.as_str())), Bytes::new()).await;
+        }
+    }
+
     async fn until_connected(&self, mut fleet: Option<&mut Fleet>) -> Result<()> {
         let began = Instant::now();
         loop {
@@ -297,11 +348,11 @@ impl Bench {
 
     /// Waits until a moment of the load. Returns whether it has come: the load may end before.
     async fn is_due(&self, due: Instant) -> bool {
-        let mut ends = self.load_ends.subscribe();
+        let mut ends = self.load_ends.clone();
         tokio::select! {
             // A load that has ended publishes nothing more, also where it is late.
             biased;
-            _ = ends.wait_for(|ends| *ends) => false,
+            Ok(_) = ends.wait_for(|ends| *ends) => false,
             () = tokio::time::sleep_until(due) => true,
         }
     }

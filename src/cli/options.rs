@@ -266,6 +266,14 @@ pub struct AuditOptions {
     /// Which client library receives: rust, js (Node 22), python (3.10 or later, with websockets).
     #[arg(long, default_value = "rust", value_name = "LIBRARY", value_parser = ClientLibrary::parse)]
     pub clients: ClientLibrary,
+    /// Audits again and again, with this rest between two, until it is interrupted; no audit's
+    /// failure ends it. Needs --metrics.
+    #[arg(long, value_name = "TIME", requires = "metrics")]
+    pub every: Option<String>,
+    /// Where the results of --every are served for Prometheus, as ringpush_canary_…, such as
+    /// 0.0.0.0:9090.
+    #[arg(long, value_name = "ADDRESS", requires = "every")]
+    pub metrics: Option<std::net::SocketAddr>,
     /// The Node or Python that runs it [default: node, python3].
     #[arg(long, value_name = "PROGRAM")]
     pub client_program: Option<String>,

@@ -9,6 +9,7 @@ mod wire {
 
 mod alerts;
 mod broken_stores;
+mod canary;
 mod clients;
 mod cluster;
 mod command_line;

@@ -58,7 +58,7 @@ const EVERYONE_EVERY: Duration = Duration::from_secs(1);
 
 /// How a request went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Sent {
+pub(super) enum Sent {
     Once,
     /// The first attempt was not answered, or not well.
     Repeated,
@@ -212,7 +212,7 @@ impl Bench {
     }
 
     /// Sends a request until it is done, at one collect after another. Returns how it went.
-    async fn sent(&self, method: &str, path: &str, body: Bytes) -> Sent {
+    pub(super) async fn sent(&self, method: &str, path: &str, body: Bytes) -> Sent {
         let (began, mut tried) = (Instant::now(), false);
         // A change at one collect must be seen by the others.
         let first = rand::random_range(0..self.plan.publish.len());

@@ -228,14 +228,15 @@ impl Bench {
             "delay_ms": percentiles(&verdict.delays), "delay_in_move_ms": percentiles(&verdict.delays_in_move),
         })
     }
+}
 
-    pub(super) fn show(&self, report: &Value) -> Result<(), OutputError> {
-        if self.plan.json {
-            return print_line(report);
-        }
-        // The series is for programs.
-        let shown = report.as_object().into_iter().flatten().filter(|(name, _)| *name != "delay_series");
-        let lines = shown.map(|(name, value)| format!("{name:<28} {value}\n"));
-        print(lines.collect::<String>())
+/// Prints a report.
+pub(super) fn show(report: &Value, as_json: bool) -> Result<(), OutputError> {
+    if as_json {
+        return print_line(report);
     }
+    // The series is for programs.
+    let shown = report.as_object().into_iter().flatten().filter(|(name, _)| *name != "delay_series");
+    let lines = shown.map(|(name, value)| format!("{name:<28} {value}\n"));
+    print(lines.collect::<String>())
 }
