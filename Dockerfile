@@ -1,16 +1,19 @@
 # docker build -t ringpush .
+# The version of cargo-auditable is that of .github/workflows/release.yml.
 FROM docker.io/library/rust:1-bookworm AS build
 RUN apt-get update && apt-get install -y --no-install-recommends cmake && rm -rf /var/lib/apt/lists/*
+RUN cargo install cargo-auditable --version 0.7.7 --locked
 WORKDIR /src
 COPY . .
-RUN cargo build --release --locked
+# The list of the dependencies goes into the program: scanners of images read it.
+RUN cargo auditable build --release --locked && mkdir /empty
 
-FROM docker.io/library/debian:bookworm-slim
-RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates && rm -rf /var/lib/apt/lists/* \
-    && mkdir /data && chown 65532:65532 /data
+# No shell, no package manager: glibc, libgcc, the authorities' certificates, and the user 65532.
+FROM gcr.io/distroless/cc-debian12:nonroot
 COPY --from=build /src/target/release/ringpush /usr/local/bin/ringpush
+COPY --from=build --chown=65532:65532 /empty /data
 USER 65532:65532
 WORKDIR /
 VOLUME /data
 ENV RINGPUSH_DATA=/data
-ENTRYPOINT ["ringpush"]
+ENTRYPOINT ["/usr/local/bin/ringpush"]

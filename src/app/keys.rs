@@ -37,6 +37,12 @@ impl Keys {
     /// The keys of the configuration. In development the missing ones come from the file, which is
     /// created or completed.
     pub(crate) fn of(config: &mut Config) -> Result<Self> {
+        Self::with(config, |_| false)
+    }
+
+    /// The same for a command, which needs some of them: nothing is made where those that are
+    /// configured are enough, so that the command runs where it may not write.
+    pub(crate) fn with(config: &mut Config, is_enough: impl Fn(&Self) -> bool) -> Result<Self> {
         let text = |secret: &SecretString| secret.expose_secret().to_owned();
         let mut keys = Self {
             token_key: config.auth.token_keys.first().map(|first| text(&first.key)).unwrap_or_default(),
@@ -46,7 +52,7 @@ impl Keys {
             self_made: false,
         };
         keys.self_made = config.development && keys == Self::default();
-        if config.development {
+        if config.development && !is_enough(&keys) {
             keys.complete(&config.data_dir)?;
         }
         if matches!(config.verify_by, VerifyBy::Jwks(_)) && config.auth.token_keys.is_empty() {

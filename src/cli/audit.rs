@@ -131,7 +131,7 @@ struct Auditor {
 impl Auditor {
     fn new(mut config: Config, plan: AuditPlan) -> Result<Self> {
         let tokens = signer(&mut config)?;
-        let key = Keys::of(&mut config)?.api_key;
+        let key = Keys::with(&mut config, |keys| !keys.api_key.is_empty())?.api_key;
         if key.is_empty() {
             return Err(Faults(vec!["collect.api_keys: a key is needed to publish".to_owned()]).into());
         }

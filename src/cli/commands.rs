@@ -113,7 +113,7 @@ fn watch_rights(patterns: &[String]) -> Result<Option<WatchRights>> {
 }
 
 pub(super) fn signer(config: &mut Config) -> Result<Auth> {
-    Keys::of(config)?;
+    Keys::with(config, |keys| !keys.token_key.is_empty())?;
     Auth::new(config.auth.clone(), Clock::system())
         .map_err(|(n, fault)| Faults(vec![format!("{}: {fault}", config.token_key_name(n))]).into())
 }

@@ -107,3 +107,20 @@ async fn a_canary_shows_what_its_audits_saw_and_leaves_nothing() {
     assert_eq!(code, 0);
     server.nobody_is_left().await;
 }
+
+/// As in a pod, whose disk may not be written.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_audit_that_is_given_its_keys_writes_nothing() {
+    let server = Server::start().await;
+    let nowhere = tempfile::tempdir().unwrap();
+    let mut command = Command::new(program());
+    clean(&mut command);
+    command.args(["audit", "--users", "2", "--rate", "10", "--for", "1s"]).current_dir(nowhere.path());
+    command.arg(format!("--target=http://{}", server.at("push")));
+    command.arg(format!("--publish=http://{}", server.at("collect")));
+    command.env("RINGPUSH_AUTH__TOKEN_KEY", server.key("token_key"));
+    command.env("RINGPUSH_COLLECT__API_KEYS", server.key("api_key"));
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(std::fs::read_dir(nowhere.path()).unwrap().count(), 0);
+}

@@ -1,5 +1,8 @@
-//! MongoDB restored, dropped, without its index, or with damaged documents.
+//! MongoDB restored, dropped, without its index, or with damaged documents; an embedded store put
+//! back.
 
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
@@ -8,10 +11,11 @@ use ringpush::clock::Clock;
 use ringpush::inbox::mongo::{MongoInbox, MongoTimes};
 use ringpush::inbox::{Append, Appended, Inbox, Janitor, PageLimit, PositionQuery, StartAt};
 use ringpush::message::{Seq, UserId};
+use serde_json::{Value, json};
 
 use crate::replica_set::{item, open};
-use ringpush_testing::eventually;
 use ringpush_testing::foreign::ReplicaSet;
+use ringpush_testing::{Server, eventually};
 
 /// Times of which all that follow are short: a look at the store every 20 ms, one at its indexes
 /// every 0.6 s.
@@ -326,4 +330,57 @@ async fn what_cannot_be_read_is_passed_over_and_told_by_its_number() {
     assert_eq!(told, damaged);
     inbox.run_once().await.unwrap();
     inbox.profile(user).await.unwrap();
+}
+
+/// An embedded store of which an older copy is put back, as docs/operations.md says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_are_told_when_an_older_embedded_store_is_put_back() {
+    let mut server = Server::start().await;
+    let data = server.directory.path().to_owned();
+    let aside = tempfile::tempdir().unwrap();
+    let copy = |from: &Path, to: &Path| {
+        let done = std::process::Command::new("cp").arg("-a").args([from, to]).status();
+        assert!(done.unwrap().success());
+    };
+    let everyone = json!({"to": {"everyone": true}, "payload": "all"});
+    let mut shown = Vec::new();
+    for n in 0..3 {
+        shown.push(server.publish("alice", json!(n)).await);
+        assert_eq!(server.try_publish(&everyone).await.status, 202);
+    }
+    assert_eq!(server.terminate().await, 0);
+    copy(&data.join("inbox"), &aside.path().join("inbox"));
+    let mut server = Server::on(Arc::clone(&server.directory), server.pinned()).await;
+    for n in 3..6 {
+        shown.push(server.publish("alice", json!(n)).await);
+    }
+    assert_eq!(server.terminate().await, 0);
+    std::fs::remove_dir_all(data.join("inbox")).unwrap();
+    copy(&aside.path().join("inbox"), &data.join("inbox"));
+    let server = Server::on(Arc::clone(&server.directory), server.pinned()).await;
+    assert!(server.log().contains("the store was copied here"), "{}", server.log());
+    // Back before anything new is stored: told, and level below the position that it had.
+    let mut early = server.connect("alice", &format!("?device=early&since={}", shown[5])).await;
+    let (_, gap) = early.until("gap").await;
+    assert_eq!((gap["reason"].as_str(), gap["after"].as_u64()), (Some("reset"), Some(shown[5])), "{gap}");
+    assert_eq!(gap["before"].as_u64(), Some(shown[2] + 1), "{gap}");
+    for n in 20..23 {
+        let given = server.publish("alice", json!(n)).await;
+        assert!(!shown.contains(&given), "{given} was given before");
+        assert_eq!(early.until("message").await.1["payload"], n);
+    }
+    // Back later: what was stored and is gone is a gap, and nothing new is missing.
+    let mut late = server.connect("alice", &format!("?device=late&since={}", shown[5])).await;
+    let (frames, _) = late.until("caught_up").await;
+    let gaps: Vec<&Value> = frames.iter().filter(|frame| frame["type"] == "gap").collect();
+    assert_eq!(gaps.len(), 1, "{frames:?}");
+    assert_eq!(gaps[0]["after"].as_u64(), Some(shown[5]), "{gaps:?}");
+    let payloads: Vec<u64> = frames.iter().filter_map(|frame| frame["payload"].as_u64()).collect();
+    assert_eq!(payloads, [20, 21, 22]);
+    let history = server.get("/v1/users/alice/messages").await.json();
+    let kept: Vec<u64> =
+        history["messages"].as_array().unwrap().iter().filter_map(|one| one["payload"].as_u64()).collect();
+    assert_eq!(kept, [0, 1, 2, 20, 21, 22]);
+    let answer = server.try_publish(&everyone).await.json();
+    assert!(answer["accepted"][0]["seq"].as_u64().unwrap() > shown[5], "{answer}");
 }

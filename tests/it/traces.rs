@@ -86,18 +86,26 @@ async fn the_lines_of_one_message_are_found_in_the_logs_of_all_processes() {
     }
     let body = json!({"user": "alice", "ttl_s": 3600});
     let token = http::post(&auth.at("auth"), "/v1/tokens", Some(ADMIN_KEY), &body).await.json();
-    let socket_url = format!("ws://{}/v1/ws", push.at("push"));
+    let socket_url = format!("ws://{}/v1/ws?topics=auth", push.at("push"));
     let mut alice = Socket::open(&socket_url, token["token"].as_str()).await;
+    alice.say(&json!({"type": "auth", "topics": true})).await;
     alice.caught_up().await;
     let body = json!({"to": {"user": "alice"}, "payload": "traced"});
     post(&collect.at("collect"), API_KEY, "/v1/messages", &[TRACE], &body).await;
     assert_eq!(alice.until("message").await.1["traceparent"], TRACE);
+    // The same of a message in a log, under a trace of its own.
+    let other = TRACE.replace("4bf9", "5bf9");
+    let body = json!({"to": {"everyone": true}, "payload": "traced"});
+    post(&collect.at("collect"), API_KEY, "/v1/messages", &[&other], &body).await;
+    assert_eq!(alice.until("message").await.1["traceparent"], other);
     for (server, step) in [(&collect, 5), (&dispatch, 6), (&push, 7)] {
-        eventually("the line is there", async || {
-            let log = server.log();
-            let mut lines = log.lines().filter(|line| line.contains(TRACE));
-            lines.any(|line| line.contains(&format!("step={step}")))
-        })
-        .await;
+        for trace in [TRACE, &other] {
+            eventually("the line is there", async || {
+                let log = server.log();
+                let mut lines = log.lines().filter(|line| line.contains(trace));
+                lines.any(|line| line.contains(&format!("step={step}")))
+            })
+            .await;
+        }
     }
 }

@@ -89,7 +89,7 @@ impl Store {
             return Ok(number);
         }
         let last = match self.head(snapshot, user)? {
-            Some(head) => self.highest(snapshot, user, head)?,
+            Some(head) => self.highest(snapshot, user, head)?.max(self.above),
             None => {
                 pending.insert(&self.heads, head_key(user), self.newborn.encode());
                 self.newborn.head

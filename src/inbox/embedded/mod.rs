@@ -31,6 +31,14 @@
 //! names of users begin alike; without the hash every comparison in the memtable went to memory
 //! (docs/benchmarks/log.md).
 //!
+//! # Copied back
+//!
+//! A store whose directory is another one than it was written in has been copied: perhaps an older
+//! state was put back. Numbers above that state may have been given before. So every inbox and log
+//! goes on above the moment at which the copy was opened first, which is above all numbers that
+//! were given before: they begin at a moment and grow by one a message. A client whose position
+//! lies above what was put back is told so when it attaches.
+//!
 //! # Locks
 //!
 //! `writer` is held through the whole of a commit, including its sync, by appends, updates and the
@@ -54,9 +62,10 @@ mod records;
 mod topics;
 
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use fjall::{AbstractTree, Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 use futures_util::future::{BoxFuture, FutureExt};
@@ -69,7 +78,7 @@ use super::{
     PositionLookup, PositionQuery, Profile, Sought, UserPosition, WriteObserver,
 };
 use crate::clock::Clock;
-use crate::message::{DeviceId, LogId, Message, Seq, UserId};
+use crate::message::{DeviceId, LogId, Message, Millis, Seq, UserId};
 
 use records::Head;
 
@@ -78,6 +87,10 @@ const HEADS_IN_MEMORY: usize = 100_000;
 /// The keyspace with the identity of the store.
 const ABOUT: &str = "about.1";
 const IDENTITY: &[u8] = b"identity";
+/// The directory that the store was written in, in the keyspace about the store.
+const PLACE: &[u8] = b"place";
+/// The moment above which numbers go on, in the same keyspace: eight bytes, big-endian.
+const ABOVE: &[u8] = b"above";
 /// The layout of the keys is part of the keyspaces' names: a store of another layout is refused,
 /// not misread.
 const KEYSPACES: [&str; 4] = ["messages.2", "heads.2", "fences.2", "cursors.2"];
@@ -135,8 +148,44 @@ struct Store {
     identity: String,
     /// The head record of users that are new to this process.
     newborn: Head,
+    /// Numbers go on above this one: the store was copied at that moment. 0 if it never was.
+    above: u64,
     writer: Mutex<Writer>,
     poisoned: Arc<watch::Sender<bool>>,
+}
+
+/// Tells a directory from every other, also from one that took its place: its number in the file
+/// system, and when it was made, where the file system knows that.
+fn place_of(directory: &Path) -> std::io::Result<String> {
+    let about = std::fs::metadata(directory)?;
+    let made = about.created().ok().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+    Ok(format!("{} {}", about.ino(), made.map_or(0, |at| at.as_nanos())))
+}
+
+/// Notes where the store is, and returns the moment above which numbers go on.
+fn above_copies(db: &Database, about: &Keyspace, directory: &Path, now: Millis) -> fjall::Result<u64> {
+    let place = place_of(directory)?;
+    let known = about.get(PLACE)?;
+    let above = about.get(ABOVE)?.and_then(|raw| raw.as_ref().try_into().ok().map(u64::from_be_bytes));
+    if known.as_deref() == Some(place.as_bytes()) {
+        return Ok(above.unwrap_or(0));
+    }
+    let above = match known {
+        Some(_) => now.0.max(above.unwrap_or(0)),
+        None => above.unwrap_or(0),
+    };
+    let mut pending = db.batch().durability(Some(PersistMode::SyncData));
+    pending.insert(about, PLACE, place.as_bytes());
+    pending.insert(about, ABOVE, above.to_be_bytes());
+    pending.commit()?;
+    if known.is_some() {
+        tracing::warn!(
+            directory = %directory.display(),
+            above,
+            "the store was copied here: numbers go on above this moment, and clients whose position is gone are told"
+        );
+    }
+    Ok(above)
 }
 
 impl Store {
@@ -160,6 +209,7 @@ impl Store {
             clock: self.clock.clone(),
             identity: self.identity.clone(),
             newborn: self.newborn,
+            above: self.above,
             writer: Mutex::default(),
             poisoned: Arc::clone(&self.poisoned),
         })
@@ -244,6 +294,7 @@ impl EmbeddedInbox {
                     made
                 }
             };
+            let above = above_copies(&db, &about, directory, clock.now())?;
             let store = Store {
                 is_of_logs: false,
                 identity,
@@ -259,6 +310,7 @@ impl EmbeddedInbox {
                 log_positions: keyspace(log_positions)?,
                 db: db.clone(),
                 newborn: Head::beginning_at(clock.now()),
+                above,
                 clock,
                 writer: Mutex::default(),
                 poisoned: Arc::new(watch::Sender::new(false)),

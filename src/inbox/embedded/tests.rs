@@ -199,3 +199,38 @@ async fn a_store_that_is_opened_again_goes_on_where_it_was() {
     let Ok(Appended::Stored(next)) = again.append(vec![fresh]).await.remove(0) else { panic!() };
     assert_eq!(next.seq, stored.seq.next());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_was_copied_gives_no_number_twice() {
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| place.path().join(name);
+    let clock = Clock::standing(START);
+    let store = async |directory: &str, count: usize| {
+        let inbox = EmbeddedInbox::open(&at(directory), clock.clone()).unwrap();
+        let mut seqs = Vec::new();
+        for store in [&inbox, &inbox.logs()] {
+            for _ in 0..count {
+                let outcome =
+                    store.append(vec![item("alice", "id", false)]).await.remove(0).unwrap();
+                seqs.push(outcome.seq().get() - START.0);
+            }
+        }
+        seqs
+    };
+    assert_eq!(store("data", 2).await, [1, 2, 1, 2]);
+    let copy = |from: &str, to: &str| {
+        assert!(
+            std::process::Command::new("cp").arg("-a").args([at(from), at(to)]).status().unwrap().success()
+        );
+    };
+    copy("data", "backup");
+    // Opened where it was, it goes on.
+    assert_eq!(store("data", 2).await, [3, 4, 3, 4]);
+    std::fs::remove_dir_all(at("data")).unwrap();
+    copy("backup", "data");
+    clock.advance(1_000);
+    assert_eq!(store("data", 2).await, [1001, 1002, 1001, 1002]);
+    // From then on it is the store of this place.
+    clock.advance(1_000);
+    assert_eq!(store("data", 1).await, [1003, 1003]);
+}

@@ -295,6 +295,12 @@ impl Dispatch {
             self.refresh(&mut recent);
             recent.nodes()
         };
+        for hint in hints {
+            if let LogHint::Message { log, message } = hint {
+                let (id, seq, nodes) = (&message.id, message.seq, nodes.len());
+                tracing::debug!(target: WAY, step = 6, %log, %id, %seq, nodes, traceparent = shown(message), "routed to all nodes");
+            }
+        }
         for node in nodes {
             let queue = self.queue_in(&self.inner.hint_queues, &node);
             self.inner.metrics.hints.inc_by(hints.len() as u64);

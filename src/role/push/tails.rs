@@ -27,8 +27,10 @@ use crate::inbox::logs::{EVERYONES_LIFE, key};
 use crate::inbox::topics::TopicRecipients;
 use crate::inbox::{Change, InboxError, PageLimit, StartAt, Stores};
 use crate::message::{LogId, Message, Seq, TopicName};
+use crate::role::shown;
 use crate::session::Input;
 use crate::tasks::raised;
+use crate::telemetry::WAY;
 use crate::topic::Delivery;
 use crate::wire::peer::LogHint;
 
@@ -201,6 +203,8 @@ impl Tails {
             self.blocks.retain(|(of, ..), _| of != log);
         }
         let Some(tail) = self.find(log) else { return };
+        let (id, seq) = (&message.id, message.seq);
+        tracing::debug!(target: WAY, step = 7, %log, %id, %seq, readers = tail.count(), traceparent = shown(message), "fed to the tail of a log");
         let life = message.log_entry().map_or(EVERYONES_LIFE, |entry| entry.life);
         if life > tail.life {
             self.look_at(log);
