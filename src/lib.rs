@@ -44,8 +44,11 @@ pub mod app;
 pub mod cli;
 pub mod clock;
 pub mod config;
+#[cfg(test)]
+mod explorer;
 pub mod fallback;
 pub mod inbox;
+pub mod interest;
 mod library;
 pub mod live;
 pub mod membership;

@@ -114,6 +114,7 @@ impl App {
                 verify: verify.clone(),
                 membership: Arc::clone(&shared.membership),
                 fallback: Arc::clone(&shared.fallback),
+                interest: Arc::clone(&shared.interest),
                 reach: shared.reach.clone(),
                 health: shared.health.clone(),
                 urls: shared.urls.clone(),
@@ -151,6 +152,7 @@ impl App {
         BoxCloneSyncService::new(Dispatch::start(
             Arc::clone(&shared.membership),
             Arc::clone(&shared.fallback),
+            Arc::clone(&shared.interest),
             Arc::clone(&shared.nodes) as _,
             &shared.metrics,
             &mut self.tasks,

@@ -40,6 +40,7 @@ pub use ops_http::serve_metrics;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::fallback::Fallback;
+use crate::interest::Interest;
 use crate::membership::{Departure, Member, Membership, NodeState};
 use crate::message::NodeId;
 use crate::role::auth::Auth;
@@ -105,6 +106,7 @@ struct Shared {
     metrics: Metrics,
     membership: Arc<dyn Membership>,
     fallback: Arc<dyn Fallback>,
+    interest: Arc<dyn Interest>,
     urls: PublicUrls,
     live: LiveSettings,
     tls: Tls,

@@ -18,7 +18,7 @@ use super::listeners::{Bound, Listeners, advertised, own_urls, write_listen};
 use super::peers::{Proofs, PushNodes};
 use super::reload::LiveSettings;
 use super::secure::{Tls, TlsFilesRead};
-use super::stores::{self, Opened};
+use super::stores::{self, Opened, Registry};
 use super::{App, Shared};
 use crate::clock::Clock;
 use crate::config::Config;
@@ -83,7 +83,8 @@ impl Prepared {
         for (name, needed) in [("view", needs_view(&config)), ("inbox", needs_inbox(&config))] {
             health.set(name, !needed, if needed { "not reached yet" } else { "not needed here" });
         }
-        let (membership, fallback) = stores::registry(&config, &live, &clock, &metrics, &mut tasks).await?;
+        let Registry { membership, fallback, interest } =
+            stores::registry(&config, &live, &clock, &metrics, &mut tasks).await?;
         gauges::register(&metrics, &health, membership.views());
         let refusals = Refusals::register(&metrics);
         let tls = Tls::new(tls, &metrics, &refusals)?;
@@ -95,6 +96,7 @@ impl Prepared {
             urls: public_urls(&config, &bound),
             membership,
             fallback,
+            interest,
             live,
             tls,
             reach: PeerProbe::new(Arc::clone(&nodes) as _),

@@ -17,13 +17,16 @@ use tower::util::BoxCloneSyncService;
 use super::reload::LiveSettings;
 use crate::client::http::HttpClient;
 use crate::clock::Clock;
-use crate::config::{Config, Faults, VerifyBy};
+use crate::config::{Config, Faults, RoleName, VerifyBy};
 use crate::fallback::Fallback;
 use crate::fallback::local::LocalFallback;
 use crate::fallback::redis::RedisFallback;
 use crate::inbox::embedded::EmbeddedInbox;
 use crate::inbox::mongo::{MongoInbox, MongoTimes, OpenError};
 use crate::inbox::{Inbox, Janitor, Logs, Stores, Topics};
+use crate::interest::Interest;
+use crate::interest::local::LocalInterest;
+use crate::interest::redis::RedisInterest;
 use crate::membership::Membership;
 use crate::membership::keeper::Times;
 use crate::membership::local::LocalMembership;
@@ -68,17 +71,28 @@ fn refused(why: impl Into<String>) -> anyhow::Error {
     Faults(vec![why.into()]).into()
 }
 
-/// Membership and fallback: in Redis, or in this process.
+/// What the nodes of a cluster know of one another: in Redis, or in this process.
+pub(super) struct Registry {
+    pub(super) membership: Arc<dyn Membership>,
+    pub(super) fallback: Arc<dyn Fallback>,
+    pub(super) interest: Arc<dyn Interest>,
+}
+
+/// Opens the registry.
 pub(super) async fn registry(
     config: &Config,
     live: &LiveSettings,
     clock: &Clock,
     metrics: &Metrics,
     tasks: &mut JoinSet<()>,
-) -> Result<(Arc<dyn Membership>, Arc<dyn Fallback>)> {
+) -> Result<Registry> {
     let wanted = config.redis.as_ref().filter(|_| super::needs_view(config));
     let Some(url) = wanted else {
-        return Ok((Arc::new(LocalMembership::new(clock.clone())), Arc::new(LocalFallback::default())));
+        return Ok(Registry {
+            membership: Arc::new(LocalMembership::new(clock.clone())),
+            fallback: Arc::new(LocalFallback::default()),
+            interest: Arc::new(LocalInterest::default()),
+        });
     };
     let times = Times::default();
     let ca = config.tls.redis_ca.as_ref().map(|path| read_file("ca", path));
@@ -97,10 +111,19 @@ pub(super) async fn registry(
     let watched = membership.clone();
     tasks.spawn(async move { watched.watch_tasks().await });
     // Separate connections, so that a long list of displaced users does not delay a heartbeat.
-    let fallback = RedisFallback::start(link()?, &config.redis_prefix, times.lease, times.poll);
+    let (link, prefix) = (link()?, &config.redis_prefix);
+    let fallback = RedisFallback::start(link.clone(), prefix, times.lease, times.poll);
     let watched = fallback.clone();
     tasks.spawn(async move { watched.watch_tasks().await });
-    Ok((Arc::new(membership), Arc::new(fallback)))
+    let routes = config.roles.contains(&RoleName::Dispatch);
+    let interest = RedisInterest::start(link, prefix, times.lease, times.poll, routes);
+    let watched = interest.clone();
+    tasks.spawn(async move { watched.watch_tasks().await });
+    Ok(Registry {
+        membership: Arc::new(membership),
+        fallback: Arc::new(fallback),
+        interest: Arc::new(interest),
+    })
 }
 
 async fn show_skew(membership: RedisMembership, skew: Gauge) {

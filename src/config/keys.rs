@@ -89,6 +89,7 @@ pub(super) const KEYS: &[Key] = &[
     key("limits.everyone_backlog", Kind::Number, "20"),
     key("limits.tail_mib", Kind::Number, "64"),
     key("limits.fanout_mib_per_s", Kind::Number, "64"),
+    key("limits.outbound_mib", Kind::Number, "512"),
     key("limits.topic_cursor_ms", Kind::Number, "60000"),
     key("limits.topic_cursors_per_s", Kind::Number, "200"),
     key("limits.sessions_per_user", Kind::Number, "64"),

@@ -357,6 +357,7 @@ impl Reader {
             logs: LogReadingLimits {
                 memory_bytes: self.number("limits.tail_mib", 1..=65_536) as usize * 1024 * 1024,
                 fanout_bytes_per_s: self.number("limits.fanout_mib_per_s", 0..=65_536) * 1024 * 1024,
+                outbound_bytes: self.number("limits.outbound_mib", 1..=1_048_576) as usize * 1024 * 1024,
                 everyone_backlog: self.number("limits.everyone_backlog", 0..=1_000_000),
                 position_every: self.millis("limits.topic_cursor_ms", 200..=3_600_000),
                 positions_per_s: self.number("limits.topic_cursors_per_s", 1..=1_000_000) as u32,

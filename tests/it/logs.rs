@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use ringpush_testing::{Options, Server, Socket, http};
+use ringpush_testing::{Options, Server, Socket, eventually, http};
 
 async fn with(topics: &[(&str, &[&str])]) -> Server {
     let server = Server::start().await;
@@ -409,4 +409,35 @@ async fn open_topics_are_made_by_their_first_publish_or_join() {
     assert_eq!(payloads(&messages(&mut alice, 1).await), ["goal"]);
     let other = publish(&server, json!({"topic": "matches"}), json!(1)).await;
     assert_eq!(other.status, 404, "{other:?}");
+}
+
+/// Sockets that read nothing fill what a node may hold: logs wait for room, inboxes do not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_for_slow_sockets_holds_logs_back_and_no_inbox() {
+    let server = Server::with(Options::default().with("limits.outbound_mib", "1")).await;
+    server.put("/v1/topics/news", &json!({"delivery": "log"})).await;
+    change(&server, "news", &["alice"], &[]).await;
+    let (mut alice, _) = open(&server, "alice", "web", json!({})).await;
+    level(&mut alice).await;
+    let mut slow = Vec::new();
+    for n in 0..12 {
+        slow.push(open(&server, &format!("slow-{n}"), "web", json!({})).await);
+    }
+    let names: Vec<String> = (0..12).map(|n| format!("slow-{n}")).collect();
+    let large = "x".repeat(60_000);
+    for _ in 0..20 {
+        assert_eq!(publish(&server, json!({"users": names}), json!(large)).await.status, 202);
+    }
+    let waits = async || server.metric("ringpush_outbound_bytes").await;
+    eventually("more waits than may", async || waits().await > 1024.0 * 1024.0).await;
+    to_topic(&server, "news", json!("held back")).await;
+    for n in 0..5 {
+        server.publish("alice", json!(n)).await;
+        // In her inbox nothing waits; of the log nothing comes before.
+        assert_eq!(alice.until("message").await.1["payload"], n);
+    }
+    drop(slow);
+    let message = alice.until("message").await.1;
+    assert_eq!((&message["topic"], &message["payload"]), (&json!("news"), &json!("held back")));
+    eventually("nothing waits any more", async || waits().await == 0.0).await;
 }

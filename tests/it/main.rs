@@ -16,6 +16,7 @@ mod command_line;
 mod crash;
 mod handshakes;
 mod indicators;
+mod interest;
 mod keys;
 mod libraries;
 mod limits;

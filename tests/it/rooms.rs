@@ -14,6 +14,8 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("ticket", &["message", "watching", "secret"]),
     ("peer_proof", &["message", "secret"]),
     ("session", &["message", "wire"]),
+    // For tests alone: visits every state of a model.
+    ("explorer", &[]),
     // Tier 1: one door per foreign system.
     ("clock", &["message"]),
     ("telemetry", &[]),
@@ -22,7 +24,8 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("tasks", &[]),
     ("membership", &["message", "ring", "clock", "backoff", "wire", "transport", "peer_proof"]),
     ("fallback", &["message", "clock", "backoff", "transport"]),
-    ("inbox", &["message", "topic", "trace", "clock", "backoff", "tasks"]),
+    ("interest", &["message", "backoff", "transport", "explorer"]),
+    ("inbox", &["message", "topic", "trace", "clock", "backoff", "tasks", "explorer"]),
     ("transport", &["wire", "redis_url"]),
     // Tier 2: what should happen. A role knows users, not sockets: it does not know transport.
     (
@@ -43,6 +46,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "tasks",
             "membership",
             "fallback",
+            "interest",
             "inbox",
         ],
     ),

@@ -210,9 +210,9 @@ async fn a_store_that_was_copied_gives_no_number_twice() {
         let mut seqs = Vec::new();
         for store in [&inbox, &inbox.logs()] {
             for _ in 0..count {
-                let outcome =
-                    store.append(vec![item("alice", "id", false)]).await.remove(0).unwrap();
-                seqs.push(outcome.seq().get() - START.0);
+                let outcome = store.append(vec![item("alice", "id", false)]).await.remove(0);
+                let Ok(Appended::Stored(message)) = outcome else { panic!("{outcome:?}") };
+                seqs.push(message.seq.get() - START.0);
             }
         }
         seqs

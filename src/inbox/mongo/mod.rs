@@ -14,8 +14,6 @@
 
 mod append;
 mod cursors;
-#[cfg(test)]
-mod explorer;
 mod identity;
 mod indexes;
 mod janitor;

@@ -10,7 +10,7 @@
 //! steps. Every interleaving up to the bounds is visited. Each rule of [`Without`] that is taken
 //! out is found to break a promise.
 
-use super::explorer::{Model, breaks_without, holds};
+use crate::explorer::{Model, breaks_without, holds};
 
 /// The life of a head in memory, when a response is late, and how long removal waits: one step
 /// after another, as 10, 30 and 60 minutes follow on one another in `MongoTimes`.

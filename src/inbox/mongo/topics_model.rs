@@ -8,7 +8,7 @@
 //! was before the last write. A message is stored by the new one alone. Each rule of [`Without`]
 //! that is taken out is found to break a promise.
 
-use super::explorer::{Model, breaks_without, holds};
+use crate::explorer::{Model, breaks_without, holds};
 
 /// The rule that is taken out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

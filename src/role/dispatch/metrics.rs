@@ -15,6 +15,8 @@ pub(super) struct DispatchMetrics {
     pub(super) dropped: Counter,
     /// A hint about logs was put into a queue.
     pub(super) hints: Counter,
+    /// A node was not sent a message, since it reads no such log.
+    pub(super) hints_spared: Counter,
     /// There was no node for a message.
     pub(super) unowned: Counter,
     /// The fallback entries were looked up for a batch.
@@ -30,6 +32,11 @@ impl DispatchMetrics {
             r.register("dispatch_routed", "Messages put into a queue of a node", own.routed.clone());
             r.register("dispatch_dropped", "Hints dropped: queue full or node silent", own.dropped.clone());
             r.register("dispatch_hints", "Hints about logs put into a queue of a node", own.hints.clone());
+            r.register(
+                "dispatch_hints_spared",
+                "Messages of logs that a node was not sent, since it does not read the log",
+                own.hints_spared.clone(),
+            );
             r.register("dispatch_unowned", "Messages without a node to go to", own.unowned.clone());
             r.register(
                 "dispatch_fallback_lookups",

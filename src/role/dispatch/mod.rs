@@ -29,6 +29,7 @@ pub use recent::{RECENT_VIEW_LIFE, RECENT_VIEWS};
 use super::backlog::Backlog;
 use super::{PeerDirectory, PushService};
 use crate::fallback::Fallback;
+use crate::interest::Interest;
 use crate::membership::{Membership, View};
 use crate::message::{LogId, NodeId, UserId};
 use crate::ring;
@@ -63,6 +64,7 @@ struct Inner {
     recent: Mutex<Recent>,
     membership: Arc<dyn Membership>,
     fallback: Arc<dyn Fallback>,
+    interest: Arc<dyn Interest>,
     directory: Arc<dyn PeerDirectory>,
     queues: Mutex<HashMap<NodeId, PeerQueue<LiveMessage>>>,
     /// The queues of hints about logs. Inboxes never wait for them.
@@ -93,6 +95,7 @@ impl Dispatch {
     pub fn start(
         membership: Arc<dyn Membership>,
         fallback: Arc<dyn Fallback>,
+        interest: Arc<dyn Interest>,
         directory: Arc<dyn PeerDirectory>,
         metrics: &Metrics,
         tasks: &mut JoinSet<()>,
@@ -105,6 +108,7 @@ impl Dispatch {
             recent: Mutex::new(recent),
             membership,
             fallback,
+            interest,
             directory,
             queues: Mutex::default(),
             hint_queues: Mutex::default(),
@@ -288,23 +292,34 @@ impl Dispatch {
         }
     }
 
-    /// Tells all nodes of the recent views: any of them may read the log, or hold the user.
+    /// Tells the nodes of the recent views: of messages those that may read their log, of all else
+    /// all, since any of them may hold the user.
     fn hint(&self, hints: &[LogHint], missed: bool) {
-        let nodes = {
+        let readers = {
             let mut recent = self.inner.recent.lock();
             self.refresh(&mut recent);
-            recent.nodes()
+            recent.readers()
         };
-        for hint in hints {
-            if let LogHint::Message { log, message } = hint {
-                let (id, seq, nodes) = (&message.id, message.seq, nodes.len());
-                tracing::debug!(target: WAY, step = 6, %log, %id, %seq, nodes, traceparent = shown(message), "routed to all nodes");
+        for reader in readers {
+            let is_for = |hint: &&LogHint| match hint {
+                LogHint::Message { log, .. } => self.inner.interest.may_read(&reader, log),
+                LogHint::Memberships(_) | LogHint::Look(_) => true,
+            };
+            let node = &reader.node;
+            let own: Vec<LogHint> = hints.iter().filter(is_for).cloned().collect();
+            self.inner.metrics.hints.inc_by(own.len() as u64);
+            self.inner.metrics.hints_spared.inc_by((hints.len() - own.len()) as u64);
+            for hint in &own {
+                if let LogHint::Message { log, message } = hint {
+                    let (id, seq) = (&message.id, message.seq);
+                    tracing::debug!(target: WAY, step = 6, %log, %id, %seq, %node, traceparent = shown(message), "routed to a node that may read the log");
+                }
             }
-        }
-        for node in nodes {
-            let queue = self.queue_in(&self.inner.hint_queues, &node);
-            self.inner.metrics.hints.inc_by(hints.len() as u64);
-            self.inner.metrics.dropped.inc_by(queue.put(hints.to_vec()) as u64);
+            if own.is_empty() && !missed {
+                continue;
+            }
+            let queue = self.queue_in(&self.inner.hint_queues, node);
+            self.inner.metrics.dropped.inc_by(queue.put(own) as u64);
             if missed {
                 queue.mark_missed();
             }

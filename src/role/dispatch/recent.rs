@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::interest::Reader;
 use crate::membership::View;
 use crate::message::NodeId;
 use crate::ring;
@@ -61,6 +62,18 @@ impl Recent {
             }
         }
         nodes
+    }
+
+    /// The processes of these nodes: of a node that is in several views, the one of the youngest.
+    pub(super) fn readers(&self) -> Vec<Reader> {
+        let views = std::iter::once(&self.current).chain(self.earlier.iter().map(|(view, _)| view));
+        let mut readers: Vec<Reader> = Vec::new();
+        for member in views.flat_map(|view| view.members.iter()) {
+            if !readers.iter().any(|known| known.node == member.info.node) {
+                readers.push(Reader { node: member.info.node.clone(), incarnation: member.incarnation });
+            }
+        }
+        readers
     }
 
     /// Whether a node is in one of these views.

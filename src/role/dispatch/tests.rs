@@ -6,6 +6,8 @@ use super::*;
 use crate::clock::Clock;
 use crate::fallback::local::LocalFallback;
 use crate::fallback::{Holder, Which};
+use crate::interest::local::LocalInterest;
+use crate::interest::{Buckets, Interest, Reader};
 use crate::membership::local::LocalMembership;
 use crate::membership::{Departure, NodeInfo};
 use crate::message::{Message, MessageId, Millis, Seq};
@@ -43,6 +45,13 @@ impl PeerDirectory for Nodes {
                         let seqs = batch.iter().map(|live| live.message.seq.get()).collect();
                         let _ = calls.send((node, seqs, sweep)).await;
                     }
+                    PushRequest::Hint { hints, .. } => {
+                        let seqs = hints.iter().filter_map(|hint| match hint {
+                            LogHint::Message { message, .. } => Some(message.seq.get()),
+                            _ => None,
+                        });
+                        let _ = calls.send((node, seqs.collect(), false)).await;
+                    }
                     PushRequest::Gone(_) => drop(gone.send(node).await),
                     _ => {}
                 }
@@ -55,6 +64,7 @@ impl PeerDirectory for Nodes {
 struct Bench {
     membership: LocalMembership,
     fallback: LocalFallback,
+    interest: LocalInterest,
     nodes: Arc<Nodes>,
     dispatch: Dispatch,
     calls: mpsc::Receiver<(NodeId, Vec<u64>, bool)>,
@@ -67,7 +77,7 @@ async fn bench(names: &[&str]) -> Bench {
     for name in names {
         membership.join(info(name)).await.unwrap();
     }
-    let fallback = LocalFallback::default();
+    let (fallback, interest) = (LocalFallback::default(), LocalInterest::default());
     let (sender, calls) = mpsc::channel(CALLS);
     let (told, gone) = mpsc::channel(8);
     let nodes =
@@ -76,11 +86,12 @@ async fn bench(names: &[&str]) -> Bench {
     let dispatch = Dispatch::start(
         Arc::new(membership.clone()),
         Arc::new(fallback.clone()),
+        Arc::new(interest.clone()),
         Arc::clone(&nodes) as _,
         &Metrics::default(),
         &mut tasks,
     );
-    Bench { membership, fallback, nodes, dispatch, calls, gone, _tasks: tasks }
+    Bench { membership, fallback, interest, nodes, dispatch, calls, gone, _tasks: tasks }
 }
 
 fn info(name: &str) -> NodeInfo {
@@ -311,4 +322,42 @@ async fn without_a_node_nothing_is_sent_and_nothing_fails() {
         panic!("not an answer to a lookup");
     };
     assert_eq!((owner, sessions.len()), (None, 0));
+}
+
+/// A message to a topic goes to the nodes that may read it; a change of memberships to all.
+#[tokio::test]
+async fn messages_of_a_log_go_to_its_readers_alone() {
+    let mut bench = bench(&["push-0", "push-1", "push-2"]).await;
+    let log = |name: &str| LogId::Topic(crate::message::TopicName::parse(name).unwrap());
+    let view = Arc::clone(&bench.membership.views().borrow());
+    for (name, reads) in [("push-0", Some("news")), ("push-1", None)] {
+        let node = NodeId::parse(name).unwrap();
+        let reader = Reader { incarnation: view.member(&node).unwrap().incarnation, node };
+        let logs: Vec<LogId> = reads.map(log).into_iter().collect();
+        bench.interest.publish(&reader, Arc::new(Buckets::of(&logs))).await.unwrap();
+    }
+    let message = |seq| live("alice", seq).message;
+    let hint = |log: LogId, seq| LogHint::Message { log, message: message(seq) };
+    let dispatch = bench.dispatch.clone();
+    let tell = async |hints: Vec<LogHint>| {
+        let request = DispatchRequest::Hint { hints, missed: false, stamp: ViewVersion::default() };
+        dispatch.clone().oneshot(request).await.unwrap();
+    };
+    let mut heard = async |count: usize| {
+        let mut heard = Vec::new();
+        for _ in 0..count {
+            let (node, seqs, _) = bench.calls.recv().await.unwrap();
+            heard.push((node.to_string(), seqs));
+        }
+        heard.sort();
+        heard
+    };
+    let at = |node: &str, seqs: &[u64]| (node.to_owned(), seqs.to_vec());
+    // Nothing is known of push-2: it has it too.
+    tell(vec![hint(log("news"), 1), hint(log("other"), 2)]).await;
+    assert_eq!(heard(2).await, [at("push-0", &[1]), at("push-2", &[1, 2])]);
+    tell(vec![hint(LogId::Everyone, 3)]).await;
+    assert_eq!(heard(3).await, [at("push-0", &[3]), at("push-1", &[3]), at("push-2", &[3])]);
+    tell(vec![LogHint::Memberships(vec![UserId::parse("alice").unwrap()])]).await;
+    assert_eq!(heard(3).await, [at("push-0", &[]), at("push-1", &[]), at("push-2", &[])]);
 }

@@ -15,6 +15,7 @@ use super::connection::Connector;
 use super::cursors::CursorWriter;
 use super::displaced::DisplacedSet;
 use super::drain::Drainer;
+use super::interest::InterestWriter;
 use super::lease::{GoneNotice, LeaseWatch};
 use super::log_attach::{LogAttacher, MembershipReads};
 use super::log_positions::LogPositions;
@@ -31,6 +32,7 @@ use super::welcome::Welcomer;
 use crate::clock::Clock;
 use crate::fallback::{Fallback, Holder};
 use crate::inbox::{Inbox, PositionLookup, Stores};
+use crate::interest::{Interest, Reader};
 use crate::membership::LeaseState;
 use crate::role::connect::PublicUrls;
 use crate::role::reach::PeerProbe;
@@ -125,13 +127,19 @@ pub(super) struct Reading {
     pub(super) cursors: Arc<CursorWriter>,
     pub(super) sweeper: Arc<Sweeper>,
     pub(super) tails: Arc<Tails>,
+    pub(super) interest: Arc<InterestWriter>,
     pub(super) memberships: Arc<MembershipReads>,
     pub(super) log_positions: Arc<LogPositions>,
 }
 
 impl Reading {
     /// Starts its tasks in `tasks`.
-    pub(super) fn start(base: &Base, stores: Stores, clock: Clock, tasks: &mut JoinSet<()>) -> Self {
+    pub(super) fn start(
+        base: &Base,
+        (stores, interest): (Stores, Arc<dyn Interest>),
+        clock: Clock,
+        tasks: &mut JoinSet<()>,
+    ) -> Self {
         let inbox = Arc::clone(&stores.inbox);
         let lookup = Arc::clone(&inbox).lookup(tasks);
         let pages = Arc::new(PageReads::new(Arc::clone(&inbox), base.metrics.clone()));
@@ -157,9 +165,12 @@ impl Reading {
             base.limits.logs,
         );
         tasks.spawn(Arc::clone(&tails).run());
+        let reader = Reader { node: base.holder.node.clone(), incarnation: base.holder.incarnation };
+        let interest = Arc::new(InterestWriter::new(interest, reader, Arc::clone(&tails)));
+        tasks.spawn(Arc::clone(&interest).run());
         let log_positions = Arc::new(LogPositions::new(Arc::clone(&inbox), base.limits.logs));
         tasks.spawn(Arc::clone(&log_positions).run());
-        Self { stores, inbox, lookup, pages, cursors, sweeper, tails, memberships, log_positions }
+        Self { stores, inbox, lookup, pages, cursors, sweeper, tails, interest, memberships, log_positions }
     }
 }
 
@@ -223,6 +234,7 @@ impl Placement {
             ownership: Arc::clone(&base.ownership),
             availability: Arc::clone(&base.availability),
             displaced: Arc::clone(&self.displaced),
+            interest: Arc::clone(&reading.interest),
             sweeper: Arc::clone(&reading.sweeper),
             drainer: Arc::clone(&self.drainer),
         }

@@ -14,6 +14,7 @@ use super::tails::LogReadingLimits;
 use crate::clock::Clock;
 use crate::fallback::Fallback;
 use crate::inbox::Stores;
+use crate::interest::Interest;
 use crate::live::Live;
 use crate::membership::{Membership, NodeInfo};
 use crate::role::VerifyService;
@@ -134,6 +135,8 @@ pub struct PushParts {
     pub membership: Arc<dyn Membership>,
     /// The fallback.
     pub fallback: Arc<dyn Fallback>,
+    /// Which logs the nodes read.
+    pub interest: Arc<dyn Interest>,
     /// Probes other nodes.
     pub reach: PeerProbe,
     /// Shows whether this node has lost its place.
@@ -173,6 +176,8 @@ pub struct PushMetrics {
     pub moves: Counter,
     /// Sessions that fell behind because their socket was full.
     pub demoted: Counter,
+    /// Bytes that wait for sockets.
+    pub outbound: Gauge,
     /// Sockets whose client does not know of logs, though its user is a member of topics with one.
     pub topic_unaware: Counter,
     /// Sockets refused before the upgrade, for any reason.
@@ -226,6 +231,11 @@ impl PushMetrics {
             r.register("swept", "Sessions looked at by the sweep", own.swept.clone());
             r.register("forced_sweeps", "Sweeps out of turn", own.forced_sweeps.clone());
             r.register("moves", "Move frames sent", own.moves.clone());
+            r.register(
+                "outbound_bytes",
+                "Bytes that wait for sockets, but for 4 KiB of each",
+                own.outbound.clone(),
+            );
             r.register("demoted", "Sessions that fell behind on a full socket", own.demoted.clone());
             r.register(
                 "topic_unaware",

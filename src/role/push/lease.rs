@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use super::availability::{Availability, Bar};
 use super::displaced::DisplacedSet;
 use super::drain::Drainer;
+use super::interest::InterestWriter;
 use super::ownership::Ownership;
 use super::sweep::Sweeper;
 use crate::membership::LeaseState;
@@ -60,6 +61,7 @@ pub(super) struct LeaseWatch {
     pub(super) ownership: Arc<Ownership>,
     pub(super) availability: Arc<Availability>,
     pub(super) displaced: Arc<DisplacedSet>,
+    pub(super) interest: Arc<InterestWriter>,
     pub(super) sweeper: Arc<Sweeper>,
     pub(super) drainer: Arc<Drainer>,
 }
@@ -128,6 +130,7 @@ impl LeaseWatch {
     /// Entries in the registry may be lost, and messages sent meanwhile may have gone elsewhere.
     fn write_again(&self) {
         self.displaced.write_again();
+        self.interest.write_again();
         self.sweeper.force();
     }
 }

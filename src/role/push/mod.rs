@@ -9,8 +9,9 @@
 //! - `availability`, `ownership`, `reconnect`, `tokens`: whether the node takes sockets, which
 //!   users it owns, the reconnect hint, and the check of tokens.
 //! - `page_reads`, `cursors`, `sweep`: what is asked of the inbox, besides single positions.
-//! - `tail`, `tails`, `log_readers`, `log_attach`, `log_positions`: the logs of topics, which are
-//!   read once for all sockets.
+//! - `tail`, `tails`, `log_readers`, `log_attach`, `log_positions`, `outbound`, `interest`: the
+//! logs of
+//!   topics, which are read once for all sockets.
 //! - `displaced`, `moves`, `drain`, `lease`: where users belong, and what happens when that
 //!   changes.
 //! - `admission`, `connection`, `attach`, `serving`, `refresh`, `welcome`, `end`: a connection,
@@ -26,12 +27,14 @@ mod cursors;
 mod displaced;
 mod drain;
 mod end;
+mod interest;
 mod lease;
 mod log_attach;
 mod log_positions;
 mod log_readers;
 mod mailbox;
 mod moves;
+mod outbound;
 mod ownership;
 mod page_reads;
 mod reconnect;
@@ -213,7 +216,7 @@ impl Push {
         let base = Base::new(&config, &parts, holder.clone());
         let tokens = Arc::new(TokenCheck::new(parts.verify, parts.refusals));
         let urls = Arc::new(parts.urls);
-        let reading = Reading::start(&base, parts.stores, parts.clock.clone(), tasks);
+        let reading = Reading::start(&base, (parts.stores, parts.interest), parts.clock.clone(), tasks);
         let placement = Placement::start(&base, &reading, parts.fallback, parts.reach, &urls, tasks);
         tasks.spawn(placement.watch(&base, &reading, registration.standing).run());
         let admitter = Arc::new(Admitter {

@@ -53,6 +53,7 @@ use super::log_attach::{LogAttacher, LogsAttached, Watched, shown};
 use super::log_positions::LogPositions;
 use super::log_readers::{Act, LogReaders, LogStart, Next};
 use super::mailbox::{InboxFrame, LogMail, Mail};
+use super::outbound::Waiting;
 use super::page_reads::PageReads;
 use super::reconnect::ReconnectWindow;
 use super::refresh::Refresher;
@@ -198,6 +199,8 @@ pub(super) struct Serving<S> {
     queued_bytes: usize,
     /// Bytes given to the WebSocket layer that are not known to be written.
     unflushed_bytes: usize,
+    /// The same two, as they count for the node.
+    waiting: Waiting,
     /// Wakes the task that serves.
     task: Option<Waker>,
     /// An event that happened during an inline send, for the task.
@@ -262,6 +265,7 @@ impl<S: Socket> Serving<S> {
         let start =
             StartPoint { start: position.start, head: position.head, more: position.more, fresh: false };
         let session = Session::start(start, window, |output| outputs.push(output));
+        let waiting = Waiting::new(&context.logs.tails.outbound);
         let mut this = Self {
             timer: Box::pin(tokio::time::sleep_until(next_ping.min(token_ends))),
             context,
@@ -271,6 +275,7 @@ impl<S: Socket> Serving<S> {
             queue: VecDeque::new(),
             queued_bytes: 0,
             unflushed_bytes: 0,
+            waiting,
             blocked: false,
             told_full: false,
             frames_first: false,
@@ -470,6 +475,7 @@ impl<S: Socket> Serving<S> {
             // in the cache.
             self.queue = VecDeque::new();
         }
+        self.waiting.set(self.queued_bytes + self.unflushed_bytes);
         if self.told_full && self.queued_bytes + self.unflushed_bytes <= LOW_WATER_BYTES {
             self.told_full = false;
             return Poll::Ready(Event::HasRoom);

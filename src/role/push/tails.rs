@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use super::PushMetrics;
 use super::availability::Availability;
 use super::log_readers::Wanted;
+use super::outbound::Outbound;
 use super::registry::SessionHandle;
 use super::sweep::{SWEEP_EVERY_CUT_OFF, SWEEP_JITTER};
 use super::tail::{Block, LogFrame, Reading, Tail, TailMemory, Wants, encoded, page_of};
@@ -26,6 +27,7 @@ use crate::clock::Clock;
 use crate::inbox::logs::{EVERYONES_LIFE, key};
 use crate::inbox::topics::TopicRecipients;
 use crate::inbox::{Change, InboxError, PageLimit, StartAt, Stores};
+use crate::interest::Buckets;
 use crate::message::{LogId, Message, Seq, TopicName};
 use crate::role::shown;
 use crate::session::Input;
@@ -50,8 +52,9 @@ const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 /// A tail whose last reader left this long ago is dropped.
 const IDLE: Duration = Duration::from_secs(60);
-/// When a new tail looks again: by then every router knows that this node is here.
-const LOOK_AGAIN: Duration = Duration::from_secs(3);
+/// When a new tail looks again: by then every router knows that this log is read here, or sends
+/// everything to all (`Interest::seen_after`, and 250 ms until it is published).
+pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(3);
 /// Tails in one question.
 const LOT: usize = 1_000;
 /// Sockets that are told in one piece of a walk: about a millisecond.
@@ -98,11 +101,16 @@ pub(super) struct Tails {
     newcomers: Mutex<Option<(Seq, Seq)>>,
     reads: Semaphore,
     pace: Pace,
+    /// What waits for the sockets of this node.
+    pub(super) outbound: Arc<Outbound>,
     /// What is to be done: at most a read, a walk and some looks of each tail, and a block of each
     /// socket.
     works: Mutex<VecDeque<Work>>,
     queued: Notify,
     forced: Notify,
+    /// The logs that are read here are others.
+    pub(super) reads_changed: Notify,
+    twice: Notify,
 }
 
 /// Limits of what tails hold and give out.
@@ -112,6 +120,8 @@ pub struct LogReadingLimits {
     pub memory_bytes: usize,
     /// Bytes that all walks of a node give to sockets per second; 0: any number.
     pub fanout_bytes_per_s: u64,
+    /// Bytes that wait for all sockets of a node, beyond which logs give nothing.
+    pub outbound_bytes: usize,
     /// Messages to everyone that a device without a position begins with.
     pub everyone_backlog: u64,
     /// Longest time until a position in a log is written, while its socket lives.
@@ -125,6 +135,7 @@ impl Default for LogReadingLimits {
         Self {
             memory_bytes: 64 * 1024 * 1024,
             fanout_bytes_per_s: 64 * 1024 * 1024,
+            outbound_bytes: 512 * 1024 * 1024,
             everyone_backlog: 20,
             position_every: Duration::from_secs(60),
             positions_per_s: 200,
@@ -170,6 +181,7 @@ impl Tails {
     ) -> Arc<Self> {
         let half = limits.memory_bytes / 2;
         let tails = Self {
+            outbound: Outbound::new(limits.outbound_bytes, metrics.outbound.clone()),
             stores,
             clock,
             metrics,
@@ -184,6 +196,8 @@ impl Tails {
             works: Mutex::default(),
             queued: Notify::new(),
             forced: Notify::new(),
+            reads_changed: Notify::new(),
+            twice: Notify::new(),
         };
         Arc::new(tails)
     }
@@ -268,6 +282,25 @@ impl Tails {
         }
     }
 
+    /// Has the readers of all tails told.
+    fn tell_all(&self) {
+        let slots = self.slots.lock();
+        for tail in slots.values().filter_map(|slot| slot.tail.get()) {
+            tail.moved.store(true, Ordering::SeqCst);
+            self.tell(tail);
+        }
+    }
+
+    /// The logs that are read here, or are about to be.
+    pub(super) fn buckets(&self) -> Buckets {
+        Buckets::of(self.slots.lock().keys())
+    }
+
+    /// All tails look now, and again when every router knows which logs are read here.
+    pub(super) fn look_twice(&self) {
+        self.twice.notify_one();
+    }
+
     /// Begins to read a log in this life for a session; `None` if it is known that the life is
     /// over.
     ///
@@ -310,6 +343,7 @@ impl Tails {
         let is_unused = Arc::strong_count(cell) == 2 && !cell.initialized();
         if is_unused && slots.get(log).is_some_and(|slot| Arc::ptr_eq(&slot.tail, cell)) {
             slots.remove(log);
+            self.reads_changed.notify_one();
         }
     }
 
@@ -327,6 +361,7 @@ impl Tails {
                 let slot = Slot { life, tail: Arc::default() };
                 let cell = Arc::clone(&slot.tail);
                 slots.insert(log.clone(), slot);
+                self.reads_changed.notify_one();
                 Some(cell)
             }
         }
@@ -418,6 +453,11 @@ impl Tails {
                     under_way.spawn(Arc::clone(&self).work(work));
                 }
                 Some(ended) = under_way.join_next() => raised(ended),
+                () = self.twice.notified() => {
+                    next_sweep = next_sweep.min(Instant::now() + LOOK_AGAIN);
+                    under_way.spawn(Arc::clone(&self).sweep_all());
+                }
+                () = self.outbound.has_room_again() => self.tell_all(),
                 () = self.forced_after(not_before) => {
                     not_before = Instant::now() + FORCED_SWEEP_PAUSE;
                     self.metrics.forced_sweeps.inc();

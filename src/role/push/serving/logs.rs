@@ -81,6 +81,9 @@ impl<S: Socket> Serving<S> {
             if self.session.free() == Some(0) {
                 break;
             }
+            if !self.context.logs.tails.outbound.has_room() {
+                break;
+            }
             let mut next = None;
             self.of_logs(|readers, acts, now| next = readers.next(now, acts));
             match next {

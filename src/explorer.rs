@@ -7,7 +7,7 @@ use std::hash::Hash;
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
 /// A state of a model.
-pub(super) trait Model: Copy + Eq + Hash + Debug {
+pub(crate) trait Model: Copy + Eq + Hash + Debug {
     /// A rule that can be taken out.
     type Rule: Copy + Debug;
     /// Most states: a model with more has bounds that are too wide.
@@ -38,7 +38,7 @@ fn explore<M: Model>(without: M::Rule) -> Result<usize, (&'static str, Box<M>)> 
 }
 
 /// Every promise holds, in more than `least` states.
-pub(super) fn holds<M: Model>(nothing: M::Rule, least: usize) {
+pub(crate) fn holds<M: Model>(nothing: M::Rule, least: usize) {
     let visited = explore::<M>(nothing);
     let visited = visited.unwrap_or_else(|(promise, state)| panic!("{promise}: {state:#?}"));
     assert!(visited > least, "the model has shrunk to {visited} states");
@@ -46,7 +46,7 @@ pub(super) fn holds<M: Model>(nothing: M::Rule, least: usize) {
 }
 
 /// Without each of these rules a promise is broken.
-pub(super) fn breaks_without<M: Model>(rules: &[M::Rule]) {
+pub(crate) fn breaks_without<M: Model>(rules: &[M::Rule]) {
     for without in rules {
         match explore::<M>(*without) {
             Err((promise, _)) => eprintln!("without {without:?}: {promise}"),

@@ -1,0 +1,61 @@
+//! This node says which logs it reads, so that routers send it the messages of these alone.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::tails::Tails;
+use crate::interest::{Interest, Reader};
+
+/// The least time between two changes that are published.
+const EVERY: Duration = Duration::from_millis(250);
+/// The same, after the registry could not be reached.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often what has not changed is published again: well within its lease.
+const RENEW: Duration = Duration::from_secs(3);
+/// A bit that is published later than this after its log was begun may be seen by a router only
+/// after the tail has looked for the second time.
+const LATE: Duration = Duration::from_millis(500);
+
+/// Publishes the interest of this node.
+pub(super) struct InterestWriter {
+    interest: Arc<dyn Interest>,
+    reader: Reader,
+    tails: Arc<Tails>,
+    /// Routers may have lost what was published, or have never seen it.
+    is_behind: AtomicBool,
+}
+
+impl InterestWriter {
+    pub(super) fn new(interest: Arc<dyn Interest>, reader: Reader, tails: Arc<Tails>) -> Self {
+        Self { interest, reader, tails, is_behind: AtomicBool::new(false) }
+    }
+
+    /// What was published may be lost: it is published again, and all tails look twice.
+    pub(super) fn write_again(&self) {
+        self.is_behind.store(true, Ordering::SeqCst);
+        self.tails.reads_changed.notify_one();
+    }
+
+    /// Publishes each change, for ever.
+    pub(super) async fn run(self: Arc<Self>) {
+        loop {
+            let began = Instant::now();
+            let buckets = Arc::new(self.tails.buckets());
+            let was_behind = self.is_behind.swap(false, Ordering::SeqCst);
+            let written = self.interest.publish(&self.reader, buckets).await;
+            if let Err(error) = &written {
+                tracing::debug!(%error, "which logs are read here could not be published yet");
+                self.is_behind.store(true, Ordering::SeqCst);
+            } else if was_behind || began.elapsed() > LATE {
+                self.tails.look_twice();
+            }
+            tokio::time::sleep(if written.is_ok() { EVERY } else { RETRY }).await;
+            if !self.is_behind.load(Ordering::SeqCst) {
+                let _ = tokio::time::timeout(RENEW, self.tails.reads_changed.notified()).await;
+            }
+        }
+    }
+}
