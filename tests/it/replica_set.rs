@@ -283,3 +283,41 @@ async fn what_cannot_work_is_refused_with_a_remedy() {
         );
     }
 }
+
+/// What expires within an hour may be more than one command reads or removes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_that_has_expired_goes_an_hour_later_and_readers_of_logs_begin_above_it() {
+    const HALF: usize = 10_500;
+    let set = ReplicaSet::start(1).await;
+    let clock = Clock::standing(Clock::system().now());
+    let logs = open(&set.uri(), "removal", MongoTimes::default(), clock.clone()).await.logs();
+    let log = UserId::parse("news").unwrap();
+    let minutes = |n: u64| n * 60_000;
+    let mut seqs = Vec::new();
+    for (half, ttl_ms) in [(0, minutes(1)), (1, minutes(31))] {
+        for n in (0..HALF).step_by(500) {
+            let one =
+                |k: usize| Append { deduplicated: false, ..item(&log, &format!("{half}-{}", n + k), ttl_ms) };
+            for outcome in logs.append((0..500).map(one).collect()).await {
+                let Ok(Appended::Stored(message)) = outcome else { panic!("{outcome:?}") };
+                seqs.push(message.seq);
+            }
+        }
+    }
+    let page = async || {
+        let limit = PageLimit { messages: 100, bytes: 1_000_000 };
+        logs.page(log.clone(), Seq::BEGINNING, limit).await.unwrap()
+    };
+    clock.advance(minutes(2));
+    assert_eq!(logs.run_once().await.unwrap(), 0);
+    assert_eq!(page().await.messages[0].seq, seqs[HALF], "above all that has expired, at once");
+    clock.advance(minutes(30));
+    assert_eq!(logs.run_once().await.unwrap(), 0);
+    let all = page().await;
+    assert_eq!((all.messages.len(), all.upto, all.more), (0, seqs[2 * HALF - 1], false));
+    clock.advance(minutes(31));
+    assert_eq!(logs.run_once().await.unwrap(), HALF as u64, "an hour after it was seen, all of it");
+    clock.advance(minutes(30));
+    assert_eq!(logs.run_once().await.unwrap(), HALF as u64, "and what expired later, later");
+    assert_eq!(page().await.upto, seqs[2 * HALF - 1]);
+}

@@ -2,12 +2,17 @@
 //! two writers. Only an unbroken run of expired messages from the head record upwards is removed,
 //! only an hour after this janitor first saw it expired, and only after the head record was raised
 //! over it. Idempotent; any number of janitors may run.
+//!
+//! Each pass puts a *mark* on top of the run: up to which number, and when it was first seen. So
+//! what expires in each ten minutes is removed an hour later, however much it is. The head record
+//! of a log also gets `gone`, at first sight: readers begin above it.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use mongodb::bson::{Document, doc};
+use smallvec::SmallVec;
 
 use super::stored::{HeadRecord, StoredMessage, id, ids_above, int, integer};
 use super::{CURSOR_LIFE_MS, Inner, unavailable};
@@ -16,15 +21,23 @@ use crate::message::UserId;
 
 /// Users fetched at once.
 const BATCH: usize = 1_000;
-/// Messages of one user looked at in one pass.
-const RUN: i64 = 10_000;
-/// Runs remembered, 150 bytes each: 30 MB.
+/// Messages looked at, and removed, by one command.
+const LOT: u64 = 10_000;
+/// Commands that look at one user, or one log, in one pass: a million messages. The next pass goes
+/// on.
+const LOTS: usize = 100;
+/// Users and logs whose runs are remembered, 150 bytes each: 30 MB.
 const SEEN: usize = 200_000;
+/// Marks of one run: one in ten minutes for more than an hour.
+const MARKS: usize = 8;
 
-/// The expired runs by user: up to which number, and when it was first seen.
+/// Up to which number a run was seen expired, and when first. Both rise from mark to mark.
+type Marks = SmallVec<[(u64, Duration); 1]>;
+
+/// The expired runs, by user or log.
 #[derive(Default)]
 pub(super) struct Seen {
-    runs: HashMap<UserId, (u64, Duration)>,
+    runs: HashMap<UserId, Marks>,
 }
 
 /// Visits all users that have something expired. Returns how many messages were removed.
@@ -38,13 +51,10 @@ pub(super) async fn run_once(inner: &Inner) -> Result<u64, InboxError> {
     let mut still = HashMap::new();
     while let Some(row) = inner.in_time(users.try_next()).await.map_err(unavailable)? {
         let Some(user) = row.get_str("_id").ok().and_then(|user| UserId::parse(user).ok()) else { continue };
-        let earlier = seen.runs.get(&user).copied();
-        let (kept, count) = clean_user(inner, &user, earlier).await?;
-        removed += count;
-        if let Some(kept) = kept
-            && still.len() < SEEN
-        {
-            still.insert(user, kept);
+        let mut marks = seen.runs.get(&user).cloned().unwrap_or_default();
+        removed += clean_user(inner, &user, &mut marks).await?;
+        if !marks.is_empty() && still.len() < SEEN {
+            still.insert(user, marks);
         }
     }
     seen.runs = still;
@@ -61,75 +71,135 @@ pub(super) async fn run_once(inner: &Inner) -> Result<u64, InboxError> {
     Ok(removed)
 }
 
-/// Removes the run that was first seen long enough ago. Returns the run to remember, and how many
-/// messages were removed.
-async fn clean_user(
-    inner: &Inner,
-    user: &UserId,
-    earlier: Option<(u64, Duration)>,
-) -> Result<(Option<(u64, Duration)>, u64), InboxError> {
-    let uptime = inner.clock.uptime();
+/// Removes what was first seen long enough ago, and marks what is new. Returns how many messages
+/// were removed.
+async fn clean_user(inner: &Inner, user: &UserId, marks: &mut Marks) -> Result<u64, InboxError> {
     let record = inner.by_ids(vec![id(user, 0)], doc! {}).await?;
     let record = record.first().map(HeadRecord::read).unwrap_or_default();
-    let (head, floor) = (record.head, record.shown.max(inner.marker.lock().floor));
+    let floor = record.shown.max(inner.marker.lock().floor);
+    marks.retain(|(upto, _)| *upto > record.head);
     let mut count = 0;
-    let mut from = head;
-    if let Some((upto, since)) = earlier
-        && uptime.saturating_sub(since) >= inner.times.removal_delay()
-        && upto >= head
-    {
-        count = remove(inner, user, upto).await?;
-        from = upto;
+    if let Some(upto) = take_due(marks, inner.clock.uptime(), inner.times.removal_delay()) {
+        count = remove(inner, user, (record.head, upto)).await?;
     }
-    let run = expired_run(inner, user, from, floor).await?;
-    let kept = match (run, earlier) {
-        (0, _) => None,
-        // Seen before, but not long enough ago: the first sight counts.
-        (_, Some(earlier)) if count == 0 && earlier.0 > from => Some(earlier),
-        (upto, _) => Some((upto, uptime)),
-    };
-    Ok((kept, count))
+    let marked = marks.last().map_or(0, |(upto, _)| *upto).max(record.head);
+    let upto = expired_run(inner, user, marked, floor).await?;
+    if upto > marked {
+        if inner.is_of_logs {
+            let gone = doc! { "$max": { "gone": int(upto) } };
+            let raised = inner.documents.update_one(doc! { "_id": id(user, 0) }, gone).into_future();
+            inner.in_time(raised).await.map_err(unavailable)?;
+        }
+        put_mark(marks, (upto, inner.clock.uptime()));
+    }
+    Ok(count)
+}
+
+/// Takes out the marks that were first seen at least `delay` ago. Returns the highest of them.
+fn take_due(marks: &mut Marks, now: Duration, delay: Duration) -> Option<u64> {
+    let due = marks.iter().take_while(|(_, since)| now.saturating_sub(*since) >= delay).count();
+    marks.drain(..due).last().map(|(upto, _)| upto)
+}
+
+/// Adds a mark. Where there are too many, the youngest grows, and waits from now on.
+fn put_mark(marks: &mut Marks, mark: (u64, Duration)) {
+    if marks.len() >= MARKS {
+        marks.pop();
+    }
+    marks.push(mark);
 }
 
 /// The highest number of the unbroken run of expired messages above `from`; 0 if there is none.
-/// Numbers up to `floor` that were left out at a restore do not break the run. When an unreadable
-/// message expires is unknown: it goes with the next readable one above it.
+/// Numbers up to `floor` that were left out at a restore do not break the run: it goes on behind
+/// the bridge before them, which goes with what follows. When an unreadable message expires is
+/// unknown: it goes with the next readable one above it.
 async fn expired_run(inner: &Inner, user: &UserId, from: u64, floor: u64) -> Result<u64, InboxError> {
     let now = int(inner.clock.now().0);
-    let reading = async {
-        let mut found = inner
-            .documents
-            .find(doc! { "_id": ids_above(user, from) })
-            .sort(doc! { "_id": 1 })
-            .limit(RUN)
-            .projection(doc! { "_id": 1, "x": 1 })
-            .await?;
-        // The last number that is expired, and the last number looked at.
-        let (mut upto, mut last, mut after_bridge) = (0, from, false);
-        while let Some(message) = found.try_next().await? {
-            let Some((_, n)) = super::place_of(&message) else { break };
-            let expires_at = integer(&message, "x");
-            let follows = n == last + 1 || after_bridge && last < floor;
-            if !follows || expires_at.is_some_and(|x| x > now) {
-                break;
+    // The last number that is expired, and the last number looked at.
+    let (mut upto, mut last, mut after_bridge) = (0, from, false);
+    for _ in 0..LOTS {
+        let above = doc! { "_id": ids_above(user, last) };
+        let reading = async {
+            let found = inner.documents.find(above).sort(doc! { "_id": 1 }).limit(LOT as i64);
+            let mut found = found.projection(doc! { "_id": 1, "x": 1 }).await?;
+            let mut looked_at = 0;
+            while let Some(message) = found.try_next().await? {
+                let Some((_, n)) = super::place_of(&message) else { return Ok(0) };
+                let expires_at = integer(&message, "x");
+                let follows = n == last + 1 || after_bridge && last < floor;
+                if !follows || expires_at.is_some_and(|x| x > now) {
+                    return Ok(0);
+                }
+                (last, looked_at) = (n, looked_at + 1);
+                after_bridge = StoredMessage::is_bridge(&message);
+                if expires_at.is_some() && !after_bridge {
+                    upto = n;
+                }
             }
-            last = n;
-            after_bridge = StoredMessage::is_bridge(&message);
-            if expires_at.is_some() {
-                upto = n;
-            }
+            Ok(looked_at)
+        };
+        if inner.in_time(reading).await.map_err(unavailable)? < LOT {
+            break;
         }
-        Ok(upto)
-    };
-    inner.in_time(reading).await.map_err(unavailable)
+    }
+    Ok(upto)
 }
 
-/// Raises the head record over the run (majority), and then removes the run.
-async fn remove(inner: &Inner, user: &UserId, upto: u64) -> Result<u64, InboxError> {
+/// Raises the head record over the run (majority), and then removes the run, lot by lot.
+async fn remove(inner: &Inner, user: &UserId, (head, upto): (u64, u64)) -> Result<u64, InboxError> {
     let raise = doc! { "$max": { "head": int(upto) } };
     let raised = inner.documents.update_one(doc! { "_id": id(user, 0) }, raise).into_future();
     inner.in_time(raised).await.map_err(unavailable)?;
-    let range: Document = doc! { "_id": { "$gt": id(user, 0), "$lte": id(user, upto) } };
-    let removed = inner.in_time(inner.documents.delete_many(range).into_future()).await;
-    Ok(removed.map_err(unavailable)?.deleted_count)
+    let (mut count, mut above) = (0, 0);
+    // Below the head record only what an earlier pass did not come to remove is left.
+    let mut next = head.min(upto);
+    while above < upto {
+        next = (next + LOT).min(upto);
+        let range: Document = doc! { "_id": { "$gt": id(user, above), "$lte": id(user, next) } };
+        let removed = inner.in_time(inner.documents.delete_many(range).into_future()).await;
+        count += removed.map_err(unavailable)?.deleted_count;
+        above = next;
+    }
+    Ok(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const DELAY: Duration = Duration::from_secs(60);
+
+    proptest! {
+        /// Nothing is removed before it was known for the delay, and all is soon after it was.
+        #[test]
+        fn each_mark_waits_for_itself(steps in proptest::collection::vec((0u64..1_000, 1u64..30), 1..60)) {
+            let (mut marks, mut seen, mut upto, mut now) = (Marks::new(), Vec::new(), 0, Duration::ZERO);
+            let mut removed = 0;
+            for (more, pause) in steps {
+                now += Duration::from_secs(pause);
+                if let Some(due) = take_due(&mut marks, now, DELAY) {
+                    prop_assert!(due > removed);
+                    removed = due;
+                }
+                if more > 0 {
+                    upto += more;
+                    put_mark(&mut marks, (upto, now));
+                    seen.push((upto, now));
+                }
+                prop_assert!(marks.len() <= MARKS);
+                prop_assert!(marks.is_sorted());
+                for (upto, since) in &seen {
+                    prop_assert!(*upto > removed || now - *since >= DELAY, "removed too early");
+                }
+            }
+            // With no more than a mark in eight passes of the delay, each goes when it is due.
+            for _ in 0..2 {
+                now += DELAY;
+                removed = take_due(&mut marks, now, DELAY).unwrap_or(removed);
+            }
+            prop_assert_eq!((removed, marks.len()), (upto, 0));
+        }
+    }
 }

@@ -196,7 +196,8 @@ impl Inner {
 
     async fn page(&self, user: UserId, after: Seq, limit: PageLimit) -> Result<InboxPage, InboxError> {
         let record = self.by_ids(vec![id(&user, 0)], doc! {}).await?;
-        let head = record.first().map(HeadRecord::read).unwrap_or_default().head;
+        let record = record.first().map(HeadRecord::read).unwrap_or_default();
+        let head = record.head.max(record.gone);
         let from = head.max(after.get());
         let now = self.clock.now();
         let mut page = InboxPage {

@@ -41,6 +41,11 @@ enum Without {
     HeadAge,
     /// Only an unbroken run from the head record upwards is removed.
     UnbrokenRun,
+    /// Nothing is taken out, and the reader is one of a log: it begins above `gone`. Without
+    /// failovers and lost responses, or there would be too many states.
+    OfLogs,
+    /// The same, and `gone` is raised over a run that is broken.
+    OfLogsUnbrokenRun,
 }
 
 const RULES: [Without; 8] = [
@@ -151,7 +156,8 @@ struct State {
     shown: Layer,
     writers: [Writer; 2],
     reader: Reader,
-    /// When the janitor first saw the run up to a number expired.
+    /// When the janitor first saw the run up to a number expired: one of its marks. Each mark waits
+    /// for itself (`janitor`), and is seen at any time.
     seen: Option<(u8, u8)>,
     time: u8,
     failovers: u8,
@@ -224,8 +230,8 @@ impl Model for State {
         for w in 0..2 {
             self.writer_steps(w, without, next);
         }
-        self.reader_steps(next);
-        self.store_steps(next);
+        self.reader_steps(without, next);
+        self.store_steps(without, next);
         self.janitor_steps(without, next);
         if self.time < TIME_MAX {
             next.push(Self { time: self.time + 1, ..*self });
@@ -288,7 +294,7 @@ impl State {
                 if self.shown.docs.get(n).is_some_and(|doc| doc.publish == publish) {
                     self.acknowledge(w, n, without, next);
                 }
-                if self.lost_answers < LOST_ANSWERS {
+                if self.lost_answers < LOST_ANSWERS && without != Without::OfLogs {
                     next.push(self.with(|s| {
                         s.lost_answers += 1;
                         s.again(w, n, without);
@@ -343,16 +349,20 @@ impl State {
     }
 
     /// A page: the head record first, then what stands above it.
-    fn reader_steps(&self, next: &mut Vec<Self>) {
-        let from = self.reader.upto.max(self.shown.head);
-        let upto = self.shown.docs.top().max(self.shown.head);
+    fn reader_steps(&self, without: Without, next: &mut Vec<Self>) {
+        // What a reader of a log also knows to have expired: `gone` is raised when a run is seen.
+        // All see it at once here; whoever sees an older one reads more.
+        let of_log = matches!(without, Without::OfLogs | Without::OfLogsUnbrokenRun);
+        let gone = self.seen.filter(|_| of_log).map_or(0, |(upto, _)| upto);
+        let from = self.reader.upto.max(self.shown.head).max(gone);
+        let upto = self.shown.docs.top().max(self.shown.head).max(gone);
         if upto > self.reader.upto {
             let page = self.shown.docs.all().filter(|(n, _)| *n > from).fold(0, |bits, (n, _)| bits | 1 << n);
             next.push(self.with(|s| s.reader = Reader { upto, saw: s.reader.saw | page }));
         }
     }
 
-    fn store_steps(&self, next: &mut Vec<Self>) {
+    fn store_steps(&self, without: Without, next: &mut Vec<Self>) {
         // Replication, in the order in which the primary executed.
         if let Some((n, doc)) = self.loose.all().next() {
             next.push(self.with(|s| {
@@ -363,7 +373,7 @@ impl State {
         if self.shown != self.durable {
             next.push(self.with(|s| s.shown = s.durable));
         }
-        if self.failovers < FAILOVERS {
+        if self.failovers < FAILOVERS && without != Without::OfLogs {
             // What no majority had is rolled back, and majority reads may show less than there is
             // for a while.
             next.push(self.with(|s| {
@@ -384,7 +394,7 @@ impl State {
     }
 
     fn janitor_steps(&self, without: Without, next: &mut Vec<Self>) {
-        let whole = without == Without::UnbrokenRun;
+        let whole = matches!(without, Without::UnbrokenRun | Without::OfLogsUnbrokenRun);
         let mut run = self.shown.head;
         for (n, doc) in self.shown.docs.all().filter(|(n, _)| *n > self.shown.head) {
             if !doc.expired || (n != run + 1 && !whole) {
@@ -416,6 +426,12 @@ impl State {
 #[test]
 fn the_rules_hold_in_every_order_of_events() {
     holds::<State>(Without::Nothing, 1_000_000);
+}
+
+#[test]
+fn a_reader_of_a_log_passes_by_no_message_that_lives() {
+    holds::<State>(Without::OfLogs, 10_000);
+    breaks_without::<State>(&[Without::OfLogsUnbrokenRun]);
 }
 
 #[test]

@@ -80,6 +80,8 @@ pub(super) struct HeadRecord {
     pub(super) not_before_s: u64,
     /// Numbers up to this one were sent to a client before the store was restored.
     pub(super) shown: u64,
+    /// Every number up to this one has expired: for readers of logs alone.
+    pub(super) gone: u64,
     /// How often the user's memberships in topics with a log have changed.
     pub(super) memberships: u64,
 }
@@ -196,7 +198,7 @@ impl HeadRecord {
         let number = |name: &str| number(document, name);
         let (head, first) = (number("head"), number("first"));
         let (not_before_s, shown) = (number("nb"), number("shown"));
-        Self { head, first, not_before_s, shown, memberships: number("mv") }
+        Self { head, first, not_before_s, shown, gone: number("gone"), memberships: number("mv") }
     }
 }
 
