@@ -46,9 +46,10 @@ const ATTEMPT_LIFE: Duration = Duration::from_secs(40);
 /// by the list of the primary of before (docs/topics.md).
 const SMOOTH: Duration = Duration::from_secs(2);
 
-/// A message to a log that was published this long before a leave may not come any more: its client
-/// may be on its way to another node.
-const BEFORE_LEAVE: Duration = Duration::from_secs(30);
+/// A message to a log that was published this long before a leave, and the time beside that its
+/// client was away, may not come any more: its client may be on its way to another node, and is no
+/// member when it is there.
+const BEFORE_LEAVE: Duration = Duration::from_secs(35);
 /// A node that was not told knows of a leave by its sweep, within this time.
 const AFTER_LEAVE: Duration = Duration::from_secs(45);
 /// The index of everyone among the topics.
@@ -98,12 +99,13 @@ enum Due {
     Perhaps,
 }
 
-/// By the changes of a user, whether a message that was sent between two moments is due.
-fn due(changes: &[Change], (began, ended): (Instant, Instant), in_log: bool) -> Due {
+/// By the changes of a user, whether a message that was sent between two moments is due. `in_log`:
+/// the topic has a log, and how long the user's client was away at the most.
+fn due(changes: &[Change], (began, ended): (Instant, Instant), in_log: Option<Duration>) -> Due {
     let crosses = |change: &Change| {
-        let (before, after) = match in_log && !change.joins {
-            true => (BEFORE_LEAVE, AFTER_LEAVE),
-            false => (Duration::ZERO, Duration::ZERO),
+        let (before, after) = match in_log {
+            Some(away) if !change.joins => (BEFORE_LEAVE + away, AFTER_LEAVE),
+            _ => (Duration::ZERO, Duration::ZERO),
         };
         change.sent.0 <= ended + before && began <= change.sent.1 + after
     };
@@ -153,6 +155,11 @@ impl Bench {
     /// Whether a topic has a log.
     fn has_log(&self, topic: usize) -> bool {
         topic % 2 == 1 && self.plan.topics.is_some()
+    }
+
+    /// What [`due`] asks about a topic and a user.
+    fn in_log(&self, topic: usize, user: &UserBook) -> Option<Duration> {
+        self.has_log(topic).then(|| user.away.iter().max().copied().unwrap_or_default())
     }
 
     fn topic(&self, n: usize) -> String {
@@ -311,10 +318,32 @@ impl Bench {
                 return received.iter().all(|received| received.contains(id.as_str()));
             }
             changes.iter().filter(|((topic, _), _)| *topic == message.topic).all(|((_, user), all)| {
-                due(all, message.sent, self.has_log(message.topic)) != Due::Yes
+                due(all, message.sent, self.in_log(message.topic, &users[*user])) != Due::Yes
                     || received[*user].contains(id.as_str())
             })
         })
+    }
+
+    /// What explains that a message is due to a user: its topic, and the user's changes beside it.
+    fn told(&self, message: &TopicMessage, changes: &[Change]) -> String {
+        let sent = message.sent.0;
+        let at = |when: Instant| {
+            let (after, before) =
+                (when.saturating_duration_since(sent), sent.saturating_duration_since(when));
+            format!("{:+.1} s", after.as_secs_f64() - before.as_secs_f64())
+        };
+        let kind = match message.topic {
+            EVERYONE => "everyone",
+            topic if self.has_log(topic) => "a topic with a log",
+            _ => "a topic without a log",
+        };
+        let changes: Vec<String> = changes
+            .iter()
+            .map(|change| {
+                format!("{} at {}", if change.joins { "joined" } else { "left" }, at(change.sent.0))
+            })
+            .collect();
+        format!("{kind}, accepted at {}; the user {}", at(message.sent.1), changes.join(", "))
     }
 
     /// Accounts for every message and member.
@@ -336,7 +365,7 @@ impl Bench {
                 let of = changes.get(&(message.topic, n)).map(Vec::as_slice).unwrap_or_default();
                 let due = match message.topic {
                     EVERYONE => Due::Yes,
-                    topic => due(of, message.sent, self.has_log(topic)),
+                    topic => due(of, message.sent, self.in_log(topic, user)),
                 };
                 match (due, arrivals.get(id.as_str())) {
                     (_, Some((2.., _))) => verdict.again += 1,
@@ -371,7 +400,12 @@ impl Bench {
                 if is_away && stored.contains(id) {
                     verdict.queued += 1;
                 } else {
-                    super::super::terminal::say(format_args!("lost: {id} of {}", self.users[user]));
+                    let of = accepted.get(id).map(|message| {
+                        let changes = changes.get(&(message.topic, user)).map(Vec::as_slice);
+                        self.told(message, changes.unwrap_or_default())
+                    });
+                    let of = of.unwrap_or_default();
+                    super::super::terminal::say(format_args!("lost: {id} of {}: {of}", self.users[user]));
                     verdict.lost += 1;
                 }
             }
@@ -402,14 +436,21 @@ mod tests {
             (211, 300, Due::Yes),
             (30, 300, Due::Perhaps),
         ] {
-            assert_eq!(due(&all, (at(began), at(ended)), false), expected, "{began} to {ended}");
+            assert_eq!(due(&all, (at(began), at(ended)), None), expected, "{began} to {ended}");
         }
-        assert_eq!(due(&[], (at(0), at(1)), false), Due::No);
+        assert_eq!(due(&[], (at(0), at(1)), None), Due::No);
         let second = 1_000;
-        let leave = [change(true, 10, 20), change(false, 60 * second, 60 * second + 10)];
-        for (at_s, expected) in [(20, Due::Yes), (40, Due::Perhaps), (100, Due::Perhaps), (110, Due::No)] {
+        let leave = [change(true, 10, 20), change(false, 100 * second, 100 * second + 10)];
+        for (at_s, away_s, expected) in [
+            (20, 0, Due::Yes),
+            (60, 0, Due::Yes),
+            (60, 20, Due::Perhaps),
+            (80, 0, Due::Perhaps),
+            (130, 0, Due::Perhaps),
+            (150, 0, Due::No),
+        ] {
             let sent = (at(at_s * second), at(at_s * second + 5));
-            assert_eq!(due(&leave, sent, true), expected, "{at_s} s, in a log");
+            assert_eq!(due(&leave, sent, Some(Duration::from_secs(away_s))), expected, "{at_s} s, in a log");
         }
     }
 }
