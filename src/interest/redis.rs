@@ -130,6 +130,13 @@ impl Inner {
     }
 }
 
+/// Longest time until a router that polls so often sees what was published: two polls, of which one
+/// may have begun just before the bitmap was written.
+#[must_use]
+pub fn seen_after(poll: Duration) -> Duration {
+    poll.mul_f64(1.0 + JITTER) * 2
+}
+
 /// Polls the bitmaps, and at once after a hint.
 async fn look(inner: Arc<Inner>, hint: Arc<Notify>) {
     loop {
@@ -166,7 +173,6 @@ impl Interest for RedisInterest {
     }
 
     fn seen_after(&self) -> Duration {
-        // Two polls: one may have begun just before the bitmap was written.
-        self.inner.poll.mul_f64(1.0 + JITTER) * 2
+        seen_after(self.inner.poll)
     }
 }

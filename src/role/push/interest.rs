@@ -16,7 +16,7 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How often what has not changed is published again: well within its lease.
 const RENEW: Duration = Duration::from_secs(3);
 /// A bit that is published later than this after its log was begun may be seen by a router only
-/// after the tail has looked for the second time.
+/// after the tail has looked for the second time ([`LOOK_AGAIN`](super::tails::LOOK_AGAIN)).
 const LATE: Duration = Duration::from_millis(500);
 
 /// Publishes the interest of this node.
@@ -42,20 +42,35 @@ impl InterestWriter {
     /// Publishes each change, for ever.
     pub(super) async fn run(self: Arc<Self>) {
         loop {
-            let began = Instant::now();
-            let buckets = Arc::new(self.tails.buckets());
+            let (buckets, changed_at) = self.tails.buckets();
             let was_behind = self.is_behind.swap(false, Ordering::SeqCst);
-            let written = self.interest.publish(&self.reader, buckets).await;
+            let written = self.interest.publish(&self.reader, Arc::new(buckets)).await;
             if let Err(error) = &written {
                 tracing::debug!(%error, "which logs are read here could not be published yet");
                 self.is_behind.store(true, Ordering::SeqCst);
-            } else if was_behind || began.elapsed() > LATE {
+            } else if was_behind || changed_at.is_some_and(|at| at.elapsed() > LATE) {
                 self.tails.look_twice();
             }
             tokio::time::sleep(if written.is_ok() { EVERY } else { RETRY }).await;
             if !self.is_behind.load(Ordering::SeqCst) {
                 let _ = tokio::time::timeout(RENEW, self.tails.reads_changed.notified()).await;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tails::LOOK_AGAIN;
+    use super::*;
+    use crate::interest::STALE_AFTER;
+    use crate::interest::redis::seen_after;
+    use crate::membership::keeper::Times;
+
+    #[test]
+    fn a_tail_looks_again_when_every_router_knows_of_it() {
+        for known in [seen_after(Times::default().poll), STALE_AFTER] {
+            assert!(LATE + known < LOOK_AGAIN, "{known:?}");
         }
     }
 }

@@ -108,8 +108,9 @@ pub(super) struct Tails {
     works: Mutex<VecDeque<Work>>,
     queued: Notify,
     forced: Notify,
-    /// The logs that are read here are others.
+    /// The logs that are read here are others: since when, at the earliest.
     pub(super) reads_changed: Notify,
+    reads_changed_at: Mutex<Option<Instant>>,
     twice: Notify,
 }
 
@@ -197,6 +198,7 @@ impl Tails {
             queued: Notify::new(),
             forced: Notify::new(),
             reads_changed: Notify::new(),
+            reads_changed_at: Mutex::default(),
             twice: Notify::new(),
         };
         Arc::new(tails)
@@ -291,9 +293,16 @@ impl Tails {
         }
     }
 
-    /// The logs that are read here, or are about to be.
-    pub(super) fn buckets(&self) -> Buckets {
-        Buckets::of(self.slots.lock().keys())
+    fn note_change(&self) {
+        self.reads_changed_at.lock().get_or_insert_with(Instant::now);
+        self.reads_changed.notify_one();
+    }
+
+    /// The logs that are read here, or are about to be, and when the earliest change was that is not
+    /// published yet, if there is one.
+    pub(super) fn buckets(&self) -> (Buckets, Option<Instant>) {
+        let changed_at = self.reads_changed_at.lock().take();
+        (Buckets::of(self.slots.lock().keys()), changed_at)
     }
 
     /// All tails look now, and again when every router knows which logs are read here.
@@ -343,7 +352,7 @@ impl Tails {
         let is_unused = Arc::strong_count(cell) == 2 && !cell.initialized();
         if is_unused && slots.get(log).is_some_and(|slot| Arc::ptr_eq(&slot.tail, cell)) {
             slots.remove(log);
-            self.reads_changed.notify_one();
+            self.note_change();
         }
     }
 
@@ -361,7 +370,7 @@ impl Tails {
                 let slot = Slot { life, tail: Arc::default() };
                 let cell = Arc::clone(&slot.tail);
                 slots.insert(log.clone(), slot);
-                self.reads_changed.notify_one();
+                self.note_change();
                 Some(cell)
             }
         }
