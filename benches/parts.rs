@@ -90,7 +90,7 @@ fn frame(c: &mut Criterion) {
 fn append(c: &mut Criterion) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let directory = tempfile::tempdir().unwrap();
-    let inbox = Arc::new(EmbeddedInbox::open(directory.path(), Clock::system()).unwrap());
+    let inbox = Arc::new(EmbeddedInbox::open(&directory.path().join("inbox"), Clock::system()).unwrap());
     let users: Vec<UserId> = (0..15_000).map(|n| UserId::parse(&format!("user-{n:08}")).unwrap()).collect();
     let mut group = c.benchmark_group("embedded append, synced");
     for size in [1usize, 64, 1000] {

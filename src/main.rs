@@ -122,7 +122,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Ring { user, target }) => {
             commands::ring(command_config(&common)?, at(target), user.as_deref()).await
         }
-        Some(Command::Audit(options)) => run_audit(command_config(&common)?, options).await,
+        Some(Command::Audit(options)) => run_audit(&common, options).await,
         Some(Command::Config { command: ConfigCommand::Check { file } }) => {
             let common = Common { config: file.or(common.config), data: common.data };
             let config = Config::load(&sources(&common)?)?;
@@ -132,7 +132,8 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     }
 }
 
-async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<ExitCode> {
+async fn run_audit(common: &Common, options: AuditOptions) -> anyhow::Result<ExitCode> {
+    let config = command_config(common)?;
     let time = |name: &str, text: &str| {
         let rule = || Faults(vec![format!("{name}: {text:?} must be a time such as 90s, 15m or 1h")]);
         commands::seconds(text).filter(|s| *s > 0).map(std::time::Duration::from_secs).ok_or_else(rule)
@@ -166,13 +167,13 @@ async fn run_audit(config: Config, options: AuditOptions) -> anyhow::Result<Exit
         seed: options.seed.unwrap_or_else(rand::random),
         json: options.json,
         clients: options.clients,
-        forget_users: false,
         client_program: options.client_program,
     };
     let stop = stop_signal()?;
     match (options.every, options.metrics) {
         (Some(every), Some(metrics)) => {
-            canary(config, plan, Repetition { every: time("--every", &every)?, metrics }, stop).await
+            let repetition = Repetition { every: time("--every", &every)?, metrics };
+            canary(|| Ok(command_config(common)?), plan, repetition, stop).await
         }
         _ => audit(config, plan, stop).await,
     }

@@ -83,8 +83,6 @@ pub struct AuditPlan {
     pub topics: Option<TopicPlan>,
     /// Which library receives.
     pub clients: ClientLibrary,
-    /// Whether the users are forgotten in the end.
-    pub forget_users: bool,
     /// What runs it. `None`: `node` or `python3`.
     pub client_program: Option<String>,
 }
@@ -113,6 +111,11 @@ pub async fn audit(
     Ok(if report.is_bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
+/// The name of an audit.
+fn new_run() -> String {
+    ulid::Ulid::generate().to_string().to_lowercase()
+}
+
 /// The result of an audit.
 pub(super) struct Report {
     /// As it is printed.
@@ -121,11 +124,13 @@ pub(super) struct Report {
     is_bad: bool,
 }
 
-/// What audits of one plan share.
+/// What audits of one plan share. Each publishes to the same users, so that audits that are
+/// repeated for years leave no more than one.
 struct Auditor {
     tokens: Auth,
     key: String,
     plan: AuditPlan,
+    users: Vec<UserId>,
 }
 
 impl Auditor {
@@ -135,27 +140,42 @@ impl Auditor {
         if key.is_empty() {
             return Err(Faults(vec!["collect.api_keys: a key is needed to publish".to_owned()]).into());
         }
-        Ok(Self { tokens, key, plan })
+        let own = new_run();
+        let users = (0..plan.users).filter_map(|n| UserId::parse(&format!("audit-{own}-{n}")).ok()).collect();
+        Ok(Self { tokens, key, plan, users })
     }
 
-    /// Runs one audit, with users of its own.
-    async fn run(&self, load_ends: &watch::Sender<bool>) -> Result<Report> {
-        let run = ulid::Ulid::generate().to_string().to_lowercase();
-        let users: Vec<UserId> =
-            (0..self.plan.users).filter_map(|n| UserId::parse(&format!("audit-{run}-{n}")).ok()).collect();
-        let tokens = users.iter().map(|user| self.tokens.issue(user, TOKEN_S).map(|issued| issued.0));
-        let tokens = tokens.collect::<Result<Vec<_>, _>>()?;
+    /// Takes the keys anew: they may have been turned.
+    fn take_keys(&mut self, config: Config) -> Result<()> {
+        let anew = Self::new(config, self.plan.clone())?;
+        (self.tokens, self.key) = (anew.tokens, anew.key);
+        Ok(())
+    }
+
+    /// Has the users forgotten.
+    async fn forget_users(&self) {
+        self.bench(&watch::Sender::new(false)).forget_users().await;
+    }
+
+    fn bench(&self, load_ends: &watch::Sender<bool>) -> Bench {
         let book = Book::default();
-        book.users.lock().resize(users.len(), UserBook::default());
-        let bench = Arc::new(Bench {
+        book.users.lock().resize(self.users.len(), UserBook::default());
+        Bench {
             plan: self.plan.clone(),
-            run,
+            run: new_run(),
             key: self.key.clone(),
-            users,
+            users: self.users.clone(),
             http: HttpClient::default(),
             book,
             load_ends: load_ends.subscribe(),
-        });
+        }
+    }
+
+    /// Runs one audit.
+    async fn run(&self, load_ends: &watch::Sender<bool>) -> Result<Report> {
+        let tokens = self.users.iter().map(|user| self.tokens.issue(user, TOKEN_S).map(|issued| issued.0));
+        let tokens = tokens.collect::<Result<Vec<_>, _>>()?;
+        let bench = Arc::new(self.bench(load_ends));
         let before = bench.cluster().await.context("collect cannot be asked for the cluster")?;
         let (mut clients, mut fleet) = bench.start_clients(tokens).await?;
         bench.until_connected(fleet.as_mut()).await?;
@@ -183,9 +203,6 @@ impl Auditor {
             bench.remove_topics(plan).await;
         }
         clients.shutdown().await;
-        if bench.plan.forget_users {
-            bench.forget_users().await;
-        }
         let json = bench.report(&verdict, settled, &bench.placement(began, &before, &after));
         Ok(Report { json, is_bad: verdict.is_bad() })
     }
@@ -286,7 +303,7 @@ impl Bench {
         Ok((clients, None))
     }
 
-    /// So that audits that are repeated for years leave nothing.
+    /// Has the users forgotten.
     async fn forget_users(&self) {
         for user in &self.users {
             self.sent("DELETE", &format!("/v1/users/{}", escape(user.as_str())), Bytes::new()).await;

@@ -266,7 +266,7 @@ pub struct AuditOptions {
     /// Which client library receives: rust, js (Node 22), python (3.10 or later, with websockets).
     #[arg(long, default_value = "rust", value_name = "LIBRARY", value_parser = ClientLibrary::parse)]
     pub clients: ClientLibrary,
-    /// Audits again and again, with this rest between two, until it is interrupted; no audit's
+    /// Audits again and again, with this pause between two, until it is interrupted; no audit's
     /// failure ends it. Needs --metrics.
     #[arg(long, value_name = "TIME", requires = "metrics")]
     pub every: Option<String>,

@@ -17,9 +17,9 @@ pub struct LocalInterest {
 }
 
 impl Interest for LocalInterest {
-    fn publish(&self, reader: &Reader, buckets: Arc<Buckets>) -> BoxFuture<'_, Result<(), InterestError>> {
-        self.maps.write().insert(reader.clone(), buckets);
-        ready(Ok(())).boxed()
+    fn publish(&self, reader: &Reader, buckets: Arc<Buckets>) -> BoxFuture<'_, Result<bool, InterestError>> {
+        let before = self.maps.write().insert(reader.clone(), Arc::clone(&buckets));
+        ready(Ok(before != Some(buckets))).boxed()
     }
 
     fn may_read(&self, reader: &Reader, log: &LogId) -> bool {

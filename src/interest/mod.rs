@@ -35,12 +35,13 @@ use crate::message::{LogId, NodeId};
 
 /// The port of the interest.
 pub trait Interest: Send + Sync + 'static {
-    /// Publishes what a process of a node reads, in place of what it published before.
+    /// Publishes what a process of a node reads, in place of what it published before. Returns
+    /// whether something else was there.
     ///
     /// # Errors
     ///
     /// The store cannot be reached; the next call publishes it all.
-    fn publish(&self, reader: &Reader, buckets: Arc<Buckets>) -> BoxFuture<'_, Result<(), InterestError>>;
+    fn publish(&self, reader: &Reader, buckets: Arc<Buckets>) -> BoxFuture<'_, Result<bool, InterestError>>;
 
     /// Whether a process of a node may read a log.
     fn may_read(&self, reader: &Reader, log: &LogId) -> bool;

@@ -1,5 +1,6 @@
 //! The rules of interest, explored exhaustively: one node that begins to read a log, one router,
-//! two messages, a registry that loses everything once, and pauses of any length anywhere.
+//! two messages, a registry that loses everything once and falls back once, and pauses of any
+//! length anywhere.
 //!
 //! Time passes in steps of a second. The node may be kept from publishing, and the router from
 //! looking, for as long as they like; a look may take as long. What is promised: once a tail has
@@ -34,9 +35,11 @@ enum Without {
     LateLooks,
     /// After a loss of the registry it is published again, and all tails look twice.
     LossLooks,
+    /// The same where it is seen only by what is published again: the registry had another bitmap.
+    FallbackLooks,
 }
 
-const RULES: [Without; 7] = [
+const RULES: [Without; 8] = [
     Without::SecondLook,
     Without::UnknownIsSent,
     Without::OwnProcess,
@@ -44,6 +47,7 @@ const RULES: [Without; 7] = [
     Without::LookBegins,
     Without::LateLooks,
     Without::LossLooks,
+    Without::FallbackLooks,
 ];
 
 /// A bitmap, of one bit.
@@ -74,8 +78,11 @@ struct State {
     /// Whether the registry has lost everything, and whether the node knows.
     lost: bool,
     noticed: bool,
-    /// Whether the process has ever published.
+    /// Whether the registry has fallen back to an earlier bitmap, of which it tells nobody.
+    fell_back: bool,
+    /// Whether the process has ever published, and whether its bit.
     published: bool,
+    bit_published: bool,
     /// When the place of the tail was taken, and where the tail is.
     began: Option<u8>,
     position: Option<u8>,
@@ -121,6 +128,33 @@ impl State {
     }
 }
 
+impl State {
+    /// What becomes of the messages.
+    fn message_steps(&self, without: Without, next: &mut Vec<Self>) {
+        let mut add = |change: &dyn Fn(&mut Self)| {
+            let mut state = *self;
+            change(&mut state);
+            next.push(state);
+        };
+        for n in 0..MESSAGES {
+            let is_next = n == 0 || self.messages[n - 1] != Message::Future;
+            match self.messages[n] {
+                Message::Future if is_next => add(&|state| state.messages[n] = Message::Stored),
+                Message::Stored if self.sends(without) => add(&|state| state.messages[n] = Message::Flying),
+                Message::Stored => add(&|state| state.messages[n] = Message::Over),
+                Message::Flying => add(&|state| {
+                    state.messages[n] = Message::Over;
+                    // A tail reads what is missing below a message that comes.
+                    if state.position.is_some_and(|position| usize::from(position) <= n) {
+                        state.position = Some(n as u8 + 1);
+                    }
+                }),
+                _ => {}
+            }
+        }
+    }
+}
+
 impl Model for State {
     type Rule = Without;
     const STATES_MAX: usize = 6_000_000;
@@ -132,7 +166,9 @@ impl Model for State {
             stored: Map::Earlier,
             lost: false,
             noticed: false,
+            fell_back: false,
             published: false,
+            bit_published: false,
             began: None,
             position: None,
             look_at: None,
@@ -177,11 +213,21 @@ impl Model for State {
         }
         if self.stored != self.own() && (!self.lost || self.noticed) {
             add(&|state| {
+                let is_late = state.began.is_some_and(|at| at < state.now) && !state.bit_published;
                 state.stored = state.own();
                 state.published = true;
-                if state.began.is_some_and(|at| at < state.now) && without != Without::LateLooks {
+                if is_late && without != Without::LateLooks
+                    || state.bit_published && without != Without::FallbackLooks
+                {
                     state.look_twice();
                 }
+                state.bit_published |= state.own() == Map::Bit;
+            });
+        }
+        if self.stored == Map::Bit && !self.fell_back {
+            add(&|state| {
+                state.fell_back = true;
+                state.stored = Map::Empty;
             });
         }
         if !self.lost {
@@ -195,6 +241,7 @@ impl Model for State {
                 state.noticed = true;
                 state.stored = state.own();
                 state.published = true;
+                state.bit_published |= state.own() == Map::Bit;
                 if without != Without::LossLooks {
                     state.look_twice();
                 }
@@ -211,22 +258,7 @@ impl Model for State {
                 state.looking = None;
             }),
         }
-        for n in 0..MESSAGES {
-            let is_next = n == 0 || self.messages[n - 1] != Message::Future;
-            match self.messages[n] {
-                Message::Future if is_next => add(&|state| state.messages[n] = Message::Stored),
-                Message::Stored if self.sends(without) => add(&|state| state.messages[n] = Message::Flying),
-                Message::Stored => add(&|state| state.messages[n] = Message::Over),
-                Message::Flying => add(&|state| {
-                    state.messages[n] = Message::Over;
-                    // A tail reads what is missing below a message that comes.
-                    if state.position.is_some_and(|position| usize::from(position) <= n) {
-                        state.position = Some(n as u8 + 1);
-                    }
-                }),
-                _ => {}
-            }
-        }
+        self.message_steps(without, next);
     }
 }
 

@@ -25,8 +25,9 @@ const NAME_MAX: usize = 300;
 const VERSION_MAX: usize = 64;
 /// Jitter of polls.
 const JITTER: f64 = 0.2;
-/// After a hint, changes within this time are seen by the same look.
-const AFTER_HINT: Duration = Duration::from_millis(20);
+/// After a hint, changes within this time are seen by the same look: the bitmaps of many nodes
+/// change several times a second.
+const AFTER_HINT: Duration = Duration::from_millis(250);
 /// How long a bitmap is kept that the store has no more: longer than a view is a recent one, and
 /// than Redis is mostly away.
 const KEEP: Duration = Duration::from_secs(3_600);
@@ -150,7 +151,7 @@ async fn look(inner: Arc<Inner>, hint: Arc<Notify>) {
 }
 
 impl Interest for RedisInterest {
-    fn publish(&self, reader: &Reader, buckets: Arc<Buckets>) -> BoxFuture<'_, Result<(), InterestError>> {
+    fn publish(&self, reader: &Reader, buckets: Arc<Buckets>) -> BoxFuture<'_, Result<bool, InterestError>> {
         let name = name(reader);
         async move {
             let inner = &self.inner;
@@ -163,7 +164,7 @@ impl Interest for RedisInterest {
             let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
             let args = [channel.as_bytes(), lease.as_bytes(), name.as_bytes(), version.as_bytes(), map];
             let done = inner.link.run(&inner.publish, &keys, &args).await;
-            done.map(drop).map_err(|fault| InterestError(fault.to_string()))
+            done.map(|reply| reply.int() == 1).map_err(|fault| InterestError(fault.to_string()))
         }
         .boxed()
     }

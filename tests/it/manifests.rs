@@ -137,12 +137,30 @@ fn values_that_are_wrong_are_refused_by_name() {
         ("autoscaling: {push: {min: 5, max: 4}}", "autoscaling.push.min"),
         ("autoscaling: {push: {enabled: true}, keda: {enabled: true}}", "only one of them"),
         ("canary: {users: 0}", "users"),
+        ("canary: {enabled: true, everySeconds: 3600}", "canary.everySeconds"),
+        ("config: {peer: {secret: a}}", "config.peer.secret: belongs into the Secret"),
+        ("config: {collect: {api_keys: [a]}}", "config.collect.api_keys"),
+        (
+            "secret: {create: true, namedKeys: true, values: {redis-url: a, mongo-uri: b}}",
+            "secret.values.keys",
+        ),
+        (
+            "secret: {create: true, tokenKeys: true, values: {redis-url: a, mongo-uri: b}}",
+            "secret.values.token-keys",
+        ),
     ] {
         let output = helm(&["template", "ringpush"], values);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success(), "{values} is taken");
         assert!(said.contains(named), "{values}: {said}");
     }
+    // Names of which no valid Service or StatefulSet could be made.
+    for name in ["1app", "my.app", &"a".repeat(41)] {
+        let output = helm(&["template", name], "");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains("the release's name"), "{name}: {said}");
+    }
+    assert!(helm(&["template", &"a".repeat(40)], "").status.success());
 }
 
 /// Each role is started as its pod would start it, but for its addresses and files.
@@ -251,6 +269,7 @@ fn the_grace_period_and_the_pace_of_scaling_follow_the_drain_window() {
     let all = objects(&rendered(EVERYTHING));
     let keda = named(&all, "ScaledObject", "ringpush-push");
     let query = &keda["spec"]["triggers"][0]["metadata"]["query"];
+    assert_eq!(keda["spec"]["triggers"][0]["metadata"]["ignoreNullValues"], "false");
     assert_eq!(query, r#"sum(ringpush_sessions{namespace="ringpush",pod=~"ringpush-push-[0-9]+"})"#);
     assert_eq!(named(&all, "StatefulSet", "ringpush-push")["spec"]["replicas"], Value::Null);
 }

@@ -272,9 +272,7 @@ kind: Deployment
 metadata:
   {{- include "ringpush.metadata" (list $root $role $role) | nindent 2 }}
 spec:
-  {{- if not $scaled }}
-  replicas: {{ (get $root.Values $role).replicas }}
-  {{- end }}
+  {{- include "ringpush.replicas" (list $root "Deployment" $role $scaled) | nindent 2 }}
   selector: {matchLabels: {{ include "ringpush.selector" (list $root $role) }}}
   strategy: {type: RollingUpdate, rollingUpdate: {maxUnavailable: 0, maxSurge: 1}}
   template:
@@ -358,7 +356,7 @@ volumes:
 - ports: {{ include "ringpush.ports" .Values.networkPolicy.redisPorts }}
 {{- end }}
 
-{{/* A node more moves its share of the users: not on every gust. One node fewer at a time, and the next one when it has drained. */}}
+{{/* A node more moves its share of the users: only after a minute. One node fewer at a time, and the next one when it has drained. */}}
 {{- define "ringpush.scalingBehavior" -}}
 scaleUp: {stabilizationWindowSeconds: 60, policies: [{type: Percent, value: 50, periodSeconds: 120}]}
 scaleDown: {stabilizationWindowSeconds: 900, policies: [{type: Pods, value: 1, periodSeconds: {{ min 1800 (add 20 .Values.config.push.drain_window_s) }}}]}
@@ -371,4 +369,18 @@ scaleDown: {stabilizationWindowSeconds: 900, policies: [{type: Pods, value: 1, p
 {{- $ports = append $ports (printf "{port: %d}" (int .)) -}}
 {{- end -}}
 [{{ join ", " $ports }}]
+{{- end }}
+
+{{/* The number of pods: (list . "Deployment" "collect" whether an autoscaler sets it). Where it does, that of the object as it is: without
+one in the manifest the API server would set it to 1 when the autoscaler is turned on. */}}
+{{- define "ringpush.replicas" -}}
+{{- $root := index . 0 -}}
+{{- if not (index . 3) -}}
+replicas: {{ (get $root.Values (index . 2)).replicas }}
+{{- else -}}
+{{- $live := lookup "apps/v1" (index . 1) $root.Release.Namespace (include "ringpush.name" (list $root (index . 2))) -}}
+{{- with ($live.spec).replicas -}}
+replicas: {{ . }}
+{{- end -}}
+{{- end -}}
 {{- end }}

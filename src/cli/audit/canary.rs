@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::Value;
@@ -12,13 +12,14 @@ use tokio::sync::watch;
 use super::super::terminal::say;
 use super::{AuditPlan, Auditor, Report};
 use crate::app::serve_metrics;
+use crate::clock::Clock;
 use crate::config::Config;
 use crate::telemetry::{Counter, Family, Gauge, Metrics};
 
 /// How an audit is repeated.
 #[derive(Debug, Clone, Copy)]
 pub struct Repetition {
-    /// The rest between two audits.
+    /// The pause between two audits.
     pub every: Duration,
     /// Where the metrics are served.
     pub metrics: SocketAddr,
@@ -41,11 +42,16 @@ struct Results {
     refused: Counter,
     delays: Family<Label, Gauge<f64, AtomicU64>>,
     passed_at: Gauge<f64, AtomicU64>,
+    clock: Clock,
 }
 
+/// How long the users may take to be forgotten in the end.
+const FORGET_DEADLINE: Duration = Duration::from_secs(15);
+
 impl Results {
-    fn register(metrics: &Metrics) -> Self {
+    fn register(metrics: &Metrics, clock: Clock) -> Self {
         let this = Self {
+            clock,
             audits: Family::default(),
             messages: Family::default(),
             refused: Counter::default(),
@@ -58,13 +64,18 @@ impl Results {
             r.register("messages", "Messages of all audits, by what became of them", this.messages.clone());
             r.register("publishes_refused", "Publishes that were not accepted", this.refused.clone());
             r.register("delay_seconds", "Delay of messages in the last audit", this.delays.clone());
-            let help = "When the last audit that passed ended, seconds since 1970";
+            let help = "When the last audit that passed ended, or the canary began; seconds since 1970";
             r.register("passed_timestamp_seconds", help, this.passed_at.clone());
         });
+        this.note_time();
         // A series that begins with its first event hides it from `increase`.
         OUTCOMES.iter().for_each(|outcome| drop(this.audits.get_or_create(&[("outcome", outcome)])));
         FATES.iter().for_each(|fate| drop(this.messages.get_or_create(&[("fate", fate)])));
         this
+    }
+
+    fn note_time(&self) {
+        self.passed_at.set(self.clock.now().0 as f64 / 1_000.0);
     }
 
     fn audit_ended(&self, outcome: &'static str) {
@@ -88,35 +99,38 @@ impl Results {
         }
         let is_good = !report.is_bad && refused == 0;
         if is_good {
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-            self.passed_at.set(now.as_secs_f64());
+            self.note_time();
         }
         if is_good { "passed" } else { "broken" }
     }
 }
 
 /// Runs audit after audit until `interrupted` resolves, and serves what they saw at
-/// `http://{metrics}/metrics`. An audit that fails ends nothing: it is counted and told. Each audit
-/// forgets its users.
+/// `http://{metrics}/metrics`. An audit that fails ends nothing: it is counted and told. Each takes
+/// the keys anew from `config`. All publish to the same users, which are forgotten in the end.
 ///
 /// # Errors
 ///
-/// A key is missing, or the address cannot be listened on.
+/// A key is missing at the beginning, or the address cannot be listened on.
 pub async fn canary(
-    config: Config,
+    config: impl Fn() -> Result<Config>,
     plan: AuditPlan,
     repetition: Repetition,
     interrupted: impl Future<Output = ()>,
 ) -> Result<ExitCode> {
-    let auditor = Auditor::new(config, AuditPlan { forget_users: true, ..plan })?;
-    let metrics = Metrics::default();
-    let results = Results::register(&metrics);
+    let mut auditor = Auditor::new(config()?, plan)?;
+    let (metrics, clock) = (Metrics::default(), Clock::system());
+    let results = Results::register(&metrics, clock);
     let (at, serving) = serve_metrics("--metrics", repetition.metrics, metrics)?;
     say(format_args!("canary: its metrics are at http://{at}/metrics"));
     let load_ends = watch::Sender::new(false);
     let audits = async {
         while !*load_ends.borrow() {
-            match auditor.run(&load_ends).await {
+            let report = match config().and_then(|config| auditor.take_keys(config)) {
+                Ok(()) => auditor.run(&load_ends).await,
+                Err(error) => Err(error),
+            };
+            match report {
                 Ok(report) => results.audit_ended(results.take(&report)),
                 Err(error) => {
                     say(format_args!("canary: the audit failed: {error:#}"));
@@ -126,6 +140,10 @@ pub async fn canary(
             let mut ends = load_ends.subscribe();
             // Ends early when the canary does.
             let _ = tokio::time::timeout(repetition.every, ends.wait_for(|ends| *ends)).await;
+        }
+        let forgotten = tokio::time::timeout(FORGET_DEADLINE, auditor.forget_users()).await;
+        if forgotten.is_err() {
+            say(format_args!("canary: its users could not be forgotten"));
         }
     };
     let end = async {

@@ -33,11 +33,14 @@
 //!
 //! # Copied back
 //!
-//! A store whose directory is another one than it was written in has been copied: perhaps an older
-//! state was put back. Numbers above that state may have been given before. So every inbox and log
-//! goes on above the moment at which the copy was opened first, which is above all numbers that
-//! were given before: they begin at a moment and grow by one a message. A client whose position
-//! lies above what was put back is told so when it attaches.
+//! Each start leaves a note in the store and in a file beside its directory. A store whose note is
+//! another than that of the file, or whose directory is another one than it was written in, has
+//! been copied: perhaps an older state was put back. Numbers above that state may have been given
+//! before. So every inbox and log goes on above the moment at which the copy was opened first, or
+//! the moment of the note, whichever is later. That is above all numbers that were given before:
+//! they begin at a moment and grow by one a message. A client whose position lies above what was
+//! put back is told so when it attaches. Where the file system is put back as a whole, nothing can
+//! be seen (docs/operations.md).
 //!
 //! # Locks
 //!
@@ -62,8 +65,9 @@ mod records;
 mod topics;
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -89,6 +93,9 @@ const ABOUT: &str = "about.1";
 const IDENTITY: &[u8] = b"identity";
 /// The directory that the store was written in, in the keyspace about the store.
 const PLACE: &[u8] = b"place";
+/// The notes of the last start and of the one before, in the same keyspace.
+const NOTE: &[u8] = b"note";
+const NOTE_BEFORE: &[u8] = b"note before";
 /// The moment above which numbers go on, in the same keyspace: eight bytes, big-endian.
 const ABOVE: &[u8] = b"above";
 /// The layout of the keys is part of the keyspaces' names: a store of another layout is refused,
@@ -162,29 +169,56 @@ fn place_of(directory: &Path) -> std::io::Result<String> {
     Ok(format!("{} {}", about.ino(), made.map_or(0, |at| at.as_nanos())))
 }
 
-/// Notes where the store is, and returns the moment above which numbers go on.
+/// The file with the note of the last start, beside the directory of the store.
+fn note_beside(directory: &Path) -> PathBuf {
+    let mut name = directory.file_name().unwrap_or_default().to_owned();
+    name.push(".note");
+    directory.with_file_name(name)
+}
+
+/// Replaces the file with the note of the last start; it is on the disk when this returns.
+fn write_note(path: &Path, note: &str) -> std::io::Result<()> {
+    let fresh = path.with_extension("note.new");
+    let mut file = std::fs::File::create(&fresh)?;
+    file.write_all(note.as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(fresh, path)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    std::fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+}
+
+/// Leaves the notes of this start, and returns the moment above which numbers go on. A note is a
+/// moment and a random word.
 fn above_copies(db: &Database, about: &Keyspace, directory: &Path, now: Millis) -> fjall::Result<u64> {
-    let place = place_of(directory)?;
-    let known = about.get(PLACE)?;
-    let above = about.get(ABOVE)?.and_then(|raw| raw.as_ref().try_into().ok().map(u64::from_be_bytes));
-    if known.as_deref() == Some(place.as_bytes()) {
-        return Ok(above.unwrap_or(0));
-    }
-    let above = match known {
-        Some(_) => now.0.max(above.unwrap_or(0)),
-        None => above.unwrap_or(0),
+    let (place, beside) = (place_of(directory)?, note_beside(directory));
+    let text = |key: &[u8]| -> fjall::Result<Option<String>> {
+        Ok(about.get(key)?.map(|raw| String::from_utf8_lossy(&raw).into_owned()))
     };
-    let mut pending = db.batch().durability(Some(PersistMode::SyncData));
-    pending.insert(about, PLACE, place.as_bytes());
-    pending.insert(about, ABOVE, above.to_be_bytes());
-    pending.commit()?;
-    if known.is_some() {
+    let known = [NOTE, NOTE_BEFORE].map(text);
+    let [known, before] = known;
+    let (known, before, found) = (known?, before?, std::fs::read_to_string(&beside).ok());
+    // The process may have ended between the two: then the file has the note of the start before.
+    let is_the_last = found.is_none() || found == known || found == before;
+    let moved = text(PLACE)?.is_some_and(|before| before != place);
+    let above = about.get(ABOVE)?.and_then(|raw| raw.as_ref().try_into().ok().map(u64::from_be_bytes));
+    let mut above = above.unwrap_or(0);
+    if moved || !is_the_last {
+        let noted = found.as_deref().and_then(|note| note.split(' ').next()?.parse().ok()).unwrap_or(0);
+        above = above.max(now.0).max(noted);
         tracing::warn!(
             directory = %directory.display(),
             above,
             "the store was copied here: numbers go on above this moment, and clients whose position is gone are told"
         );
     }
+    let note = format!("{} {}", now.0, ulid::Ulid::generate());
+    let mut pending = db.batch().durability(Some(PersistMode::SyncData));
+    pending.insert(about, PLACE, place.as_bytes());
+    pending.insert(about, ABOVE, above.to_be_bytes());
+    pending.insert(about, NOTE_BEFORE, found.or(known).unwrap_or_default().as_bytes());
+    pending.insert(about, NOTE, note.as_bytes());
+    pending.commit()?;
+    write_note(&beside, &note)?;
     Ok(above)
 }
 

@@ -21,7 +21,7 @@ async fn the_model_keeps_the_contract() {
 async fn the_embedded_store_keeps_the_contract() {
     let directory = tempfile::tempdir().unwrap();
     let clock = Clock::standing(START);
-    let inbox = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
+    let inbox = EmbeddedInbox::open(&directory.path().join("inbox"), clock.clone()).unwrap();
     let logs = Logs::new(Arc::new(inbox.logs()));
     suite(&Bench { inbox: Arc::new(inbox), logs, clock }).await;
 }
@@ -38,10 +38,10 @@ fn the_layout_is_what_was_stored() {
 #[test]
 fn a_store_of_an_earlier_layout_is_refused_and_left_alone() {
     let directory = tempfile::tempdir().unwrap();
-    let earlier = Database::builder(directory.path()).open().unwrap();
+    let earlier = Database::builder(directory.path().join("inbox")).open().unwrap();
     earlier.keyspace(EARLIER, KeyspaceCreateOptions::default).unwrap();
     drop(earlier);
-    let opened = EmbeddedInbox::open(directory.path(), Clock::standing(START));
+    let opened = EmbeddedInbox::open(&directory.path().join("inbox"), Clock::standing(START));
     assert!(matches!(opened.err(), Some(OpenError::Earlier)));
 }
 
@@ -54,7 +54,7 @@ async fn what_was_answered_about_a_new_user_stands_after_a_crash() {
         let asks = asks.map(|(user, at)| PositionQuery { user: user.clone(), from: StartAt::After(at) });
         <[UserPosition; 3]>::try_from(inbox.positions(asks.collect()).await.unwrap()).unwrap()
     };
-    let first = EmbeddedInbox::open(directory.path(), Clock::standing(START)).unwrap();
+    let first = EmbeddedInbox::open(&directory.path().join("inbox"), Clock::standing(START)).unwrap();
     let strange = Seq::at(4_711);
     let answers = ask(&first, [Seq::BEGINNING, Seq::at(START.0), strange]).await;
     assert!(answers.iter().all(|answer| answer.head == Seq::at(START.0) && !answer.more));
@@ -62,7 +62,7 @@ async fn what_was_answered_about_a_new_user_stands_after_a_crash() {
     // Meanwhile the clock was set back. Only the third user was told a number, and that number
     // stands.
     let earlier = Millis(START.0 - 60_000);
-    let again = EmbeddedInbox::open(directory.path(), Clock::standing(earlier)).unwrap();
+    let again = EmbeddedInbox::open(&directory.path().join("inbox"), Clock::standing(earlier)).unwrap();
     let answers = ask(&again, [Seq::BEGINNING, Seq::BEGINNING, Seq::at(START.0)]).await;
     let (start, earlier) = (Seq::at(START.0), Seq::at(earlier.0));
     assert_eq!(answers.map(|answer| answer.head), [earlier, earlier, start]);
@@ -87,7 +87,7 @@ fn item(user: &str, id: &str, deduplicated: bool) -> Append {
 async fn what_cannot_be_read_is_the_fault_of_its_own_user_and_number_alone() {
     let directory = tempfile::tempdir().unwrap();
     let clock = Clock::standing(START);
-    let inbox = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
+    let inbox = EmbeddedInbox::open(&directory.path().join("inbox"), clock.clone()).unwrap();
     let store = &inbox.store;
     let (good, deduplicated, bad) =
         (item("alice", "good", false), item("bob", "again", true), item("eve", "x", false));
@@ -144,7 +144,7 @@ async fn what_cannot_be_read_is_the_fault_of_its_own_user_and_number_alone() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_user_is_forgotten_with_what_cannot_be_read() {
     let directory = tempfile::tempdir().unwrap();
-    let inbox = EmbeddedInbox::open(directory.path(), Clock::standing(START)).unwrap();
+    let inbox = EmbeddedInbox::open(&directory.path().join("inbox"), Clock::standing(START)).unwrap();
     let message = item("alice", "m", false);
     let user = message.user.clone();
     inbox.append(vec![message.clone(); super::JANITOR_BATCH + 10]).await;
@@ -163,7 +163,7 @@ async fn a_user_is_forgotten_with_what_cannot_be_read() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_that_was_written_out_is_held_until_the_store_lets_go_and_then_freed() {
     let directory = tempfile::tempdir().unwrap();
-    let inbox = EmbeddedInbox::open(directory.path(), Clock::standing(START)).unwrap();
+    let inbox = EmbeddedInbox::open(&directory.path().join("inbox"), Clock::standing(START)).unwrap();
     let first = Arc::downgrade(&inbox.store.messages.tree.active_memtable());
     let of_the_store = first.strong_count();
     let until = async |expected: &dyn Fn(usize) -> bool| {
@@ -189,11 +189,14 @@ async fn a_store_that_is_opened_again_goes_on_where_it_was() {
     let directory = tempfile::tempdir().unwrap();
     let clock = Clock::standing(START);
     let item = item("alice", "m", true);
-    let first = EmbeddedInbox::open(directory.path(), clock.clone()).unwrap();
+    let first = EmbeddedInbox::open(&directory.path().join("inbox"), clock.clone()).unwrap();
     let Ok(Appended::Stored(stored)) = first.append(vec![item.clone()]).await.remove(0) else { panic!() };
-    assert!(matches!(EmbeddedInbox::open(directory.path(), clock.clone()), Err(OpenError::Locked)));
+    assert!(matches!(
+        EmbeddedInbox::open(&directory.path().join("inbox"), clock.clone()),
+        Err(OpenError::Locked)
+    ));
     drop(first);
-    let again = EmbeddedInbox::open(directory.path(), clock).unwrap();
+    let again = EmbeddedInbox::open(&directory.path().join("inbox"), clock).unwrap();
     assert_eq!(again.append(vec![item.clone()]).await.remove(0), Ok(Appended::Duplicate(stored.seq)));
     let fresh = Append { deduplicated: false, ..item };
     let Ok(Appended::Stored(next)) = again.append(vec![fresh]).await.remove(0) else { panic!() };
@@ -205,7 +208,7 @@ async fn a_store_that_was_copied_gives_no_number_twice() {
     let place = tempfile::tempdir().unwrap();
     let at = |name: &str| place.path().join(name);
     let clock = Clock::standing(START);
-    let store = async |directory: &str, count: usize| {
+    let store = async |clock: &Clock, directory: &str, count: usize| {
         let inbox = EmbeddedInbox::open(&at(directory), clock.clone()).unwrap();
         let mut seqs = Vec::new();
         for store in [&inbox, &inbox.logs()] {
@@ -217,7 +220,7 @@ async fn a_store_that_was_copied_gives_no_number_twice() {
         }
         seqs
     };
-    assert_eq!(store("data", 2).await, [1, 2, 1, 2]);
+    assert_eq!(store(&clock, "data", 2).await, [1, 2, 1, 2]);
     let copy = |from: &str, to: &str| {
         assert!(
             std::process::Command::new("cp").arg("-a").args([at(from), at(to)]).status().unwrap().success()
@@ -225,12 +228,25 @@ async fn a_store_that_was_copied_gives_no_number_twice() {
     };
     copy("data", "backup");
     // Opened where it was, it goes on.
-    assert_eq!(store("data", 2).await, [3, 4, 3, 4]);
+    assert_eq!(store(&clock, "data", 2).await, [3, 4, 3, 4]);
     std::fs::remove_dir_all(at("data")).unwrap();
     copy("backup", "data");
     clock.advance(1_000);
-    assert_eq!(store("data", 2).await, [1001, 1002, 1001, 1002]);
+    assert_eq!(store(&clock, "data", 2).await, [1001, 1002, 1001, 1002]);
     // From then on it is the store of this place.
     clock.advance(1_000);
-    assert_eq!(store("data", 1).await, [1003, 1003]);
+    assert_eq!(store(&clock, "data", 1).await, [1003, 1003]);
+    // Put back into the same directory, so that only the notes differ; the clock has gone back.
+    for entry in std::fs::read_dir(at("data")).unwrap() {
+        let path = entry.unwrap().path();
+        let removed = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+        removed.unwrap();
+    }
+    for entry in std::fs::read_dir(at("backup")).unwrap() {
+        let from = entry.unwrap().path();
+        let copied = std::process::Command::new("cp").arg("-a").args([&from, &at("data")]).status();
+        assert!(copied.unwrap().success());
+    }
+    let behind = Clock::standing(Millis(START.0 - 10_000));
+    assert_eq!(store(&behind, "data", 1).await, [2001, 2001], "above the moment of the last start");
 }

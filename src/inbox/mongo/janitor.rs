@@ -22,42 +22,62 @@ use crate::message::UserId;
 /// Users fetched at once.
 const BATCH: usize = 1_000;
 /// Messages looked at, and removed, by one command.
-const LOT: u64 = 10_000;
+const MOST: u64 = 10_000;
 /// Commands that look at one user, or one log, in one pass: a million messages. The next pass goes
 /// on.
-const LOTS: usize = 100;
-/// Users and logs whose runs are remembered, 150 bytes each: 30 MB.
+const LOOKS: usize = 100;
+/// Users and logs whose runs are remembered: 100 bytes each, and 200 more with several marks.
 const SEEN: usize = 200_000;
 /// Marks of one run: one in ten minutes for more than an hour.
 const MARKS: usize = 8;
+/// Users whose removal may fail in one pass before the pass is given up.
+const FAILURES: usize = 10;
 
 /// Up to which number a run was seen expired, and when first. Both rise from mark to mark.
 type Marks = SmallVec<[(u64, Duration); 1]>;
 
-/// The expired runs, by user or log.
+/// The expired runs, by user or log, and the pass in which each was looked at last.
 #[derive(Default)]
 pub(super) struct Seen {
-    runs: HashMap<UserId, Marks>,
+    runs: HashMap<UserId, (u64, Marks)>,
+    pass: u64,
+    /// What was seen before the store was restored says nothing of what stands there now.
+    floor: u64,
 }
 
-/// Visits all users that have something expired. Returns how many messages were removed.
+/// Visits all users that have something expired. Returns how many messages were removed. A user of
+/// whom it fails is logged, and tried again in the next pass.
 pub(super) async fn run_once(inner: &Inner) -> Result<u64, InboxError> {
     let mut seen = inner.removals.lock().await;
-    let now = int(inner.clock.now().0);
+    let floor = inner.marker.lock().floor;
+    if std::mem::replace(&mut seen.floor, floor) != floor {
+        seen.runs.clear();
+    }
+    seen.pass += 1;
+    let (pass, now) = (seen.pass, int(inner.clock.now().0));
     let pipeline = [doc! { "$match": { "x": { "$lte": now } } }, doc! { "$group": { "_id": "$_id.u" } }];
     let mut users =
         inner.documents.aggregate(pipeline).batch_size(BATCH as u32).await.map_err(unavailable)?;
-    let mut removed = 0;
-    let mut still = HashMap::new();
+    let (mut removed, mut failures) = (0, 0);
     while let Some(row) = inner.in_time(users.try_next()).await.map_err(unavailable)? {
         let Some(user) = row.get_str("_id").ok().and_then(|user| UserId::parse(user).ok()) else { continue };
-        let mut marks = seen.runs.get(&user).cloned().unwrap_or_default();
-        removed += clean_user(inner, &user, &mut marks).await?;
-        if !marks.is_empty() && still.len() < SEEN {
-            still.insert(user, marks);
+        let mut marks = seen.runs.get(&user).map(|(_, marks)| marks.clone()).unwrap_or_default();
+        match clean_user(inner, &user, &mut marks).await {
+            Ok(count) => removed += count,
+            Err(error) if failures < FAILURES => {
+                failures += 1;
+                tracing::warn!(%error, %user, "expired messages could not be removed yet");
+            }
+            Err(error) => return Err(error),
+        }
+        if marks.is_empty() {
+            seen.runs.remove(&user);
+        } else if seen.runs.len() < SEEN || seen.runs.contains_key(&user) {
+            seen.runs.insert(user, (pass, marks));
         }
     }
-    seen.runs = still;
+    // Those that have nothing expired any more.
+    seen.runs.retain(|_, (looked_at, _)| *looked_at == pass);
     if inner.is_of_logs {
         return Ok(removed);
     }
@@ -77,10 +97,13 @@ async fn clean_user(inner: &Inner, user: &UserId, marks: &mut Marks) -> Result<u
     let record = inner.by_ids(vec![id(user, 0)], doc! {}).await?;
     let record = record.first().map(HeadRecord::read).unwrap_or_default();
     let floor = record.shown.max(inner.marker.lock().floor);
-    marks.retain(|(upto, _)| *upto > record.head);
+    // One at the head record: its removal was begun and not finished.
+    marks.retain(|(upto, _)| *upto >= record.head);
     let mut count = 0;
-    if let Some(upto) = take_due(marks, inner.clock.uptime(), inner.times.removal_delay()) {
-        count = remove(inner, user, (record.head, upto)).await?;
+    let due = due(marks, inner.clock.uptime(), inner.times.removal_delay());
+    if due > 0 {
+        count = remove(inner, user, marks[due - 1].0).await?;
+        marks.drain(..due);
     }
     let marked = marks.last().map_or(0, |(upto, _)| *upto).max(record.head);
     let upto = expired_run(inner, user, marked, floor).await?;
@@ -95,10 +118,9 @@ async fn clean_user(inner: &Inner, user: &UserId, marks: &mut Marks) -> Result<u
     Ok(count)
 }
 
-/// Takes out the marks that were first seen at least `delay` ago. Returns the highest of them.
-fn take_due(marks: &mut Marks, now: Duration, delay: Duration) -> Option<u64> {
-    let due = marks.iter().take_while(|(_, since)| now.saturating_sub(*since) >= delay).count();
-    marks.drain(..due).last().map(|(upto, _)| upto)
+/// How many marks, from the lowest on, were first seen at least `delay` ago.
+fn due(marks: &Marks, now: Duration, delay: Duration) -> usize {
+    marks.iter().take_while(|(_, since)| now.saturating_sub(*since) >= delay).count()
 }
 
 /// Adds a mark. Where there are too many, the youngest grows, and waits from now on.
@@ -117,10 +139,10 @@ async fn expired_run(inner: &Inner, user: &UserId, from: u64, floor: u64) -> Res
     let now = int(inner.clock.now().0);
     // The last number that is expired, and the last number looked at.
     let (mut upto, mut last, mut after_bridge) = (0, from, false);
-    for _ in 0..LOTS {
+    for _ in 0..LOOKS {
         let above = doc! { "_id": ids_above(user, last) };
         let reading = async {
-            let found = inner.documents.find(above).sort(doc! { "_id": 1 }).limit(LOT as i64);
+            let found = inner.documents.find(above).sort(doc! { "_id": 1 }).limit(MOST as i64);
             let mut found = found.projection(doc! { "_id": 1, "x": 1 }).await?;
             let mut looked_at = 0;
             while let Some(message) = found.try_next().await? {
@@ -138,29 +160,33 @@ async fn expired_run(inner: &Inner, user: &UserId, from: u64, floor: u64) -> Res
             }
             Ok(looked_at)
         };
-        if inner.in_time(reading).await.map_err(unavailable)? < LOT {
+        if inner.in_time(reading).await.map_err(unavailable)? < MOST {
             break;
         }
     }
     Ok(upto)
 }
 
-/// Raises the head record over the run (majority), and then removes the run, lot by lot.
-async fn remove(inner: &Inner, user: &UserId, (head, upto): (u64, u64)) -> Result<u64, InboxError> {
+/// Raises the head record over the run (majority), and then removes what stands up to there, some
+/// thousands at a time. Numbers may lie far apart after a restore, so documents are counted, not
+/// numbers.
+async fn remove(inner: &Inner, user: &UserId, upto: u64) -> Result<u64, InboxError> {
     let raise = doc! { "$max": { "head": int(upto) } };
     let raised = inner.documents.update_one(doc! { "_id": id(user, 0) }, raise).into_future();
     inner.in_time(raised).await.map_err(unavailable)?;
-    let (mut count, mut above) = (0, 0);
-    // Below the head record only what an earlier pass did not come to remove is left.
-    let mut next = head.min(upto);
-    while above < upto {
-        next = (next + LOT).min(upto);
-        let range: Document = doc! { "_id": { "$gt": id(user, above), "$lte": id(user, next) } };
+    let mut count = 0;
+    loop {
+        let range: Document = doc! { "_id": { "$gt": id(user, 0), "$lte": id(user, upto) } };
+        let last = inner.documents.find_one(range).sort(doc! { "_id": 1 }).skip(MOST - 1);
+        let last = inner.in_time(last.projection(doc! { "_id": 1 }).into_future()).await;
+        let last = last.map_err(unavailable)?.as_ref().and_then(super::place_of).map(|(_, n)| n);
+        let range = doc! { "_id": { "$gt": id(user, 0), "$lte": id(user, last.unwrap_or(upto)) } };
         let removed = inner.in_time(inner.documents.delete_many(range).into_future()).await;
         count += removed.map_err(unavailable)?.deleted_count;
-        above = next;
+        if last.is_none() {
+            return Ok(count);
+        }
     }
-    Ok(count)
 }
 
 #[cfg(test)]
@@ -179,9 +205,9 @@ mod tests {
             let mut removed = 0;
             for (more, pause) in steps {
                 now += Duration::from_secs(pause);
-                if let Some(due) = take_due(&mut marks, now, DELAY) {
-                    prop_assert!(due > removed);
-                    removed = due;
+                if let Some((upto, _)) = marks.drain(..due(&marks.clone(), now, DELAY)).next_back() {
+                    prop_assert!(upto > removed);
+                    removed = upto;
                 }
                 if more > 0 {
                     upto += more;
@@ -197,7 +223,7 @@ mod tests {
             // With no more than a mark in eight passes of the delay, each goes when it is due.
             for _ in 0..2 {
                 now += DELAY;
-                removed = take_due(&mut marks, now, DELAY).unwrap_or(removed);
+                removed = marks.drain(..due(&marks.clone(), now, DELAY)).next_back().map_or(removed, |(upto, _)| upto);
             }
             prop_assert_eq!((removed, marks.len()), (upto, 0));
         }

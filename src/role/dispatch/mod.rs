@@ -295,14 +295,18 @@ impl Dispatch {
     /// Tells the nodes of the recent views: of messages those that may read their log, of all else
     /// all, since any of them may hold the user.
     fn hint(&self, hints: &[LogHint], missed: bool) {
-        let readers = {
+        let (readers, held) = {
             let mut recent = self.inner.recent.lock();
             self.refresh(&mut recent);
-            recent.readers()
+            (recent.readers(), recent.current.held)
         };
         for reader in readers {
             let is_for = |hint: &&LogHint| match hint {
-                LogHint::Message { log, .. } => self.inner.interest.may_read(&reader, log),
+                // A view that is held may name a process that is gone. Of a message that has ended
+                // before its time, blocks may be kept where nobody reads the log any more.
+                LogHint::Message { log, message } => {
+                    held || message.expires_at.0 == 0 || self.inner.interest.may_read(&reader, log)
+                }
                 LogHint::Memberships(_) | LogHint::Look(_) => true,
             };
             let node = &reader.node;

@@ -356,6 +356,10 @@ async fn messages_of_a_log_go_to_its_readers_alone() {
     // Nothing is known of push-2: it has it too.
     tell(vec![hint(log("news"), 1), hint(log("other"), 2)]).await;
     assert_eq!(heard(2).await, [at("push-0", &[1]), at("push-2", &[1, 2])]);
+    // One that has ended before its time may stand in a block of any node.
+    let ended = Message { expires_at: Millis(0), ..Message::clone(&message(4)) };
+    tell(vec![LogHint::Message { log: log("other"), message: Arc::new(ended) }]).await;
+    assert_eq!(heard(3).await, [at("push-0", &[4]), at("push-1", &[4]), at("push-2", &[4])]);
     tell(vec![hint(LogId::Everyone, 3)]).await;
     assert_eq!(heard(3).await, [at("push-0", &[3]), at("push-1", &[3]), at("push-2", &[3])]);
     tell(vec![LogHint::Memberships(vec![UserId::parse("alice").unwrap()])]).await;

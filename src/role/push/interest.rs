@@ -4,8 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use super::tails::Tails;
 use crate::interest::{Interest, Reader};
 
@@ -41,15 +39,26 @@ impl InterestWriter {
 
     /// Publishes each change, for ever.
     pub(super) async fn run(self: Arc<Self>) {
+        let mut published = None;
         loop {
             let (buckets, changed_at) = self.tails.buckets();
+            let buckets = Arc::new(buckets);
             let was_behind = self.is_behind.swap(false, Ordering::SeqCst);
-            let written = self.interest.publish(&self.reader, Arc::new(buckets)).await;
-            if let Err(error) = &written {
-                tracing::debug!(%error, "which logs are read here could not be published yet");
-                self.is_behind.store(true, Ordering::SeqCst);
-            } else if was_behind || changed_at.is_some_and(|at| at.elapsed() > LATE) {
-                self.tails.look_twice();
+            let written = self.interest.publish(&self.reader, Arc::clone(&buckets)).await;
+            self.tails.are_known(written.is_ok());
+            match &written {
+                Err(error) => {
+                    tracing::debug!(%error, "which logs are read here could not be published yet");
+                    self.is_behind.store(true, Ordering::SeqCst);
+                }
+                Ok(has_changed) => {
+                    // The registry has fallen back to what it had before.
+                    let was_lost = *has_changed && published.as_ref() == Some(&buckets);
+                    if was_behind || was_lost || changed_at.is_some_and(|at| at.elapsed() > LATE) {
+                        self.tails.look_twice();
+                    }
+                    published = Some(buckets);
+                }
             }
             tokio::time::sleep(if written.is_ok() { EVERY } else { RETRY }).await;
             if !self.is_behind.load(Ordering::SeqCst) {

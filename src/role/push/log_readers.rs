@@ -360,7 +360,10 @@ impl LogReaders {
             let after = self.all[at].session.position();
             let tail = Arc::clone(self.all[at].tail());
             let (page, path) = match tail.after(after) {
-                Held::Page(page) => (page, Path::Live),
+                Held::Page(page) => {
+                    let is_found = page.items.first().is_some_and(|item| item.frame.is_found);
+                    (page, if is_found { Path::Swept } else { Path::Live })
+                }
                 Held::Below => match self.of_block(&tail, after) {
                     Some(page) => (page, Path::Behind),
                     // One read at a time for each socket; others that are held go on.

@@ -10,8 +10,7 @@
 //!   users it owns, the reconnect hint, and the check of tokens.
 //! - `page_reads`, `cursors`, `sweep`: what is asked of the inbox, besides single positions.
 //! - `tail`, `tails`, `log_readers`, `log_attach`, `log_positions`, `outbound`, `interest`: the
-//! logs of
-//!   topics, which are read once for all sockets.
+//!   logs of topics, which are read once for all sockets.
 //! - `displaced`, `moves`, `drain`, `lease`: where users belong, and what happens when that
 //!   changes.
 //! - `admission`, `connection`, `attach`, `serving`, `refresh`, `welcome`, `end`: a connection,

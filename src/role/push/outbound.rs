@@ -43,7 +43,9 @@ impl Outbound {
 
     /// Whether logs may give something. If not, [`Outbound::has_room_again`] resolves later.
     pub(super) fn has_room(&self) -> bool {
-        if self.held() < self.limit {
+        let held = self.held();
+        // Whoever was held back comes first: the others wait with it until there is room for all.
+        if held < self.enough() || held < self.limit && !self.held_back.load(Ordering::SeqCst) {
             return true;
         }
         self.held_back.store(true, Ordering::SeqCst);
@@ -57,9 +59,13 @@ impl Outbound {
         self.room.notified().await;
     }
 
+    /// Below this many bytes there is room again.
+    fn enough(&self) -> usize {
+        self.limit - self.limit * ROOM_EIGHTHS / 8
+    }
+
     fn tell_of_room(&self) {
-        let enough = self.limit - self.limit * ROOM_EIGHTHS / 8;
-        if self.held.load(Ordering::SeqCst) < enough && self.held_back.swap(false, Ordering::SeqCst) {
+        if self.held.load(Ordering::SeqCst) < self.enough() && self.held_back.swap(false, Ordering::SeqCst) {
             self.room.notify_one();
         }
     }
@@ -119,11 +125,12 @@ mod tests {
         assert_eq!((outbound.held(), outbound.has_room()), (0, true), "it keeps up");
         one.set(40 * 1024 + 1);
         two.set(20 * 1024);
-        assert_eq!((outbound.held(), outbound.has_room()), (60 * 1024, true));
+        assert_eq!((outbound.held(), outbound.has_room()), (60 * 1024, true), "below the limit");
         two.set(24 * 1024);
         assert!(!outbound.has_room());
         two.set(20 * 1024);
         assert_eq!(outbound.has_room_again().now_or_never(), None, "an eighth must be free");
+        assert!(!outbound.has_room(), "nor is there room for others meanwhile");
         drop(two);
         assert_eq!(outbound.has_room_again().now_or_never(), Some(()));
         assert!(outbound.has_room());

@@ -33,6 +33,8 @@ pub(super) struct LogFrame {
     /// Who does not get it.
     via: Option<Arc<Via>>,
     pub(super) accepted_at: Millis,
+    /// It was found by a look at the store: its hint was lost.
+    pub(super) is_found: bool,
 }
 
 impl LogFrame {
@@ -53,6 +55,7 @@ pub(super) fn encoded(log: &LogId, message: &Message) -> Item<LogFrame> {
         frame: log_message_frame(log, message),
         via: message.via.clone().filter(|_| has_exceptions),
         accepted_at: message.accepted_at,
+        is_found: false,
     };
     Item { seq: message.seq, expires_at: message.expires_at, frame }
 }
@@ -134,6 +137,8 @@ struct Core {
     bytes: usize,
     floor: Seq,
     memory: Arc<TailMemory>,
+    /// A look has found that there is more: what is read next was not told by a hint.
+    looked: bool,
 }
 
 impl Drop for Core {
@@ -189,6 +194,7 @@ impl Tail {
             bytes: 0,
             floor: head,
             memory,
+            looked: false,
         };
         Self {
             log,
@@ -241,8 +247,15 @@ impl Tail {
     }
 
     /// Passes an event to the machine.
-    pub(super) fn step(&self, input: Input<LogFrame>, now: Millis) -> Wants {
+    pub(super) fn step(&self, mut input: Input<LogFrame>, now: Millis) -> Wants {
         let mut core = self.core.lock();
+        let is_look = matches!(input, Input::MoreAfter(_));
+        if let Input::Page(page) = &mut input
+            && core.looked
+        {
+            page.items.iter_mut().for_each(|item| item.frame.is_found = true);
+            core.looked = page.more;
+        }
         let before = core.machine.position();
         // The expiry of what is sent stands in the input alone.
         let expiries: Vec<(Seq, Millis)> = match &input {
@@ -268,6 +281,7 @@ impl Tail {
                 Output::Gap { .. } | Output::CaughtUp(_) | Output::Cursor(_) => {}
             }
         }
+        core.looked |= is_look && wants.read.is_some();
         let position = core.machine.position();
         if position < before {
             // The store was restored to a state below.

@@ -4,7 +4,7 @@
 //! what the tail wants.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -111,7 +111,10 @@ pub(super) struct Tails {
     /// The logs that are read here are others: since when, at the earliest.
     pub(super) reads_changed: Notify,
     reads_changed_at: Mutex<Option<Instant>>,
+    /// Routers may not know what is read here: it could not be published.
+    is_unknown: AtomicBool,
     twice: Notify,
+    sooner: Notify,
 }
 
 /// Limits of what tails hold and give out.
@@ -171,6 +174,14 @@ impl Pace {
     }
 }
 
+/// Resolves at this moment; never where there is none.
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
 impl Tails {
     /// Tails that read `stores`.
     pub(super) fn new(
@@ -199,7 +210,9 @@ impl Tails {
             forced: Notify::new(),
             reads_changed: Notify::new(),
             reads_changed_at: Mutex::default(),
+            is_unknown: AtomicBool::new(false),
             twice: Notify::new(),
+            sooner: Notify::new(),
         };
         Arc::new(tails)
     }
@@ -298,11 +311,18 @@ impl Tails {
         self.reads_changed.notify_one();
     }
 
-    /// The logs that are read here, or are about to be, and when the earliest change was that is not
-    /// published yet, if there is one.
+    /// The logs that are read here, or are about to be, and when the earliest change was that is
+    /// not published yet, if there is one.
     pub(super) fn buckets(&self) -> (Buckets, Option<Instant>) {
         let changed_at = self.reads_changed_at.lock().take();
         (Buckets::of(self.slots.lock().keys()), changed_at)
+    }
+
+    /// Whether routers know what is read here. If not, all tails look every three seconds.
+    pub(super) fn are_known(&self, known: bool) {
+        if self.is_unknown.swap(!known, Ordering::SeqCst) == known && !known {
+            self.sooner.notify_one();
+        }
     }
 
     /// All tails look now, and again when every router knows which logs are read here.
@@ -452,6 +472,7 @@ impl Tails {
         let mut again: VecDeque<(Instant, LogId)> = VecDeque::new();
         let mut next_sweep = Instant::now() + self.pause();
         let mut not_before = Instant::now();
+        let mut all_again = None;
         loop {
             let look_again = again.front().map_or(next_sweep, |(at, _)| (*at).min(next_sweep));
             tokio::select! {
@@ -463,9 +484,15 @@ impl Tails {
                 }
                 Some(ended) = under_way.join_next() => raised(ended),
                 () = self.twice.notified() => {
-                    next_sweep = next_sweep.min(Instant::now() + LOOK_AGAIN);
+                    all_again = Some(Instant::now() + LOOK_AGAIN);
                     under_way.spawn(Arc::clone(&self).sweep_all());
                 }
+                () = sleep_until(all_again) => {
+                    all_again = None;
+                    under_way.spawn(Arc::clone(&self).sweep_all());
+                }
+                // From this moment on, not from the next sweep on.
+                () = self.sooner.notified() => next_sweep = next_sweep.min(Instant::now() + self.pause()),
                 () = self.outbound.has_room_again() => self.tell_all(),
                 () = self.forced_after(not_before) => {
                     not_before = Instant::now() + FORCED_SWEEP_PAUSE;
@@ -496,11 +523,9 @@ impl Tails {
 
     /// Time until the next sweep.
     fn pause(&self) -> Duration {
-        let every = match self.availability.bar() {
-            None => self.every,
-            // Routers do not know this node, and messages pass it by.
-            Some(_) => SWEEP_EVERY_CUT_OFF.min(self.every),
-        };
+        let is_known = self.availability.bar().is_none() && !self.is_unknown.load(Ordering::SeqCst);
+        // Routers do not know this node, or not what it reads, and messages pass it by.
+        let every = if is_known { self.every } else { SWEEP_EVERY_CUT_OFF.min(self.every) };
         around(every, SWEEP_JITTER, &mut rand::rng())
     }
 
