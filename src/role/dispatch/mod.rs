@@ -11,7 +11,7 @@ mod metrics;
 mod peer_queue;
 mod recent;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -74,6 +74,9 @@ struct Inner {
     lookups: Backlog<LiveMessage>,
     /// Messages that a node took that has a newer view than this router.
     again: Backlog<LiveMessage>,
+    /// Hints about logs that a node took that has a newer view than this router: of the nodes that
+    /// are new in it none has them.
+    hints_again: Backlog<LogHint>,
     /// The newest version of such a view.
     news: Mutex<ViewVersion>,
     metrics: Arc<DispatchMetrics>,
@@ -85,6 +88,13 @@ impl Inner {
         *self.news.lock() = news;
         self.membership.refresh();
         self.again.put(batch);
+    }
+
+    /// The same of hints about logs.
+    fn heard_of_by_hint(&self, news: ViewVersion, hints: Vec<LogHint>) {
+        *self.news.lock() = news;
+        self.membership.refresh();
+        self.hints_again.put(hints);
     }
 }
 
@@ -114,12 +124,14 @@ impl Dispatch {
             hint_queues: Mutex::default(),
             lookups: Backlog::default(),
             again: Backlog::default(),
+            hints_again: Backlog::default(),
             news: Mutex::default(),
             metrics: DispatchMetrics::register(metrics),
         });
         let this = Self { inner };
         tasks.spawn(this.clone().look_up_displaced());
         tasks.spawn(this.clone().route_again());
+        tasks.spawn(this.clone().hint_again());
         tasks.spawn(this.clone().watch_members(watched, before));
         this
     }
@@ -245,6 +257,31 @@ impl Dispatch {
                 }
             }
             self.put_all(by_node);
+        }
+    }
+
+    /// Gives hints again that were given by a view that is older than another process's, once its
+    /// own is as new. If that takes too long they are dropped, and sweeps find what they told.
+    async fn hint_again(self) {
+        loop {
+            let (batch, missed) = self.inner.hints_again.take().await;
+            let mut views = self.inner.membership.views();
+            let told = self.inner.news.lock().clone();
+            let newer = views.wait_for(|view| !told.is_news_to(&view.stamp()));
+            let is_here = tokio::time::timeout(NEWER_VIEW_WAIT, newer).await.is_ok();
+            // Each node that took them has told of the view.
+            let mut known = HashSet::new();
+            let is_new = |hint: &LogHint| match hint {
+                LogHint::Message { log, message } => known.insert((log.clone(), message.seq)),
+                LogHint::Memberships(_) | LogHint::Look(_) => true,
+            };
+            let batch: Vec<LogHint> = batch.into_iter().filter(is_new).collect();
+            if is_here {
+                self.inner.metrics.rerouted.inc_by(batch.len() as u64);
+                self.hint(&batch, missed);
+            } else {
+                self.inner.metrics.dropped.inc_by(batch.len() as u64);
+            }
         }
     }
 
@@ -444,8 +481,9 @@ impl Service<DispatchRequest> for Dispatch {
                 }
                 DispatchRequest::Hint { hints, missed, stamp } => {
                     this.hint(&hints, missed);
-                    if stamp.is_news_to(&this.inner.recent.lock().current.stamp()) {
-                        this.inner.membership.refresh();
+                    let is_news = stamp.is_news_to(&this.inner.recent.lock().current.stamp());
+                    if is_news {
+                        this.inner.heard_of_by_hint(stamp, hints);
                     }
                     Ok(DispatchResponse::Done)
                 }

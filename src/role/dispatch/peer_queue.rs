@@ -45,9 +45,8 @@ impl Lane for LogHint {
         PushRequest::Hint { hints, missed, stamp }
     }
 
-    /// A node that has come looks at its logs by itself until every router knows it.
-    fn heard_of(dispatch: &Inner, _: ViewVersion, _: &[Self]) {
-        dispatch.membership.refresh();
+    fn heard_of(dispatch: &Inner, news: ViewVersion, batch: &[Self]) {
+        dispatch.heard_of_by_hint(news, batch.to_vec());
     }
 }
 
