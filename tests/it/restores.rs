@@ -384,3 +384,42 @@ async fn clients_are_told_when_an_older_embedded_store_is_put_back() {
     let answer = server.try_publish(&everyone).await.json();
     assert!(answer["accepted"][0]["seq"].as_u64().unwrap() > shown[5], "{answer}");
 }
+
+/// Numbers lie a month apart after a restore: what has expired on both sides is removed all the
+/// same, and what was seen before the restore says nothing of what stands there now.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_expired_is_removed_across_the_numbers_that_a_restore_left_out() {
+    const MONTH_MS: u64 = 30 * 24 * 3_600_000;
+    let set = ReplicaSet::start(1).await;
+    let (client, database) = (client(&set).await, "left_out");
+    let clock = Clock::standing(Clock::system().now());
+    let inbox = open(&set.uri(), database, BRISK, clock.clone()).await;
+    let watching = watched(&inbox);
+    let stored = collection(&client, database);
+    let user = UserId::parse("alice").unwrap();
+    let first = one(&inbox, &user, "before").await;
+    let backup = all_of(&stored).await;
+    one(&inbox, &user, "gone").await;
+    clock.advance(MONTH_MS);
+    // Both have expired: a mark stands on the one that will be gone.
+    assert_eq!(inbox.run_once().await.unwrap(), 0);
+    // A look later, so that the pulse has risen.
+    let marker = async || {
+        let found = stored.find_one(doc! { "_id": { "u": "", "n": 0i64 } }).await.unwrap();
+        found.and_then(|marker| marker.get_i64("pulse").ok()).unwrap_or_default()
+    };
+    eventually("the pulse has risen", async || marker().await > first.get() as i64 + 1_000_000).await;
+    put_back(&stored, &backup).await;
+    let after = one(&inbox, &user, "after").await;
+    assert!(after.get() > first.get() + MONTH_MS / 2, "{first} {after}");
+    for _ in 0..3 {
+        let pass = tokio::time::timeout(Duration::from_secs(10), inbox.run_once()).await;
+        pass.expect("not a command for every ten thousand numbers").unwrap();
+        clock.advance(BRISK.removal_delay().as_millis() as u64 + 1_000);
+    }
+    let left = doc! { "_id.u": "alice", "_id.n": { "$gt": 0i64 } };
+    assert_eq!(stored.count_documents(left).await.unwrap(), 0, "the bridge goes with what follows it");
+    let next = one(&inbox, &user, "next").await;
+    assert!(next > after, "{after} {next}");
+    watching.abort();
+}
