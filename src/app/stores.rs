@@ -25,7 +25,7 @@ use crate::inbox::embedded::EmbeddedInbox;
 use crate::inbox::mongo::{MongoInbox, MongoTimes, OpenError};
 use crate::inbox::{Inbox, Janitor, Logs, Stores, Topics};
 use crate::interest::Interest;
-use crate::interest::local::LocalInterest;
+use crate::interest::local::Everywhere;
 use crate::interest::redis::RedisInterest;
 use crate::membership::Membership;
 use crate::membership::keeper::Times;
@@ -91,7 +91,7 @@ pub(super) async fn registry(
         return Ok(Registry {
             membership: Arc::new(LocalMembership::new(clock.clone())),
             fallback: Arc::new(LocalFallback::default()),
-            interest: Arc::new(LocalInterest::default()),
+            interest: Arc::new(Everywhere),
         });
     };
     let times = Times::default();

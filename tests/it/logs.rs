@@ -419,6 +419,9 @@ async fn what_waits_for_slow_sockets_holds_logs_back_and_no_inbox() {
     change(&server, "news", &["alice"], &[]).await;
     let (mut alice, _) = open(&server, "alice", "web", json!({})).await;
     level(&mut alice).await;
+    // Read here, and known to be.
+    to_topic(&server, "news", json!("read")).await;
+    assert_eq!(alice.until("message").await.1["payload"], "read");
     let mut slow = Vec::new();
     for n in 0..12 {
         slow.push(open(&server, &format!("slow-{n}"), "web", json!({})).await);

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use ringpush::clock::Clock;
 use ringpush::fallback::local::LocalFallback;
-use ringpush::interest::local::LocalInterest;
+use ringpush::interest::local::Everywhere;
 use ringpush::membership::local::LocalMembership;
 use ringpush::membership::{Membership, NodeInfo};
 use ringpush::message::{Message, MessageId, Millis, NodeId, Seq, UserId};
@@ -163,7 +163,7 @@ async fn dispatch_alone(seconds: f64) -> f64 {
     let mut dispatch = Dispatch::start(
         Arc::new(membership),
         Arc::new(LocalFallback::default()),
-        Arc::new(LocalInterest::default()),
+        Arc::new(Everywhere),
         Arc::new(Encoding(Arc::clone(&encoded))),
         &Metrics::default(),
         &mut tasks,

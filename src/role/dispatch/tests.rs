@@ -6,8 +6,7 @@ use super::*;
 use crate::clock::Clock;
 use crate::fallback::local::LocalFallback;
 use crate::fallback::{Holder, Which};
-use crate::interest::local::LocalInterest;
-use crate::interest::{Buckets, Interest, Reader};
+use crate::interest::{Buckets, Interest, InterestError, Reader};
 use crate::membership::local::LocalMembership;
 use crate::membership::{Departure, NodeInfo};
 use crate::message::{Message, MessageId, Millis, Seq};
@@ -61,10 +60,29 @@ impl PeerDirectory for Nodes {
     }
 }
 
+/// Bitmaps that are known at once.
+#[derive(Clone, Default)]
+struct Published(Arc<Mutex<HashMap<Reader, Arc<Buckets>>>>);
+
+impl Interest for Published {
+    fn publish(&self, reader: &Reader, buckets: Arc<Buckets>) -> BoxFuture<'_, Result<bool, InterestError>> {
+        self.0.lock().insert(reader.clone(), buckets);
+        std::future::ready(Ok(true)).boxed()
+    }
+
+    fn may_read(&self, reader: &Reader, log: &LogId) -> bool {
+        self.0.lock().get(reader).is_none_or(|buckets| buckets.has(log))
+    }
+
+    fn seen_after(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
 struct Bench {
     membership: LocalMembership,
     fallback: LocalFallback,
-    interest: LocalInterest,
+    interest: Published,
     nodes: Arc<Nodes>,
     dispatch: Dispatch,
     calls: mpsc::Receiver<(NodeId, Vec<u64>, bool)>,
@@ -77,7 +95,7 @@ async fn bench(names: &[&str]) -> Bench {
     for name in names {
         membership.join(info(name)).await.unwrap();
     }
-    let (fallback, interest) = (LocalFallback::default(), LocalInterest::default());
+    let (fallback, interest) = (LocalFallback::default(), Published::default());
     let (sender, calls) = mpsc::channel(CALLS);
     let (told, gone) = mpsc::channel(8);
     let nodes =

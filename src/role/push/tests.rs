@@ -269,7 +269,7 @@ impl Cluster {
         let health = Health::default();
         self.healths.push(health.clone());
         let parts = PushParts {
-            interest: Arc::new(crate::interest::local::LocalInterest::default()),
+            interest: Arc::new(crate::interest::local::Everywhere),
             stores: Stores {
                 inbox: Arc::new(Faulty(Arc::clone(&self.inbox), self.trouble)),
                 topics: Arc::clone(&self.inbox) as _,
