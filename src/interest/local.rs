@@ -2,7 +2,6 @@
 //! nothing there, and nothing is published that could be known too late.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt, ready};
 
@@ -20,9 +19,5 @@ impl Interest for Everywhere {
 
     fn may_read(&self, _: &Reader, _: &LogId) -> bool {
         true
-    }
-
-    fn seen_after(&self) -> Duration {
-        Duration::ZERO
     }
 }

@@ -10,7 +10,7 @@
 //!   bitmap is not known is sent everything; the last bitmap known of a process is kept, whatever
 //!   became of it in the store; and a router that has not seen the bitmaps for [`STALE_AFTER`]
 //!   sends everything to all.
-//! - A bit that was published is seen by every router within [`Interest::seen_after`], or that
+//! - A bit that was published is seen by every router within [`redis::seen_after`], or that
 //!   router sends everything. A node that begins to read a log looks at it twice: when its place is
 //!   taken, and when that time has passed since the bit was published.
 //! - To read nothing is an empty bitmap, not none.
@@ -25,7 +25,6 @@ pub mod redis;
 mod rule;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 
@@ -45,9 +44,6 @@ pub trait Interest: Send + Sync + 'static {
 
     /// Whether a process of a node may read a log.
     fn may_read(&self, reader: &Reader, log: &LogId) -> bool;
-
-    /// Longest time until a bit that was published is seen by every router that sees anything.
-    fn seen_after(&self) -> Duration;
 }
 
 /// One process of a push node.

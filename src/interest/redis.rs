@@ -172,8 +172,4 @@ impl Interest for RedisInterest {
     fn may_read(&self, reader: &Reader, log: &LogId) -> bool {
         self.inner.known.read().may_read(reader, log, self.inner.began.elapsed())
     }
-
-    fn seen_after(&self) -> Duration {
-        seen_after(self.inner.poll)
-    }
 }

@@ -194,9 +194,7 @@ fn above_copies(db: &Database, about: &Keyspace, directory: &Path, now: Millis) 
     let text = |key: &[u8]| -> fjall::Result<Option<String>> {
         Ok(about.get(key)?.map(|raw| String::from_utf8_lossy(&raw).into_owned()))
     };
-    let known = [NOTE, NOTE_BEFORE].map(text);
-    let [known, before] = known;
-    let (known, before, found) = (known?, before?, std::fs::read_to_string(&beside).ok());
+    let (known, before, found) = (text(NOTE)?, text(NOTE_BEFORE)?, std::fs::read_to_string(&beside).ok());
     // The process may have ended between the two: then the file has the note of the start before.
     let is_the_last = found.is_none() || found == known || found == before;
     let moved = text(PLACE)?.is_some_and(|before| before != place);

@@ -73,10 +73,6 @@ impl Interest for Published {
     fn may_read(&self, reader: &Reader, log: &LogId) -> bool {
         self.0.lock().get(reader).is_none_or(|buckets| buckets.has(log))
     }
-
-    fn seen_after(&self) -> Duration {
-        Duration::ZERO
-    }
 }
 
 struct Bench {

@@ -53,7 +53,7 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 /// A tail whose last reader left this long ago is dropped.
 const IDLE: Duration = Duration::from_secs(60);
 /// When a new tail looks again: by then every router knows that this log is read here, or sends
-/// everything to all (`Interest::seen_after`, and 250 ms until it is published).
+/// everything to all (`seen_after` of `interest::redis`, and 250 ms until it is published).
 pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(3);
 /// Tails in one question.
 const LOT: usize = 1_000;
