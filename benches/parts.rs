@@ -107,6 +107,7 @@ fn append(c: &mut Criterion) {
                                 let user = users[n].clone();
                                 Append {
                                     trace: None,
+                                    append_id: None,
                                     user,
                                     id,
                                     deduplicated: false,

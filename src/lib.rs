@@ -43,6 +43,7 @@
 pub mod app;
 pub mod cli;
 pub mod clock;
+pub mod colleagues;
 pub mod config;
 #[cfg(test)]
 mod explorer;

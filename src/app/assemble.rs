@@ -7,19 +7,20 @@ use tower::util::BoxCloneSyncService;
 
 use super::collect_http::CollectEdge;
 use super::listeners::Listeners;
-use super::peers::routers;
+use super::peers::{Collects, routers};
 use super::senders::Senders;
 use super::stores;
 use super::stores::Opened;
 use super::traces::Traces;
 use super::{App, Shared};
 use crate::clock::Clock;
+use crate::colleagues::Colleague;
 use crate::config::{Config, Faults, RoleName, VerifyBy, all_keys};
 use crate::inbox::Stores;
 use crate::membership::{LeaseState, MembershipError, NodeInfo, Reached, View};
 use crate::message::NodeId;
 use crate::role::auth::Auth;
-use crate::role::collect::{Collect, run_upkeep};
+use crate::role::collect::{Collect, Peers, Writers, run_upkeep};
 use crate::role::dispatch::Dispatch;
 use crate::role::push::{Push, PushConfig, PushMetrics, PushParts};
 use crate::role::witness::witness;
@@ -77,14 +78,21 @@ impl App {
                 NodeId::parse(name).ok().and_then(|node| nodes.here.read().get(&node).cloned())
             });
             let push = config.runs(RoleName::Push).then_some(find);
+            let writer = self.collect.clone().map(|collect| {
+                BoxCloneSyncService::new(tower::service_fn(move |write| {
+                    std::future::ready(Ok(collect.take_over(write)))
+                }))
+            });
             let verify = Arc::clone(&shared.proofs).verify();
-            self.serve_peers(listening, peer::routes(dispatch, push, verify), shared.tls.peer_server());
+            let routes = peer::routes(dispatch, push, writer, verify);
+            self.serve_peers(listening, routes, shared.tls.peer_server());
         }
         // Only now that its peer port responds.
         if config.runs(RoleName::Dispatch) && !config.runs(RoleName::Push) && config.redis.is_some() {
             let info = node_info(config, shared, config.node.clone(), false);
             self.registered = Some((info.node.clone(), self.register(info, shared).await?));
         }
+        self.join_colleagues(config, shared);
         if !self.nodes.is_empty() && config.redis.is_some() {
             let unreached = Gauge::default();
             let shown = unreached.clone();
@@ -168,10 +176,12 @@ impl App {
     ) -> Arc<CollectEdge> {
         let views = shared.membership.views();
         let dispatch = dispatch.unwrap_or_else(|| routers(views.clone(), Arc::clone(&shared.proofs)));
+        let directory = Arc::new(Collects::new(Arc::clone(&shared.proofs)));
+        let writers = Writers::new(config.node.clone(), shared.colleagues.all(), directory);
         let collect = Collect::start(
             opened.stores.clone(),
             shared.live.collect.clone(),
-            dispatch,
+            Peers { dispatch, writers },
             views,
             shared.clock.clone(),
             &shared.metrics,
@@ -194,6 +204,22 @@ impl App {
             shared.strangers.clone(),
             shared.budgets.known.clone(),
         )
+    }
+
+    /// From now on publishes to topics may be handed to the collect of this process.
+    fn join_colleagues(&self, config: &Config, shared: &Shared) {
+        if self.collect.is_none() || config.redis.is_none() {
+            return;
+        }
+        let node = config.node.clone();
+        // Calls name the node and its incarnation. Where another role has registered both, they are
+        // that role's.
+        let incarnation = shared.proofs.incarnation_here(&node).unwrap_or_else(|| {
+            let incarnation = shared.clock.now().0;
+            shared.proofs.is_here(node.clone(), incarnation, Reached::new(true));
+            incarnation
+        });
+        shared.colleagues.join(Colleague { node, incarnation, peer: Arc::clone(&shared.peer) });
     }
 
     /// A router is not a push node, but it is registered as well.

@@ -122,7 +122,9 @@ impl Listeners {
             auth: one(RoleName::Auth, "auth.listen", listen.auth)?,
             dispatch: one(RoleName::Dispatch, "dispatch.listen", listen.dispatch)?,
             peer: (config.redis.is_some()
-                && (config.runs(RoleName::Push) || config.runs(RoleName::Dispatch)))
+                && [RoleName::Push, RoleName::Dispatch, RoleName::Collect]
+                    .iter()
+                    .any(|role| config.runs(*role)))
             .then(|| bind_one("peer.listen", listen.peer, &plain))
             .transpose()?,
             ops: Some(bind_one("ops.listen", listen.ops, &plain)?),

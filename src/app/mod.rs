@@ -38,6 +38,7 @@ pub use listeners::Bound;
 pub use ops_http::serve_metrics;
 
 use crate::clock::Clock;
+use crate::colleagues::Colleagues;
 use crate::config::Config;
 use crate::fallback::Fallback;
 use crate::interest::Interest;
@@ -85,6 +86,7 @@ pub struct App {
     /// Name and incarnation of a router that is not a push node.
     registered: Option<(NodeId, u64)>,
     membership: Arc<dyn Membership>,
+    colleagues: Arc<dyn Colleagues>,
     poisoned: watch::Receiver<bool>,
     drain_window: Duration,
     listen_file: PathBuf,
@@ -107,6 +109,7 @@ struct Shared {
     membership: Arc<dyn Membership>,
     fallback: Arc<dyn Fallback>,
     interest: Arc<dyn Interest>,
+    colleagues: Arc<dyn Colleagues>,
     urls: PublicUrls,
     live: LiveSettings,
     tls: Tls,
@@ -179,6 +182,8 @@ impl App {
         {
             tracing::warn!(%error, "leaving the registry failed; other processes see it when the lease ends");
         }
+        // New publishes to topics go to another collect from now on.
+        self.colleagues.leave().await;
         let how = if self.has_others() { Drain::Move(self.drain_window) } else { Drain::Close };
         let leaving = self.pushes.iter().map(|push| push.drain(how));
         let all = futures_util::future::join_all(leaving);

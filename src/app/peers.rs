@@ -14,14 +14,15 @@ use tower::ServiceExt;
 use tower::util::BoxCloneSyncService;
 
 use crate::clock::Clock;
+use crate::colleagues::Colleague;
 use crate::membership::{Member, Reached, Router, View};
 use crate::message::NodeId;
 use crate::peer_proof::{Call, Calls, Signer};
 use crate::role::witness::Ping;
-use crate::role::{DispatchService, PeerDirectory, PushService};
+use crate::role::{DispatchService, PeerDirectory, PushService, WriterDirectory, WriterService};
 use crate::secret::SharedKeys;
 use crate::telemetry::{Credential, Refusals};
-use crate::transport::peer::{Dial, RemoteDispatch, RemotePush, Sign, Verify};
+use crate::transport::peer::{Dial, RemoteCollect, RemoteDispatch, RemotePush, Sign, Verify};
 use crate::transport::tls::ClientTls;
 use crate::wire::peer::{DispatchRequest, DispatchResponse, PeerError, PushRequest};
 
@@ -45,7 +46,7 @@ pub(super) struct Proofs {
     tls: Option<ClientTls>,
 }
 
-/// Most such links that are kept: as many as a registry has nodes.
+/// Most such links that are kept, and most links to collects: as many as a registry has nodes.
 const PINGS_MAX: usize = 1_000;
 
 impl Proofs {
@@ -62,6 +63,11 @@ impl Proofs {
     /// From now on calls for this node are accepted.
     pub(super) fn is_here(&self, node: NodeId, incarnation: u64, reached: Reached) {
         self.here.write().insert(node, (incarnation, reached));
+    }
+
+    /// The incarnation of a node of this process.
+    pub(super) fn incarnation_here(&self, node: &NodeId) -> Option<u64> {
+        self.here.read().get(node).map(|(incarnation, _)| *incarnation)
     }
 
     /// Dials one process of a node, and signs the calls of the link.
@@ -176,6 +182,36 @@ impl PeerDirectory for PushNodes {
                 Some(service)
             }
         }
+    }
+}
+
+/// Collects in other processes.
+pub(super) struct Collects {
+    proofs: Arc<Proofs>,
+    clients: Mutex<HashMap<NodeId, (Colleague, WriterService)>>,
+}
+
+impl Collects {
+    pub(super) fn new(proofs: Arc<Proofs>) -> Self {
+        Self { proofs, clients: Mutex::default() }
+    }
+}
+
+impl WriterDirectory for Collects {
+    fn find(&self, colleague: &Colleague) -> Option<WriterService> {
+        let mut clients = self.clients.lock();
+        if let Some((known, service)) = clients.get(&colleague.node)
+            && known == colleague
+        {
+            return Some(service.clone());
+        }
+        if clients.len() >= PINGS_MAX {
+            clients.clear();
+        }
+        let dial = self.proofs.dial(&colleague.node, colleague.incarnation);
+        let service = RemoteCollect::new(&colleague.peer, dial).ok()?.service();
+        clients.insert(colleague.node.clone(), (colleague.clone(), service.clone()));
+        Some(service)
     }
 }
 

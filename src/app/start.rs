@@ -83,7 +83,7 @@ impl Prepared {
         for (name, needed) in [("view", needs_view(&config)), ("inbox", needs_inbox(&config))] {
             health.set(name, !needed, if needed { "not reached yet" } else { "not needed here" });
         }
-        let Registry { membership, fallback, interest } =
+        let Registry { membership, fallback, interest, colleagues } =
             stores::registry(&config, &live, &clock, &metrics, &mut tasks).await?;
         gauges::register(&metrics, &health, membership.views());
         let refusals = Refusals::register(&metrics);
@@ -97,6 +97,7 @@ impl Prepared {
             membership,
             fallback,
             interest,
+            colleagues,
             live,
             tls,
             reach: PeerProbe::new(Arc::clone(&nodes) as _),
@@ -124,6 +125,7 @@ impl Prepared {
             nodes: Vec::new(),
             registered: None,
             membership: Arc::clone(&shared.membership),
+            colleagues: Arc::clone(&shared.colleagues),
             poisoned: opened.as_ref().map_or(never, |opened| opened.poisoned.clone()),
             drain_window: config.drain_window,
             listen_file,

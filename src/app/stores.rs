@@ -17,6 +17,8 @@ use tower::util::BoxCloneSyncService;
 use super::reload::LiveSettings;
 use crate::client::http::HttpClient;
 use crate::clock::Clock;
+use crate::colleagues::redis::RedisColleagues;
+use crate::colleagues::{Alone, Colleagues};
 use crate::config::{Config, Faults, RoleName, VerifyBy};
 use crate::fallback::Fallback;
 use crate::fallback::local::LocalFallback;
@@ -76,6 +78,7 @@ pub(super) struct Registry {
     pub(super) membership: Arc<dyn Membership>,
     pub(super) fallback: Arc<dyn Fallback>,
     pub(super) interest: Arc<dyn Interest>,
+    pub(super) colleagues: Arc<dyn Colleagues>,
 }
 
 /// Opens the registry.
@@ -92,6 +95,7 @@ pub(super) async fn registry(
             membership: Arc::new(LocalMembership::new(clock.clone())),
             fallback: Arc::new(LocalFallback::default()),
             interest: Arc::new(Everywhere),
+            colleagues: Arc::new(Alone::default()),
         });
     };
     let times = Times::default();
@@ -116,13 +120,23 @@ pub(super) async fn registry(
     let watched = fallback.clone();
     tasks.spawn(async move { watched.watch_tasks().await });
     let routes = config.roles.contains(&RoleName::Dispatch);
-    let interest = RedisInterest::start(link, prefix, times.lease, times.poll, routes);
+    let interest = RedisInterest::start(link.clone(), prefix, times.lease, times.poll, routes);
     let watched = interest.clone();
     tasks.spawn(async move { watched.watch_tasks().await });
+    let colleagues: Arc<dyn Colleagues> = if config.runs(RoleName::Collect) {
+        let entries = live.entries.clone();
+        let colleagues = RedisColleagues::start(link, prefix, times.lease, times.beat, entries);
+        let watched = colleagues.clone();
+        tasks.spawn(async move { watched.watch_tasks().await });
+        Arc::new(colleagues)
+    } else {
+        Arc::new(Alone::default())
+    };
     Ok(Registry {
         membership: Arc::new(membership),
         fallback: Arc::new(fallback),
         interest: Arc::new(interest),
+        colleagues,
     })
 }
 

@@ -93,6 +93,7 @@ impl Bench {
         let now = self.clock.now();
         Append {
             trace: None,
+            append_id: None,
             user: user(name),
             id: MessageId::parse(id).unwrap(),
             deduplicated: false,

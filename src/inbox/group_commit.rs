@@ -335,6 +335,7 @@ mod tests {
         let now = Clock::system().now();
         Append {
             trace: None,
+            append_id: None,
             user: UserId::parse("alice").unwrap(),
             id: MessageId::parse(id).unwrap(),
             deduplicated: true,

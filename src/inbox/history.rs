@@ -124,6 +124,7 @@ mod tests {
         let user = UserId::parse("alice").unwrap();
         let append = |(n, (bytes, ttl_s)): (usize, &(usize, u64))| Append {
             trace: None,
+            append_id: None,
             user: user.clone(),
             id: MessageId::parse(&n.to_string()).unwrap(),
             deduplicated: false,

@@ -148,6 +148,9 @@ pub struct Append {
     pub via: Option<Arc<Via>>,
     /// The trace that the message belongs to, if its sender named one.
     pub trace: Option<Arc<TraceParent>>,
+    /// Tells this append from another one under the same id, where two processes may try it;
+    /// `None`: the adapter makes one if it needs one.
+    pub append_id: Option<Arc<str>>,
     /// Valid JSON text.
     pub payload: Bytes,
 }
@@ -341,6 +344,20 @@ pub(crate) fn fence_of(via: Option<&Via>, id: &MessageId) -> String {
 }
 
 impl Append {
+    /// The message as it is stored at a position.
+    pub(crate) fn stored_at(&self, seq: Seq) -> Message {
+        Message {
+            seq,
+            id: self.id.clone(),
+            accepted_at: self.accepted_at,
+            expires_at: self.expires_at,
+            event: self.event.clone(),
+            via: self.via.clone(),
+            trace: self.trace.clone(),
+            payload: self.payload.clone(),
+        }
+    }
+
     /// The idempotency key.
     pub(crate) fn fence(&self) -> String {
         fence_of(self.via.as_deref(), &self.id)

@@ -86,7 +86,9 @@ pub struct Registration {
 pub struct Reached(Arc<watch::Sender<bool>>);
 
 impl Reached {
-    fn new(already: bool) -> Self {
+    /// Whether it is known already.
+    #[must_use]
+    pub fn new(already: bool) -> Self {
         Self(Arc::new(watch::Sender::new(already)))
     }
 

@@ -15,10 +15,12 @@ pub mod witness;
 
 use tower::util::BoxCloneSyncService;
 
+use crate::colleagues::Colleague;
 use crate::message::{Message, Millis, NodeId};
 use crate::trace::TraceParent;
 use crate::wire::peer::{
-    DispatchRequest, DispatchResponse, Identity, PeerError, PushRequest, PushResponse, VerifyRequest,
+    DispatchRequest, DispatchResponse, Identity, PeerError, PushRequest, PushResponse, Received, TopicWrite,
+    VerifyRequest,
 };
 
 /// How far in the future an `iat` may lie, in seconds. A token from further ahead would survive
@@ -31,6 +33,9 @@ pub type VerifyService = BoxCloneSyncService<VerifyRequest, Identity, PeerError>
 pub type DispatchService = BoxCloneSyncService<DispatchRequest, DispatchResponse, PeerError>;
 /// A push node, as dispatch sees it.
 pub type PushService = BoxCloneSyncService<PushRequest, PushResponse, PeerError>;
+
+/// A collect, as another one sees it: it answers when it has received a publish to a topic.
+pub type WriterService = BoxCloneSyncService<TopicWrite, Received, PeerError>;
 
 /// When a token was issued, for comparison with disconnects: at most now, and zero if the token
 /// does not say.
@@ -49,6 +54,12 @@ fn issued_at_s(iat: Option<u64>, now: Millis) -> Result<u64, &'static str> {
         return Err("the token's iat lies in the future (it counts seconds, by a clock that is right)");
     }
     Ok(iat.min(now.seconds()))
+}
+
+/// Finds the service of a collect in another process.
+pub trait WriterDirectory: Send + Sync + 'static {
+    /// The service of this process, if its address is one.
+    fn find(&self, colleague: &Colleague) -> Option<WriterService>;
 }
 
 /// Finds the service of a push node: the role itself in this process, its peer port elsewhere.

@@ -23,7 +23,8 @@ use tower::util::BoxCloneSyncService;
 
 use super::tls::ClientTls;
 use crate::wire::peer::{
-    DispatchRequest, DispatchResponse, PeerError, Presence, PushRequest, PushResponse, ViewVersion,
+    DispatchRequest, DispatchResponse, PeerError, Presence, PushRequest, PushResponse, Received, TopicWrite,
+    TopicWritten, ViewVersion,
 };
 use crate::wire::proto::{ProtoError, node_of, peer as message};
 pub use server::routes;
@@ -33,6 +34,7 @@ mod calls {
     include!(concat!(env!("OUT_DIR"), "/calls/ringpush.peer.v1.rs"));
 }
 
+use calls::collect_client::CollectClient;
 use calls::dispatch_client::DispatchClient;
 use calls::push_client::PushClient;
 
@@ -316,5 +318,49 @@ impl RemoteDispatch {
                 Ok(DispatchResponse::Done)
             }
         }
+    }
+}
+
+/// One collect elsewhere. Cloned, it is the same connection.
+#[derive(Clone)]
+pub struct RemoteCollect {
+    client: CollectClient<Link>,
+}
+
+impl RemoteCollect {
+    /// The collect at `address`; nothing is connected yet.
+    ///
+    /// # Errors
+    /// That it is no address.
+    pub fn new(address: &str, dial: Dial) -> Result<Self, PeerError> {
+        let client = CollectClient::new(link(address, None, dial)?)
+            .max_decoding_message_size(MESSAGE_MAX)
+            .max_encoding_message_size(MESSAGE_MAX);
+        Ok(Self { client })
+    }
+
+    /// As the service that collect wants: it answers when the publish was received.
+    #[must_use]
+    pub fn service(self) -> Service<TopicWrite, Received> {
+        BoxCloneSyncService::new(tower::service_fn(move |write| {
+            let this = self.clone();
+            async move { this.write(&write).await }
+        }))
+    }
+
+    async fn write(mut self, write: &TopicWrite) -> Result<Received, PeerError> {
+        use message::write_answer::Answer;
+        let mut answers =
+            self.client.write(message::TopicWrite::from(write)).await.map_err(unavailable)?.into_inner();
+        let ended = || PeerError::Unavailable("the stream ended".to_owned());
+        let first = answers.message().await.map_err(unavailable)?.ok_or_else(ended)?;
+        if !matches!(first.answer, Some(Answer::Received(_))) {
+            return Err(PeerError::Unavailable("a publish was answered with something else".to_owned()));
+        }
+        let outcome = async move {
+            let last = answers.message().await.map_err(unavailable)?.ok_or_else(ended)?;
+            TopicWritten::try_from(last).map_err(|fault| PeerError::Unavailable(fault.to_string()))
+        };
+        Ok(Received(outcome.boxed()))
     }
 }

@@ -2,11 +2,17 @@
 //! between processes the peer transport carries them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 
+use super::http::{PublishError, TopicOutcome};
 use super::refusal::Refused;
-use crate::message::{ClientName, DeviceId, LogId, Message, Millis, NodeId, Seq, UserId};
+use crate::message::{
+    ClientName, DeviceId, EventName, LogId, Message, MessageId, Millis, NodeId, Seq, UserId,
+};
+use crate::trace::TraceParent;
 
 /// The version of a view. It is sent with every peer call, so that both sides notice when their
 /// views differ.
@@ -150,6 +156,38 @@ pub enum PushResponse {
     /// The number of sockets.
     Readers(u64),
 }
+
+/// A publish to one topic, from the collect that took it to the one that writes to the topic.
+#[derive(Debug, Clone)]
+pub struct TopicWrite {
+    /// The topic, of either kind, or everyone.
+    pub log: LogId,
+    /// The sender's id, or one that was made for it. It may be repeated.
+    pub id: MessageId,
+    /// Tells this publish from another one under the same id.
+    pub append_id: Arc<str>,
+    /// When it was accepted.
+    pub accepted_at: Millis,
+    /// What the message tells, if its sender named that.
+    pub event: Option<EventName>,
+    /// The trace that the message belongs to, if its sender named one.
+    pub trace: Option<Arc<TraceParent>>,
+    /// Valid JSON text.
+    pub payload: Bytes,
+    /// Life of the message in seconds, if the sender named one.
+    pub ttl_s: Option<u64>,
+    /// Users who do not get it.
+    pub except: Vec<UserId>,
+    /// How long its sender waits.
+    pub left: Duration,
+}
+
+/// What became of a publish to one topic.
+pub type TopicWritten = Result<TopicOutcome, PublishError>;
+
+/// A publish that was received by the collect that writes it. It resolves to what became of it, or
+/// to an error where that cannot be known any more.
+pub struct Received(pub BoxFuture<'static, Result<TopicWritten, PeerError>>);
 
 /// Tokens of a user that were issued before a time are refused.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,8 +2,10 @@
 //! checked where they enter.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::peer::{LiveMessage, LogHint, Presence, Revocation, ViewVersion};
+use super::http::{PublishError, Stored, TopicOutcome};
+use super::peer::{LiveMessage, LogHint, Presence, Revocation, TopicWrite, TopicWritten, ViewVersion};
 use crate::message::{
     ClientName, DeviceId, EventName, LogEntry, LogId, Message, MessageId, Millis, NodeId, Seq, TopicName,
     UserId, Via,
@@ -77,6 +79,111 @@ impl TryFrom<peer::Live> for LiveMessage {
             payload: live.payload,
         };
         Ok(Self { user: user_of(&live.user)?, message: Arc::new(message) })
+    }
+}
+
+/// Longest append id that is taken, in bytes; one of ours is a ULID of 26.
+const APPEND_ID_MAX: usize = 64;
+
+impl From<&TopicWrite> for peer::TopicWrite {
+    fn from(write: &TopicWrite) -> Self {
+        Self {
+            log: Some((&write.log).into()),
+            id: write.id.as_str().to_owned(),
+            append_id: write.append_id.to_string(),
+            accepted_at_ms: write.accepted_at.0,
+            payload: write.payload.clone(),
+            event: write.event.as_ref().map(|event| event.as_str().to_owned()),
+            traceparent: write.trace.as_ref().map(ToString::to_string),
+            ttl_s: write.ttl_s,
+            except: write.except.iter().map(|user| user.as_str().to_owned()).collect(),
+            left_ms: u64::try_from(write.left.as_millis()).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+impl TryFrom<peer::TopicWrite> for TopicWrite {
+    type Error = ProtoError;
+
+    fn try_from(write: peer::TopicWrite) -> Result<Self, ProtoError> {
+        // It names documents of the store.
+        let is_id = |id: &str| !id.is_empty() && id.len() <= APPEND_ID_MAX && id.is_ascii();
+        Ok(Self {
+            log: write.log.ok_or(ProtoError("log"))?.try_into()?,
+            id: MessageId::parse(&write.id).map_err(|_| ProtoError("id"))?,
+            append_id: Some(write.append_id).filter(|id| is_id(id)).ok_or(ProtoError("append_id"))?.into(),
+            accepted_at: Millis(write.accepted_at_ms),
+            event: event_of(write.event)?,
+            trace: trace_of(write.traceparent),
+            payload: write.payload,
+            ttl_s: write.ttl_s,
+            except: write.except.iter().map(|user| user_of(user)).collect::<Result<_, _>>()?,
+            left: Duration::from_millis(write.left_ms),
+        })
+    }
+}
+
+impl From<&TopicWritten> for peer::WriteAnswer {
+    fn from(written: &TopicWritten) -> Self {
+        use peer::write_answer::Answer;
+        let answer = match written {
+            Ok(TopicOutcome::Log(stored)) => {
+                Answer::Log(peer::WrittenToLog { seq: stored.seq.get(), duplicate: stored.duplicate })
+            }
+            Ok(TopicOutcome::Members { members, failed }) => {
+                let one = |(user, why): &(UserId, PublishError)| peer::NotStored {
+                    user: user.as_str().to_owned(),
+                    why: Some(why.into()),
+                };
+                let failed = failed.iter().map(one).collect();
+                Answer::Members(peer::WrittenToMembers { members: *members as u64, failed })
+            }
+            Err(refusal) => Answer::Refusal(refusal.into()),
+        };
+        Self { answer: Some(answer) }
+    }
+}
+
+impl TryFrom<peer::WriteAnswer> for TopicWritten {
+    type Error = ProtoError;
+
+    fn try_from(answer: peer::WriteAnswer) -> Result<Self, ProtoError> {
+        use peer::write_answer::Answer;
+        Ok(match answer.answer {
+            Some(Answer::Log(log)) => {
+                let seq = Seq::new(log.seq).ok_or(ProtoError("seq"))?;
+                Ok(TopicOutcome::Log(Stored { seq, duplicate: log.duplicate }))
+            }
+            Some(Answer::Members(written)) => {
+                let one = |failed: peer::NotStored| {
+                    Ok((user_of(&failed.user)?, failed.why.ok_or(ProtoError("why"))?.try_into()?))
+                };
+                let failed: Vec<_> =
+                    written.failed.into_iter().map(one).collect::<Result<_, ProtoError>>()?;
+                let members = usize::try_from(written.members).map_err(|_| ProtoError("members"))?;
+                if failed.len() > members {
+                    return Err(ProtoError("failed"));
+                }
+                Ok(TopicOutcome::Members { members, failed })
+            }
+            Some(Answer::Refusal(refusal)) => Err(refusal.try_into()?),
+            Some(Answer::Received(_)) | None => return Err(ProtoError("answer")),
+        })
+    }
+}
+
+impl From<&PublishError> for peer::Refusal {
+    fn from(error: &PublishError) -> Self {
+        Self { status: error.status.into(), detail: error.detail.clone() }
+    }
+}
+
+impl TryFrom<peer::Refusal> for PublishError {
+    type Error = ProtoError;
+
+    fn try_from(refusal: peer::Refusal) -> Result<Self, ProtoError> {
+        let status = u16::try_from(refusal.status).ok().filter(|status| (400..600).contains(status));
+        Ok(Self { status: status.ok_or(ProtoError("status"))?, detail: refusal.detail })
     }
 }
 

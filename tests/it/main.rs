@@ -45,3 +45,4 @@ mod topics;
 mod traces;
 mod versions;
 mod watching;
+mod writers;

@@ -32,6 +32,7 @@ async fn the_contract_holds() {
 pub(crate) fn item(user: &UserId, id: &str, ttl_ms: u64) -> Append {
     let now = Clock::system().now();
     Append {
+        append_id: None,
         trace: None,
         user: user.clone(),
         id: MessageId::parse(id).unwrap(),

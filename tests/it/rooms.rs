@@ -25,6 +25,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("membership", &["message", "ring", "clock", "backoff", "wire", "transport", "peer_proof"]),
     ("fallback", &["message", "clock", "backoff", "transport"]),
     ("interest", &["message", "backoff", "transport", "explorer"]),
+    ("colleagues", &["message", "backoff", "transport", "peer_proof"]),
     ("inbox", &["message", "topic", "trace", "clock", "backoff", "tasks", "explorer"]),
     ("transport", &["wire", "redis_url"]),
     // Tier 2: what should happen. A role knows users, not sockets: it does not know transport.
@@ -47,6 +48,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "membership",
             "fallback",
             "interest",
+            "colleagues",
             "inbox",
         ],
     ),

@@ -198,7 +198,7 @@ pub fn sink() {
             Ok(PushResponse::Done(ViewVersion::default()))
         }));
         let find = Arc::new(move |_: &str| Some(taker.clone()));
-        let router = routes(None, Some(find), Arc::new(|_, _| Ok(())));
+        let router = routes(None, Some(find), None, Arc::new(|_, _| Ok(())));
         tokio::select! {
             () = serve(listener, router, None, None, limits, Default::default()) => {}
             _ = tokio::task::spawn_blocking(|| std::io::stdin().read_line(&mut String::new())) => {}

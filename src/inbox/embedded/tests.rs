@@ -72,6 +72,7 @@ async fn what_was_answered_about_a_new_user_stands_after_a_crash() {
 fn item(user: &str, id: &str, deduplicated: bool) -> Append {
     Append {
         trace: None,
+        append_id: None,
         user: UserId::parse(user).unwrap(),
         id: MessageId::parse(id).unwrap(),
         deduplicated,

@@ -26,7 +26,7 @@ use super::stored::{HeadRecord, StoredMessage, id, int, integer, place_of};
 use super::{DUPLICATE_KEY, Inner, unavailable, watch, words};
 use crate::backoff::between;
 use crate::inbox::{Append, Appended, InboxError};
-use crate::message::{Message, Seq, UserId};
+use crate::message::{Seq, UserId};
 
 /// How long an append is tried. It is shorter than the deadline of a publish (10 s), so that the
 /// sender hears the outcome.
@@ -159,7 +159,10 @@ pub(super) async fn append(inner: &Inner, batch: Vec<Append>) -> Vec<Result<Appe
     }
     heads.make_room(inner.clock.uptime(), inner.times.head_trust, inner.marker.lock().well);
     let mut outcomes: Outcomes = batch.iter().map(|_| None).collect();
-    let fresh = |(at, append)| Item { at, append, append_id: ulid::Ulid::generate().to_string() };
+    let fresh = |(at, append): (usize, Append)| {
+        let given = append.append_id.as_deref().map(str::to_owned);
+        Item { at, append_id: given.unwrap_or_else(|| ulid::Ulid::generate().to_string()), append }
+    };
     let mut pending: Vec<Item> = batch.into_iter().enumerate().map(fresh).collect();
     refuse_ids(inner, &mut pending, &mut outcomes);
     let deadline = Instant::now() + APPEND_DEADLINE;
@@ -509,16 +512,7 @@ async fn acknowledge(
     let sent = sent.unwrap_or(read);
     let known = heads.known.entry(user.clone()).or_insert(Known { n, wrote: None, sent });
     *known = Known { n: known.n.max(n), wrote: Some(sent).max(known.wrote), sent };
-    outcomes[item.at] = Some(Ok(Appended::Stored(Arc::new(Message {
-        seq: Seq::at(n),
-        id: item.append.id.clone(),
-        accepted_at: item.append.accepted_at,
-        expires_at: item.append.expires_at,
-        event: item.append.event.clone(),
-        via: item.append.via.clone(),
-        trace: item.append.trace.clone(),
-        payload: item.append.payload.clone(),
-    }))));
+    outcomes[item.at] = Some(Ok(Appended::Stored(Arc::new(item.append.stored_at(Seq::at(n))))));
     Ok(true)
 }
 
@@ -554,7 +548,7 @@ async fn answer_repeats(
     }
     let place = |item: &&Item| doc! { "_id.u": item.append.user.as_str(), "f": item.append.fence() };
     let filter = doc! { "$or": items.iter().map(place).collect::<Vec<_>>() };
-    let fields = doc! { "_id": 1, "f": 1, "d": 1, "x": 1 };
+    let fields = doc! { "_id": 1, "a": 1, "f": 1, "d": 1, "x": 1 };
     let found = inner.find(filter, fields).await?;
     let records = found.iter().filter_map(place_of).map(|(user, _)| doc! { "u": user, "n": 0i64 }).collect();
     let records = inner.by_ids(records, doc! {}).await?;
@@ -577,8 +571,13 @@ async fn answer_repeats(
             continue;
         }
         let same = stored.get_binary_generic("d").is_ok_and(|digest| *digest == append.digest());
-        let seq = Seq::at(*n);
-        outcomes[item.at] = Some(Ok(if same { Appended::Duplicate(seq) } else { Appended::Conflict }));
+        // Another process has written this very append, and its answer was lost.
+        let own = same && stored.get_str("a").is_ok_and(|append_id| append_id == item.append_id);
+        outcomes[item.at] = Some(Ok(match (same, own) {
+            (true, true) => Appended::Stored(Arc::new(append.stored_at(Seq::at(*n)))),
+            (true, false) => Appended::Duplicate(Seq::at(*n)),
+            (false, _) => Appended::Conflict,
+        }));
         done.insert(item.at);
     }
     Ok(())

@@ -29,6 +29,8 @@ pub(super) struct CollectMetrics {
     pub(super) duplicates: Counter,
     /// A recipient was refused, for any reason.
     pub(super) refused: Counter,
+    /// A publish to a topic was written by another collect.
+    pub(super) handed_over: Counter,
     /// A stored message was not handed to dispatch. The user's node finds it by its sweep.
     hints_dropped: Counter,
     /// Appends per write.
@@ -45,6 +47,7 @@ impl CollectMetrics {
             stored: Counter::default(),
             duplicates: Counter::default(),
             refused: Counter::default(),
+            handed_over: Counter::default(),
             hints_dropped: Counter::default(),
             batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
             log_batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
@@ -58,6 +61,8 @@ impl CollectMetrics {
             r.register("stored", "Messages stored, one per recipient", own.stored.clone());
             r.register("duplicates", "Repeats answered from what was stored", own.duplicates.clone());
             r.register("publish_refused", "Recipients refused", own.refused.clone());
+            let help = "Publishes to topics that another collect has written";
+            r.register("handed_over", help, own.handed_over.clone());
             r.register("hints_dropped", "Stored messages that no dispatch took", own.hints_dropped.clone());
             r.register("append_batch", "Appends per write", own.batch.clone());
             r.register("log_append_batch", "Appends to logs of topics per write", own.log_batch.clone());

@@ -1,12 +1,16 @@
 //! Topics and their members, as a publish needs them: members are read once for each version, and
-//! kept. The topic itself is read for each publish: whoever publishes after a topic was made anew
-//! and joined must reach its members.
+//! kept. The topic itself is read for each publish, and by one read for all that wait: whoever
+//! publishes after a topic was made anew and joined must reach its members.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures_util::FutureExt;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
+use tokio::time::Instant;
 
+use super::reads::Reads;
 use super::{CollectLimits, refusal};
 use crate::inbox::topics::{MembersVersion, PutTopic, Topic, TopicRecipients, TopicSettings, Topics};
 use crate::inbox::{InboxError, Logs};
@@ -25,6 +29,8 @@ const USER_BYTES: usize = std::mem::size_of::<UserId>();
 const INLINE: usize = 23;
 /// Names that are searched for one that a mistyped one may have meant.
 const SEARCHED: usize = 1_000;
+/// For how long it is believed that a topic has a log.
+const BELIEVED: Duration = Duration::from_secs(10);
 /// Near names that are told.
 const TOLD: usize = 3;
 /// How near a name must be: from 0.0, nothing in common, to 1.0, the same (Jaro-Winkler).
@@ -64,6 +70,9 @@ pub(super) struct MemberLists {
     open: TopicPatterns,
     limits: Live<CollectLimits>,
     lists: Cache<TopicName, List, Weight>,
+    reads: Reads<TopicName, Result<Option<Found>, PublishError>>,
+    /// Topics that had a log when they were last read, with the time of that.
+    have_logs: Cache<TopicName, Instant>,
 }
 
 impl MemberLists {
@@ -71,7 +80,15 @@ impl MemberLists {
     pub(super) fn new(topics: Arc<dyn Topics>, logs: Logs, limits: Live<CollectLimits>) -> Self {
         let at_start = limits.get();
         let lists = Cache::with_weighter(LISTS, at_start.member_lists_bytes, Weight);
-        Self { topics, logs, open: at_start.open.clone(), limits, lists }
+        Self {
+            topics,
+            logs,
+            open: at_start.open.clone(),
+            limits,
+            lists,
+            reads: Reads::default(),
+            have_logs: Cache::new(LISTS),
+        }
     }
 
     /// Creates a topic, or changes the life of its messages.
@@ -127,7 +144,23 @@ impl MemberLists {
     /// # Errors
     ///
     /// 404, 503.
-    pub(super) async fn of(&self, name: &TopicName, hints: bool) -> Result<Found, PublishError> {
+    pub(super) async fn of(self: &Arc<Self>, name: &TopicName, hints: bool) -> Result<Found, PublishError> {
+        let (this, of) = (Arc::clone(self), name.clone());
+        let read = self.reads.get(name, move || async move { this.read(&of).await }.boxed()).await;
+        match read? {
+            Some(found) => Ok(found),
+            None if hints => Err(refusal(404, self.no_topic(name).await)),
+            None => Err(refusal(404, no_topic(name))),
+        }
+    }
+
+    /// Whether a topic had a log a moment ago.
+    pub(super) fn had_a_log(&self, name: &TopicName) -> bool {
+        self.have_logs.get(name).is_some_and(|read| read.elapsed() <= BELIEVED)
+    }
+
+    /// A topic and its members; `None` if there is none, and its name is not open.
+    async fn read(&self, name: &TopicName) -> Result<Option<Found>, PublishError> {
         let known = self.lists.get(name);
         let version = known.as_ref().map(|list| list.version);
         let mut found =
@@ -139,17 +172,19 @@ impl MemberLists {
             found = self.topics.recipients(name.clone(), version).await.map_err(|error| unread(&error))?;
         }
         match found {
-            TopicRecipients::NoTopic if hints => Err(refusal(404, self.no_topic(name).await)),
-            TopicRecipients::NoTopic => Err(refusal(404, no_topic(name))),
-            TopicRecipients::Log(topic) => Ok(Found { topic, members: None }),
+            TopicRecipients::NoTopic => Ok(None),
+            TopicRecipients::Log(topic) => {
+                self.have_logs.insert(name.clone(), Instant::now());
+                Ok(Some(Found { topic, members: None }))
+            }
             TopicRecipients::Read(topic, users) => {
                 let list = List { version: topic.version, users: users.into() };
                 self.lists.insert(name.clone(), list.clone());
-                Ok(Found { topic, members: Some(list.users) })
+                Ok(Some(Found { topic, members: Some(list.users) }))
             }
             TopicRecipients::Known(topic) => {
                 let users = known.map(|list| list.users).unwrap_or_else(|| Arc::from([]));
-                Ok(Found { topic, members: Some(users) })
+                Ok(Some(Found { topic, members: Some(users) }))
             }
         }
     }

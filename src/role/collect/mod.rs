@@ -6,6 +6,8 @@ mod hand_on;
 mod members;
 mod publish;
 mod rates;
+mod reads;
+mod writers;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +23,7 @@ use self::members::MemberLists;
 pub use self::publish::{Addressed, Lists, PUBLISH_DEADLINE, REQUEST_RECIPIENTS};
 pub use self::rates::LogLimits;
 use self::rates::Rates;
+pub use self::writers::Writers;
 use super::DispatchService;
 use crate::backoff::around;
 use crate::clock::Clock;
@@ -57,6 +60,14 @@ pub struct CollectLimits {
     pub open: TopicPatterns,
 }
 
+/// The processes that collect talks to.
+pub struct Peers {
+    /// Dispatch, in this process or others.
+    pub dispatch: DispatchService,
+    /// The collects that write to topics.
+    pub writers: Writers,
+}
+
 /// The role collect. Cheap to clone.
 #[derive(Clone)]
 pub struct Collect {
@@ -67,7 +78,7 @@ struct Inner {
     inbox: Arc<dyn Inbox>,
     topics: Arc<dyn Topics>,
     logs: Logs,
-    members: MemberLists,
+    members: Arc<MemberLists>,
     rates: Rates,
     /// Turns of publishes to topics.
     lots: Semaphore,
@@ -76,6 +87,7 @@ struct Inner {
     /// The writer of the logs.
     log_appender: Appender,
     dispatch: DispatchService,
+    writers: Writers,
     handing_on: Arc<HandingOn>,
     clock: Clock,
 }
@@ -96,7 +108,7 @@ impl Collect {
     pub fn start(
         Stores { inbox, topics, logs }: Stores,
         limits: Live<CollectLimits>,
-        dispatch: DispatchService,
+        Peers { dispatch, writers }: Peers,
         views: watch::Receiver<Arc<View>>,
         clock: Clock,
         metrics: &Metrics,
@@ -108,7 +120,7 @@ impl Collect {
         let log_appender = Arc::clone(logs.store()).appender(stored_in_logs, tasks);
         tasks.spawn(hand_on::<LiveMessage>(Arc::clone(&handing_on), dispatch.clone(), views.clone()));
         tasks.spawn(hand_on::<LogHint>(Arc::clone(&handing_on), dispatch.clone(), views));
-        let members = MemberLists::new(Arc::clone(&topics), logs.clone(), limits.clone());
+        let members = Arc::new(MemberLists::new(Arc::clone(&topics), logs.clone(), limits.clone()));
         let lots = Semaphore::new(publish::LOTS_AT_ONCE);
         let inner = Inner {
             inbox,
@@ -121,6 +133,7 @@ impl Collect {
             appender,
             log_appender,
             dispatch,
+            writers,
             handing_on,
             clock,
         };

@@ -5,16 +5,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use tokio::time::Instant;
 
 use super::members::Found;
+use super::writers::Handed;
 use super::{Collect, refusal};
+use crate::colleagues::Colleague;
 use crate::inbox::group_commit::PendingReceipt;
 use crate::inbox::logs::{EVERYONES_LIFE, key};
 use crate::inbox::{Append, Receipt};
 use crate::message::{EventName, LogEntry, LogId, MessageId, Millis, Recipients, TopicName, UserId, Via};
+use crate::tasks::raised_or_else;
 use crate::trace::TraceParent;
 use crate::wire::http::{FieldError, Problem, Publish, PublishError, Published, Stored, TopicOutcome};
+use crate::wire::peer::{PeerError, Received, TopicWrite, TopicWritten};
 
 /// Deadline of a publish, after which it is answered 503. The message may be stored nevertheless; a
 /// repeat is safe.
@@ -42,6 +47,8 @@ enum Way {
     Members(Group),
     /// By the log: the life of the topic's name, and that of the message in seconds.
     Log { life: u64, ttl_s: u64 },
+    /// As another collect finds out, which writes to this topic. It had a log a moment ago.
+    Elsewhere,
 }
 
 /// The recipients by one topic.
@@ -70,7 +77,7 @@ impl Way {
     fn count(&self) -> usize {
         match self {
             Self::Members(group) => group.count,
-            Self::Log { .. } => 1,
+            Self::Log { .. } | Self::Elsewhere => 1,
         }
     }
 }
@@ -123,6 +130,8 @@ struct Draft {
     accepted_at: Millis,
     event: Option<EventName>,
     trace: Option<Arc<TraceParent>>,
+    /// Tells this publish from another one under the same id, if another process may write it.
+    append_id: Option<Arc<str>>,
 }
 
 /// A publish to topics.
@@ -150,16 +159,35 @@ impl Collect {
                 break;
             }
             let way = match log {
-                LogId::Everyone => {
-                    let ttl_s = publish.ttl_s.unwrap_or_else(|| self.inner.limits.get().ttl_s);
-                    Ok(Way::Log { life: EVERYONES_LIFE, ttl_s })
-                }
-                LogId::Topic(name) => self.way(name, publish.ttl_s, except, lists).await,
+                LogId::Topic(name) if self.is_written_elsewhere(log, name) => Ok(Way::Elsewhere),
+                _ => self.way_of(log, publish.ttl_s, except, lists).await,
             };
             lists.recipients += way.as_ref().map_or(0, Way::count);
             groups.push((log.clone(), way));
         }
         Addressed { publish, groups }
+    }
+
+    /// Whether another collect reads the topic and writes to it. What counts here is the number of
+    /// recipients, which is one for a log.
+    fn is_written_elsewhere(&self, log: &LogId, name: &TopicName) -> bool {
+        self.inner.members.had_a_log(name) && self.inner.writers.of(log).is_some()
+    }
+
+    async fn way_of(
+        &self,
+        log: &LogId,
+        ttl_s: Option<u64>,
+        except: &[UserId],
+        lists: &mut Lists,
+    ) -> Result<Way, PublishError> {
+        match log {
+            LogId::Everyone => {
+                let ttl_s = ttl_s.unwrap_or_else(|| self.inner.limits.get().ttl_s);
+                Ok(Way::Log { life: EVERYONES_LIFE, ttl_s })
+            }
+            LogId::Topic(name) => self.way(name, ttl_s, except, lists).await,
+        }
     }
 
     /// How the members of a topic are reached, but for some users.
@@ -229,6 +257,7 @@ impl Collect {
                 accepted_at: self.inner.clock.now(),
                 event: publish.event,
                 trace: publish.trace,
+                append_id: Some(ulid::Ulid::generate().to_string().into()),
             },
             payload: publish.payload,
             ttl_s: publish.ttl_s,
@@ -237,16 +266,9 @@ impl Collect {
         };
         let mut topics = Vec::with_capacity(groups.len());
         for (name, way) in groups {
-            let outcome = match (way, &name) {
-                (Ok(Way::Members(group)), LogId::Topic(name)) => {
-                    self.publish_to_members(&publish, name, group).await
-                }
-                (Ok(Way::Members(_)), LogId::Everyone) => unreachable!("everyone has a log"),
-                (Ok(Way::Log { life, ttl_s }), log) => {
-                    let stored = self.publish_to_log(&publish, log, life, ttl_s).await;
-                    stored.map(TopicOutcome::Log)
-                }
-                (Err(refusal), _) => Err(refusal),
+            let outcome = match way {
+                Ok(way) => self.write(&publish, &name, way).await,
+                Err(refusal) => Err(refusal),
             };
             if let Err(refusal) = &outcome {
                 self.count(&Err(refusal.clone()));
@@ -254,6 +276,83 @@ impl Collect {
             topics.push((name, outcome));
         }
         Published { id: publish.draft.id, repeatable: true, accepted: Vec::new(), topics }
+    }
+
+    /// Has a publish to a topic written by the collect that it belongs to, or writes it here.
+    async fn write(&self, publish: &TopicPublish, log: &LogId, way: Way) -> TopicWritten {
+        if let Some(writer) = self.inner.writers.of(log)
+            && let Some(written) = self.hand(publish, log, &writer).await
+        {
+            self.inner.handing_on.metrics.handed_over.inc();
+            return written;
+        }
+        let way = match way {
+            Way::Elsewhere => {
+                let mut lists = Lists { deadline: publish.deadline, ..Lists::default() };
+                self.way_of(log, publish.ttl_s, &publish.except, &mut lists).await?
+            }
+            way => way,
+        };
+        self.write_here(publish, log, way).await
+    }
+
+    /// Hands a publish over, and waits for what becomes of it. `None` if that is not known: it is
+    /// written here then, and if it was written there, too, it is stored once, by its fence.
+    async fn hand(&self, publish: &TopicPublish, log: &LogId, writer: &Colleague) -> Option<TopicWritten> {
+        let writers = &self.inner.writers;
+        let Handed::Received(received) = writers.hand(writer, publish.handed(log)).await else { return None };
+        match tokio::time::timeout_at(publish.deadline, received.0).await {
+            Ok(Ok(written)) => Some(written),
+            Ok(Err(fault)) => {
+                writers.pass_over(writer, &fault.to_string());
+                None
+            }
+            Err(_) => Some(Err(refusal(
+                503,
+                "the collect that writes to this topic did not answer in time; a repeat under this id is safe",
+            ))),
+        }
+    }
+
+    /// Takes a publish that another collect has handed over. Returns at once; what it returns
+    /// resolves to what became of the publish.
+    #[must_use]
+    pub fn take_over(&self, write: TopicWrite) -> Received {
+        let this = self.clone();
+        // It is written whether or not the other one still waits.
+        let writing = tokio::spawn(async move {
+            let deadline = Instant::now() + write.left.min(PUBLISH_DEADLINE);
+            let publish = TopicPublish {
+                draft: Draft {
+                    id: write.id,
+                    deduplicated: true,
+                    accepted_at: write.accepted_at,
+                    event: write.event,
+                    trace: write.trace,
+                    append_id: Some(write.append_id),
+                },
+                payload: write.payload,
+                ttl_s: write.ttl_s,
+                except: write.except,
+                deadline,
+            };
+            let mut lists = Lists { deadline, ..Lists::default() };
+            let way = this.way_of(&write.log, publish.ttl_s, &publish.except, &mut lists).await?;
+            this.write_here(&publish, &write.log, way).await
+        });
+        let stopping = || PeerError::Unavailable("this process is stopping".to_owned());
+        Received(async move { raised_or_else(writing.await.map(Ok), || Err(stopping())) }.boxed())
+    }
+
+    async fn write_here(&self, publish: &TopicPublish, log: &LogId, way: Way) -> TopicWritten {
+        match (way, log) {
+            (Way::Members(group), LogId::Topic(name)) => self.publish_to_members(publish, name, group).await,
+            (Way::Members(_), LogId::Everyone) => unreachable!("everyone has a log"),
+            (Way::Elsewhere, _) => unreachable!("it was read before"),
+            (Way::Log { life, ttl_s }, log) => {
+                self.publish_to_log(publish, log, life, ttl_s).await.map(TopicOutcome::Log)
+            }
+        }
     }
 
     /// Stores a message in a log.
@@ -306,7 +405,7 @@ impl Collect {
             group = match self.way(topic, publish.ttl_s, &publish.except, &mut lists).await {
                 Ok(Way::Members(group)) => group,
                 // It has ended meanwhile; it was published to before.
-                Ok(Way::Log { .. }) => break,
+                Ok(Way::Log { .. } | Way::Elsewhere) => break,
                 Err(error) if error.status == 404 => break,
                 Err(error) => return Err(error),
             };
@@ -372,6 +471,7 @@ impl Collect {
             accepted_at: self.inner.clock.now(),
             event: publish.event,
             trace: publish.trace,
+            append_id: None,
         };
         let ttl_s = publish.ttl_s.unwrap_or_else(|| self.inner.limits.get().ttl_s);
         let count = publish.to.users().len();
@@ -422,6 +522,25 @@ impl Collect {
     }
 }
 
+impl TopicPublish {
+    /// As it is handed to the collect that writes to this topic.
+    fn handed(&self, log: &LogId) -> TopicWrite {
+        let Draft { id, accepted_at, event, trace, append_id, .. } = &self.draft;
+        TopicWrite {
+            log: log.clone(),
+            id: id.clone(),
+            append_id: append_id.clone().unwrap_or_default(),
+            accepted_at: *accepted_at,
+            event: event.clone(),
+            trace: trace.clone(),
+            payload: self.payload.clone(),
+            ttl_s: self.ttl_s,
+            except: self.except.clone(),
+            left: self.deadline.saturating_duration_since(Instant::now()),
+        }
+    }
+}
+
 impl Draft {
     fn append(&self, user: &UserId, via: Option<&Arc<Via>>, ttl_s: u64, payload: Bytes) -> Append {
         Append {
@@ -433,6 +552,7 @@ impl Draft {
             event: self.event.clone(),
             via: via.cloned(),
             trace: self.trace.clone(),
+            append_id: self.append_id.clone(),
             payload,
         }
     }

@@ -96,6 +96,18 @@ fn name(text: &str) -> TopicName {
     TopicName::parse(text).unwrap()
 }
 
+/// A collect that has no colleagues.
+fn alone() -> Writers {
+    struct Nobody;
+    impl crate::role::WriterDirectory for Nobody {
+        fn find(&self, _: &crate::colleagues::Colleague) -> Option<crate::role::WriterService> {
+            None
+        }
+    }
+    let all = crate::colleagues::Colleagues::all(&crate::colleagues::Alone::default());
+    Writers::new(NodeId::parse("collect-0").unwrap(), all, Arc::new(Nobody))
+}
+
 fn user(text: &str) -> UserId {
     UserId::parse(text).unwrap()
 }
@@ -136,7 +148,7 @@ async fn replaced_after(reads: u64, topics: &[&str]) -> Bench {
             logs: Logs::new(Arc::new(MemoryInbox::new(clock.clone()))),
         },
         Live::new(CollectLimits { ttl_s: 60, member_lists_bytes: 1 << 20, logs, open: Default::default() }),
-        dispatch,
+        Peers { dispatch, writers: alone() },
         LocalMembership::new(clock.clone()).views(),
         clock,
         &Metrics::default(),

@@ -321,6 +321,7 @@ impl Cluster {
     async fn store(&self, user: &str, payload: &'static str) -> Arc<Message> {
         let item = Append {
             trace: None,
+            append_id: None,
             user: UserId::parse(user).unwrap(),
             id: MessageId::parse("m").unwrap(),
             deduplicated: false,

@@ -9,12 +9,13 @@ use tonic::{Request, Response, Status, Streaming};
 use tower::ServiceExt;
 
 use super::super::http::Answers;
+use super::calls::collect_server::{Collect, CollectServer};
 use super::calls::dispatch_server::{Dispatch, DispatchServer};
 use super::calls::push_server::{Push, PushServer};
 use super::{FindPush, MESSAGE_MAX, NODE, PROOF, Service, Verify};
 use crate::wire::peer::{
-    DispatchRequest, DispatchResponse, LiveMessage, PeerError, PushRequest, PushResponse, Revocation,
-    ViewVersion,
+    DispatchRequest, DispatchResponse, LiveMessage, PeerError, PushRequest, PushResponse, Received,
+    Revocation, TopicWrite, ViewVersion,
 };
 use crate::wire::proto::{ProtoError, batch_of, hints_of, peer as message, user_of};
 
@@ -23,6 +24,7 @@ use crate::wire::proto::{ProtoError, batch_of, hints_of, peer as message, user_o
 pub fn routes(
     dispatch: Option<Service<DispatchRequest, DispatchResponse>>,
     push: Option<FindPush>,
+    collect: Option<Service<TopicWrite, Received>>,
     verify: Verify,
 ) -> impl Answers<tonic::body::Body> {
     let mut routes = Routes::default();
@@ -33,6 +35,10 @@ pub fn routes(
     if let Some(find) = push {
         routes =
             routes.add_service(PushServer::new(PushPeer { find }).max_decoding_message_size(MESSAGE_MAX));
+    }
+    if let Some(role) = collect {
+        routes = routes
+            .add_service(CollectServer::new(CollectPeer { role }).max_decoding_message_size(MESSAGE_MAX));
     }
     let routes = routes.prepare();
     tower::service_fn(move |request: http::Request<Incoming>| {
@@ -122,6 +128,29 @@ impl Dispatch for DispatchPeer {
     async fn ping(&self, _: Request<message::Stamp>) -> Result<Response<message::Taken>, Status> {
         self.ask(DispatchRequest::Ping).await?;
         Ok(Response::new(message::Taken::default()))
+    }
+}
+
+struct CollectPeer {
+    role: Service<TopicWrite, Received>,
+}
+
+#[tonic::async_trait]
+impl Collect for CollectPeer {
+    type WriteStream = Pin<Box<dyn Stream<Item = Result<message::WriteAnswer, Status>> + Send>>;
+
+    async fn write(
+        &self,
+        request: Request<message::TopicWrite>,
+    ) -> Result<Response<Self::WriteStream>, Status> {
+        use message::write_answer::Answer;
+        let write: TopicWrite = request.into_inner().try_into().map_err(invalid)?;
+        let Received(outcome) = self.role.clone().oneshot(write).await.map_err(status)?;
+        let received = message::WriteAnswer { answer: Some(Answer::Received(message::Received {})) };
+        let outcome = async move { outcome.await.map(|written| (&written).into()).map_err(status) };
+        let answers =
+            futures_util::stream::once(async { Ok(received) }).chain(futures_util::stream::once(outcome));
+        Ok(Response::new(Box::pin(answers)))
     }
 }
 

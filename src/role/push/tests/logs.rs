@@ -36,6 +36,7 @@ impl Cluster {
     async fn store_news(&self, life: u64) -> Seq {
         let item = Append {
             trace: None,
+            append_id: None,
             user: key(&LogId::Topic(news())),
             id: MessageId::parse("m").unwrap(),
             deduplicated: false,
