@@ -49,6 +49,8 @@ pub enum Order {
     Listen { ms: u64, expect: u64 },
     /// Read for this long, in ms, or until so many copies of messages have come.
     Gather { ms: u64, copies: u64 },
+    /// Look at the order of what comes from now on: by the number that ringpush gives.
+    InSequence,
     /// Forget what was counted.
     Reset,
 }
@@ -116,6 +118,8 @@ pub struct Report {
     pub max: f64,
     /// The longest delay of any copy, in ms: when the last socket had a message that goes to all.
     pub last: f64,
+    /// Messages that came behind one with a higher number, if that is looked at.
+    pub backwards: u64,
 }
 
 /// Makes the n-th socket, with an address of its own for every few thousand: an address has 28,000
@@ -165,6 +169,8 @@ struct Subscriber {
     upgrade: String,
     say: Option<String>,
     ready: String,
+    /// The highest number of a message that came, if the order is looked at.
+    highest: u64,
 }
 
 struct Client {
@@ -181,6 +187,7 @@ struct Client {
     /// Numbers go on from one publish to the next.
     next_number: u64,
     next_user: u64,
+    looks_at_order: bool,
     report: Report,
 }
 
@@ -199,6 +206,7 @@ impl Client {
             delays_us: Vec::new(),
             next_number: 1,
             next_user: 0,
+            looks_at_order: false,
             report: Report::default(),
         }
     }
@@ -215,6 +223,10 @@ impl Client {
             Order::Listen { ms, expect } => self.listen(Duration::from_millis(ms), |r| r.received >= expect),
             Order::Gather { ms, copies } => {
                 self.listen(Duration::from_millis(ms), |r| r.received + r.repeated >= copies)
+            }
+            Order::InSequence => {
+                self.looks_at_order = true;
+                Ok(())
             }
             Order::Reset => {
                 self.report = Report::default();
@@ -278,6 +290,7 @@ impl Client {
                     upgrade,
                     say,
                     ready,
+                    highest: 0,
                 });
                 self.opening += 1;
             }
@@ -448,6 +461,9 @@ impl Client {
         if payload == b"PING\r\n" {
             return self.say(n, 1, b"PONG\r\n");
         }
+        if self.looks_at_order {
+            self.look_at_order(n, payload);
+        }
         let mut at = 0;
         while let Some(found) = find(&payload[at..], br#""at":"#) {
             at += found + 5;
@@ -459,6 +475,15 @@ impl Client {
             self.count(n, number, due);
         }
         Ok(())
+    }
+
+    fn look_at_order(&mut self, n: usize, payload: &[u8]) {
+        let Some(found) = find(payload, br#""seq":"#) else { return };
+        if find(payload, br#""type":"message""#).is_some() {
+            let (number, highest) = (digits(&payload[found + 6..]).0, &mut self.subscribers[n].highest);
+            self.report.backwards += u64::from(number <= *highest);
+            *highest = number.max(*highest);
+        }
     }
 
     fn count(&mut self, n: usize, number: u64, due: u64) {

@@ -14,8 +14,8 @@ use ringpush::ring::Ring;
 use serde_json::Value;
 
 use crate::Options;
-use crate::client::{Order, Publish};
-use crate::measure::{cpu_us, program, root};
+use crate::client::{Order, Publish, Socket};
+use crate::measure::{cpu_us, metric, program, root};
 use crate::report::Results;
 use crate::servers::{Load, Process, ringpush_publishes, ringpush_sockets};
 
@@ -31,7 +31,7 @@ const SOCKETS_EACH: usize = 15_000;
 /// The load of B11, messages per second.
 const GROWTH_RATE: f64 = 2_000.0;
 
-struct Cluster {
+pub(crate) struct Cluster {
     directory: tempfile::TempDir,
     state: Value,
 }
@@ -47,7 +47,7 @@ fn script() -> PathBuf {
 }
 
 impl Cluster {
-    fn up(push: usize, options: &[&str]) -> Self {
+    pub(crate) fn up(push: usize, options: &[&str]) -> Self {
         let mut this = Self { directory: tempfile::tempdir().unwrap(), state: Value::Null };
         let push = push.to_string();
         let program = program();
@@ -83,7 +83,33 @@ impl Cluster {
     }
 
     fn pid(&self, process: &str) -> u32 {
-        self.state["processes"][process]["pid"].as_u64().unwrap() as u32
+        let pid = self.state["processes"][process]["pid"].as_u64();
+        pid.unwrap_or_else(|| panic!("no process {process}")) as u32
+    }
+
+    /// The processor time of a process, in microseconds.
+    pub(crate) fn cpu_us(&self, process: &str) -> u64 {
+        cpu_us(self.pid(process))
+    }
+
+    /// The sockets of users, each at its owner among so many push nodes, as those of clients that
+    /// asked first would be.
+    pub(crate) fn sockets(&self, push: usize, users: std::ops::Range<usize>) -> Vec<Socket> {
+        let names: Vec<String> = (0..push).map(|n| format!("push-{n}")).collect();
+        let ring = Ring::build(names.iter().map(|name| (name.as_str(), 1.0)));
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
+        let mut all = ringpush_sockets(nowhere, self.text("/keys/token"), users.clone());
+        for (socket, n) in all.iter_mut().zip(users) {
+            socket.at = self.address(ring.owner_of(&format!("user-{n:08}")).unwrap(), "at");
+        }
+        all
+    }
+
+    /// One message a request, to one collect and the other in turn.
+    pub(crate) fn publishes(&self) -> Publish {
+        let collects = ["collect-0", "collect-1"].map(|name| self.address(name, "at"));
+        let (single, _) = ringpush_publishes(collects[0], self.text("/keys/api"));
+        Publish { at: collects.to_vec(), ..single }
     }
 
     /// A counter or gauge of a process; None while it does not answer.
@@ -111,19 +137,6 @@ impl Cluster {
         std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::stderr()));
         Audit(Process(child))
     }
-}
-
-fn metric(at: SocketAddr, name: &str) -> Option<f64> {
-    let mut stream = std::net::TcpStream::connect_timeout(&at, Duration::from_millis(500)).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
-    std::io::Write::write_all(
-        &mut stream,
-        b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n",
-    )
-    .ok()?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).ok()?;
-    text.lines().find_map(|line| line.strip_prefix(&format!("{name} ")))?.trim().parse().ok()
 }
 
 struct Audit(Process);
@@ -280,18 +293,11 @@ pub fn growth(options: &Options, results: &mut Results) {
 fn grown(options: &Options, results: &mut Results, push: usize, sockets: usize) -> Point {
     let cluster = Cluster::up(push, &["--set", "push.accept_per_s=0"]);
     let names: Vec<String> = (0..push).map(|n| format!("push-{n}")).collect();
-    let ring = Ring::build(names.iter().map(|name| (name.as_str(), 1.0)));
-    let key = cluster.text("/keys/token").to_owned();
     let mut loads = Vec::new();
     for first in (0..sockets).step_by(SOCKETS_EACH) {
         let users = first..(first + SOCKETS_EACH).min(sockets);
-        let mut all = ringpush_sockets(([127, 0, 0, 1], 1).into(), &key, users.clone());
-        // Each at its owner, as a client that asked first would be.
-        for (socket, n) in all.iter_mut().zip(users) {
-            socket.at = cluster.address(ring.owner_of(&format!("user-{n:08}")).unwrap(), "at");
-        }
         let mut load = Load::start();
-        load.obey(&Order::Open(all));
+        load.obey(&Order::Open(cluster.sockets(push, users)));
         loads.push(load);
     }
     let pushes: Vec<u32> = names.iter().map(|name| cluster.pid(name)).collect();
@@ -313,15 +319,13 @@ fn grown(options: &Options, results: &mut Results, push: usize, sockets: usize) 
         (accepted.unwrap_or(0), received, spent.map(|us| us / took))
     };
     let (_, _, idle) = window(None);
-    let (mut single, _) = ringpush_publishes(cluster.address("collect-0", "at"), cluster.text("/keys/api"));
-    single.at.push(cluster.address("collect-1", "at"));
     let plan = Publish {
         users: 0..sockets,
         // What is published last has a second to arrive.
         seconds: seconds - 1.0,
         rate: Some(if options.quick { GROWTH_RATE / 10.0 } else { GROWTH_RATE }),
         own: false,
-        ..single
+        ..cluster.publishes()
     };
     let (accepted, received, busy) = window(Some(plan));
     results.lost += accepted.saturating_sub(received);

@@ -2,14 +2,21 @@
 
 use std::process::{Command, Stdio};
 
-use crate::measure::{root, wait_for};
+use crate::measure::{cpu_us, root, wait_for};
 use crate::servers::{Process, free_port, installed, listens};
 
 /// A program of others, on a port of its own.
 pub struct Foreign {
     pub port: u16,
-    pub(super) _process: Process,
+    pub(super) process: Process,
     pub(super) _directory: tempfile::TempDir,
+}
+
+impl Foreign {
+    /// Its processor time, in microseconds.
+    pub fn cpu_us(&self) -> u64 {
+        cpu_us(self.process.0.id())
+    }
 }
 
 /// Redis, keeping nothing on disk.
@@ -20,7 +27,7 @@ pub fn redis() -> Result<Foreign, String> {
     command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
     let child = command.current_dir(directory.path()).stdout(Stdio::null()).spawn().unwrap();
     wait_for("redis-server", 20, || listens(([127, 0, 0, 1], port).into()));
-    Ok(Foreign { port, _process: Process(child), _directory: directory })
+    Ok(Foreign { port, process: Process(child), _directory: directory })
 }
 
 /// MongoDB as a replica set of one, on this machine; its URI.
@@ -45,6 +52,6 @@ pub fn mongod(runtime: &tokio::runtime::Runtime) -> Result<(Foreign, String), St
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     });
-    let foreign = Foreign { port, _process: Process(child), _directory: directory };
+    let foreign = Foreign { port, process: Process(child), _directory: directory };
     Ok((foreign, format!("mongodb://127.0.0.1:{port}/?replicaSet=rs0")))
 }

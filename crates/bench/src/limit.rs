@@ -6,9 +6,13 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+/// What ringpush puts around a payload, in bytes.
+const ENVELOPE: usize = 160;
+
 /// Runs as a process of its own: says its address, and at each line of input, a number of seconds,
-/// writes for so long; once for 0.
-pub fn run() {
+/// writes for so long; once for 0. Its frames are as long as ringpush's with a payload of so many
+/// bytes.
+pub fn run(bytes: usize) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     // The standard library's holds 128, fewer than come at once.
     rustix::net::listen(&listener, 4096).unwrap();
@@ -20,8 +24,8 @@ pub fn run() {
             opened.lock().unwrap().push(upgrade(stream.unwrap()));
         }
     });
-    // As long as ringpush's: the payload and its envelope.
-    let payload = format!(r#"{{"type":"message","text":"{}","at":0,"k":0}}"#, "x".repeat(240));
+    let payload =
+        format!(r#"{{"type":"message","text":"{}","at":0,"k":0}}"#, "x".repeat(bytes + ENVELOPE - 40));
     let mut frame = vec![0x81, 126];
     frame.extend_from_slice(&u16::try_from(payload.len()).unwrap().to_be_bytes());
     frame.extend_from_slice(payload.as_bytes());

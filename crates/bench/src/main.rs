@@ -7,9 +7,10 @@
 //! [--sockets 15000] [--quick]
 //! ```
 //!
-//! Scenarios: `peers` (B1 to B4), `mongo` (B5), `ring` (B6), `router` (B7, B8), `moves` (B9, B10),
-//! `growth` (B11), `slow` (B12), `fanout` (T1, T2, T4, T5); without any, all. Targets are those of
-//! the table in docs/benchmarks.md. Exits 1 if anything was lost.
+//! `--only` names one server, or of `topics` one part. Scenarios: `peers` (B1 to B4), `mongo` (B5),
+//! `ring` (B6), `router` (B7, B8), `moves` (B9, B10), `growth` (B11), `slow` (B12), `fanout` (T1,
+//! T2, T4, T5), `topics` (T3 to T7), `beside` (T9); without any, all. Targets are those of the
+//! table in docs/benchmarks.md. Exits 1 if anything was lost.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -21,6 +22,7 @@
 // A bench lets time pass on purpose, and its orders are few.
 #![allow(clippy::disallowed_methods, clippy::large_enum_variant)]
 
+mod beside;
 mod client;
 mod cluster;
 mod fanout;
@@ -32,6 +34,7 @@ mod plot;
 mod report;
 mod router;
 mod servers;
+mod topics;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -54,7 +57,8 @@ pub struct Options {
     pub quick: bool,
 }
 
-const SCENARIOS: [&str; 8] = ["peers", "mongo", "ring", "router", "moves", "growth", "slow", "fanout"];
+const SCENARIOS: [&str; 10] =
+    ["peers", "mongo", "ring", "router", "moves", "growth", "slow", "fanout", "topics", "beside"];
 
 fn main() -> ExitCode {
     // As the program.
@@ -62,7 +66,7 @@ fn main() -> ExitCode {
     let first = std::env::args().nth(1).unwrap_or_default();
     match first.as_str() {
         "--load-client" => client::run(),
-        "--limit" => limit::run(),
+        "--limit" => limit::run(std::env::args().nth(2).unwrap().parse().unwrap()),
         "--sink" => router::sink(),
         _ => return measure_all(&options()),
     }
@@ -91,6 +95,8 @@ fn measure_all(options: &Options) -> ExitCode {
             "moves" => cluster::moves(options, &mut results),
             "growth" => cluster::growth(options, &mut results),
             "slow" => peers::slow_readers(options, &mut results),
+            "topics" => topics::measure(options, &mut results),
+            "beside" => beside::measure(options, &mut results),
             _ => fanout::measure(options, &mut results),
         }
         if let Some(path) = &options.json {

@@ -1,5 +1,7 @@
 //! What is measured, and what the kernel says of a process.
 
+use std::io::Read;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -42,6 +44,21 @@ pub fn wait_for(what: &str, seconds: u64, mut holds: impl FnMut() -> bool) {
         assert!(began.elapsed() < Duration::from_secs(seconds), "{what} did not come about in {seconds} s");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// A counter or gauge that ringpush shows at its ops port, with its labels; None while it does not
+/// answer.
+pub fn metric(at: SocketAddr, name: &str) -> Option<f64> {
+    let mut stream = std::net::TcpStream::connect_timeout(&at, Duration::from_millis(500)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+    std::io::Write::write_all(
+        &mut stream,
+        b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n",
+    )
+    .ok()?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).ok()?;
+    text.lines().find_map(|line| line.strip_prefix(&format!("{name} ")))?.trim().parse().ok()
 }
 
 /// The machine, in a line.

@@ -6,7 +6,7 @@ use crate::Options;
 use crate::client::{Order, Publish, Report};
 use crate::foreign;
 use crate::report::{Results, words};
-use crate::servers::{self, Limit, Load, Server};
+use crate::servers::{self, Limit, Load, SMALL, Server};
 
 /// The steady rate of B4, messages per second.
 const STEADY: f64 = 10_000.0;
@@ -25,11 +25,11 @@ type Start = fn() -> Result<Server, String>;
 /// Every server, in the order of the table.
 const SERVERS: [(&str, Start); 6] = [
     ("ringpush", || Ok(servers::ringpush(None))),
-    ("nchan", servers::nchan),
-    ("NATS", servers::nats),
-    ("Centrifuge", || servers::centrifuge(0, false)),
-    ("Centrifuge, history", || servers::centrifuge(100, false)),
-    ("Centrifuge, history, tuned", || servers::centrifuge(100, true)),
+    ("nchan", || servers::nchan(SMALL)),
+    ("NATS", || servers::nats(SMALL)),
+    ("Centrifuge", || servers::centrifuge(0, false, SMALL)),
+    ("Centrifuge, history", || servers::centrifuge(100, false, SMALL)),
+    ("Centrifuge, history, tuned", || servers::centrifuge(100, true, SMALL)),
 ];
 
 pub fn compare(options: &Options, results: &mut Results) {
@@ -93,7 +93,7 @@ fn shown(value: Option<f64>, digits: usize) -> String {
 
 /// Messages per second of the bare loop.
 fn limit(options: &Options, results: &mut Results) -> f64 {
-    let mut limit = Limit::start();
+    let mut limit = Limit::start(SMALL);
     let mut load = Load::start();
     let opened = load.obey(&Order::Open(limit.sockets(options.sockets)));
     results.note("the limit", "sockets_s", options.sockets as f64 / opened.seconds);

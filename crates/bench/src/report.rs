@@ -136,6 +136,8 @@ impl Results {
             ("throughput-batch.svg", "Messages per second, published in batches", "batch_s"),
             ("memory.svg", "KiB of resident memory per idle socket", "kib"),
             ("sockets.svg", "Sockets opened per second", "sockets_s"),
+            ("fanout.svg", "Deliveries per second of messages to 15,000 sockets", "fanout_s"),
+            ("fanout-4k.svg", "The same with payloads of 4 KiB", "fanout_4k_s"),
             ("latency.svg", "p99 of the delay at 10,000 messages/s, in ms", "steady_p99"),
         ];
         for (file, title, key) in pictures {

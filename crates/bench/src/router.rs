@@ -208,7 +208,7 @@ pub fn sink() {
 
 /// Messages per second over the stream to a push node in another process.
 fn to_another_process(seconds: f64, runtime: &tokio::runtime::Runtime) -> f64 {
-    let mut process = Process(servers::again("--sink"));
+    let mut process = Process(servers::again("--sink", &[]));
     let mut line = String::new();
     BufReader::new(process.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let rate = runtime.block_on(async {

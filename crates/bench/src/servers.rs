@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use crate::client::{MOMENT, NUMBER, Order, Publish, Report, Socket, USER};
-use crate::measure::{cpu_us, program, resident_kib, root, wait_for};
+use crate::measure::{cpu_us, metric, program, resident_kib, root, wait_for};
 
 /// Publishers of single messages, each with one request in flight (docs/benchmarks.md).
 pub const PUBLISHERS: usize = 64;
@@ -35,10 +35,17 @@ pub struct Server {
     pub sockets: Box<dyn Fn(std::ops::Range<usize>) -> Vec<Socket>>,
     pub single: Publish,
     pub batch: Publish,
+    /// Where ringpush shows its metrics.
+    ops: Option<SocketAddr>,
     _directory: tempfile::TempDir,
 }
 
 impl Server {
+    /// A counter or gauge of ringpush, with its labels; 0 if it has none of that name.
+    pub fn metric(&self, name: &str) -> f64 {
+        self.ops.and_then(|ops| metric(ops, name)).unwrap_or(0.0)
+    }
+
     /// Of all its processes, in KiB.
     pub fn resident_kib(&self) -> u64 {
         self.processes.iter().map(|one| resident_kib(one.0.id())).sum()
@@ -59,7 +66,7 @@ pub struct Load {
 
 impl Load {
     pub fn start() -> Self {
-        let mut child = again("--load-client");
+        let mut child = again("--load-client", &[]);
         let (orders, answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
         Self { process: Process(child), orders, answers }
     }
@@ -93,8 +100,9 @@ pub struct Limit {
 }
 
 impl Limit {
-    pub fn start() -> Self {
-        let mut process = Process(again("--limit"));
+    /// A loop whose frames have a payload of so many bytes, and what ringpush puts around it.
+    pub fn start(bytes: usize) -> Self {
+        let mut process = Process(again("--limit", &[bytes.to_string()]));
         let mut said = BufReader::new(process.0.stdout.take().unwrap());
         let mut line = String::new();
         said.read_line(&mut line).unwrap();
@@ -132,16 +140,20 @@ impl Limit {
 }
 
 /// This program again, as something else.
-pub fn again(role: &str) -> Child {
+pub fn again(role: &str, more: &[String]) -> Child {
     let program = std::env::current_exe().unwrap();
-    Command::new(program).arg(role).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+    Command::new(program).arg(role).args(more).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
 }
 
-/// A payload of some 120 bytes.
-fn payload() -> String {
-    format!(
-        r#"{{"text":"your order has been paid and is on its way to you, it will be there soon","at":{MOMENT},"k":{NUMBER}}}"#
-    )
+/// The payload that is measured where nothing else is said, in bytes; and a large one.
+pub const SMALL: usize = 120;
+pub const LARGE: usize = 4_096;
+
+/// A payload of so many bytes, or of as many as it has at least.
+fn payload(bytes: usize) -> String {
+    let with =
+        |more: &str| format!(r#"{{"text":"your order has been paid{more}","at":{MOMENT},"k":{NUMBER}}}"#);
+    with(&" ".repeat(bytes.saturating_sub(with("").len())))
 }
 
 fn upgrade(path: &str, more: &str) -> String {
@@ -198,8 +210,9 @@ pub fn ringpush_sockets(at: SocketAddr, key: &str, users: std::ops::Range<usize>
 
 /// Publishes to ringpush's collect: one message a request, or many.
 pub fn ringpush_publishes(collect: SocketAddr, api_key: &str) -> (Publish, Publish) {
+    let bytes = SMALL;
     let headers = format!("Authorization: Bearer {api_key}\r\n");
-    let item = format!(r#"{{"to":{{"user":"user-{USER}"}},"payload":{}}}"#, payload());
+    let item = format!(r#"{{"to":{{"user":"user-{USER}"}},"payload":{}}}"#, payload(bytes));
     let single = over_http(collect, "/v1/messages", &headers, item.clone());
     let batch = Publish {
         connections: 8,
@@ -217,33 +230,88 @@ pub fn ringpush(mongo: Option<&str>) -> Server {
     ringpush_with(mongo, &[])
 }
 
-/// The same, where each publish goes to everyone and each socket reads logs. The limits that guard
-/// against a mistaken sender are far away.
-pub fn ringpush_for_everyone() -> Server {
-    let server =
-        ringpush_with(None, &[("LIMITS__EVERYONE_PER_S", "1000000"), ("LIMITS__FANOUT_MIB_PER_S", "0")]);
-    let (sockets, ready) = (server.sockets, r#""all":true"#);
-    let knows = |socket: Socket| Socket {
+/// The limits that guard against a mistaken sender, far away.
+const NO_LIMITS: [(&str, &str); 3] = [
+    ("LIMITS__EVERYONE_PER_S", "1000000"),
+    ("LIMITS__TOPIC_PER_S", "1000000"),
+    ("LIMITS__FANOUT_MIB_PER_S", "0"),
+];
+
+/// All roles in one process, where each publish goes to everyone and each socket reads logs;
+/// without limits, or with those of the defaults.
+pub fn ringpush_for_everyone(bytes: usize, limited: bool) -> Server {
+    let server = ringpush_with_logs(limited);
+    let item = format!(r#"{{"to":{{"everyone":true}},"payload":{}}}"#, payload(bytes));
+    Server { single: Publish { item, ..server.single }, ..server }
+}
+
+/// The same, where each publish goes to a topic `t-N`, and each socket is ready when it is level
+/// with all of its logs.
+pub fn ringpush_for_topics() -> Server {
+    let server = ringpush_with_logs(false);
+    Server { single: to_a_topic(&server.single), ..server }
+}
+
+fn ringpush_with_logs(limited: bool) -> Server {
+    let open = ("TOPICS__OPEN", "t-*");
+    let server = match limited {
+        true => ringpush_with(None, &[open]),
+        false => ringpush_with(None, &[&NO_LIMITS[..], &[open]].concat()),
+    };
+    let sockets = server.sockets;
+    Server { sockets: Box::new(move |users| sockets(users).into_iter().map(reads_logs).collect()), ..server }
+}
+
+/// The socket of a client that knows of logs, ready when it is level with all of them.
+pub fn reads_logs(socket: Socket) -> Socket {
+    Socket {
         upgrade: socket.upgrade.replacen("/v1/ws", "/v1/ws?topics=auth", 1),
         say: Some(r#"{"type":"auth","topics":true}"#.to_owned()),
-        ready: ready.to_owned(),
+        ready: r#""all":true"#.to_owned(),
         ..socket
-    };
-    Server {
-        sockets: Box::new(move |users| sockets(users).into_iter().map(knows).collect()),
-        single: Publish {
-            item: format!(r#"{{"to":{{"everyone":true}},"payload":{}}}"#, payload()),
-            ..server.single
-        },
-        ..server
     }
+}
+
+/// Publishes nothing, but makes the user a member of the topic `t-USER-which`: the topic of one.
+pub fn joins_its_own(single: &Publish, which: usize) -> Publish {
+    let body = format!(r#"{{"add":["user-{USER}"]}}"#);
+    let head = single.head.replacen("/v1/messages", &format!("/v1/topics/t-{USER}-{which}/members"), 1);
+    let item = format!("{}{body}", head.replace("{LENGTH}", &body.len().to_string()));
+    Publish { head: String::new(), item, own: false, ..single.clone() }
+}
+
+/// Publishes to the topic `t-N` where the given plan publishes to a user.
+pub fn to_a_topic(single: &Publish) -> Publish {
+    let item = format!(r#"{{"to":{{"topic":"t-{USER}"}},"payload":{}}}"#, payload(SMALL));
+    Publish { item, ..single.clone() }
+}
+
+/// Of a server whose publishes go to everyone: publishes to inboxes, and one to everyone each
+/// second, with a payload that the load client does not count.
+pub fn inbox_and_everyone(server: &Server) -> (Publish, Publish) {
+    let inbox = format!(r#"{{"to":{{"user":"user-{USER}"}},"payload":{}}}"#, payload(SMALL));
+    let text = format!(r#"{{"text":"{}"}}"#, "x".repeat(SMALL - 11));
+    let everyone = format!(r#"{{"to":{{"everyone":true}},"payload":{text}}}"#);
+    let plan = |item| Publish { item, ..server.single.clone() };
+    let everyone = Publish { connections: 1, rate: Some(1.0), own: false, ..plan(everyone) };
+    (plan(inbox), everyone)
+}
+
+/// Makes so many users members of the topic `t-TOPIC`, by one request.
+pub fn joins(single: &Publish, topic: usize, users: impl Iterator<Item = usize>) -> Publish {
+    let users: Vec<String> = users.map(|n| format!(r#""user-{n:08}""#)).collect();
+    let head = single.head.replacen("/v1/messages", &format!("/v1/topics/t-{topic:08}/members"), 1);
+    let item = format!(r#"{{"add":[{}]}}"#, users.join(","));
+    Publish { head, item, own: false, connections: 1, rate: Some(100.0), seconds: 0.015, ..single.clone() }
 }
 
 fn ringpush_with(mongo: Option<&str>, more: &[(&str, &str)]) -> Server {
     let directory = tempfile::tempdir().unwrap();
     let mut command = Command::new(program());
     command.args(["serve", "--log-filter", "warn", "--data"]).arg(directory.path());
-    command.stdin(Stdio::null()).stdout(Stdio::null());
+    // The records of the audit log are written whatever the filter says.
+    let said = std::fs::File::create(directory.path().join("said.log")).unwrap();
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said);
     for role in ["PUSH", "COLLECT", "AUTH", "DISPATCH", "OPS"] {
         command.env(format!("RINGPUSH_{role}__LISTEN"), "127.0.0.1:0");
     }
@@ -269,7 +337,7 @@ fn ringpush_with(mongo: Option<&str>, more: &[(&str, &str)]) -> Server {
     let listening: serde_json::Value = serde_json::from_slice(&std::fs::read(listening).unwrap()).unwrap();
     let at = |role: &str| -> SocketAddr { listening[role].as_str().unwrap().parse().unwrap() };
     let (single, batch) = ringpush_publishes(at("collect"), api_key);
-    let push = at("push");
+    let (push, ops) = (at("push"), at("ops"));
     Server {
         name: if mongo.is_some() { "ringpush on MongoDB" } else { "ringpush" },
         what: format!("ringpush {}, all roles in one process", env!("CARGO_PKG_VERSION")),
@@ -277,6 +345,7 @@ fn ringpush_with(mongo: Option<&str>, more: &[(&str, &str)]) -> Server {
         sockets: Box::new(move |users| ringpush_sockets(push, token_key, users)),
         single,
         batch,
+        ops: Some(ops),
         _directory: directory,
     }
 }
@@ -311,7 +380,7 @@ pub(crate) fn listens(at: SocketAddr) -> bool {
 }
 
 /// nginx with nchan: one worker, no store, no token.
-pub fn nchan() -> Result<Server, String> {
+pub fn nchan(bytes: usize) -> Result<Server, String> {
     const MISSING: &str = "not installed: nginx and libnginx-mod-nchan are Debian packages";
     let module = ["/usr/lib/nginx/modules", "/usr/share/nginx/modules"]
         .map(|place| Path::new(place).join("ngx_nchan_module.so"))
@@ -328,10 +397,14 @@ pub fn nchan() -> Result<Server, String> {
     let child = command.stderr(Stdio::null()).spawn().unwrap();
     let at = SocketAddr::from(([127, 0, 0, 1], port));
     wait_for("nchan", 20, || listens(at));
-    let single = over_http(at, &format!("/pub/user-{USER}"), "", payload());
+    let single = over_http(at, &format!("/pub/user-{USER}"), "", payload(bytes));
     // The user stands in the path here: one message a request, its head a part of the message.
     let single = Publish {
-        item: format!("{}{}", single.head.replace("{LENGTH}", &payload().len().to_string()), payload()),
+        item: format!(
+            "{}{}",
+            single.head.replace("{LENGTH}", &payload(bytes).len().to_string()),
+            payload(bytes)
+        ),
         head: String::new(),
         ..single
     };
@@ -351,12 +424,13 @@ pub fn nchan() -> Result<Server, String> {
         // It has no batches: as many requests in one write as it was measured to like best.
         batch: Publish { connections: 4, pipelined: 16, ..single.clone() },
         single,
+        ops: None,
         _directory: directory,
     })
 }
 
 /// NATS: subscribers over its WebSocket, publishers over its TCP protocol; no store, no token.
-pub fn nats() -> Result<Server, String> {
+pub fn nats(bytes: usize) -> Result<Server, String> {
     let program = installed("nats-server").ok_or("not installed: nats-server is a Debian package")?;
     let (directory, port, websocket) = (tempfile::tempdir().unwrap(), free_port(), free_port());
     let config = filled(include_str!("../peers/nats.conf"), directory.path(), port, websocket);
@@ -367,7 +441,7 @@ pub fn nats() -> Result<Server, String> {
     wait_for("nats-server", 20, || listens(at) && listens(sockets_at));
     let single = Publish {
         head: String::new(),
-        item: format!("PUB user-{USER} {}\r\n{}\r\n", payload().len(), payload()),
+        item: format!("PUB user-{USER} {}\r\n{}\r\n", payload(bytes).len(), payload(bytes)),
         after: "PING\r\n".to_owned(),
         answer: Some("PONG\r\n".to_owned()),
         ..over_http(at, "", "", String::new())
@@ -387,13 +461,36 @@ pub fn nats() -> Result<Server, String> {
         }),
         batch: Publish { connections: 4, batch: 64, ..single.clone() },
         single,
+        ops: None,
         _directory: directory,
     })
 }
 
 /// Centrifuge, the engine of Centrifugo, behind the small server of
 /// `crates/bench/peers/centrifuge`; a token is verified.
-pub fn centrifuge(history: usize, small: bool) -> Result<Server, String> {
+pub fn centrifuge(history: usize, small: bool, bytes: usize) -> Result<Server, String> {
+    let options: &[&str] = if small { &["-small"] } else { &[] };
+    let name = match (history > 0, small) {
+        (false, _) => "Centrifuge",
+        (true, false) => "Centrifuge, history",
+        (true, true) => "Centrifuge, history, tuned",
+    };
+    centrifuges(name, 1, history, options, bytes)
+}
+
+/// So many nodes of Centrifuge that know of each other by this Redis, which keeps the history, too.
+/// The sockets, and the publishes, go to one after another.
+pub fn centrifuges_on_redis(count: usize, redis: &str, history: usize) -> Result<Server, String> {
+    centrifuges("Centrifuge on Redis", count, history, &["-redis", redis], SMALL)
+}
+
+fn centrifuges(
+    name: &'static str,
+    count: usize,
+    history: usize,
+    options: &[&str],
+    bytes: usize,
+) -> Result<Server, String> {
     let go =
         installed("go").or_else(|| installed("../go/bin/go")).ok_or("not installed: it is built with go")?;
     let root = root();
@@ -408,48 +505,51 @@ pub fn centrifuge(history: usize, small: bool) -> Result<Server, String> {
     if !built.status.success() {
         return Err(format!("not built: {}", String::from_utf8_lossy(&built.stderr)));
     }
-    let (directory, port) = (tempfile::tempdir().unwrap(), free_port());
-    let at = SocketAddr::from(([127, 0, 0, 1], port));
     let key = "0123456789abcdef0123456789abcdef";
-    let mut command = Command::new(&program);
-    command.args(["-listen", &at.to_string(), "-key", key, "-history", &history.to_string()]);
-    if small {
-        command.arg("-small");
+    let mut nodes = Vec::new();
+    let mut processes = Vec::new();
+    for _ in 0..count {
+        let at = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let mut command = Command::new(&program);
+        command.args(["-listen", &at.to_string(), "-key", key, "-history", &history.to_string()]);
+        if count > 1 {
+            // As the processes of a cluster of ringpush: each as under a limit of one core.
+            command.env("GOMAXPROCS", "1");
+        }
+        processes.push(Process(command.args(options).stderr(Stdio::null()).spawn().unwrap()));
+        wait_for("centrifuge", 20, || listens(at));
+        nodes.push(at);
     }
-    let child = command.stderr(Stdio::null()).spawn().unwrap();
-    wait_for("centrifuge", 20, || listens(at));
-    let item = format!(r#"{{"channel":"user-{USER}","data":{}}}"#, payload());
-    let single = over_http(at, "/api/publish", "", item.clone());
+    let item = format!(r#"{{"channel":"user-{USER}","data":{}}}"#, payload(bytes));
+    let single = Publish { at: nodes.clone(), ..over_http(nodes[0], "/api/publish", "", item.clone()) };
     let batch = Publish {
+        at: nodes.clone(),
         connections: 4,
         pipelined: 16,
         before: "[".to_owned(),
         between: ",".to_owned(),
         after: "]".to_owned(),
         batch: BATCH,
-        ..over_http(at, "/api/batch", "", item)
+        ..over_http(nodes[0], "/api/batch", "", item)
     };
     let manifest = include_str!("../peers/centrifuge/go.mod");
     let module = manifest.lines().find(|line| line.contains("centrifugal/centrifuge v")).unwrap_or_default();
     Ok(Server {
-        name: match (history > 0, small) {
-            (false, _) => "Centrifuge",
-            (true, false) => "Centrifuge, history",
-            (true, true) => "Centrifuge, history, tuned",
-        },
+        name,
         what: format!("{}, {}", module.trim(), version(&go, "version")),
-        processes: vec![Process(child)],
+        processes,
         sockets: Box::new(move |users| {
-            let open = |token| Socket {
-                at,
+            let open = |(n, token): (usize, String)| Socket {
+                at: nodes[n % nodes.len()],
                 upgrade: upgrade("/connection", ""),
                 say: Some(format!(r#"{{"id":1,"connect":{{"token":"{token}"}}}}"#)),
                 ready: r#""connect":"#.to_owned(),
             };
-            tokens(key, users).into_iter().map(open).collect()
+            tokens(key, users).into_iter().enumerate().map(open).collect()
         }),
         single,
         batch,
-        _directory: directory,
+        ops: None,
+        _directory: tempfile::tempdir().unwrap(),
     })
 }

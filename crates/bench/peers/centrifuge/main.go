@@ -26,7 +26,8 @@ type publication struct {
 func main() {
 	listen := flag.String("listen", "127.0.0.1:0", "where to listen")
 	key := flag.String("key", "", "HS256 key of the tokens")
-	history := flag.Int("history", 0, "messages kept per channel, in memory; 0: none")
+	history := flag.Int("history", 0, "messages kept per channel; 0: none")
+	redis := flag.String("redis", "", "host:port of a Redis that joins several of these and keeps the history; empty: alone, in memory")
 	small := flag.Bool("small", false, "1 KiB buffers and a pool of write buffers, instead of the defaults")
 	flag.Parse()
 
@@ -50,6 +51,17 @@ func main() {
 		}, nil
 	})
 	node.OnConnect(func(*centrifuge.Client) {})
+	if *redis != "" {
+		shard, err := centrifuge.NewRedisShard(node, centrifuge.RedisShardConfig{Address: *redis})
+		if err != nil {
+			log.Fatal(err)
+		}
+		broker, err := centrifuge.NewRedisBroker(node, centrifuge.RedisBrokerConfig{Shards: []*centrifuge.RedisShard{shard}})
+		if err != nil {
+			log.Fatal(err)
+		}
+		node.SetBroker(broker)
+	}
 	if err := node.Run(); err != nil {
 		log.Fatal(err)
 	}
