@@ -4,7 +4,7 @@
 //! # The contract of [`Colleagues`]
 //!
 //! - What it shows may be late, incomplete, or different in each process. Whoever acts on it must
-//!   be right nevertheless: a publish that two processes write is stored once, by the fence of its id.
+//!   be right nevertheless: a publish that two processes write is stored once, by its fence.
 //! - Who has joined is shown to others within two beats, and no longer shown one lease after its
 //!   last beat, or at once after it has left.
 //! - A registry that cannot be reached changes nothing: what was last seen is shown on.

@@ -6,8 +6,10 @@
 //! log therefore never meet.
 //!
 //! Numbers go on over the lives of a topic's name. Each message carries the life in which it was
-//! published; what is of another life is passed over like what has expired, whatever publish
-//! crosses the removal of its topic.
+//! published. What is of an earlier life is passed over like what has expired, whatever publish
+//! crosses the removal of its topic. What is of a later one ends a page: a reader that passed over
+//! it would take its position there, and miss it in the life that it belongs to. (`lives_model` in
+//! the adapter for MongoDB explores these rules.)
 
 use std::sync::Arc;
 
@@ -78,11 +80,13 @@ impl Logs {
         limit: usize,
     ) -> Result<(Vec<Message>, Option<Seq>), InboxError> {
         let (mut messages, next) = history::read(&self.store, &key(log), range, limit).await?;
-        messages.retain(|message| is_of(message, life));
+        messages.retain(|message| life_of(message) == Some(life));
         Ok((messages, next))
     }
 
-    /// The unexpired messages of one life after a position.
+    /// The unexpired messages of one life after a position, up to the first message of a later life
+    /// (`more` is set then). A page that ends where it begins, and has more, says that the life is
+    /// over.
     ///
     /// # Errors
     ///
@@ -95,13 +99,21 @@ impl Logs {
         limit: PageLimit,
     ) -> Result<InboxPage, InboxError> {
         let mut page = self.store.page(key(log), after, limit).await?;
-        page.messages.retain(|message| is_of(message, life));
+        let later = page.messages.iter().position(|message| life_of(message) > Some(life));
+        if let Some(later) = later {
+            let first = page.messages[later].seq;
+            page.messages.truncate(later);
+            page.unreadable.retain(|seq| *seq < first);
+            (page.upto, page.more) = (Seq::at(first.get().saturating_sub(1)), true);
+        }
+        page.messages.retain(|message| life_of(message) == Some(life));
         Ok(page)
     }
 }
 
-fn is_of(message: &Message, life: u64) -> bool {
-    message.log_entry().is_some_and(|entry| entry.life == life)
+/// The life in which a message was published.
+fn life_of(message: &Message) -> Option<u64> {
+    message.log_entry().map(|entry| entry.life)
 }
 
 /// The name under which a log stands in the store of logs.

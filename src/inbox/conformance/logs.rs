@@ -91,7 +91,10 @@ pub(super) async fn a_message_is_for_its_own_life_alone(bench: &Bench) {
     let page = bench.logs.page(&of, life, Seq::BEGINNING, WIDE).await.unwrap();
     assert_eq!((numbers(&page), page.upto), (vec![second.seq], second.seq));
     let page = bench.logs.page(&of, first_life, first.seq, WIDE).await.unwrap();
-    assert_eq!((numbers(&page), page.upto), (vec![late.seq], second.seq), "and what follows is passed over");
+    assert_eq!((numbers(&page), page.upto), (vec![late.seq], late.seq), "what follows is not passed over");
+    assert!(page.more);
+    let page = bench.logs.page(&of, first_life, late.seq, WIDE).await.unwrap();
+    assert_eq!((numbers(&page), page.upto, page.more), (vec![], late.seq, true), "that life is over");
 }
 
 pub(super) async fn a_message_can_end_before_its_time(bench: &Bench) {

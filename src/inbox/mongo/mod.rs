@@ -17,6 +17,8 @@ mod cursors;
 mod identity;
 mod indexes;
 mod janitor;
+#[cfg(test)]
+mod lives_model;
 mod log_positions;
 mod members;
 #[cfg(test)]

@@ -236,7 +236,8 @@ impl Tails {
         tracing::debug!(target: WAY, step = 7, %log, %id, %seq, readers = tail.count(), traceparent = shown(message), "fed to the tail of a log");
         let life = message.log_entry().map_or(EVERYONES_LIFE, |entry| entry.life);
         if life > tail.life {
-            self.look_at(log);
+            // It is not passed over: whoever reads the later life must find it above its position.
+            return self.look_at(log);
         }
         let mut item = encoded(log, message);
         if life != tail.life {
@@ -443,7 +444,7 @@ impl Tails {
         loop {
             let page = self.stores.logs.page(&tail.log, tail.life, after, BLOCK_PAGE).await?;
             newest = page.messages.last().map(|message| message.seq).or(newest);
-            if !page.more || page.upto >= head {
+            if !page.more || page.upto >= head || page.upto <= after {
                 break;
             }
             after = page.upto;
@@ -553,6 +554,10 @@ impl Tails {
                 self.stores.logs.page(&tail.log, tail.life, after, PAGE).await
             };
             match page {
+                // What follows is of a later life: that of this tail is over.
+                Ok(page) if page.more && page.upto <= after => {
+                    Arc::clone(&self).sweep(vec![Arc::clone(&tail)]).await;
+                }
                 Ok(page) => {
                     self.metrics.pages.inc();
                     self.report_unreadable(&tail.log, &page.unreadable);

@@ -91,3 +91,42 @@ async fn the_sweep_finds_memberships_that_no_hint_told_of() {
     let left = alice.expect("topic").await;
     assert_eq!((&left["topic"], &left["state"]), (&"news".into(), &"left".into()));
 }
+
+/// The topic was removed, made anew and joined again, and no hint told of it but its messages. A
+/// tail of the earlier life that passed over one of the later life would take the device's position
+/// past it.
+#[tokio::test(start_paused = true)]
+async fn a_message_of_a_later_life_is_not_passed_over() {
+    for by_page in [false, true] {
+        let cluster = Cluster::of(&["push-0"]).await;
+        let earlier = cluster.make_news().await;
+        cluster.change_news(&["alice"], &[]).await;
+        let mut alice = cluster.reads_logs("alice").await;
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        cluster.inbox.remove(news()).await.unwrap();
+        let later = cluster.make_news().await;
+        cluster.change_news(&["alice"], &[]).await;
+        let seq = cluster.store_news(later).await;
+        // A publish that crosses the removal comes behind it.
+        cluster.store_news(earlier).await;
+        let log = LogId::Topic(news());
+        let mut hints = Vec::new();
+        for (life, after) in [(later, Seq::at(seq.get() - 1)), (earlier, seq)] {
+            let all = PageLimit { messages: 10, bytes: 1024 };
+            let page = cluster.logs_facade().page(&log, life, after, all).await.unwrap();
+            let message = Arc::new(page.messages[0].clone());
+            hints.push(LogHint::Message { log: log.clone(), message });
+        }
+        // The hint that was lost is found by a page.
+        hints.drain(..usize::from(by_page));
+        let request = PushRequest::Hint { hints: hints.into(), missed: false, stamp: Default::default() };
+        cluster.nodes[0].clone().oneshot(request).await.unwrap();
+        let mut frames = Vec::new();
+        while frames.last().is_none_or(|frame: &Value| frame["type"] != "message") {
+            frames.push(alice.frame().await);
+        }
+        assert_eq!(frames.last().unwrap()["seq"], seq.get(), "{frames:?}");
+        assert!(frames.iter().all(|frame| frame["type"] != "gap"), "{frames:?}");
+        assert!(frames.iter().any(|frame| frame["state"] == "left"), "{frames:?}");
+    }
+}
