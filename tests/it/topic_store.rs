@@ -1,6 +1,7 @@
 //! Topics in a real MongoDB that several processes change at the same moment.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -9,7 +10,7 @@ use ringpush::inbox::mongo::{MongoInbox, MongoTimes};
 use ringpush::inbox::topics::{
     MembersChange, MembersChanged, MembersVersion, PutTopic, TopicRecipients, TopicSettings, Topics,
 };
-use ringpush::message::{TopicName, UserId};
+use ringpush::message::{Seq, TopicName, UserId};
 use ringpush::topic::{Delivery, INBOX_MEMBERS};
 
 use ringpush_testing::foreign::ReplicaSet;
@@ -94,6 +95,58 @@ async fn whoever_was_answered_is_seen_whoever_else_changes_the_topic() {
     let expected: BTreeSet<UserId> = [all.0, all.1, all.2].into_iter().flat_map(Result::unwrap).collect();
     assert_eq!(members(&one, "team").await, expected);
     assert_eq!(one.count_members(topic("team")).await.unwrap(), expected.len() as u64);
+}
+
+/// What a session knows of the topics with a log of its user: a list, and the number of changes
+/// under which it was read. It reads the list again where the number has changed.
+#[derive(Default)]
+struct Session {
+    version: u64,
+    topics: BTreeSet<TopicName>,
+}
+
+impl Session {
+    async fn look(&mut self, inbox: &MongoInbox, user: &UserId) {
+        let found = inbox.log_memberships(vec![user.clone()]).await.unwrap().remove(0);
+        if found.version != self.version {
+            let topics = found.logs.into_iter().map(|row| row.topic).collect();
+            *self = Self { version: found.version, topics };
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_keeps_its_list_sees_every_change_that_was_answered() {
+    let set = ReplicaSet::start(1).await;
+    let inbox = open(&set.uri(), "topics", MongoTimes::default(), Clock::system()).await;
+    let (alice, names) = (users("alice", 1).remove(0), (0..20).map(|n| format!("news-{n}")));
+    let names: Vec<String> = names.collect();
+    for name in &names {
+        let settings = TopicSettings { delivery: Some(Delivery::Log), ttl_s: None, default_ttl_s: 60 };
+        inbox.put(topic(name), settings).await.unwrap();
+    }
+    let session = Arc::new(tokio::sync::Mutex::new(Session::default()));
+    let looks = {
+        let (inbox, session, alice) = (inbox.clone(), Arc::clone(&session), alice.clone());
+        tokio::spawn(async move {
+            loop {
+                session.lock().await.look(&inbox, &alice).await;
+                tokio::task::yield_now().await;
+            }
+        })
+    };
+    for (round, is_member) in [(1, true), (2, false), (3, true)] {
+        for name in &names {
+            let mut change = MembersChange { from: Some(Seq::at(round)), ..MembersChange::default() };
+            if is_member { &mut change.add } else { &mut change.remove }.push(alice.clone());
+            let done = inbox.change_members(topic(name), change).await.unwrap();
+            assert!(matches!(done, MembersChanged::Done { .. }), "{done:?}");
+            let mut session = session.lock().await;
+            session.look(&inbox, &alice).await;
+            assert_eq!(session.topics.contains(&topic(name)), is_member, "{name} in round {round}");
+        }
+    }
+    looks.abort();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
