@@ -216,7 +216,9 @@ function why(status, user) {
   if (acked.length > 0 && without.length > 0) return [`acked on ${acked.join(', ')}, not on ${without.join(', ')}`, 'warn'];
   if (acked.length > 0) return ['acked', 'good'];
   if (!user.online) return ['waits: no device is online', 'warn'];
-  return ['waits: an online device has not acked it', 'warn'];
+  const here = status.devices.filter((device) => device.online);
+  if (here.every((device) => device.sent === false)) return ['waits: the device that is online has not acked what it was sent before, and is sent no more', 'warn'];
+  return ['sent, and no device has acked it yet', 'warn'];
 }
 
 function messageItem(message, status, user, asked) {
@@ -228,6 +230,7 @@ function messageItem(message, status, user, asked) {
   if (message.via) head.append(element('span', `by topic ${message.via}`));
   if (message.id !== undefined) head.append(element('span', `id ${message.id}`, { class: 'quiet' }));
   if (message.accepted_at) head.append(element('time', `accepted ${new Date(message.accepted_at).toLocaleString()}`));
+  if (message.expires_at) head.append(element('time', `kept until ${new Date(message.expires_at).toLocaleString()}`));
   if (message.traceparent) head.append(element('span', `trace ${message.traceparent.slice(3, 35)}`, { class: 'quiet' }));
   item.append(head);
   if (status instanceof Error) {
@@ -261,7 +264,8 @@ function verdictOf(user) {
   if (user.devices.length === 0) return `No device has ever connected as ${user.user}. Its messages wait until they expire. Is the name in the token the same?`;
   if (!user.online) return `No device of ${user.user} is online. It gets what waits when it connects.`;
   const behind = user.devices.filter((device) => device.lag > 0)
-    .map((device) => `${device.device}${device.connected_at ? '' : ', which is offline,'} has not acked ${device.lag}`);
+    .map((device) => `${device.device}${device.connected_at ? '' : ', which is offline,'} has ${device.acked === 0 ? 'never acked a message' : 'not acked'}`
+      + `${device.acked === 0 ? `: ${device.lag} wait` : ` ${device.lag} message${device.lag === 1 ? '' : 's'}`}`);
   if (behind.length > 0) return `${user.user} is online; ${behind.join('; ')}.`;
   return `${user.user} is online and has acked everything.`;
 }
@@ -300,18 +304,24 @@ async function look(name, which) {
     const status = await statusOf(name, which);
     const known = messages.find((message) => String(message.seq) === which || message.id === which);
     if (status instanceof Error && status.status === 404) {
-      items.push(element('li', `No message ${which} is stored for ${name}. Either it has expired and was removed, or it was never accepted: look at what the `
+      const why = user.head === null ? 'none was ever accepted' : 'either it has expired and was removed, or it was never accepted';
+      items.push(element('li', `No message ${which} is stored for ${name}: ${why}. Look at what the `
         + 'sender was answered. 401 and 403 are about its key (403 names the scope), 422 about its request, 429 about its rate.', { 'data-asked': '', 'data-tone': 'bad' }));
     } else {
       items.push(messageItem({ ...(status instanceof Error ? { seq: which } : status), payload: known?.payload }, status, user, true));
     }
   }
   const statuses = await Promise.all(messages.map((message) => statusOf(name, message.seq)));
-  for (let n = messages.length - 1; n >= 0; n -= 1) items.push(messageItem(messages[n], statuses[n], user, false));
+  for (let n = messages.length - 1; n >= 0; n -= 1) {
+    // The one that was asked for stands above already.
+    if (![String(messages[n].seq), messages[n].id].includes(which)) items.push(messageItem(messages[n], statuses[n], user, false));
+  }
   if (items.length === 0) items.push(element('li', unreadable || 'None: all have expired, or there never was one. One that has expired is still found by its id for a while.'));
   if (turn !== mine) return;
   $('verdict').textContent = verdictOf(user);
-  $('devices').replaceChildren(...user.devices.map(deviceRow));
+  const none = element('tr');
+  none.append(element('td', 'none has ever connected', { colspan: 6 }));
+  $('devices').replaceChildren(...user.devices.length > 0 ? user.devices.map(deviceRow) : [none]);
   $('messages').replaceChildren(...items);
   $('found').hidden = false;
   $('found').dataset.user = name;

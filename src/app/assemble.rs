@@ -177,7 +177,8 @@ impl App {
         let views = shared.membership.views();
         let dispatch = dispatch.unwrap_or_else(|| routers(views.clone(), Arc::clone(&shared.proofs)));
         let directory = Arc::new(Collects::new(Arc::clone(&shared.proofs)));
-        let writers = Writers::new(config.node.clone(), shared.colleagues.all(), directory);
+        let writers =
+            Writers::new(config.node.clone(), Arc::clone(&shared.colleagues), directory, &shared.metrics);
         let collect = Collect::start(
             opened.stores.clone(),
             shared.live.collect.clone(),

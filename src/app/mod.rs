@@ -63,6 +63,8 @@ pub use reload::{Reloader, SetLogLevel};
 use secure::Tls;
 use start::Prepared;
 
+/// How long Redis may take to hear that this process leaves the collects.
+const LEAVES_COLLEAGUES: Duration = Duration::from_secs(1);
 /// How long the last responses may take when the store has failed.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
 /// What a drain may take beyond its window: the last closes, the last cursors.
@@ -182,8 +184,8 @@ impl App {
         {
             tracing::warn!(%error, "leaving the registry failed; other processes see it when the lease ends");
         }
-        // New publishes to topics go to another collect from now on.
-        self.colleagues.leave().await;
+        // Others hand over no more publishes to topics once they have seen it, within two beats.
+        let _ = tokio::time::timeout(LEAVES_COLLEAGUES, self.colleagues.leave()).await;
         let how = if self.has_others() { Drain::Move(self.drain_window) } else { Drain::Close };
         let leaving = self.pushes.iter().map(|push| push.drain(how));
         let all = futures_util::future::join_all(leaving);

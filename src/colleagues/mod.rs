@@ -5,14 +5,15 @@
 //!
 //! - What it shows may be late, incomplete, or different in each process. Whoever acts on it must
 //!   be right nevertheless: a publish that two processes write is stored once, by its fence.
-//! - Who has joined is shown to others within two beats, and no longer shown one lease after its
-//!   last beat, or at once after it has left.
+//! - Who has joined is shown to others within two beats. It is no longer shown one lease after its
+//!   last beat, and within two beats after it has left, or rests.
 //! - A registry that cannot be reached changes nothing: what was last seen is shown on.
 //! - Joining and leaving raise no epoch: no user moves.
 
 pub mod redis;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt, ready};
 use tokio::sync::watch;
@@ -38,8 +39,14 @@ pub trait Colleagues: Send + Sync + 'static {
     /// Registers this process, and keeps it registered until it leaves.
     fn join(&self, own: Colleague);
 
-    /// Takes this process out. Resolves when the registry was told, or cannot be told.
+    /// Takes this process out for so long: what writes to its store fails.
+    fn rest(&self, length: Duration);
+
+    /// Takes this process out for good. Resolves when the registry was told, or cannot be told.
     fn leave(&self) -> BoxFuture<'_, ()>;
+
+    /// Whether this process takes publishes of others: it does not rest, and has not left.
+    fn is_there(&self) -> bool;
 }
 
 /// A process that has no colleagues: there is no registry.
@@ -61,7 +68,13 @@ impl Colleagues for Alone {
 
     fn join(&self, _: Colleague) {}
 
+    fn rest(&self, _: Duration) {}
+
     fn leave(&self) -> BoxFuture<'_, ()> {
         ready(()).boxed()
+    }
+
+    fn is_there(&self) -> bool {
+        true
     }
 }

@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::{Colleague, Colleagues};
 use crate::backoff::around;
@@ -39,7 +40,8 @@ struct Inner {
     beat: Duration,
     entries: EntryKey,
     own: Mutex<Option<Colleague>>,
-    joined: Notify,
+    rests_until: Mutex<Option<Instant>>,
+    hurry: Notify,
     /// Held while Redis is told something, so that no beat follows a leave.
     turn: tokio::sync::Mutex<()>,
     all: watch::Sender<Arc<[Colleague]>>,
@@ -72,7 +74,8 @@ impl RedisColleagues {
             beat,
             entries,
             own: Mutex::new(None),
-            joined: Notify::new(),
+            rests_until: Mutex::new(None),
+            hurry: Notify::new(),
             turn: tokio::sync::Mutex::default(),
             all: watch::Sender::new(Arc::default()),
         });
@@ -106,10 +109,18 @@ impl Inner {
         serde_json::to_string(&Stored { incarnation: own.incarnation, peer, proof }).unwrap_or_default()
     }
 
+    fn rests(&self) -> bool {
+        self.rests_until.lock().is_some_and(|until| Instant::now() < until)
+    }
+
     async fn beat(&self) {
         let _turn = self.turn.lock().await;
         let own = self.own.lock().clone();
-        let act = if own.is_some() { "stay" } else { "look" };
+        let act = match (&own, self.rests()) {
+            (Some(_), false) => "stay",
+            (Some(_), true) => "leave",
+            (None, _) => "look",
+        };
         match self.tell(act, own.as_ref()).await {
             Ok(all) => {
                 self.all.send_if_modified(|known| {
@@ -148,7 +159,7 @@ async fn keep_beating(inner: Arc<Inner>) {
     loop {
         inner.beat().await;
         let next = around(inner.beat, JITTER, &mut rand::rng());
-        let _ = tokio::time::timeout(next, inner.joined.notified()).await;
+        let _ = tokio::time::timeout(next, inner.hurry.notified()).await;
     }
 }
 
@@ -159,7 +170,18 @@ impl Colleagues for RedisColleagues {
 
     fn join(&self, own: Colleague) {
         *self.inner.own.lock() = Some(own);
-        self.inner.joined.notify_one();
+        self.inner.hurry.notify_one();
+    }
+
+    fn rest(&self, length: Duration) {
+        let before = self.inner.rests_until.lock().replace(Instant::now() + length);
+        if before.is_none_or(|until| until <= Instant::now()) {
+            self.inner.hurry.notify_one();
+        }
+    }
+
+    fn is_there(&self) -> bool {
+        self.inner.own.lock().is_some() && !self.inner.rests()
     }
 
     fn leave(&self) -> BoxFuture<'_, ()> {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::http::{PublishError, Stored, TopicOutcome};
+use super::http::{EXCEPT_PER_PUBLISH, PublishError, Stored, TopicOutcome};
 use super::peer::{LiveMessage, LogHint, Presence, Revocation, TopicWrite, TopicWritten, ViewVersion};
 use crate::message::{
     ClientName, DeviceId, EventName, LogEntry, LogId, Message, MessageId, Millis, NodeId, Seq, TopicName,
@@ -117,7 +117,12 @@ impl TryFrom<peer::TopicWrite> for TopicWrite {
             trace: trace_of(write.traceparent),
             payload: write.payload,
             ttl_s: write.ttl_s,
-            except: write.except.iter().map(|user| user_of(user)).collect::<Result<_, _>>()?,
+            except: Some(&write.except)
+                .filter(|except| except.len() <= EXCEPT_PER_PUBLISH)
+                .ok_or(ProtoError("except"))?
+                .iter()
+                .map(|user| user_of(user))
+                .collect::<Result<_, _>>()?,
             left: Duration::from_millis(write.left_ms),
         })
     }
@@ -394,5 +399,52 @@ mod tests {
         let above = peer::Live { seq: 1 << 53, id: "m".into(), user: "a".into(), ..Default::default() };
         assert_eq!(LiveMessage::try_from(above).unwrap_err(), ProtoError("seq"));
         assert_eq!(ViewVersion::from(None), ViewVersion::default());
+    }
+
+    fn user(name: &str) -> UserId {
+        UserId::parse(name).unwrap()
+    }
+
+    #[test]
+    fn a_publish_to_a_topic_and_its_outcome_come_back_as_they_were() {
+        let write = TopicWrite {
+            log: LogId::Topic(TopicName::parse("news").unwrap()),
+            id: MessageId::parse("order-17").unwrap(),
+            append_id: "01K0000000000000000000000".into(),
+            accepted_at: Millis(5),
+            event: EventName::parse("paid").ok(),
+            trace: TraceParent::parse("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+                .map(Arc::new),
+            payload: Bytes::from_static(b"[1]"),
+            ttl_s: Some(60),
+            except: vec![user("alice")],
+            left: Duration::from_millis(9_500),
+        };
+        let sent = peer::TopicWrite::from(&write);
+        let back = TopicWrite::try_from(sent.clone()).unwrap();
+        assert_eq!(format!("{back:?}"), format!("{write:?}"));
+        let many = vec!["bob".to_owned(); EXCEPT_PER_PUBLISH + 1];
+        for bad in [
+            peer::TopicWrite { log: None, ..sent.clone() },
+            peer::TopicWrite { append_id: String::new(), ..sent.clone() },
+            peer::TopicWrite { append_id: "a".repeat(APPEND_ID_MAX + 1), ..sent.clone() },
+            peer::TopicWrite { except: many, ..sent.clone() },
+            peer::TopicWrite { id: "\n".to_owned(), ..sent.clone() },
+        ] {
+            assert!(TopicWrite::try_from(bad).is_err());
+        }
+        let refusal = PublishError { status: 409, detail: "other payload".to_owned() };
+        let outcomes: [TopicWritten; 3] = [
+            Ok(TopicOutcome::Log(Stored { seq: Seq::at(7), duplicate: true })),
+            Ok(TopicOutcome::Members { members: 2, failed: vec![(user("bob"), refusal.clone())] }),
+            Err(refusal),
+        ];
+        for outcome in outcomes {
+            let sent = peer::WriteAnswer::from(&outcome);
+            assert_eq!(TopicWritten::try_from(sent).unwrap(), outcome);
+        }
+        let received = peer::write_answer::Answer::Received(peer::Received {});
+        assert!(TopicWritten::try_from(peer::WriteAnswer { answer: Some(received) }).is_err());
+        assert!(PublishError::try_from(peer::Refusal { status: 202, detail: String::new() }).is_err());
     }
 }

@@ -136,7 +136,7 @@ const steps = {
     const [first, second] = [await publish('sam'), await publish('sam')];
     assert.ok(second > first);
     const { verdict, messages, devices } = await until(page, 'sam', '', ({ messages }) => messages[1]?.includes('sent, not acked yet'));
-    assert.match(verdict, /sam is online; phone has not acked 2/);
+    assert.match(verdict, /sam is online; phone has never acked a message: 2 wait/);
     assert.match(messages[0], /phone: online, not sent yet: it reads slowly \(2 not acked\)/);
     assert.match(devices[0], /shop-app\/3.1/);
   },
@@ -146,7 +146,7 @@ const steps = {
     await wasHere('dora', 'phone');
     const seq = await publish('dora');
     const { messages, verdict } = await until(page, 'dora', String(seq), ({ messages }) => messages[0]?.includes('not on phone'));
-    assert.match(verdict, /dora is online; phone, which is offline, has not acked 1\./);
+    assert.match(verdict, /dora is online; phone, which is offline, has not acked 1 message\./);
     assert.match(messages[0], /acked on desktop, not on phone.*phone: offline/);
   },
 

@@ -4,6 +4,8 @@
 use std::sync::Arc;
 
 use ringpush::clock::Clock;
+use ringpush::colleagues::redis::RedisColleagues;
+use ringpush::colleagues::{Colleague, Colleagues};
 use ringpush::fallback::conformance as fallback_contract;
 use ringpush::fallback::redis::RedisFallback;
 use ringpush::fallback::{Fallback, Holder, Which};
@@ -279,4 +281,55 @@ async fn entries_of_a_dead_holder_end_with_its_lease() {
     assert_eq!(redis_cli(redis.port, &["keys", "*users*"]), "");
     assert_eq!(own.keep(&holder).await.unwrap(), 0, "what was lost shows in the size");
     eventually("the bitmap is back with the next beat", async || !router.hints().empty).await;
+}
+
+fn names(all: &[Colleague]) -> Vec<String> {
+    all.iter().map(|one| one.node.to_string()).collect()
+}
+
+async fn sees(by: &RedisColleagues, expected: &[&str]) {
+    let mut all = by.all();
+    let found = all.wait_for(|all| names(all) == expected);
+    tokio::time::timeout(DEADLINE, found).await.expect("they are seen").unwrap();
+}
+
+/// The contract of `colleagues`, with the times of the tests.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn collects_see_one_another_come_rest_leave_and_die() {
+    let redis = redis(&[]).await;
+    let url = format!("redis://127.0.0.1:{}", redis.port);
+    let start = || RedisColleagues::start(link(&url), "test", times().lease, times().beat, entries());
+    let join = |one: &RedisColleagues, n: u64| {
+        let (node, peer) = (NodeId::parse(&format!("collect-{n}")).unwrap(), format!("127.0.0.1:{n}").into());
+        one.join(Colleague { node, incarnation: n, peer });
+    };
+    let [one, two, three] = [start(), start(), start()];
+    for (n, who) in [&one, &two, &three].into_iter().enumerate() {
+        assert!(!who.is_there());
+        join(who, n as u64 + 1);
+    }
+    let all = ["collect-1", "collect-2", "collect-3"];
+    for who in [&one, &two, &three] {
+        sees(who, &all).await;
+        assert!(who.is_there());
+    }
+    two.rest(times().lease);
+    assert!(!two.is_there());
+    sees(&one, &["collect-1", "collect-3"]).await;
+    sees(&one, &all).await;
+    three.leave().await;
+    assert!(!three.is_there());
+    sees(&one, &["collect-1", "collect-2"]).await;
+    // One that dies tells nobody.
+    drop(two);
+    sees(&one, &["collect-1"]).await;
+    // A registry that has lost everything is told again.
+    join(&three, 3);
+    sees(&one, &["collect-1", "collect-3"]).await;
+    redis_cli(redis.port, &["FLUSHALL"]);
+    eventually("both are there again", async || {
+        redis_cli(redis.port, &["ZCARD", "{test}:colleagues"]).trim() == "2"
+    })
+    .await;
+    sees(&one, &["collect-1", "collect-3"]).await;
 }

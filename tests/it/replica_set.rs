@@ -9,7 +9,7 @@ use bytes::Bytes;
 use ringpush::clock::Clock;
 use ringpush::inbox::conformance::{Bench, suite};
 use ringpush::inbox::mongo::{MongoInbox, MongoTimes, OpenError};
-use ringpush::inbox::{Append, Appended, Inbox, Janitor, Logs, PageLimit};
+use ringpush::inbox::{Append, Appended, Inbox, InboxError, Janitor, Logs, PageLimit};
 use ringpush::message::{MessageId, Millis, Seq, UserId};
 
 use ringpush_testing::foreign::{Foreign, ReplicaSet, mongod_path};
@@ -43,6 +43,43 @@ pub(crate) fn item(user: &UserId, id: &str, ttl_ms: u64) -> Append {
         via: None,
         payload: Bytes::from(format!("{id:?}")),
     }
+}
+
+/// Two processes try the same append, because the answer of one was lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_append_that_two_processes_try_is_stored_once_and_is_a_repeat_for_neither() {
+    let set = ReplicaSet::start(1).await;
+    let one = open(&set.uri(), "twice", MongoTimes::default(), Clock::system()).await;
+    let two = open(&set.uri(), "twice", MongoTimes::default(), Clock::system()).await;
+    let user = users("both", 1).remove(0);
+    let stored = |outcome: &Result<Appended, InboxError>| match outcome {
+        Ok(Appended::Stored(message)) => message.seq,
+        other => panic!("{other:?}"),
+    };
+    let named =
+        |id: &str, append_id: &str| Append { append_id: Some(append_id.into()), ..item(&user, id, 60_000) };
+    let mut last = None;
+    for round in 0..10 {
+        let (id, append_id) = (format!("order-{round}"), format!("append-{round}"));
+        let append = named(&id, &append_id);
+        // Something of one's own before it, so that the other one's number is taken.
+        one.append(vec![item(&user, &format!("before-{round}"), 60_000)]).await;
+        let (first, second) = if round % 2 == 0 {
+            tokio::join!(one.append(vec![append.clone()]), two.append(vec![append.clone()]))
+        } else {
+            (one.append(vec![append.clone()]).await, two.append(vec![append.clone()]).await)
+        };
+        let seq = stored(&first[0]);
+        assert_eq!(stored(&second[0]), seq);
+        // The same id in another publish is a repeat.
+        let again = two.append(vec![named(&id, "another")]).await;
+        assert_eq!(again[0], Ok(Appended::Duplicate(seq)));
+        assert!(last.is_none_or(|last| seq > last));
+        last = Some(seq);
+    }
+    let all = PageLimit { messages: 100, bytes: 1 << 20 };
+    let page = one.page(user, Seq::BEGINNING, all).await.unwrap();
+    assert_eq!(page.messages.len(), 20);
 }
 
 /// What one writer was promised: for each user the numbers with their ids.

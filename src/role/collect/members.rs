@@ -31,6 +31,9 @@ const INLINE: usize = 23;
 const SEARCHED: usize = 1_000;
 /// For how long it is believed that a topic has a log.
 const BELIEVED: Duration = Duration::from_secs(10);
+/// What a sender is told when the store cannot be read.
+pub(super) const UNREAD: &str =
+    "the members of the topic cannot be read now; a repeat is safe under an id of your own";
 /// Near names that are told.
 const TOLD: usize = 3;
 /// How near a name must be: from 0.0, nothing in common, to 1.0, the same (Jaro-Winkler).
@@ -86,7 +89,7 @@ impl MemberLists {
             open: at_start.open.clone(),
             limits,
             lists,
-            reads: Reads::default(),
+            reads: Reads::new(|| Err(refusal(503, "this process is stopping"))),
             have_logs: Cache::new(LISTS),
         }
     }
@@ -172,12 +175,16 @@ impl MemberLists {
             found = self.topics.recipients(name.clone(), version).await.map_err(|error| unread(&error))?;
         }
         match found {
-            TopicRecipients::NoTopic => Ok(None),
+            TopicRecipients::NoTopic => {
+                self.have_logs.remove(name);
+                Ok(None)
+            }
             TopicRecipients::Log(topic) => {
                 self.have_logs.insert(name.clone(), Instant::now());
                 Ok(Some(Found { topic, members: None }))
             }
             TopicRecipients::Read(topic, users) => {
+                self.have_logs.remove(name);
                 let list = List { version: topic.version, users: users.into() };
                 self.lists.insert(name.clone(), list.clone());
                 Ok(Some(Found { topic, members: Some(list.users) }))
@@ -214,5 +221,5 @@ fn no_topic(name: &TopicName) -> String {
 
 fn unread(error: &InboxError) -> PublishError {
     tracing::warn!(%error, "the members of a topic could not be read");
-    refusal(503, "the members of the topic cannot be read now; a repeat is safe under an id of your own")
+    refusal(503, UNREAD)
 }

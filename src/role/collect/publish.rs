@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
-use super::members::Found;
+use super::members::{Found, UNREAD};
 use super::writers::Handed;
 use super::{Collect, refusal};
 use crate::colleagues::Colleague;
@@ -24,6 +24,12 @@ use crate::wire::peer::{PeerError, Received, TopicWrite, TopicWritten};
 /// Deadline of a publish, after which it is answered 503. The message may be stored nevertheless; a
 /// repeat is safe.
 pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(10);
+/// What a sender is told when the store fails, or does not answer.
+const NOT_STORED: &str = "the message could not be stored; a repeat is safe under an id of your own";
+const NO_ANSWER: &str = "the store did not answer in time; a repeat is safe under an id of your own";
+/// How long after its acceptance a publish is still taken from another collect, in seconds: its
+/// deadline, and how far clocks may differ.
+const LATEST_TAKEN_S: u64 = PUBLISH_DEADLINE.as_secs() + 2;
 /// Most recipients of one request, the members of its topics counted.
 pub const REQUEST_RECIPIENTS: usize = 10_000;
 /// Members whose messages wait to be stored at the same time, of one publish.
@@ -249,7 +255,7 @@ impl Collect {
             Recipients::Topics { except, .. } => except,
             _ => Vec::new(),
         };
-        let publish = TopicPublish {
+        let mut publish = TopicPublish {
             draft: Draft {
                 id: publish.id.unwrap_or_else(new_id),
                 // It may be repeated under its id, also one that was made for it.
@@ -257,7 +263,7 @@ impl Collect {
                 accepted_at: self.inner.clock.now(),
                 event: publish.event,
                 trace: publish.trace,
-                append_id: Some(ulid::Ulid::generate().to_string().into()),
+                append_id: None,
             },
             payload: publish.payload,
             ttl_s: publish.ttl_s,
@@ -266,6 +272,8 @@ impl Collect {
         };
         let mut topics = Vec::with_capacity(groups.len());
         for (name, way) in groups {
+            // One that is named twice is a repeat the second time.
+            publish.draft.append_id = Some(ulid::Ulid::generate().to_string().into());
             let outcome = match way {
                 Ok(way) => self.write(&publish, &name, way).await,
                 Err(refusal) => Err(refusal),
@@ -280,6 +288,12 @@ impl Collect {
 
     /// Has a publish to a topic written by the collect that it belongs to, or writes it here.
     async fn write(&self, publish: &TopicPublish, log: &LogId, way: Way) -> TopicWritten {
+        if Instant::now() >= publish.deadline {
+            return Err(refusal(
+                503,
+                "there was no time left for this topic; a repeat under this id is safe",
+            ));
+        }
         if let Some(writer) = self.inner.writers.of(log)
             && let Some(written) = self.hand(publish, log, &writer).await
         {
@@ -302,6 +316,11 @@ impl Collect {
         let writers = &self.inner.writers;
         let Handed::Received(received) = writers.hand(writer, publish.handed(log)).await else { return None };
         match tokio::time::timeout_at(publish.deadline, received.0).await {
+            // Its store may be away where this one's is not.
+            Ok(Ok(Err(refusal))) if refusal.status == 503 => {
+                writers.pass_over(writer, &refusal.detail);
+                None
+            }
             Ok(Ok(written)) => Some(written),
             Ok(Err(fault)) => {
                 writers.pass_over(writer, &fault.to_string());
@@ -336,9 +355,23 @@ impl Collect {
                 except: write.except,
                 deadline,
             };
+            // Its sender was answered long ago, and the topic may have been removed and made anew
+            // since.
+            let is_late = this.inner.clock.now() > write.accepted_at.plus_seconds(LATEST_TAKEN_S);
+            if is_late || write.left.is_zero() {
+                return Err(refusal(503, "the publish comes too late; a repeat under its id is safe"));
+            }
             let mut lists = Lists { deadline, ..Lists::default() };
-            let way = this.way_of(&write.log, publish.ttl_s, &publish.except, &mut lists).await?;
-            this.write_here(&publish, &write.log, way).await
+            let written = match this.way_of(&write.log, publish.ttl_s, &publish.except, &mut lists).await {
+                Ok(way) => this.write_here(&publish, &write.log, way).await,
+                Err(refusal) => Err(refusal),
+            };
+            let is_of_store =
+                |refusal: &PublishError| [NOT_STORED, NO_ANSWER, UNREAD].contains(&refusal.detail.as_str());
+            if written.as_ref().is_err_and(is_of_store) {
+                this.inner.writers.rest();
+            }
+            written
         });
         let stopping = || PeerError::Unavailable("this process is stopping".to_owned());
         Received(async move { raised_or_else(writing.await.map(Ok), || Err(stopping())) }.boxed())
@@ -574,11 +607,9 @@ async fn wait_until(deadline: Instant, receipt: PendingReceipt) -> Outcome {
         }
         Ok(Ok(Err(error))) => {
             tracing::warn!(%error, "a message could not be stored");
-            Err(refusal(503, "the message could not be stored; a repeat is safe under an id of your own"))
+            Err(refusal(503, NOT_STORED))
         }
         Ok(Err(_)) => Err(refusal(503, "the server is stopping; a repeat is safe under an id of your own")),
-        Err(_) => {
-            Err(refusal(503, "the store did not answer in time; a repeat is safe under an id of your own"))
-        }
+        Err(_) => Err(refusal(503, NO_ANSWER)),
     }
 }

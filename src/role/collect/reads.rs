@@ -1,18 +1,26 @@
 //! Reads of one thing that many ask for at the same time. Each is answered by a read that began
 //! after it had asked, and one such read answers all who wait for it.
+//!
+//! A read is a task of its own: it goes on to its end when nobody waits for it any more. Half a
+//! read would keep its connection to the store.
 
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::sync::Arc;
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 
+use crate::tasks::raised_or_else;
+
 type Read<T> = Shared<BoxFuture<'static, T>>;
 
 /// The reads under way, by what is read.
 pub(super) struct Reads<K, T: Clone> {
-    under_way: Mutex<HashMap<K, Turn<T>>>,
+    under_way: Arc<Mutex<HashMap<K, Turn<T>>>>,
+    /// What stands for the outcome of a read that was cancelled, because the process ends.
+    cancelled: fn() -> T,
 }
 
 /// A read that has begun, and the one after it, which begins when that one has ended.
@@ -21,58 +29,65 @@ struct Turn<T: Clone> {
     next: Option<Read<T>>,
 }
 
-impl<K, T: Clone> Default for Reads<K, T> {
-    fn default() -> Self {
-        Self { under_way: Mutex::default() }
+/// Takes a turn out when its last read has ended, however it ended.
+struct Ends<K: Eq + Hash, T: Clone> {
+    under_way: Arc<Mutex<HashMap<K, Turn<T>>>>,
+    of: K,
+}
+
+impl<K: Eq + Hash, T: Clone> Drop for Ends<K, T> {
+    fn drop(&mut self) {
+        let mut under_way = self.under_way.lock();
+        if let Some(turn) = under_way.get_mut(&self.of) {
+            match turn.next.take() {
+                Some(next) => turn.running = next,
+                None => drop(under_way.remove(&self.of)),
+            }
+        }
     }
 }
 
-impl<K: Eq + Hash + Clone, T: Clone + Send + Sync + 'static> Reads<K, T> {
+impl<K: Eq + Hash + Clone + Send + 'static, T: Clone + Send + Sync + 'static> Reads<K, T> {
+    pub(super) fn new(cancelled: fn() -> T) -> Self {
+        Self { under_way: Arc::default(), cancelled }
+    }
+
     /// The outcome of a read that begins now or later: one that `read` makes, or one that another
     /// caller waits for and that has not begun.
     pub(super) async fn get(&self, of: &K, read: impl FnOnce() -> BoxFuture<'static, T>) -> T {
-        let outcome = self.turn(of, read).await;
-        let mut under_way = self.under_way.lock();
-        if under_way.get(of).is_some_and(Turn::is_over) {
-            under_way.remove(of);
-        }
-        outcome
+        self.turn(of, read).await
     }
 
     fn turn(&self, of: &K, read: impl FnOnce() -> BoxFuture<'static, T>) -> Read<T> {
         let mut under_way = self.under_way.lock();
-        let Some(turn) = under_way.get_mut(of) else {
-            let running = read().shared();
-            under_way.insert(of.clone(), Turn { running: running.clone(), next: None });
-            return running;
-        };
-        if turn.running.peek().is_some()
-            && let Some(next) = turn.next.take()
-        {
-            // It may have begun.
-            turn.running = next;
-        }
-        if turn.running.peek().is_some() {
-            turn.running = read().shared();
-            return turn.running.clone();
-        }
-        let running = turn.running.clone();
-        let next = turn.next.get_or_insert_with(|| {
-            let read = read();
-            async move {
-                running.await;
-                read.await
+        match under_way.get_mut(of) {
+            None => {
+                let running = self.begin(of, None, read());
+                under_way.insert(of.clone(), Turn { running: running.clone(), next: None });
+                running
             }
-            .boxed()
-            .shared()
-        });
-        next.clone()
+            Some(Turn { next: Some(next), .. }) => next.clone(),
+            Some(turn) => {
+                let next = self.begin(of, Some(turn.running.clone()), read());
+                turn.next = Some(next.clone());
+                next
+            }
+        }
     }
-}
 
-impl<T: Clone> Turn<T> {
-    fn is_over(&self) -> bool {
-        self.running.peek().is_some() && self.next.as_ref().is_none_or(|next| next.peek().is_some())
+    /// Begins a read, behind another one. It takes its place in the turn when that one has ended:
+    /// until then it has read nothing.
+    fn begin(&self, of: &K, behind: Option<Read<T>>, read: BoxFuture<'static, T>) -> Read<T> {
+        let ends = Ends { under_way: Arc::clone(&self.under_way), of: of.clone() };
+        let task = tokio::spawn(async move {
+            if let Some(behind) = behind {
+                behind.await;
+            }
+            let _ends = ends;
+            read.await
+        });
+        let cancelled = self.cancelled;
+        async move { raised_or_else(task.await, cancelled) }.boxed().shared()
     }
 }
 
@@ -94,7 +109,11 @@ mod tests {
 
     impl Bench {
         fn new() -> Self {
-            Self { reads: Arc::default(), begun: Arc::default(), permits: Arc::new(Semaphore::new(0)) }
+            Self {
+                reads: Arc::new(Reads::new(|| 0)),
+                begun: Arc::default(),
+                permits: Arc::new(Semaphore::new(0)),
+            }
         }
 
         fn ask(&self, of: u8) -> tokio::task::JoinHandle<usize> {
@@ -144,15 +163,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_gives_up_holds_up_nobody() {
+    async fn a_read_goes_on_to_its_end_when_nobody_waits_for_it() {
         let bench = Bench::new();
         let first = bench.ask(1);
         bench.settle().await;
         let second = bench.ask(1);
         bench.settle().await;
         first.abort();
-        bench.settle().await;
+        second.abort();
         bench.permits.add_permits(2);
-        assert_eq!(second.await.unwrap(), 2, "after the first, which is read to its end");
+        bench.settle().await;
+        assert_eq!(bench.begun.load(Ordering::SeqCst), 2);
+        assert!(bench.reads.under_way.lock().is_empty());
+        assert_eq!(bench.permits.available_permits(), 0);
     }
 }

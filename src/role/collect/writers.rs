@@ -2,32 +2,47 @@
 //! from everywhere, so that writers do not take each other's numbers. Where two disagree about who
 //! it is, the fence of the id decides, as ever.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use prometheus_client::metrics::counter::Counter;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use tower::ServiceExt;
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::colleagues::Colleague;
+use crate::colleagues::{Colleague, Colleagues};
 use crate::inbox::logs::key;
 use crate::message::{LogId, NodeId};
 use crate::role::WriterDirectory;
+use crate::telemetry::Metrics;
 use crate::wire::peer::{Received, TopicWrite};
 
 /// How long the receipt of a publish may take.
 const RECEIPT: Duration = Duration::from_millis(100);
+/// Publishes under way to other collects, fewer than an HTTP/2 connection has streams. Beyond, they
+/// are written here.
+const AT_ONCE: usize = 500;
+/// How long this process leaves its topics to others after its store has refused a write.
+const REST: Duration = Duration::from_secs(30);
+/// Names of collects that are remembered, so that each is logged once.
+const TOLD_MAX: usize = 1_000;
 /// How long a collect is passed over that has not received one in time.
 const PASSED_OVER: Duration = Duration::from_secs(1);
 
 /// The collects that write to topics, as one of them sees them.
 pub struct Writers {
     own: NodeId,
+    colleagues: Arc<dyn Colleagues>,
     all: watch::Receiver<Arc<[Colleague]>>,
     directory: Arc<dyn WriterDirectory>,
+    /// Publishes that are handed over at the same time.
+    room: Semaphore,
+    not_received: Counter,
+    /// Whose refusals were logged already.
+    told: Mutex<HashSet<NodeId>>,
     /// Until when a process is passed over.
     passed_over: Mutex<HashMap<NodeId, Instant>>,
 }
@@ -45,10 +60,30 @@ impl Writers {
     #[must_use]
     pub fn new(
         own: NodeId,
-        all: watch::Receiver<Arc<[Colleague]>>,
+        colleagues: Arc<dyn Colleagues>,
         directory: Arc<dyn WriterDirectory>,
+        metrics: &Metrics,
     ) -> Self {
-        Self { own, all, directory, passed_over: Mutex::default() }
+        let not_received = Counter::default();
+        let help =
+            "Publishes to topics that another collect did not take in time, and that were written here";
+        metrics.register(|r| r.register("not_handed_over", help, not_received.clone()));
+        Self {
+            own,
+            all: colleagues.all(),
+            colleagues,
+            directory,
+            room: Semaphore::new(AT_ONCE),
+            not_received,
+            told: Mutex::default(),
+            passed_over: Mutex::default(),
+        }
+    }
+
+    /// The store of this process does not take what is written to topics: others are to do it for
+    /// a while.
+    pub(super) fn rest(&self) {
+        self.colleagues.rest(REST);
     }
 
     /// The collect that writes to a log, or to the members of a topic; `None` if it is this one.
@@ -62,13 +97,15 @@ impl Writers {
         let passed_over = self.passed_over.lock();
         let is_passed_over = |one: &Colleague| passed_over.get(&one.node).is_some_and(|until| now < *until);
         let others = all.iter().filter(|one| one.node != self.own && !is_passed_over(one));
-        let names = others.clone().map(|one| &one.node).chain([&self.own]);
+        let own = self.colleagues.is_there().then_some(&self.own);
+        let names = others.clone().map(|one| &one.node).chain(own);
         let chosen = chosen(log, names)?;
         others.clone().find(|one| one.node == *chosen).cloned()
     }
 
     /// Hands a publish to the collect that it belongs to.
     pub(super) async fn hand(&self, to: &Colleague, write: TopicWrite) -> Handed {
+        let Ok(_room) = self.room.try_acquire() else { return Handed::NotReceived };
         let Some(service) = self.directory.find(to) else { return self.not_received(to, "no address") };
         match tokio::time::timeout(RECEIPT, service.oneshot(write)).await {
             Ok(Ok(received)) => Handed::Received(received),
@@ -84,6 +121,18 @@ impl Writers {
 
     /// For a moment nothing is handed to this collect.
     pub(super) fn pass_over(&self, one: &Colleague, why: &str) {
+        self.not_received.inc();
+        let mut told = self.told.lock();
+        if told.len() < TOLD_MAX && told.insert(one.node.clone()) {
+            tracing::warn!(
+                node = %one.node,
+                peer = &*one.peer,
+                why,
+                "a collect does not take publishes to topics, which are written here: check its peer.advertise and \
+                 peer.listen, that peer.secret is the same everywhere, and its store"
+            );
+        }
+        drop(told);
         tracing::debug!(node = %one.node, why, "a collect does not take a publish to a topic; it is written here");
         let now = Instant::now();
         let mut passed_over = self.passed_over.lock();

@@ -38,7 +38,7 @@ pub fn routes(
     }
     if let Some(role) = collect {
         routes = routes
-            .add_service(CollectServer::new(CollectPeer { role }).max_decoding_message_size(MESSAGE_MAX));
+            .add_service(CollectServer::new(CollectPeer { role }).max_decoding_message_size(PUBLISH_MAX));
     }
     let routes = routes.prepare();
     tower::service_fn(move |request: http::Request<Incoming>| {
@@ -130,6 +130,9 @@ impl Dispatch for DispatchPeer {
         Ok(Response::new(message::Taken::default()))
     }
 }
+
+/// Largest publish to a topic that is taken from another collect: its payload, and names.
+const PUBLISH_MAX: usize = 4 * 1024 * 1024;
 
 struct CollectPeer {
     role: Service<TopicWrite, Received>,
