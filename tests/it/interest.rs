@@ -71,7 +71,9 @@ async fn a_message_to_a_topic_goes_to_the_nodes_that_read_it() {
         spared().await >= before + 20.0
     })
     .await;
-    assert_eq!(found().await, missed, "none of them was found by a look");
+    // The tails look, too, because the registry has begun anew, and may find one that is on its way.
+    let by_looks = found().await - missed;
+    assert!(by_looks <= 2.0, "{by_looks} of at least 20 were found by a look, and not told");
     // Others on other nodes begin to read it, and get what comes from then on.
     let mut others = Vec::new();
     for other in 0..6 {
@@ -93,7 +95,9 @@ async fn a_message_to_a_topic_goes_to_the_nodes_that_read_it() {
         reaches(&cluster, &mut all, n).await;
     }
     assert!(spared().await < before + 40.0, "more than one node reads it now");
-    assert_eq!(found().await, missed);
+    // A tail that has just begun looks once more, and may find one for all of its sockets.
+    let by_looks = found().await - missed;
+    assert!(by_looks <= 7.0, "{by_looks} of 140 deliveries were found by a look, and not told");
     drop((alice, others));
     cluster.nothing_is_left().await;
 }
