@@ -71,7 +71,7 @@ async fn a_message_to_a_topic_goes_to_the_nodes_that_read_it() {
         spared().await >= before + 20.0
     })
     .await;
-    // The tails look, too, because the registry has begun anew, and may find one that is on its way.
+    // The tails look, too, because the registry has begun anew, and may find one on its way.
     let by_looks = found().await - missed;
     assert!(by_looks <= 2.0, "{by_looks} of at least 20 were found by a look, and not told");
     // Others on other nodes begin to read it, and get what comes from then on.
