@@ -314,7 +314,9 @@ impl Collect {
     /// written here then, and if it was written there, too, it is stored once, by its fence.
     async fn hand(&self, publish: &TopicPublish, log: &LogId, writer: &Colleague) -> Option<TopicWritten> {
         let writers = &self.inner.writers;
-        let Handed::Received(received) = writers.hand(writer, publish.handed(log)).await else { return None };
+        let Handed::Received(received, _room) = writers.hand(writer, publish.handed(log)).await else {
+            return None;
+        };
         match tokio::time::timeout_at(publish.deadline, received.0).await {
             // Its store may be away where this one's is not.
             Ok(Ok(Err(refusal))) if refusal.status == 503 => {

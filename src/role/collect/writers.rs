@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio::time::Instant;
 use tower::ServiceExt;
 use xxhash_rust::xxh3::Xxh3;
@@ -48,9 +48,9 @@ pub struct Writers {
 }
 
 /// What became of a publish that belongs to another collect.
-pub(super) enum Handed {
-    /// It was received there.
-    Received(Received),
+pub(super) enum Handed<'a> {
+    /// It was received there. Its place among those under way is kept until its outcome is known.
+    Received(Received, SemaphorePermit<'a>),
     /// It was not received in time, and is to be written here.
     NotReceived,
 }
@@ -104,17 +104,17 @@ impl Writers {
     }
 
     /// Hands a publish to the collect that it belongs to.
-    pub(super) async fn hand(&self, to: &Colleague, write: TopicWrite) -> Handed {
-        let Ok(_room) = self.room.try_acquire() else { return Handed::NotReceived };
+    pub(super) async fn hand(&self, to: &Colleague, write: TopicWrite) -> Handed<'_> {
+        let Ok(room) = self.room.try_acquire() else { return Handed::NotReceived };
         let Some(service) = self.directory.find(to) else { return self.not_received(to, "no address") };
         match tokio::time::timeout(RECEIPT, service.oneshot(write)).await {
-            Ok(Ok(received)) => Handed::Received(received),
+            Ok(Ok(received)) => Handed::Received(received, room),
             Ok(Err(fault)) => self.not_received(to, &fault.to_string()),
             Err(_) => self.not_received(to, "no receipt in time"),
         }
     }
 
-    fn not_received(&self, by: &Colleague, why: &str) -> Handed {
+    fn not_received(&self, by: &Colleague, why: &str) -> Handed<'_> {
         self.pass_over(by, why);
         Handed::NotReceived
     }
