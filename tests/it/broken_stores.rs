@@ -50,6 +50,75 @@ async fn connect(server: &Server, user: &str, query: &str) -> Socket {
     Socket::open(&format!("ws://{}/v1/ws{query}", server.at("push")), Some(&token)).await
 }
 
+/// Puts a backup in the place of what is stored, at one moment.
+async fn put_back(set: &ReplicaSet, backup: &[Document]) {
+    let client = mongodb::Client::with_uri_str(set.uri()).await.unwrap();
+    let stored = client.database("ringpush").collection::<Document>("inbox");
+    let put = async || {
+        let mut session = client.start_session().await?;
+        session.start_transaction().await?;
+        stored.delete_many(doc! {}).session(&mut session).await?;
+        stored.insert_many(backup).session(&mut session).await?;
+        session.commit_transaction().await
+    };
+    // The server raises the pulse of its marker meanwhile, which may end the transaction.
+    let is_put = async || match put().await {
+        Ok(()) => true,
+        Err(error) if error.contains_label(mongodb::error::TRANSIENT_TRANSACTION_ERROR) => false,
+        Err(error) => panic!("{error}"),
+    };
+    eventually("the backup is put back", is_put).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_restored_while_no_process_runs_is_all_there() {
+    let set = ReplicaSet::start(1).await;
+    let stored = inbox_of(&set).await;
+    let mut server = Server::with(on(&set)).await;
+    for n in 0..5 {
+        seq(&server, "alice", n).await;
+    }
+    let backup: Vec<Document> = stored.find(doc! {}).await.unwrap().try_collect().await.unwrap();
+    for way in [Restored::IntoAnotherCollection, Restored::IntoTheSame] {
+        let last = seq(&server, "alice", 5).await;
+        assert_eq!(server.terminate().await, 0);
+        match way {
+            Restored::IntoAnotherCollection => stored.drop().await.unwrap(),
+            Restored::IntoTheSame => drop(stored.delete_many(doc! {}).await.unwrap()),
+        }
+        for document in &backup {
+            stored.insert_one(document).await.unwrap();
+        }
+        if matches!(way, Restored::IntoTheSame) {
+            // As docs/operations.md has it, for a snapshot.
+            let marker = doc! { "_id": { "u": "", "n": 0i64 } };
+            let told = stored.update_one(marker, doc! { "$set": { "of": "restored" } }).await.unwrap();
+            assert_eq!(told.matched_count, 1);
+        }
+        server = Server::with(on(&set)).await;
+        let new = seq(&server, "alice", 20).await;
+        assert!(new > last, "{new} is not above {last}");
+        let mut alice = connect(&server, "alice", "?since=0").await;
+        let (messages, _) = alice.until("caught_up").await;
+        let payloads: Vec<u64> = messages.iter().filter_map(|frame| frame["payload"].as_u64()).collect();
+        assert_eq!(payloads, [0, 1, 2, 3, 4, 20]);
+        let mut away = connect(&server, "alice", &format!("?device=other&since={last}")).await;
+        let (messages, _) = away.until("caught_up").await;
+        let payloads: Vec<u64> = messages.iter().filter_map(|frame| frame["payload"].as_u64()).collect();
+        assert_eq!(payloads, [20], "{messages:?}");
+        let gap = messages.iter().find(|frame| frame["type"] == "gap").expect("it is told");
+        assert_eq!((gap["after"].as_u64(), gap["before"].as_u64()), (Some(last), Some(new)), "{gap}");
+    }
+}
+
+/// Where a backup is put.
+enum Restored {
+    /// As `mongorestore --drop` does.
+    IntoAnotherCollection,
+    /// As a snapshot is.
+    IntoTheSame,
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_a_restore_clients_are_told_and_hear_what_comes() {
     let set = ReplicaSet::start(1).await;
@@ -65,17 +134,13 @@ async fn after_a_restore_clients_are_told_and_hear_what_comes() {
     }
     let mut alice = connect(&server, "alice", "").await;
     assert_eq!(alice.caught_up().await.len(), 10);
-    // The looks that tell one state of the store from another.
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    stored.delete_many(doc! {}).await.unwrap();
-    for document in &backup {
-        // Somebody may have looked meanwhile, and have written a new marker.
-        stored
-            .replace_one(doc! { "_id": document.get("_id").unwrap() }, document)
-            .upsert(true)
-            .await
-            .unwrap();
-    }
+    let pulse = async || {
+        let marker = stored.find_one(doc! { "_id": { "u": "", "n": 0i64 } }).await.unwrap().unwrap();
+        marker.get_i64("pulse").unwrap()
+    };
+    let backed_up = backup.iter().find_map(|document| document.get_i64("pulse").ok()).unwrap();
+    eventually("a look tells this state from the backup", async || pulse().await > backed_up).await;
+    put_back(&set, &backup).await;
     let (_, gap) = alice.until("gap").await;
     assert_eq!((gap["reason"].as_str(), gap["after"].as_u64()), (Some("reset"), Some(shown[9])), "{gap}");
     assert_eq!(gap["before"].as_u64(), Some(shown[4] + 1), "{gap}");

@@ -7,7 +7,7 @@ use mongodb::bson::{Bson, Document, doc};
 use mongodb::options::ReadConcern;
 
 use super::super::{InboxError, PositionQuery, REVOCATION_AHEAD_MAX_S, StartAt, UserPosition};
-use super::stored::{HeadRecord, id, int, place_of};
+use super::stored::{HeadRecord, StoredMessage, id, int, place_of};
 use super::{Inner, distinct, is_taken, unavailable};
 use crate::message::{Seq, UserId};
 
@@ -157,7 +157,7 @@ impl Inner {
                 ids.extend([id(&ask.user, 0), id(&ask.user, start.get()), id(&ask.user, start.get() + 1)]);
             }
         }
-        let fields = doc! { "_id": 1, "head": 1, "first": 1, "nb": 1, "mv": 1 };
+        let fields = doc! { "_id": 1, "head": 1, "first": 1, "nb": 1, "mv": 1, "x": 1 };
         let found = self.by_ids(ids, fields).await?;
         let found: HashMap<(&str, u64), &Document> =
             found.iter().filter_map(|document| Some((place_of(document)?, document))).collect();
@@ -167,7 +167,10 @@ impl Inner {
             let record = HeadRecord::read(found.get(&(user, 0))?);
             let next = found.contains_key(&(user, p + 1)) && p + 1 > record.head;
             let more = next || record.head > p;
-            let is_there = record.head >= p || found.contains_key(&(user, p));
+            // Above a bridge numbers go on anywhere. A client that stands on one was sent the
+            // message which had its number before a restore.
+            let is_message = |found: &&&Document| !StoredMessage::is_bridge(found);
+            let is_there = record.head >= p || found.get(&(user, p)).filter(is_message).is_some();
             let head = if record.head > p { record.head } else { p + u64::from(next) };
             let answer = UserPosition {
                 start,

@@ -5,7 +5,9 @@
 //! A *marker* stands among the messages, at the position of a user without a name. Its `pulse` is a
 //! time that every writer raises. Its `lineage` changes when a writer finds the pulse below one
 //! that it has seen. Its `floor` is the time when that happened. A backup that is put back, or a
-//! collection that is dropped, takes the pulse back with it. Then
+//! collection that is dropped, takes the pulse back with it. Its `of` is the UUID that MongoDB gave
+//! the collection: a backup that is put into another collection, while no writer runs that knows
+//! the pulse, brings the UUID of the one that it was taken of. Then
 //!
 //! - heads in memory are dropped, because they belong to another state of the store;
 //! - numbers go on above the floor. All numbers assigned before are below it, because a number is a
@@ -20,7 +22,7 @@ use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use futures_util::future::try_join_all;
-use mongodb::bson::{Document, doc};
+use mongodb::bson::{Bson, Document, doc};
 use mongodb::options::ReturnDocument;
 
 use super::stored::{HeadRecord, StoredMessage, id, int, integer, place_of};
@@ -96,7 +98,9 @@ pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
     // A clock that was ahead when numbers were assigned may have been corrected since.
     let now = int(inner.clock.now().0).max(last);
     let fresh = ulid::Ulid::generate().to_string();
-    let fallen = doc! { "$lt": [{ "$ifNull": ["$pulse", 0i64] }, last] };
+    let of = collection(inner).await?;
+    let is_of_another = doc! { "$and": [{ "$gt": ["$of", Bson::Null] }, { "$ne": ["$of", of.clone()] }] };
+    let fallen = doc! { "$or": [{ "$lt": [{ "$ifNull": ["$pulse", 0i64] }, last] }, is_of_another] };
     let update = vec![
         doc! { "$set": { "fallen": fallen } },
         doc! { "$set": {
@@ -105,6 +109,7 @@ pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
             // It rises with each look, also after a clock was ahead: a pulse that stands still
             // would not show a restore.
             "pulse": { "$max": [{ "$add": [{ "$ifNull": ["$pulse", 0i64] }, 1i64] }, now] },
+            "of": of,
         } },
         doc! { "$unset": "fallen" },
     ];
@@ -115,6 +120,17 @@ pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
         .return_document(ReturnDocument::After);
     let found = inner.in_time(looking.into_future()).await.map_err(unavailable)?.unwrap_or_default();
     Ok(take(inner, &found, Some(sent)))
+}
+
+/// What tells this collection from one of the same name that was dropped before.
+async fn collection(inner: &Inner) -> Result<Bson, InboxError> {
+    let name = inner.documents.name();
+    let listing = async {
+        let mut found = inner.database.list_collections().filter(doc! { "name": name }).await?;
+        found.try_next().await
+    };
+    let found = inner.in_time(listing).await.map_err(unavailable)?;
+    Ok(found.and_then(|found| found.info.uuid).map_or(Bson::Null, Bson::Binary))
 }
 
 /// Reads the marker, for a writer that reads heads. Returns the floor.
