@@ -156,7 +156,7 @@ impl Store {
                 if raw.is_some_and(|raw| stale(&raw)) {
                     pending.remove(&self.cursors, key.clone());
                     if let Some((user, device)) = device_of(key) {
-                        self.drop_positions(&self.db.snapshot(), &mut pending, (&user, device))?;
+                        self.drop_positions(&mut pending, (&user, device));
                     }
                 }
             }

@@ -1,24 +1,55 @@
-//! The positions of devices in logs of topics.
+//! The positions of devices in logs of topics. Those of a device stand in one record: a device that
+//! begins to read ten logs is one write, and one look.
 
-use fjall::{OwnedWriteBatch, Readable, Snapshot};
+use std::collections::HashMap;
+
+use bytes::BufMut;
+use fjall::{Keyspace, OwnedWriteBatch, PersistMode, Readable, Snapshot};
 
 use super::Store;
-use super::records::{cursor_key, head_key, prefix, take_u64, unreadable};
+use super::records::{cursor_key, device_of, head_key, prefix, put_name, take_u64, unreadable};
 use crate::inbox::InboxError;
 use crate::inbox::logs::{key, log_of};
 use crate::message::{DeviceId, LogId, Seq, UserId};
 
-/// The key below which all positions of a device stand.
-fn device_prefix(user: &UserId, device: &str) -> Vec<u8> {
-    let mut all = cursor_key(user, device);
-    all.push(0);
-    all
+/// Records of an earlier layout that are taken over in one commit.
+const TAKEN_AT_ONCE: usize = 1_000;
+
+fn encode(positions: &[(LogId, Seq)]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(positions.len() * 32);
+    for (log, seq) in positions {
+        put_name(&mut out, key(log).as_str());
+        out.put_u64(seq.get());
+    }
+    out
 }
 
-fn position_key(user: &UserId, device: &DeviceId, log: &LogId) -> Vec<u8> {
-    let mut place = device_prefix(user, device.as_str());
-    place.extend_from_slice(key(log).as_str().as_bytes());
-    place
+/// What can be read. A position that cannot counts as none, which costs repeats.
+fn decode(mut raw: &[u8]) -> Vec<(LogId, Seq)> {
+    let mut found = Vec::new();
+    while let Some((length, rest)) = raw.split_first() {
+        let Some((name, rest)) = rest.split_at_checked(usize::from(*length)) else { break };
+        raw = rest;
+        let Ok(seq) = take_u64(&mut raw) else { break };
+        if let Some(log) = log_named(name) {
+            found.push((log, Seq::at(seq)));
+        }
+    }
+    found
+}
+
+fn log_named(name: &[u8]) -> Option<LogId> {
+    log_of(&UserId::parse(std::str::from_utf8(name).ok()?).ok()?)
+}
+
+/// Raises positions to these.
+fn raise(known: &mut Vec<(LogId, Seq)>, logs: &[(LogId, Seq)]) {
+    for (log, seq) in logs {
+        match known.iter_mut().find(|(known, _)| known == log) {
+            Some((_, known)) => *known = *seq.max(known),
+            None => known.push((log.clone(), *seq)),
+        }
+    }
 }
 
 impl Store {
@@ -27,20 +58,11 @@ impl Store {
         user: &UserId,
         device: &DeviceId,
     ) -> Result<Vec<(LogId, Seq)>, InboxError> {
-        let below = device_prefix(user, device.as_str());
-        let mut found = Vec::new();
-        for entry in self.db.snapshot().prefix(&self.log_positions, &below) {
-            let (key, value) = entry.into_inner().map_err(unreadable)?;
-            let name = std::str::from_utf8(key.get(below.len()..).unwrap_or_default());
-            let log = name.ok().and_then(|name| UserId::parse(name).ok()).and_then(|name| log_of(&name));
-            // A position that cannot be read counts as none, which costs repeats.
-            if let (Some(log), Ok(seq)) = (log, take_u64(&mut &*value)) {
-                found.push((log, Seq::at(seq)));
-            }
-        }
-        Ok(found)
+        let raw = self.device_logs.get(cursor_key(user, device.as_str())).map_err(unreadable)?;
+        Ok(raw.map(|raw| decode(&raw)).unwrap_or_default())
     }
 
+    /// Raises the positions of a device that is in no other change of this batch.
     pub(super) fn raise_positions(
         &self,
         snapshot: &Snapshot,
@@ -48,26 +70,17 @@ impl Store {
         (user, device): (&UserId, &DeviceId),
         logs: &[(LogId, Seq)],
     ) -> Result<(), InboxError> {
-        for (log, seq) in logs {
-            let place = position_key(user, device, log);
-            let known = snapshot.get(&self.log_positions, &place).map_err(unreadable)?;
-            let known = known.and_then(|raw| take_u64(&mut &*raw).ok()).unwrap_or(0);
-            pending.insert(&self.log_positions, place, seq.get().max(known).to_be_bytes());
-        }
+        let place = cursor_key(user, device.as_str());
+        let raw = snapshot.get(&self.device_logs, &place).map_err(unreadable)?;
+        let mut positions = raw.map(|raw| decode(&raw)).unwrap_or_default();
+        raise(&mut positions, logs);
+        pending.insert(&self.device_logs, place, encode(&positions));
         Ok(())
     }
 
     /// Removes the positions of a device, whose cursor goes.
-    pub(super) fn drop_positions(
-        &self,
-        snapshot: &Snapshot,
-        pending: &mut OwnedWriteBatch,
-        (user, device): (&UserId, &str),
-    ) -> Result<(), InboxError> {
-        for entry in snapshot.prefix(&self.log_positions, device_prefix(user, device)) {
-            pending.remove(&self.log_positions, entry.key().map_err(unreadable)?);
-        }
-        Ok(())
+    pub(super) fn drop_positions(&self, pending: &mut OwnedWriteBatch, (user, device): (&UserId, &str)) {
+        pending.remove(&self.device_logs, cursor_key(user, device));
     }
 
     /// Removes the positions of all devices of a user.
@@ -77,15 +90,90 @@ impl Store {
         pending: &mut OwnedWriteBatch,
         user: &UserId,
     ) -> Result<(), InboxError> {
-        for entry in snapshot.prefix(&self.log_positions, prefix(user)) {
-            pending.remove(&self.log_positions, entry.key().map_err(unreadable)?);
+        for entry in snapshot.prefix(&self.device_logs, prefix(user)) {
+            pending.remove(&self.device_logs, entry.key().map_err(unreadable)?);
         }
         Ok(())
+    }
+
+    /// Takes over what stands in the earlier layout, and removes it there. A start that is cut off
+    /// goes on with the rest next time.
+    pub(super) fn take_earlier_positions(&self, earlier: &Keyspace) -> fjall::Result<()> {
+        loop {
+            let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
+            let mut taken: HashMap<Vec<u8>, Vec<(LogId, Seq)>> = HashMap::new();
+            let mut count = 0;
+            for entry in self.db.snapshot().iter(earlier).take(TAKEN_AT_ONCE) {
+                let (place, value) = entry.into_inner()?;
+                if let Some((device, log)) = earlier_place(&place)
+                    && let Ok(seq) = take_u64(&mut &*value)
+                {
+                    taken.entry(device).or_default().push((log, Seq::at(seq)));
+                }
+                pending.remove(earlier, place);
+                count += 1;
+            }
+            if count == 0 {
+                return Ok(());
+            }
+            for (device, logs) in taken {
+                let known = self.device_logs.get(&device)?;
+                let mut positions = known.map(|raw| decode(&raw)).unwrap_or_default();
+                raise(&mut positions, &logs);
+                pending.insert(&self.device_logs, device, encode(&positions));
+            }
+            pending.commit()?;
+        }
     }
 
     /// How often the memberships of a user in topics with a log have changed.
     pub(super) fn changes_of(&self, snapshot: &Snapshot, user: &UserId) -> Result<u64, InboxError> {
         let raw = snapshot.get(&self.user_changes, head_key(user)).map_err(unreadable)?;
         raw.map_or(Ok(0), |raw| take_u64(&mut &*raw))
+    }
+}
+
+/// The key of the device, and the log, of a record of the earlier layout.
+fn earlier_place(place: &[u8]) -> Option<(Vec<u8>, LogId)> {
+    let (user, rest) = device_of(place)?;
+    let (device, log) = rest.split_once('\0')?;
+    Some((cursor_key(&user, device), log_named(log.as_bytes())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::message::TopicName;
+
+    proptest! {
+        #[test]
+        fn positions_are_read_as_they_were_written_and_what_is_cut_off_costs_the_rest_alone(
+            seqs in proptest::collection::vec(any::<u64>(), 0..12), cut in 0usize..400,
+        ) {
+            let log = |n: usize| match n {
+                0 => LogId::Everyone,
+                n => LogId::Topic(TopicName::parse(&format!("topic.{n}")).unwrap()),
+            };
+            let all: Vec<(LogId, Seq)> = seqs.iter().enumerate().map(|(n, seq)| (log(n), Seq::at(*seq))).collect();
+            let raw = encode(&all);
+            prop_assert_eq!(&decode(&raw), &all);
+            let part = decode(&raw[..cut.min(raw.len())]);
+            prop_assert!(all.starts_with(&part));
+        }
+
+        #[test]
+        fn nothing_that_stands_there_panics(raw in proptest::collection::vec(any::<u8>(), 0..300)) {
+            decode(&raw);
+            earlier_place(&raw);
+        }
+
+        #[test]
+        fn a_position_never_falls(before in any::<u64>(), then in any::<u64>()) {
+            let mut known = vec![(LogId::Everyone, Seq::at(before))];
+            raise(&mut known, &[(LogId::Everyone, Seq::at(then))]);
+            prop_assert_eq!(known, vec![(LogId::Everyone, Seq::at(before.max(then)))]);
+        }
     }
 }

@@ -19,7 +19,7 @@
 //! | topic_members | topic 0 user | life; where its log begins for the member |
 //! | user_topics | hash user 0 topic | the same |
 //! | user_changes | hash user | how often the memberships in topics with a log have changed |
-//! | log_positions | hash user 0 device 0 log | seq |
+//! | device_logs | hash user 0 device | positions: the length of each log's key, the key, the seq |
 //!
 //! The logs of topics have keyspaces of their own for messages, heads and fences, of the same form,
 //! and a writer's lock of their own ([`EmbeddedInbox::logs`]): an inbox never waits for a log.
@@ -106,7 +106,9 @@ const TOPIC_KEYSPACES: [&str; 3] = ["topics.1", "topic_members.1", "user_topics.
 /// The keyspaces of logs. A version without logs does not open them.
 const LOG_KEYSPACES: [&str; 3] = ["topic_messages.1", "topic_heads.1", "topic_fences.1"];
 /// The keyspaces of what users have to do with logs.
-const LOG_USER_KEYSPACES: [&str; 2] = ["user_changes.1", "log_positions.1"];
+const LOG_USER_KEYSPACES: [&str; 2] = ["user_changes.1", "device_logs.1"];
+/// Positions of an earlier layout: hash, user, 0, device, 0, log, and the seq as the value.
+const EARLIER_POSITIONS: &str = "log_positions.1";
 /// The keyspaces of traces, of messages in inboxes and in logs.
 const TRACE_KEYSPACES: [&str; 2] = ["traces.1", "topic_traces.1"];
 /// A keyspace of the first layout.
@@ -149,7 +151,7 @@ struct Store {
     topic_members: Keyspace,
     user_topics: Keyspace,
     user_changes: Keyspace,
-    log_positions: Keyspace,
+    device_logs: Keyspace,
     clock: Clock,
     /// Made once and kept in the store: tells this store from every other.
     identity: String,
@@ -237,7 +239,7 @@ impl Store {
             topic_members: self.topic_members.clone(),
             user_topics: self.user_topics.clone(),
             user_changes: self.user_changes.clone(),
-            log_positions: self.log_positions.clone(),
+            device_logs: self.device_logs.clone(),
             clock: self.clock.clone(),
             identity: self.identity.clone(),
             newborn: self.newborn,
@@ -314,7 +316,7 @@ impl EmbeddedInbox {
             let keyspace = |name: &str| db.keyspace(name, KeyspaceCreateOptions::default);
             let [messages, heads, fences, cursors] = KEYSPACES;
             let [topics, topic_members, user_topics] = TOPIC_KEYSPACES;
-            let [user_changes, log_positions] = LOG_USER_KEYSPACES;
+            let [user_changes, device_logs] = LOG_USER_KEYSPACES;
             let about = keyspace(ABOUT)?;
             let identity = match about.get(IDENTITY)? {
                 Some(known) => String::from_utf8_lossy(&known).into_owned(),
@@ -339,7 +341,7 @@ impl EmbeddedInbox {
                 topic_members: keyspace(topic_members)?,
                 user_topics: keyspace(user_topics)?,
                 user_changes: keyspace(user_changes)?,
-                log_positions: keyspace(log_positions)?,
+                device_logs: keyspace(device_logs)?,
                 db: db.clone(),
                 newborn: Head::beginning_at(clock.now()),
                 above,
@@ -347,6 +349,11 @@ impl EmbeddedInbox {
                 writer: Mutex::default(),
                 poisoned: Arc::new(watch::Sender::new(false)),
             };
+            if db.keyspace_exists(EARLIER_POSITIONS) {
+                let earlier = keyspace(EARLIER_POSITIONS)?;
+                store.take_earlier_positions(&earlier)?;
+                db.delete_keyspace(earlier)?;
+            }
             let logs = store.of_logs()?;
             Ok(Some((store, logs)))
         };
@@ -383,9 +390,9 @@ impl EmbeddedInbox {
         let mut held = Vec::new();
         loop {
             tokio::time::sleep(FREE_EVERY).await;
-            let Store { cursors, topics, topic_members, user_topics, user_changes, log_positions, .. } =
+            let Store { cursors, topics, topic_members, user_topics, user_changes, device_logs, .. } =
                 &*self.store;
-            let of_users = [cursors, topics, topic_members, user_topics, user_changes, log_positions];
+            let of_users = [cursors, topics, topic_members, user_topics, user_changes, device_logs];
             let stores = [Some(&self.store), self.logs.as_ref()].into_iter().flatten();
             let of_messages =
                 stores.flat_map(|store| [&store.messages, &store.heads, &store.fences, &store.traces]);
@@ -483,7 +490,8 @@ impl Inbox for EmbeddedInbox {
         user: UserId,
         device: DeviceId,
     ) -> BoxFuture<'_, Result<Vec<(LogId, Seq)>, InboxError>> {
-        self.run(move |store| store.log_positions_of(&user, &device))
+        // On the caller's thread, like a position that is looked up alone.
+        async move { self.store.log_positions_of(&user, &device) }.boxed()
     }
 
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {

@@ -329,7 +329,7 @@ impl Store {
             if others.len() >= DEVICES_PER_USER {
                 others.sort_by_key(|(_, cursor)| cursor.moved_at);
                 pending.remove(&self.cursors, cursor_key(user, &others[0].0));
-                self.drop_positions(snapshot, pending, (user, &others[0].0))?;
+                self.drop_positions(pending, (user, &others[0].0));
             }
         }
         let acked = known.map_or(acked, |cursor| cursor.acked.max(acked));

@@ -150,7 +150,8 @@ pub(super) fn ended(raw: &[u8], at: Millis) -> Option<Vec<u8>> {
     Some(changed)
 }
 
-fn put_name(out: &mut Vec<u8>, name: &str) {
+/// A name with its length before it, which no name has more than 255 of.
+pub(super) fn put_name(out: &mut Vec<u8>, name: &str) {
     out.put_u8(u8::try_from(name.len()).unwrap_or(u8::MAX));
     out.put_slice(name.as_bytes());
 }

@@ -5,7 +5,7 @@ use super::super::memory::MemoryInbox;
 use super::records::*;
 use super::*;
 use crate::inbox::{Logs, StartAt};
-use crate::message::{DeviceId, MessageId, Millis};
+use crate::message::{DeviceId, LogId, MessageId, Millis, TopicName};
 use bytes::Bytes;
 
 const START: Millis = Millis(1_795_380_000_000);
@@ -43,6 +43,45 @@ fn a_store_of_an_earlier_layout_is_refused_and_left_alone() {
     drop(earlier);
     let opened = EmbeddedInbox::open(&directory.path().join("inbox"), Clock::standing(START));
     assert!(matches!(opened.err(), Some(OpenError::Earlier)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn positions_of_the_earlier_layout_are_taken_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path().join("inbox");
+    drop(EmbeddedInbox::open(&directory, Clock::standing(START)).unwrap());
+    let names = ["alice", "bob"].map(|name| UserId::parse(name).unwrap());
+    let devices = ["desk", "phone"].map(|name| DeviceId::parse(name).unwrap());
+    let logs = [LogId::Everyone, LogId::Topic(TopicName::parse("news.of-today").unwrap())];
+    let place = |user: &UserId, device: &DeviceId, log: &LogId| {
+        let mut place = cursor_key(user, device.as_str());
+        place.push(0);
+        place.extend_from_slice(crate::inbox::logs::key(log).as_str().as_bytes());
+        place
+    };
+    {
+        let db = Database::builder(&directory).open().unwrap();
+        let earlier = db.keyspace(EARLIER_POSITIONS, KeyspaceCreateOptions::default).unwrap();
+        for (user, device) in names.iter().flat_map(|user| devices.iter().map(move |device| (user, device))) {
+            for (log, seq) in logs.iter().zip(7u64..) {
+                earlier.insert(place(user, device, log), seq.to_be_bytes()).unwrap();
+            }
+        }
+        earlier.insert(b"\xff no such key", b"short").unwrap();
+        db.persist(PersistMode::SyncAll).unwrap();
+    }
+    // The second start finds nothing to take over.
+    for _ in 0..2 {
+        let inbox = EmbeddedInbox::open(&directory, Clock::standing(START)).unwrap();
+        for (user, device) in names.iter().flat_map(|user| devices.iter().map(move |device| (user, device))) {
+            let mut found = inbox.log_positions(user.clone(), device.clone()).await.unwrap();
+            found.sort_by_key(|(_, seq)| *seq);
+            let expected: Vec<(LogId, Seq)> = logs.iter().cloned().zip([7, 8].map(Seq::at)).collect();
+            assert_eq!(found, expected, "{user} {device}");
+        }
+    }
+    let db = Database::builder(&directory).open().unwrap();
+    assert!(!db.keyspace_exists(EARLIER_POSITIONS));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
