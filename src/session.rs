@@ -205,7 +205,53 @@ impl Unacked {
     }
 }
 
+/// A session that is live, waits for nothing and limits nothing, in little memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AtRest {
+    /// Everything up to here was sent or passed over.
+    pub sent: Seq,
+    /// How far the last ack is below that; `None`: nothing was acked.
+    pub unacked: Option<u32>,
+    untouched: bool,
+}
+
 impl Session {
+    /// The same session as one at rest, if it can be.
+    #[must_use]
+    pub fn at_rest(&self) -> Option<AtRest> {
+        let Self { sent, acked, before_reset, phase, full, told_caught_up, untouched, ref credit, .. } =
+            *self;
+        // What was announced is read: `unread` says nothing any more.
+        let rests = phase == Phase::Live
+            && !full
+            && told_caught_up
+            && before_reset.is_beginning()
+            && credit.is_none();
+        let unacked = match acked.is_beginning() {
+            true => None,
+            false => Some(u32::try_from(sent.get().checked_sub(acked.get())?).ok()?),
+        };
+        rests.then_some(AtRest { sent, unacked, untouched })
+    }
+
+    /// The session that was at rest.
+    #[must_use]
+    pub fn resumed(rest: AtRest) -> Self {
+        let AtRest { sent, unacked, untouched } = rest;
+        let below = |unacked: u32| Seq::at(sent.get().saturating_sub(unacked.into()));
+        Self {
+            sent,
+            acked: unacked.map_or(Seq::BEGINNING, below),
+            before_reset: Seq::BEGINNING,
+            phase: Phase::Live,
+            unread: Seq::BEGINNING,
+            full: false,
+            told_caught_up: true,
+            untouched,
+            credit: None,
+        }
+    }
+
     /// Begins a session. A start above the head means that the client knew another inbox: it is
     /// told so, and the session goes on from the head. `window` is how many messages may be sent
     /// ahead of the client's acks.

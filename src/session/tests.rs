@@ -89,6 +89,8 @@ struct World {
     cursor: Seq,
     full: bool,
     before_reset: u64,
+    /// The session is put to rest before each step, where it can be.
+    rests: bool,
 }
 
 /// What the client of one connection saw.
@@ -123,6 +125,7 @@ impl World {
             cursor: Seq::BEGINNING,
             full: false,
             before_reset: 0,
+            rests: false,
         };
         world.connect(0);
         world
@@ -156,6 +159,9 @@ impl World {
 
     fn step(&mut self, input: Input<u64>) {
         let mut outputs = Vec::new();
+        if let Some(rest) = self.session.at_rest().filter(|_| self.rests) {
+            self.session = Session::resumed(rest);
+        }
         self.session.step(input, NOW, |o| outputs.push(o));
         self.take(outputs);
     }
@@ -372,8 +378,9 @@ proptest! {
     #[test]
     fn whatever_happens_every_message_comes_once_and_in_order(
             ops in proptest::collection::vec(op(), 1..120), page_limit in 1usize..6,
-            window in proptest::option::of(1u32..7)) {
+            window in proptest::option::of(1u32..7), rests in any::<bool>()) {
         let mut world = World::new(page_limit, window);
+        world.rests = rests;
         for op in ops {
             world.apply(op);
         }

@@ -17,6 +17,8 @@ const TOPICS: usize = 100;
 const MESSAGES_EACH: u64 = 50;
 /// T4 and T5: logs that each socket reads.
 const LOGS_EACH: usize = 10;
+/// How long after all sockets were closed the server has forgotten them.
+const LEFT: Duration = Duration::from_secs(5);
 /// T6: sockets that read the hot topic, about half of them on each of two nodes. So few that it is
 /// the publishing that is measured.
 const READERS: usize = 20;
@@ -112,9 +114,12 @@ fn many(options: &Options, results: &mut Results) {
     results.row("T3", "100 topics of 150 readers", measured, ">= 0.9 of T1's", met);
 }
 
-/// T4 and T5: sockets that read ten logs each, beside sockets that read none.
+/// T4 and T5: sockets that read ten logs each, beside sockets that read none; of devices that are
+/// new, and of the same devices when they come again. Then they take memory that the process had
+/// before, which says nothing of theirs.
 fn ten_each(options: &Options, results: &mut Results, which: &str, join: impl Fn(&Server, &mut Load)) {
-    let (mut kib, mut rates) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    let mut new = [Opened::default(), Opened::default()];
+    let mut again = [Opened::default(), Opened::default()];
     for run in 0..options.runs * 2 {
         let reads = run % 2;
         let server = if reads == 1 { servers::ringpush_for_topics() } else { servers::ringpush(None) };
@@ -122,29 +127,47 @@ fn ten_each(options: &Options, results: &mut Results, which: &str, join: impl Fn
         if reads == 1 {
             join(&server, &mut load);
         }
+        new[reads].measure(options, &server, &mut load);
+        drop(load);
+        std::thread::sleep(LEFT);
+        again[reads].measure(options, &server, &mut Load::start());
+    }
+    let kib = [Spread::of(new[0].kib.clone()), Spread::of(new[1].kib.clone())];
+    let more = kib[0].zip(kib[1]).map(|(without, reads)| reads.median - without.median);
+    let [without_kib, reads_kib] = kib.map(|kib| words(kib, 2));
+    let more_of = more.unwrap_or(f64::NAN);
+    let measured = format!("{reads_kib} KiB, {without_kib} KiB without: {more_of:+.2} KiB");
+    let what = format!("memory of a socket that reads ten logs, {which}, new devices");
+    results.row("T4", &what, measured, "<= 1 KiB more", more.map(|more| more <= 1.0));
+    for (opened, who) in [(new, "new devices"), (again, "devices that come again")] {
+        let rates = opened.map(|one| Spread::of(one.rates));
+        let part = rates[0].zip(rates[1]).map(|(without, reads)| reads.median / without.median);
+        let [without_rate, reads_rate] = rates.map(|rate| words(rate, 0));
+        let part_of = part.unwrap_or(f64::NAN);
+        let measured = format!("{reads_rate}/s, {without_rate}/s without: x {part_of:.2}");
+        let what = format!("sockets that open, of members of ten topics, {which}, {who}");
+        results.row("T5", &what, measured, ">= 0.5 of B2's", part.map(|part| part >= 0.5));
+    }
+}
+
+/// What was measured of sockets that opened, run by run.
+#[derive(Default)]
+struct Opened {
+    /// Resident memory of the server, for each of them, in KiB.
+    kib: Vec<f64>,
+    /// How many opened per second.
+    rates: Vec<f64>,
+}
+
+impl Opened {
+    fn measure(&mut self, options: &Options, server: &Server, load: &mut Load) {
         let sockets = (server.sockets)(0..options.sockets);
         let before = server.resident_kib();
         let opened = load.obey(&Order::Open(sockets));
-        rates[reads].push(options.sockets as f64 / opened.seconds);
+        self.rates.push(options.sockets as f64 / opened.seconds);
         load.obey(&Order::Listen { ms: 3_000, expect: u64::MAX });
-        kib[reads].push((server.resident_kib() as f64 - before as f64) / options.sockets as f64);
+        self.kib.push((server.resident_kib() as f64 - before as f64) / options.sockets as f64);
     }
-    let [without, reads] = rates.map(Spread::of);
-    let part = without.zip(reads).map(|(without, reads)| reads.median / without.median);
-    let measured =
-        format!("{}/s, {}/s without: x {:.2}", words(reads, 0), words(without, 0), part.unwrap_or(f64::NAN));
-    let what = format!("sockets that open, of members of ten topics, {which}");
-    results.row("T5", &what, measured, ">= 0.5 of B2's", part.map(|part| part >= 0.5));
-    let [without, reads] = kib.map(Spread::of);
-    let more = without.zip(reads).map(|(without, reads)| reads.median - without.median);
-    let measured = format!(
-        "{} KiB, {} KiB without: {:+.2} KiB",
-        words(reads, 2),
-        words(without, 2),
-        more.unwrap_or(f64::NAN)
-    );
-    let what = format!("memory of a socket that reads ten logs, {which}");
-    results.row("T4", &what, measured, "<= 1 KiB more", more.map(|more| more <= 1.0));
 }
 
 /// T7: with the limits of the defaults. The messages to everyone come from a client of their own,

@@ -5,6 +5,8 @@
 //! time, as long as the socket takes it. So a slow socket holds a frame or two, however many logs
 //! it reads, and a fast one is never behind.
 
+mod resting;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -17,6 +19,8 @@ use crate::telemetry::Path;
 use crate::topic::LOG_TOPICS;
 use crate::wire::frame::{GapReason, OfLog, ServerFrame, TopicState};
 
+pub(super) use resting::Resting;
+
 /// Why a socket reads a log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Why {
@@ -26,6 +30,16 @@ pub(super) enum Why {
     Member(Seq),
     /// The client asked for it, and its token allows it. Its position is stored nowhere.
     Watched,
+}
+
+impl Why {
+    /// Up to where nothing is for the reader, who may know nothing of it.
+    fn from(self) -> Seq {
+        match self {
+            Self::Member(from) => from,
+            Self::Everyone | Self::Watched => Seq::BEGINNING,
+        }
+    }
 }
 
 /// Where a socket begins to read a log.

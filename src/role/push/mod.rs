@@ -44,6 +44,7 @@ mod sweep;
 mod tail;
 mod tails;
 mod tokens;
+mod walks;
 mod welcome;
 
 use std::sync::Arc;

@@ -16,6 +16,9 @@ const STEP_BYTES: usize = 4 * 1024;
 /// Logs that were held back go on once this part of the limit is free, in eighths.
 const ROOM_EIGHTHS: usize = 1;
 
+/// Below this part of the limit, little waits.
+const EASE_PART: usize = 16;
+
 /// What waits for the sockets of a node.
 #[derive(Debug)]
 pub(super) struct Outbound {
@@ -39,6 +42,11 @@ impl Outbound {
     /// Bytes that wait, but for less than 4 KiB of each socket.
     pub(super) fn held(&self) -> usize {
         self.held.load(Ordering::Relaxed)
+    }
+
+    /// Whether so little waits that each socket may be given several frames at once.
+    pub(super) fn is_at_ease(&self) -> bool {
+        self.held() < self.limit / EASE_PART
     }
 
     /// Whether logs may give something. If not, [`Outbound::has_room_again`] resolves later.

@@ -33,7 +33,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -51,7 +51,7 @@ use super::displaced::DisplacedSet;
 use super::end::{End, Socket, farewell};
 use super::log_attach::{LogAttacher, LogsAttached, Watched, shown};
 use super::log_positions::LogPositions;
-use super::log_readers::{Act, LogReaders, LogStart, Next};
+use super::log_readers::{Act, LogReaders, LogStart, Next, Resting};
 use super::mailbox::{InboxFrame, LogMail, Mail};
 use super::outbound::Waiting;
 use super::page_reads::PageReads;
@@ -79,13 +79,15 @@ use watching::Watching;
 const HIGH_WATER_BYTES: usize = 128 * 1024;
 /// Bytes queued below which the session may send again.
 const LOW_WATER_BYTES: usize = 32 * 1024;
-/// The WebSocket layer is flushed once this many bytes or more were given to it.
+/// The WebSocket layer is flushed once this many bytes or more were given to it. Frames of logs are
+/// taken until as many are queued: one or two.
 const FEED_BYTES: usize = 4 * 1024;
+/// The same while little waits for all sockets of the node together. A write of several frames
+/// costs the kernel less than as many writes.
+const FEED_BYTES_AT_EASE: usize = 16 * 1024;
 /// Pings that may go unanswered.
 const UNANSWERED_PINGS: u32 = 2;
 
-/// Bytes queued for one socket up to which a frame of a log is taken: one or two.
-const LOG_QUEUE_BYTES: usize = FEED_BYTES;
 /// Frames of logs that one poll takes, before others have their turn.
 const LOG_FRAMES_PER_POLL: usize = 32;
 
@@ -164,7 +166,10 @@ impl<S: Socket + 'static> Shared<S> {
         let Some(serving) = place.as_mut() else { return Poll::Pending };
         serving.set_task(cx.waker());
         let end = loop {
-            let event = ready!(serving.poll_event(cx));
+            let Poll::Ready(event) = serving.poll_event(cx) else {
+                serving.rest_of_logs();
+                return Poll::Pending;
+            };
             if let Err(end) = serving.handle_event(event) {
                 break end;
             }
@@ -217,8 +222,8 @@ pub(super) struct Serving<S> {
     frames_this_second: u32,
     second_began: Instant,
     refresh: Option<BoxFuture<'static, Result<Known, End>>>,
-    /// What is read of logs, if the client understands them.
-    logs: Option<Box<Logs>>,
+    /// What is read of logs.
+    logs: OfLogs,
     timer: Pin<Box<Sleep>>,
     next_ping: Instant,
     token_ends: Instant,
@@ -228,6 +233,30 @@ pub(super) struct Serving<S> {
 }
 
 /// What a session reads of logs.
+enum OfLogs {
+    /// Nothing: the client does not understand them.
+    Nothing,
+    Awake(Box<Logs>),
+    /// There is no news for the client.
+    Resting(Resting),
+}
+
+impl OfLogs {
+    /// The readers, if they are awake.
+    fn awake(&mut self) -> Option<&mut Logs> {
+        match self {
+            Self::Awake(logs) => Some(logs),
+            Self::Nothing | Self::Resting(_) => None,
+        }
+    }
+
+    /// Whether the client understands them.
+    const fn are_read(&self) -> bool {
+        !matches!(self, Self::Nothing)
+    }
+}
+
+/// What a session reads of logs, awake.
 struct Logs {
     readers: LogReaders,
     inbox_was_level: bool,
@@ -281,7 +310,7 @@ impl<S: Socket> Serving<S> {
             frames_first: false,
             heartbeat,
             refresh: None,
-            logs: None,
+            logs: OfLogs::Nothing,
             timer_asked: false,
             task: None,
             noticed: None,
@@ -310,7 +339,7 @@ impl<S: Socket> Serving<S> {
     async fn leave(self, end: End) {
         let Self { context, mut socket, handle, logs, clocks, _counted, .. } = self;
         clocks.end(&context);
-        if logs.is_some() {
+        if logs.are_read() {
             context.log_positions.hurry(&handle.user, &handle.device);
         }
         // Unregister before the farewell: the place is free at once.
@@ -347,8 +376,10 @@ impl<S: Socket> Serving<S> {
 
     /// Looks at the logs on behalf of the task and writes. Returns false if the task must look.
     fn look_inline(&mut self) -> bool {
-        if self.logs.is_none() {
-            return true;
+        match &self.logs {
+            OfLogs::Nothing => return true,
+            OfLogs::Resting(resting) if !resting.has_news() => return true,
+            OfLogs::Resting(_) | OfLogs::Awake(_) => {}
         }
         if self.noticed.is_some() || !self.handle.mailbox.is_empty() {
             return false;
@@ -360,6 +391,7 @@ impl<S: Socket> Serving<S> {
             task.wake_by_ref();
         }
         self.task = Some(task);
+        self.rest_of_logs();
         true
     }
 
@@ -388,14 +420,14 @@ impl<S: Socket> Serving<S> {
             self.refresh = None;
             return Poll::Ready(Event::Refreshed(refreshed));
         }
-        if let Some(logs) = &mut self.logs
+        if let Some(logs) = self.logs.awake()
             && let Some(joining) = &mut logs.joining
             && let Poll::Ready((changes, starts)) = joining.poll_unpin(cx)
         {
             logs.joining = None;
             return Poll::Ready(Event::Joined(changes, starts));
         }
-        if let Some(logs) = &mut self.logs
+        if let Some(logs) = self.logs.awake()
             && let Poll::Ready((topic, watched)) = logs.watching.poll(cx)
         {
             return Poll::Ready(Event::Watched(topic, watched));
@@ -428,7 +460,8 @@ impl<S: Socket> Serving<S> {
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         let mut frames = 0;
         loop {
-            while self.unflushed_bytes < FEED_BYTES && !self.queue.is_empty() {
+            let feed = self.feed_bytes();
+            while self.unflushed_bytes < feed && !self.queue.is_empty() {
                 match self.socket.poll_ready_unpin(cx) {
                     Poll::Ready(Ok(())) => {}
                     Poll::Ready(Err(fault)) => return Poll::Ready(Event::Fault(fault)),
@@ -483,6 +516,11 @@ impl<S: Socket> Serving<S> {
         Poll::Pending
     }
 
+    /// Bytes that the WebSocket layer is given before it is flushed.
+    fn feed_bytes(&self) -> usize {
+        if self.context.logs.tails.outbound.is_at_ease() { FEED_BYTES_AT_EASE } else { FEED_BYTES }
+    }
+
     fn handle_event(&mut self, event: Event) -> Result<(), End> {
         match event {
             Event::HasRoom => self.step(Input::Writable),
@@ -507,7 +545,7 @@ impl<S: Socket> Serving<S> {
                 });
             }
             if let Some(order) = orders.move_to {
-                if self.logs.is_some() {
+                if self.logs.are_read() {
                     self.context.log_positions.hurry(&self.handle.user, &self.handle.device);
                 }
                 self.push(Outgoing::Text(order.frame));
@@ -647,7 +685,7 @@ impl<S: Socket> Serving<S> {
     fn step(&mut self, input: Input<InboxFrame>) {
         let now = self.context.clock.now();
         let Self { session, queue, queued_bytes, handle, context, logs, clocks, .. } = self;
-        let has_logs = logs.is_some();
+        let has_logs = logs.are_read();
         clocks.begin(&input, context, handle);
         session.step(input, now, |output| {
             clocks.note(&output, now, context);
@@ -676,7 +714,7 @@ impl<S: Socket> Serving<S> {
     }
 
     fn perform(&mut self, output: Output<InboxFrame>) {
-        let handle = (&*self.handle, self.logs.is_some());
+        let handle = (&*self.handle, self.logs.are_read());
         perform(output, &mut self.queue, &mut self.queued_bytes, handle, &self.context);
     }
 

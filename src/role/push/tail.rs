@@ -324,6 +324,13 @@ impl Tail {
         Reading { tail: Arc::clone(self), handle: Arc::downgrade(handle) }
     }
 
+    /// A reader has left.
+    fn left(&self) {
+        if self.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+            *self.idle_since.lock() = Instant::now();
+        }
+    }
+
     /// Number of readers.
     pub(super) fn count(&self) -> usize {
         self.count.load(Ordering::Acquire)
@@ -348,9 +355,36 @@ impl Drop for Reading {
         if self.handle.strong_count() > 0 {
             self.tail.readers.lock().retain(|reader| !reader.ptr_eq(&self.handle));
         }
-        if self.tail.count.fetch_sub(1, Ordering::AcqRel) == 1 {
-            *self.tail.idle_since.lock() = Instant::now();
-        }
+        self.tail.left();
+    }
+}
+
+/// A reader of a socket at rest. It is told of what comes, and counted, as before.
+pub(super) struct RestingReading {
+    pub(super) tail: Arc<Tail>,
+}
+
+impl Reading {
+    /// The same reader, at rest.
+    pub(super) fn rest(mut self) -> RestingReading {
+        // It keeps its entry.
+        self.handle = Weak::new();
+        self.tail.count.fetch_add(1, Ordering::AcqRel);
+        RestingReading { tail: Arc::clone(&self.tail) }
+    }
+}
+
+impl RestingReading {
+    /// The same reader, awake. `handle` is that of its socket.
+    pub(super) fn wake(self, handle: &Arc<SessionHandle>) -> Reading {
+        self.tail.count.fetch_add(1, Ordering::AcqRel);
+        Reading { tail: Arc::clone(&self.tail), handle: Arc::downgrade(handle) }
+    }
+}
+
+impl Drop for RestingReading {
+    fn drop(&mut self) {
+        self.tail.left();
     }
 }
 

@@ -22,6 +22,7 @@ use super::outbound::Outbound;
 use super::registry::SessionHandle;
 use super::sweep::{SWEEP_EVERY_CUT_OFF, SWEEP_JITTER};
 use super::tail::{Block, LogFrame, Reading, Tail, TailMemory, Wants, encoded, page_of};
+use super::walks::Walks;
 use crate::backoff::{Backoff, around};
 use crate::clock::Clock;
 use crate::inbox::logs::{EVERYONES_LIFE, key};
@@ -57,13 +58,10 @@ const IDLE: Duration = Duration::from_secs(60);
 pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(3);
 /// Tails in one question.
 const LOT: usize = 1_000;
-/// Sockets that are told in one piece of a walk: about a millisecond.
-const WALK_PART: usize = 64;
 
 /// What is to be done.
 enum Work {
     Read(Arc<Tail>, Seq),
-    Walk(Arc<Tail>),
     Block(Weak<SessionHandle>, Wanted),
     Look(LogId),
 }
@@ -100,10 +98,10 @@ pub(super) struct Tails {
     /// this head.
     newcomers: Mutex<Option<(Seq, Seq)>>,
     reads: Semaphore,
-    pace: Pace,
+    walks: Walks,
     /// What waits for the sockets of this node.
     pub(super) outbound: Arc<Outbound>,
-    /// What is to be done: at most a read, a walk and some looks of each tail, and a block of each
+    /// What is to be done: at most a read and some looks of each tail, and a block of each
     /// socket.
     works: Mutex<VecDeque<Work>>,
     queued: Notify,
@@ -147,33 +145,6 @@ impl Default for LogReadingLimits {
     }
 }
 
-/// How fast bytes of logs are given to sockets. What sockets take by themselves counts, and walks
-/// rest for it.
-struct Pace {
-    per_s: u64,
-    /// When what was given out so far is paid for.
-    paid: Mutex<Instant>,
-}
-
-impl Pace {
-    /// Notes that so many bytes were given out.
-    fn give(&self, bytes: usize) {
-        if self.per_s > 0 && bytes > 0 {
-            let mut paid = self.paid.lock();
-            let cost = Duration::from_secs_f64(bytes as f64 / self.per_s as f64);
-            *paid = (*paid).max(Instant::now()) + cost;
-        }
-    }
-
-    /// How long it takes until what was given out is paid for.
-    fn debt(&self) -> Duration {
-        if self.per_s == 0 {
-            return Duration::ZERO;
-        }
-        self.paid.lock().saturating_duration_since(Instant::now())
-    }
-}
-
 /// Resolves at this moment; never where there is none.
 async fn sleep_until(at: Option<Instant>) {
     match at {
@@ -204,7 +175,7 @@ impl Tails {
             blocks: Cache::with_weighter(BLOCKS, half as u64, Weight),
             newcomers: Mutex::default(),
             reads: Semaphore::new(READS_IN_FLIGHT),
-            pace: Pace { per_s: limits.fanout_bytes_per_s, paid: Mutex::new(Instant::now()) },
+            walks: Walks::new(limits.fanout_bytes_per_s),
             works: Mutex::default(),
             queued: Notify::new(),
             forced: Notify::new(),
@@ -287,14 +258,7 @@ impl Tails {
             self.queue(Work::Read(Arc::clone(tail), after));
         }
         if walk {
-            self.tell(tail);
-        }
-    }
-
-    /// Has the readers of a tail told, unless they are being told.
-    fn tell(&self, tail: &Arc<Tail>) {
-        if !tail.walking.swap(true, Ordering::SeqCst) {
-            self.queue(Work::Walk(Arc::clone(tail)));
+            self.walks.tell(tail);
         }
     }
 
@@ -303,7 +267,7 @@ impl Tails {
         let slots = self.slots.lock();
         for tail in slots.values().filter_map(|slot| slot.tail.get()) {
             tail.moved.store(true, Ordering::SeqCst);
-            self.tell(tail);
+            self.walks.tell(tail);
         }
     }
 
@@ -386,7 +350,7 @@ impl Tails {
             earlier => {
                 if let Some(tail) = earlier.and_then(|slot| slot.tail.get()) {
                     tail.end();
-                    self.tell(tail);
+                    self.walks.tell(tail);
                 }
                 let slot = Slot { life, tail: Arc::default() };
                 let cell = Arc::clone(&slot.tail);
@@ -454,7 +418,7 @@ impl Tails {
 
     /// Sockets were given so many bytes of logs.
     pub(super) fn given(&self, bytes: usize) {
-        self.pace.give(bytes);
+        self.walks.given(bytes);
     }
 
     /// Reads what a session wants of the store. It arrives in its mailbox.
@@ -470,6 +434,10 @@ impl Tails {
     /// Does what is queued, and sweeps, for ever.
     pub(super) async fn run(self: Arc<Self>) {
         let mut under_way = JoinSet::new();
+        for _ in 0..tokio::runtime::Handle::current().metrics().num_workers() {
+            let tails = Arc::clone(&self);
+            under_way.spawn(async move { tails.walks.run().await });
+        }
         let mut again: VecDeque<(Instant, LogId)> = VecDeque::new();
         let mut next_sweep = Instant::now() + self.pause();
         let mut not_before = Instant::now();
@@ -533,7 +501,6 @@ impl Tails {
     async fn work(self: Arc<Self>, work: Work) {
         match work {
             Work::Read(tail, after) => self.read_page(tail, after).await,
-            Work::Walk(tail) => self.walk(&tail).await,
             Work::Block(handle, wanted) => self.read_block(handle, wanted).await,
             Work::Look(log) => {
                 if let Some(tail) = self.find(&log) {
@@ -575,39 +542,6 @@ impl Tails {
         for seq in unreadable {
             self.metrics.unreadable.inc();
             tracing::warn!(%log, %seq, "a message in a log cannot be read, and is passed over");
-        }
-    }
-
-    /// Tells the readers of a tail that it has moved, piece by piece.
-    async fn walk(&self, tail: &Arc<Tail>) {
-        loop {
-            while tail.moved.swap(false, Ordering::SeqCst) {
-                let readers = tail.readers.lock().clone();
-                let mut gone = 0;
-                for part in readers.chunks(WALK_PART) {
-                    for reader in part {
-                        match reader.upgrade() {
-                            Some(handle) => handle.look_at_logs(),
-                            None => gone += 1,
-                        }
-                    }
-                    let rest = self.pace.debt();
-                    if rest > Duration::from_millis(1) {
-                        tokio::time::sleep(rest).await;
-                    } else {
-                        tokio::task::yield_now().await;
-                    }
-                }
-                if gone * 4 > readers.len() {
-                    tail.readers.lock().retain(|reader| reader.strong_count() > 0);
-                }
-            }
-            // In one order with those who say that it has moved: it may have done so before the
-            // mark was taken back.
-            tail.walking.store(false, Ordering::SeqCst);
-            if !tail.moved.load(Ordering::SeqCst) || tail.walking.swap(true, Ordering::SeqCst) {
-                return;
-            }
         }
     }
 
@@ -681,7 +615,7 @@ impl Tails {
             self.drop_if_unread(tail);
             // Readers are compared with their tail, also where nothing has moved.
             tail.moved.store(true, Ordering::SeqCst);
-            self.tell(tail);
+            self.walks.tell(tail);
         }
     }
 
@@ -739,7 +673,7 @@ impl Tails {
     fn end(&self, tail: &Arc<Tail>) {
         self.take_out(tail, |_| true);
         tail.end();
-        self.tell(tail);
+        self.walks.tell(tail);
     }
 
     fn drop_if_unread(&self, tail: &Arc<Tail>) -> bool {

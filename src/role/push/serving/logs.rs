@@ -3,7 +3,7 @@
 use futures_util::FutureExt;
 
 use super::watching::Watching;
-use super::{Act, LOG_QUEUE_BYTES, LogMail, LogReaders, LogStart, Logs, Next, Outgoing, Serving, Socket};
+use super::{Act, LogMail, LogReaders, LogStart, Logs, Next, OfLogs, Outgoing, Serving, Socket};
 use crate::backoff::Backoff;
 use crate::message::{LogId, Millis};
 use crate::session::Input;
@@ -27,14 +27,45 @@ impl<S: Socket> Serving<S> {
         let mut acts = Vec::new();
         starts.into_iter().for_each(|start| readers.begin(start, &mut acts));
         let watching = Watching::of(rights);
-        self.logs = Some(Box::new(Logs { readers, inbox_was_level: false, joining: None, watching, acts }));
+        self.logs =
+            OfLogs::Awake(Box::new(Logs { readers, inbox_was_level: false, joining: None, watching, acts }));
         self.of_logs(|_, _, _| ());
+    }
+
+    /// Wakes readers that are at rest.
+    pub(super) fn wake_logs(&mut self) {
+        let is_resting = matches!(self.logs, OfLogs::Resting(_));
+        if is_resting && let OfLogs::Resting(resting) = std::mem::replace(&mut self.logs, OfLogs::Nothing) {
+            let readers = resting.wake(&self.handle);
+            let (watching, acts) = (Watching::of(None), Vec::new());
+            self.logs = OfLogs::Awake(Box::new(Logs {
+                readers,
+                inbox_was_level: true,
+                joining: None,
+                watching,
+                acts,
+            }));
+        }
+    }
+
+    /// Puts the readers to rest, if there is nothing else to remember of them. What is told to this
+    /// socket from now on is news.
+    pub(super) fn rest_of_logs(&mut self) {
+        let Some(logs) = self.logs.awake() else { return };
+        let is_idle = logs.inbox_was_level && logs.joining.is_none() && logs.watching.is_nothing();
+        if is_idle
+            && logs.readers.can_rest(&self.handle)
+            && let OfLogs::Awake(logs) = std::mem::replace(&mut self.logs, OfLogs::Nothing)
+        {
+            self.logs = OfLogs::Resting(logs.readers.rest());
+        }
     }
 
     /// Lets the readers do something, and does what they want.
     pub(super) fn of_logs(&mut self, act: impl FnOnce(&mut LogReaders, &mut Vec<Act>, Millis)) {
         let now = self.context.clock.now();
-        let Some(logs) = &mut self.logs else { return };
+        self.wake_logs();
+        let Some(logs) = self.logs.awake() else { return };
         act(&mut logs.readers, &mut logs.acts, now);
         for act in std::mem::take(&mut logs.acts) {
             let frame = match act {
@@ -58,7 +89,7 @@ impl<S: Socket> Serving<S> {
     /// Tells the readers once that the inbox is level.
     pub(super) fn look_whether_level(&mut self) {
         if self.session.was_caught_up()
-            && let Some(logs) = &mut self.logs
+            && let Some(logs) = self.logs.awake()
             && !std::mem::replace(&mut logs.inbox_was_level, true)
         {
             self.of_logs(|readers, acts, _| readers.inbox_is_level(acts));
@@ -67,6 +98,9 @@ impl<S: Socket> Serving<S> {
 
     /// The tails may have moved.
     pub(super) fn look_at_logs(&mut self) {
+        if matches!(&self.logs, OfLogs::Resting(resting) if !resting.has_news()) {
+            return;
+        }
         self.of_logs(|readers, acts, now| readers.look(now, acts));
         // A log that was left, or reset, has given its credit back.
         self.count_unacked();
@@ -76,8 +110,12 @@ impl<S: Socket> Serving<S> {
     /// Takes frames of logs, as long as nearly nothing is queued and the client has credit. Returns
     /// how many steps were taken.
     pub(super) fn take_of_logs(&mut self) -> usize {
-        let (mut taken, before) = (0, self.queued_bytes);
-        while self.logs.is_some() && !self.told_full && self.queued_bytes < LOG_QUEUE_BYTES {
+        // Who rests wants nothing.
+        if self.logs.awake().is_none() {
+            return 0;
+        }
+        let (mut taken, before, feed) = (0, self.queued_bytes, self.feed_bytes());
+        while !self.told_full && self.queued_bytes < feed {
             if self.session.free() == Some(0) {
                 break;
             }
@@ -104,7 +142,7 @@ impl<S: Socket> Serving<S> {
         if self.session.free().is_none() {
             return;
         }
-        let Some(logs) = &self.logs else { return };
+        let Some(logs) = self.logs.awake() else { return };
         let (unacked, mut outputs) = (logs.readers.unacked(), Vec::new());
         self.session.count_elsewhere(unacked, |output| outputs.push(output));
         self.clocks.waited_for_credit(&outputs);
@@ -120,7 +158,7 @@ impl<S: Socket> Serving<S> {
             let changes = memberships.version;
             let counted = (changes, mail.counted_anew);
             self.of_logs(|readers, acts, _| joined = readers.compare(counted, &memberships.logs, acts));
-            if let Some(logs) = self.logs.as_mut().filter(|_| !joined.is_empty()) {
+            if let Some(logs) = self.logs.awake().filter(|_| !joined.is_empty()) {
                 let (attacher, handle) = (Arc::clone(&self.context.logs), Arc::clone(&self.handle));
                 let joining = async move {
                     let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);

@@ -51,6 +51,11 @@ impl Watching {
         Self { rights, under_way: None }
     }
 
+    /// Whether the client may watch nothing and has asked for nothing.
+    pub(super) fn is_nothing(&self) -> bool {
+        self.rights.is_none() && self.under_way.is_none()
+    }
+
     /// Why a topic may not be watched; `None` if it may.
     fn refusal(&self, topic: &TopicName) -> Option<String> {
         match &self.rights {
@@ -129,7 +134,8 @@ impl Watching {
 impl<S: Socket> Serving<S> {
     /// The client asks to watch a topic.
     pub(super) fn watch(&mut self, topic: TopicName, since: WatchSince) -> Result<(), End> {
-        let Some(logs) = &mut self.logs else {
+        self.wake_logs();
+        let Some(logs) = self.logs.awake() else {
             self.refuse_watch(&topic, FORBIDDEN_TOPIC, "auth was without \"topics\"");
             return Ok(());
         };
@@ -146,7 +152,7 @@ impl<S: Socket> Serving<S> {
 
     /// Takes requests up to one that needs the store.
     fn watch_next(&mut self) {
-        while let Some(logs) = &mut self.logs
+        while let Some(logs) = self.logs.awake()
             && let Some((topic, since)) = logs.watching.next()
         {
             // First, so that nobody finds out by it which topics there are.
@@ -163,7 +169,7 @@ impl<S: Socket> Serving<S> {
 
     /// It is known whether a topic can be watched.
     pub(super) fn watched(&mut self, topic: TopicName, watched: Watched) {
-        let Some(logs) = &mut self.logs else { return };
+        let Some(logs) = self.logs.awake() else { return };
         // A refresh, or a membership, may have come meanwhile.
         let (refusal, position) = (logs.watching.refusal(&topic), logs.readers.position(&topic));
         match (refusal, position, watched) {
@@ -184,7 +190,8 @@ impl<S: Socket> Serving<S> {
     }
 
     pub(super) fn unwatch(&mut self, topic: &TopicName) {
-        if let Some(logs) = &mut self.logs {
+        self.wake_logs();
+        if let Some(logs) = self.logs.awake() {
             logs.watching.forget(topic);
             if logs.readers.position(topic).is_none() {
                 // Nothing is read yet, or any more.
@@ -198,7 +205,8 @@ impl<S: Socket> Serving<S> {
 
     /// A new token has these rights. What it no longer allows ends.
     pub(super) fn may_watch(&mut self, rights: Option<Arc<WatchRights>>) {
-        let Some(logs) = &mut self.logs else { return };
+        self.wake_logs();
+        let Some(logs) = self.logs.awake() else { return };
         logs.watching.rights = rights;
         let watches = logs.readers.watches();
         let over: Vec<TopicName> =

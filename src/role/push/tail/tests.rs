@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use proptest::prelude::*;
 
-use super::super::log_readers::{Act, LogReaders, LogStart, Next, Wanted, Why};
+use super::super::log_readers::{Act, LogReaders, LogStart, Next, Resting, Wanted, Why};
 use super::super::registry::{Arrival, SessionHandle};
 use super::*;
 use crate::inbox::topics::LogMembership;
@@ -75,7 +75,8 @@ fn user(n: usize) -> UserId {
 
 struct Socket {
     handle: Arc<SessionHandle>,
-    readers: LogReaders,
+    /// Awake, or at rest.
+    readers: Result<LogReaders, Resting>,
     wanted: Option<Wanted>,
     /// The number after which it began.
     after: u64,
@@ -172,7 +173,7 @@ impl World {
             }
             Event::Join(back) if self.sockets.len() < 3 => self.join(back),
             Event::Join(_) => {}
-            Event::Look(at) => self.of_socket(at, |readers, acts| readers.look(NOW, acts)),
+            Event::Look(at) => self.look(at),
             Event::Take(at, steps) => {
                 (0..steps).take_while(|_| self.take(at)).count();
             }
@@ -203,17 +204,30 @@ impl World {
         let mut readers = LogReaders::new(handle.user.clone(), 0, false);
         let mut acts = Vec::new();
         readers.begin(start, &mut acts);
-        let sent = Vec::new();
+        readers.inbox_is_level(&mut acts);
+        let (sent, readers) = (Vec::new(), Ok(readers));
         let socket = Socket { handle, readers, wanted: None, after, sent, at: after, excepted: Vec::new() };
         self.sockets.push(socket);
         self.performed(self.sockets.len() - 1, acts);
     }
 
     fn of_socket(&mut self, at: usize, act: impl FnOnce(&mut LogReaders, &mut Vec<Act>)) {
-        let Some(socket) = self.sockets.get_mut(at) else { return };
+        let Some(mut socket) = (at < self.sockets.len()).then(|| self.sockets.remove(at)) else { return };
         let mut acts = Vec::new();
-        act(&mut socket.readers, &mut acts);
+        let mut readers = socket.readers.unwrap_or_else(|resting| resting.wake(&socket.handle));
+        act(&mut readers, &mut acts);
+        // As soon as they can.
+        socket.readers = if readers.can_rest(&socket.handle) { Err(readers.rest()) } else { Ok(readers) };
+        self.sockets.insert(at, socket);
         self.performed(at, acts);
+    }
+
+    /// One at rest is woken only if there is news.
+    fn look(&mut self, at: usize) {
+        let readers = self.sockets.get(at).map(|socket| &socket.readers);
+        if !matches!(readers, Some(Err(resting)) if !resting.has_news()) {
+            self.of_socket(at, |readers, acts| readers.look(NOW, acts));
+        }
     }
 
     /// Takes one step. Returns whether there was one to take.
@@ -323,7 +337,12 @@ proptest! {
             prop_assert_eq!(socket.at, head);
             prop_assert_eq!(socket.excepted.is_empty(), at != 0 || !world.stored.values().any(|kind| *kind == Kind::Excepting));
             prop_assert!(Arc::strong_count(&socket.handle) > 0);
+            prop_assert!(socket.readers.is_err(), "all are level, and rest");
         }
+        prop_assert_eq!(world.tail.count(), world.sockets.len());
+        prop_assert_eq!(world.tail.readers.lock().len(), world.sockets.len());
+        world.sockets.clear();
+        prop_assert_eq!(world.tail.count(), 0);
     }
 }
 
@@ -338,6 +357,8 @@ fn a_socket_that_is_looked_at_late_is_told_of_a_reset_all_the_same() {
     // Three are gone, and what comes next stands above all that were shown.
     world.stored.retain(|n, _| *n <= HEAD + 2);
     world.step(Input::Reset(Seq::at(HEAD + 5), Seq::at(HEAD + 2)));
+    let is_news = |socket: &Socket| matches!(&socket.readers, Err(resting) if resting.has_news());
+    assert!(is_news(&world.sockets[0]), "also while the tail stands below");
     world.stored.insert(HEAD + 6, Kind::Plain);
     world.wanted = None;
     let page = Page {
@@ -349,9 +370,11 @@ fn a_socket_that_is_looked_at_late_is_told_of_a_reset_all_the_same() {
     };
     world.step(Input::Page(page));
     assert_eq!(world.tail.position(), Seq::at(HEAD + 6));
-    let (mut acts, socket) = (Vec::new(), &mut world.sockets[0]);
-    socket.readers.look(NOW, &mut acts);
-    while matches!(socket.readers.next(NOW, &mut acts), Some(Next::Given)) {}
+    let (mut acts, socket) = (Vec::new(), world.sockets.remove(0));
+    let Err(resting) = socket.readers else { panic!("it was level") };
+    let mut readers = resting.wake(&socket.handle);
+    readers.look(NOW, &mut acts);
+    while matches!(readers.next(NOW, &mut acts), Some(Next::Given)) {}
     let told = acts.iter().any(|act| {
         matches!(act, Act::Frame(frame) if matches!(**frame, ServerFrame::Gap { reason: GapReason::Reset, before, .. } if before == HEAD + 3))
     });
