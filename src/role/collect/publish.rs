@@ -29,7 +29,7 @@ const NOT_STORED: &str = "the message could not be stored; a repeat is safe unde
 const NO_ANSWER: &str = "the store did not answer in time; a repeat is safe under an id of your own";
 /// How long after its acceptance a publish is still taken from another collect, in seconds: its
 /// deadline, and how far clocks may differ.
-const LATEST_TAKEN_S: u64 = PUBLISH_DEADLINE.as_secs() + 2;
+pub(super) const LATEST_TAKEN_S: u64 = PUBLISH_DEADLINE.as_secs() + 2;
 /// Most recipients of one request, the members of its topics counted.
 pub const REQUEST_RECIPIENTS: usize = 10_000;
 /// Members whose messages wait to be stored at the same time, of one publish.

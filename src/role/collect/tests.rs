@@ -113,6 +113,7 @@ fn user(text: &str) -> UserId {
 }
 
 struct Bench {
+    clock: Clock,
     inbox: Arc<MemoryInbox>,
     collect: Collect,
     _tasks: JoinSet<()>,
@@ -150,11 +151,11 @@ async fn replaced_after(reads: u64, topics: &[&str]) -> Bench {
         Live::new(CollectLimits { ttl_s: 60, member_lists_bytes: 1 << 20, logs, open: Default::default() }),
         Peers { dispatch, writers: alone() },
         LocalMembership::new(clock.clone()).views(),
-        clock,
+        clock.clone(),
         &Metrics::default(),
         &mut tasks,
     );
-    Bench { inbox, collect, _tasks: tasks }
+    Bench { clock, inbox, collect, _tasks: tasks }
 }
 
 impl Bench {
@@ -222,4 +223,69 @@ async fn a_topic_that_ended_while_it_was_published_to_was_published_to() {
     let published = bench.publish(&["team"]).await;
     assert_eq!(published.problem(), None);
     assert_eq!(bench.stored_for("old").await, 1);
+}
+
+/// A hand-over that stood still on its way: a publish that its sender was answered long ago, or of
+/// which nobody waits for the outcome, is refused, and nothing of it is stored.
+#[tokio::test]
+async fn a_publish_that_is_handed_over_too_late_is_refused() {
+    let bench = replaced_after(0, &["team"]).await;
+    let handed = |id: &str, accepted_at: Millis, left: Duration| crate::wire::peer::TopicWrite {
+        log: LogId::Topic(name("team")),
+        id: crate::message::MessageId::parse(id).unwrap(),
+        append_id: id.into(),
+        accepted_at,
+        event: None,
+        trace: None,
+        payload: Bytes::from_static(b"1"),
+        ttl_s: None,
+        except: Vec::new(),
+        left,
+    };
+    bench.clock.advance(publish::LATEST_TAKEN_S * 1_000);
+    let now = bench.clock.now();
+    let waits = Duration::from_secs(1);
+    let second = bench.collect.take_over(handed("on time", Millis(1_000), waits)).0.await.unwrap();
+    assert!(matches!(second, Ok(TopicOutcome::Members { members: 2, .. })), "{second:?}");
+    for (id, accepted_at, left) in [("late", Millis(999), waits), ("nobody waits", now, Duration::ZERO)] {
+        let written = bench.collect.take_over(handed(id, accepted_at, left)).0.await.unwrap();
+        let refusal = written.expect_err(id);
+        assert_eq!(refusal.status, 503, "{id}");
+        assert!(refusal.detail.contains("too late"), "{}", refusal.detail);
+    }
+    assert_eq!((bench.stored_for("old").await, bench.stored_for("new").await), (1, 1));
+}
+
+/// A receipt that was lost: the collect that was handed a publish writes it, and so does the one
+/// that took it. The message is stored once, and both tell its number.
+#[tokio::test]
+async fn a_publish_that_two_collects_write_is_stored_once() {
+    let bench = replaced_after(0, &["news"]).await;
+    let settings =
+        TopicSettings { delivery: Some(crate::topic::Delivery::Log), ttl_s: None, default_ttl_s: 60 };
+    bench.inbox.remove(name("news")).await.unwrap();
+    bench.inbox.put(name("news"), settings).await.unwrap();
+    let handed = |append_id: &str, payload: &'static [u8]| crate::wire::peer::TopicWrite {
+        log: LogId::Topic(name("news")),
+        id: crate::message::MessageId::parse("m-1").unwrap(),
+        append_id: append_id.into(),
+        accepted_at: Millis(1_000),
+        event: None,
+        trace: None,
+        payload: Bytes::from_static(payload),
+        ttl_s: None,
+        except: Vec::new(),
+        left: Duration::from_secs(1),
+    };
+    let mut seqs = Vec::new();
+    for append_id in ["took", "took", "a repeat of the sender"] {
+        match bench.collect.take_over(handed(append_id, b"1")).0.await.unwrap() {
+            Ok(TopicOutcome::Log(outcome)) => seqs.push((outcome.seq, outcome.duplicate)),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!((seqs[0].1, seqs[2].1), (false, true), "{seqs:?}");
+    assert!(seqs.iter().all(|(seq, _)| *seq == seqs[0].0), "{seqs:?}");
+    let other = bench.collect.take_over(handed("another message", b"2")).0.await.unwrap();
+    assert_eq!(other.expect_err("a conflict").status, 409);
 }
