@@ -210,10 +210,12 @@ impl Unacked {
 pub struct AtRest {
     /// Everything up to here was sent or passed over.
     pub sent: Seq,
-    /// How far the last ack is below that; `None`: nothing was acked.
-    pub unacked: Option<u32>,
+    /// How far the last ack is below that; [`NOTHING_ACKED`] is what its name says.
+    unacked: u32,
     untouched: bool,
 }
+
+const NOTHING_ACKED: u32 = u32::MAX;
 
 impl Session {
     /// The same session as one at rest, if it can be.
@@ -228,20 +230,24 @@ impl Session {
             && before_reset.is_beginning()
             && credit.is_none();
         let unacked = match acked.is_beginning() {
-            true => None,
-            false => Some(u32::try_from(sent.get().checked_sub(acked.get())?).ok()?),
+            true => NOTHING_ACKED,
+            false => u32::try_from(sent.get().checked_sub(acked.get())?).ok()?,
         };
-        rests.then_some(AtRest { sent, unacked, untouched })
+        let is_told = acked.is_beginning() || unacked != NOTHING_ACKED;
+        (rests && is_told).then_some(AtRest { sent, unacked, untouched })
     }
 
     /// The session that was at rest.
     #[must_use]
     pub fn resumed(rest: AtRest) -> Self {
         let AtRest { sent, unacked, untouched } = rest;
-        let below = |unacked: u32| Seq::at(sent.get().saturating_sub(unacked.into()));
+        let acked = match unacked {
+            NOTHING_ACKED => Seq::BEGINNING,
+            unacked => Seq::at(sent.get().saturating_sub(unacked.into())),
+        };
         Self {
             sent,
-            acked: unacked.map_or(Seq::BEGINNING, below),
+            acked,
             before_reset: Seq::BEGINNING,
             phase: Phase::Live,
             unread: Seq::BEGINNING,

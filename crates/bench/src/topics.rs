@@ -17,7 +17,7 @@ const TOPICS: usize = 100;
 const MESSAGES_EACH: u64 = 50;
 /// T4 and T5: logs that each socket reads.
 const LOGS_EACH: usize = 10;
-/// How long after all sockets were closed the server has forgotten them.
+/// How long the server has to forget sockets that were closed.
 const LEFT: Duration = Duration::from_secs(5);
 /// T6: sockets that read the hot topic, about half of them on each of two nodes. So few that it is
 /// the publishing that is measured.
@@ -115,8 +115,8 @@ fn many(options: &Options, results: &mut Results) {
 }
 
 /// T4 and T5: sockets that read ten logs each, beside sockets that read none; of devices that are
-/// new, and of the same devices when they come again. Then they take memory that the process had
-/// before, which says nothing of theirs.
+/// new, and of the same devices when they come again. The memory of the latter is not measured: the
+/// process keeps what it freed when they left.
 fn ten_each(options: &Options, results: &mut Results, which: &str, join: impl Fn(&Server, &mut Load)) {
     let mut new = [Opened::default(), Opened::default()];
     let mut again = [Opened::default(), Opened::default()];

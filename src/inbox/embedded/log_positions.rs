@@ -11,7 +11,10 @@ use super::records::{cursor_key, device_of, head_key, prefix, put_name, take_u64
 use crate::inbox::InboxError;
 use crate::inbox::logs::{key, log_of};
 use crate::message::{DeviceId, LogId, Seq, UserId};
+use crate::topic::LOG_TOPICS;
 
+/// Positions of one device that are kept: twice as many as it reads at the most.
+const KEPT: usize = 2 * (LOG_TOPICS + 1);
 /// Records of an earlier layout that are taken over in one commit.
 const TAKEN_AT_ONCE: usize = 1_000;
 
@@ -42,14 +45,15 @@ fn log_named(name: &[u8]) -> Option<LogId> {
     log_of(&UserId::parse(std::str::from_utf8(name).ok()?).ok()?)
 }
 
-/// Raises positions to these.
+/// Raises positions to these. They stand last; of more than [`KEPT`] the first are dropped, which
+/// were not raised for longest, most likely of topics that were left. Losing one costs repeats.
 fn raise(known: &mut Vec<(LogId, Seq)>, logs: &[(LogId, Seq)]) {
     for (log, seq) in logs {
-        match known.iter_mut().find(|(known, _)| known == log) {
-            Some((_, known)) => *known = *seq.max(known),
-            None => known.push((log.clone(), *seq)),
-        }
+        let at = known.iter().position(|(known, _)| known == log);
+        let before = at.map_or(Seq::BEGINNING, |at| known.remove(at).1);
+        known.push((log.clone(), *seq.max(&before)));
     }
+    known.drain(..known.len().saturating_sub(KEPT));
 }
 
 impl Store {
@@ -99,11 +103,13 @@ impl Store {
     /// Takes over what stands in the earlier layout, and removes it there. A start that is cut off
     /// goes on with the rest next time.
     pub(super) fn take_earlier_positions(&self, earlier: &Keyspace) -> fjall::Result<()> {
-        loop {
+        let snapshot = self.db.snapshot();
+        let mut entries = snapshot.iter(earlier).peekable();
+        let mut count = 0;
+        while entries.peek().is_some() {
             let mut pending = self.db.batch().durability(Some(PersistMode::SyncData));
             let mut taken: HashMap<Vec<u8>, Vec<(LogId, Seq)>> = HashMap::new();
-            let mut count = 0;
-            for entry in self.db.snapshot().iter(earlier).take(TAKEN_AT_ONCE) {
+            for entry in entries.by_ref().take(TAKEN_AT_ONCE) {
                 let (place, value) = entry.into_inner()?;
                 if let Some((device, log)) = earlier_place(&place)
                     && let Ok(seq) = take_u64(&mut &*value)
@@ -113,9 +119,6 @@ impl Store {
                 pending.remove(earlier, place);
                 count += 1;
             }
-            if count == 0 {
-                return Ok(());
-            }
             for (device, logs) in taken {
                 let known = self.device_logs.get(&device)?;
                 let mut positions = known.map(|raw| decode(&raw)).unwrap_or_default();
@@ -124,6 +127,10 @@ impl Store {
             }
             pending.commit()?;
         }
+        if count > 0 {
+            tracing::info!(count, "positions of devices in logs were taken over from an earlier version");
+        }
+        Ok(())
     }
 
     /// How often the memberships of a user in topics with a log have changed.
@@ -174,6 +181,24 @@ mod tests {
             let mut known = vec![(LogId::Everyone, Seq::at(before))];
             raise(&mut known, &[(LogId::Everyone, Seq::at(then))]);
             prop_assert_eq!(known, vec![(LogId::Everyone, Seq::at(before.max(then)))]);
+        }
+
+        #[test]
+        fn the_positions_that_were_raised_last_are_kept(raised in proptest::collection::vec(0usize..400, 1..900)) {
+            let log = |n: usize| LogId::Topic(TopicName::parse(&format!("t{n}")).unwrap());
+            let mut known = Vec::new();
+            for n in &raised {
+                raise(&mut known, &[(log(*n), Seq::at(1))]);
+            }
+            prop_assert!(known.len() <= KEPT);
+            let mut last: Vec<usize> = Vec::new();
+            for n in raised.iter().rev() {
+                if !last.contains(n) && last.len() < KEPT {
+                    last.push(*n);
+                }
+            }
+            let expected: Vec<LogId> = last.into_iter().rev().map(log).collect();
+            prop_assert_eq!(known.into_iter().map(|(log, _)| log).collect::<Vec<_>>(), expected);
         }
     }
 }

@@ -150,7 +150,7 @@ pub(super) fn ended(raw: &[u8], at: Millis) -> Option<Vec<u8>> {
     Some(changed)
 }
 
-/// A name with its length before it, which no name has more than 255 of.
+/// Appends a name, with its length before it. A name has at most 255 bytes.
 pub(super) fn put_name(out: &mut Vec<u8>, name: &str) {
     out.put_u8(u8::try_from(name.len()).unwrap_or(u8::MAX));
     out.put_slice(name.as_bytes());

@@ -81,6 +81,8 @@ impl MongoInbox {
         for inner in [Some(inner), self.logs.as_ref()].into_iter().flatten() {
             inner.check_indexes().await?;
             inner.make_indexes().await?;
+            // A user who may not ask for it is refused here, and not taken for an outage.
+            super::watch::collection(inner).await.map_err(|error| open_fault(&error))?;
             super::watch::look(inner).await.map_err(|error| OpenError::Unreachable(error.to_string()))?;
         }
         let made = ulid::Ulid::generate().to_string();

@@ -5,9 +5,9 @@
 //! A *marker* stands among the messages, at the position of a user without a name. Its `pulse` is a
 //! time that every writer raises. Its `lineage` changes when a writer finds the pulse below one
 //! that it has seen. Its `floor` is the time when that happened. A backup that is put back, or a
-//! collection that is dropped, takes the pulse back with it. Its `of` is the UUID that MongoDB gave
-//! the collection: a backup that is put into another collection, while no writer runs that knows
-//! the pulse, brings the UUID of the one that it was taken of. Then
+//! collection that is dropped, takes the pulse back with it. Its `of` is the UUID of its
+//! collection. `mongorestore --drop` makes a new collection and puts a marker into it that names
+//! the old one: so a process that starts, and knows no pulse, recognises it too. In both cases
 //!
 //! - heads in memory are dropped, because they belong to another state of the store;
 //! - numbers go on above the floor. All numbers assigned before are below it, because a number is a
@@ -98,7 +98,7 @@ pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
     // A clock that was ahead when numbers were assigned may have been corrected since.
     let now = int(inner.clock.now().0).max(last);
     let fresh = ulid::Ulid::generate().to_string();
-    let of = collection(inner).await?;
+    let of = collection(inner).await.map_err(unavailable)?;
     let is_of_another = doc! { "$and": [{ "$gt": ["$of", Bson::Null] }, { "$ne": ["$of", of.clone()] }] };
     let fallen = doc! { "$or": [{ "$lt": [{ "$ifNull": ["$pulse", 0i64] }, last] }, is_of_another] };
     let update = vec![
@@ -122,14 +122,14 @@ pub(super) async fn look(inner: &Inner) -> Result<u64, InboxError> {
     Ok(take(inner, &found, Some(sent)))
 }
 
-/// What tells this collection from one of the same name that was dropped before.
-async fn collection(inner: &Inner) -> Result<Bson, InboxError> {
+/// The UUID of the collection, by which it is told from one of the same name that was dropped.
+pub(super) async fn collection(inner: &Inner) -> mongodb::error::Result<Bson> {
     let name = inner.documents.name();
     let listing = async {
         let mut found = inner.database.list_collections().filter(doc! { "name": name }).await?;
         found.try_next().await
     };
-    let found = inner.in_time(listing).await.map_err(unavailable)?;
+    let found = inner.in_time(listing).await?;
     Ok(found.and_then(|found| found.info.uuid).map_or(Bson::Null, Bson::Binary))
 }
 

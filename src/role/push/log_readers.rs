@@ -2,8 +2,8 @@
 //!
 //! Each is the same pure machine as the session of the inbox ([`Session`]). It never gets a message
 //! pushed: told that its tail has moved, it asks for what comes next and is given one message at a
-//! time, as long as the socket takes it. So a slow socket holds a frame or two, however many logs
-//! it reads, and a fast one is never behind.
+//! time, as long as the socket takes it. So a slow socket holds a few frames, however many logs it
+//! reads, and a fast one is never behind.
 
 mod resting;
 

@@ -16,7 +16,7 @@ const STEP_BYTES: usize = 4 * 1024;
 /// Logs that were held back go on once this part of the limit is free, in eighths.
 const ROOM_EIGHTHS: usize = 1;
 
-/// Below this part of the limit, little waits.
+/// Little waits: less than the limit divided by this.
 const EASE_PART: usize = 16;
 
 /// What waits for the sockets of a node.

@@ -88,7 +88,8 @@ const FEED_BYTES_AT_EASE: usize = 16 * 1024;
 /// Pings that may go unanswered.
 const UNANSWERED_PINGS: u32 = 2;
 
-/// Frames of logs that one poll takes, before others have their turn.
+/// Frames of logs that one poll takes before it looks whether others should have their turn. The
+/// last lot may go beyond it.
 const LOG_FRAMES_PER_POLL: usize = 32;
 
 /// What all sessions of a node use while they serve.
@@ -476,7 +477,7 @@ impl<S: Socket> Serving<S> {
                 }
             }
             if self.unflushed_bytes == 0 {
-                // The socket takes more. Logs give it, a frame or two at a time.
+                // The socket takes more. Logs give it, up to what is flushed at once.
                 if frames >= LOG_FRAMES_PER_POLL {
                     cx.waker().wake_by_ref();
                     break;

@@ -353,7 +353,11 @@ impl Drop for Reading {
         // Of a socket that ends, the entry is removed by the next walk: all leave at once when a
         // node drains. Of one that goes on, it must go now.
         if self.handle.strong_count() > 0 {
-            self.tail.readers.lock().retain(|reader| !reader.ptr_eq(&self.handle));
+            // One entry alone: a watched topic that is joined meanwhile has another of the socket.
+            let mut readers = self.tail.readers.lock();
+            if let Some(at) = readers.iter().position(|reader| reader.ptr_eq(&self.handle)) {
+                readers.swap_remove(at);
+            }
         }
         self.tail.left();
     }

@@ -146,7 +146,7 @@ impl Default for LogReadingLimits {
 }
 
 /// Resolves at this moment; never where there is none.
-async fn sleep_until(at: Option<Instant>) {
+pub(super) async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,

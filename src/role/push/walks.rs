@@ -17,14 +17,15 @@ use tokio::time::Instant;
 
 use super::registry::SessionHandle;
 use super::tail::Tail;
+use super::tails::sleep_until;
 
-/// Sockets that are told in one piece of a walk: about a millisecond.
+/// Readers that are told in one piece of a walk: about a millisecond, with small messages.
 const PART: usize = 64;
-/// A rest that is shorter is not taken.
-const SHORTEST_REST: Duration = Duration::from_millis(1);
+/// A pause that is shorter is not made.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 
 /// How fast bytes of logs are given to sockets. What sockets take by themselves counts, and walks
-/// rest for it.
+/// pause for it.
 struct Pace {
     per_s: u64,
     /// When what was given out so far is paid for.
@@ -91,7 +92,7 @@ impl Walk {
             if !tail.moved.load(Ordering::SeqCst) || tail.walking.swap(true, Ordering::SeqCst) {
                 return false;
             }
-            tail.moved.store(false, Ordering::SeqCst);
+            tail.moved.swap(false, Ordering::SeqCst);
         }
         *readers = tail.readers.lock().clone();
         (self.told, self.gone) = (0, 0);
@@ -99,9 +100,31 @@ impl Walk {
     }
 }
 
+/// The walks that wait for a walker.
+#[derive(Default)]
+struct Waiting {
+    ready: VecDeque<Walk>,
+    /// Walks that pause, until when. What is given out is paid for at a moment that never falls, so
+    /// the first is due first.
+    paused: VecDeque<(Instant, Walk)>,
+}
+
+impl Waiting {
+    /// Takes the next walk, or says when one is due, if one pauses.
+    fn take(&mut self) -> Result<Walk, Option<Instant>> {
+        let due = self.paused.front().map(|(due, _)| *due);
+        if due.is_some_and(|due| due <= Instant::now())
+            && let Some((_, walk)) = self.paused.pop_front()
+        {
+            return Ok(walk);
+        }
+        self.ready.pop_front().ok_or(due)
+    }
+}
+
 /// The tails whose readers are to be told.
 pub(super) struct Walks {
-    waiting: Mutex<VecDeque<Walk>>,
+    waiting: Mutex<Waiting>,
     queued: Notify,
     pace: Pace,
 }
@@ -116,7 +139,9 @@ impl Walks {
     /// Has the readers of a tail told, unless they are being told.
     pub(super) fn tell(&self, tail: &Arc<Tail>) {
         if !tail.walking.swap(true, Ordering::SeqCst) {
-            self.queue(Walk { tail: Arc::clone(tail), readers: Vec::new(), told: 0, gone: 0 });
+            let walk = Walk { tail: Arc::clone(tail), readers: Vec::new(), told: 0, gone: 0 };
+            self.waiting.lock().ready.push_back(walk);
+            self.queued.notify_one();
         }
     }
 
@@ -125,34 +150,88 @@ impl Walks {
         self.pace.give(bytes);
     }
 
-    fn queue(&self, walk: Walk) {
-        self.waiting.lock().push_back(walk);
-        self.queued.notify_one();
-    }
-
     async fn next(&self) -> Walk {
         loop {
             let queued = self.queued.notified();
-            if let Some(walk) = self.waiting.lock().pop_front() {
-                return walk;
+            let due = match self.waiting.lock().take() {
+                Ok(walk) => return walk,
+                Err(due) => due,
+            };
+            tokio::select! {
+                () = queued => {}
+                () = sleep_until(due) => {}
             }
-            queued.await;
         }
     }
 
-    /// Tells what is queued, for ever. As many may run as there are threads.
+    /// Tells what is queued, for ever. As many may run as there are threads. A walk pauses for what
+    /// was given out; the first readers of another log are told meanwhile.
     pub(super) async fn run(&self) {
         loop {
             let mut walk = self.next().await;
             if walk.go_on() {
-                self.queue(walk);
-                let rest = self.pace.debt();
-                if rest > SHORTEST_REST {
-                    tokio::time::sleep(rest).await;
-                } else {
-                    tokio::task::yield_now().await;
-                }
+                self.put_back(walk);
+                tokio::task::yield_now().await;
             }
         }
+    }
+
+    fn put_back(&self, walk: Walk) {
+        let pause = self.pace.debt();
+        let mut waiting = self.waiting.lock();
+        if pause > SHORTEST_PAUSE {
+            waiting.paused.push_back((Instant::now() + pause, walk));
+        } else {
+            waiting.ready.push_back(walk);
+        }
+        drop(waiting);
+        self.queued.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{DeviceId, LogId, Millis, Seq, TopicName, UserId};
+    use crate::role::push::registry::Arrival;
+    use crate::role::push::tail::TailMemory;
+
+    /// A tail that has moved, and its one reader.
+    fn moved(name: &str) -> (Arc<Tail>, Arc<SessionHandle>) {
+        let log = LogId::Topic(TopicName::parse(name).unwrap());
+        let tail = Arc::new(Tail::new(log, 1, Seq::at(9), Arc::new(TailMemory::new(1_000))));
+        let user = UserId::parse(name).unwrap();
+        let handle = SessionHandle::new(user, DeviceId::default(), None, 0, Arrival::default(), Millis(0));
+        std::mem::forget(tail.join(&handle));
+        tail.moved.store(true, Ordering::SeqCst);
+        (tail, handle)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_log_that_was_quiet_is_told_at_once_while_another_pauses() {
+        let walks = Arc::new(Walks::new(1_000));
+        let running = Arc::clone(&walks);
+        let walker = tokio::spawn(async move { running.run().await });
+        let ((busy, one), (quiet, other)) = (moved("busy"), moved("quiet"));
+        // Ten seconds of what may be given out.
+        walks.given(10_000);
+        let is_told = |handle: &Arc<SessionHandle>| !handle.mailbox.is_empty();
+        walks.tell(&busy);
+        tokio::task::yield_now().await;
+        assert!(is_told(&one), "the first part of a walk");
+        assert!(busy.walking.load(Ordering::SeqCst), "it pauses");
+        walks.tell(&quiet);
+        tokio::task::yield_now().await;
+        assert!(is_told(&other), "not behind the pause of another");
+        let is_over = |tail: &Tail| !tail.walking.load(Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_secs(9)).await;
+        assert!(!is_over(&busy) && !is_over(&quiet));
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert!(is_over(&busy) && is_over(&quiet));
+        // It is queued again, and told with the next round.
+        busy.moved.store(true, Ordering::SeqCst);
+        walks.tell(&busy);
+        assert!(!is_over(&busy));
+        walker.abort();
     }
 }

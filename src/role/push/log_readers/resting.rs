@@ -34,7 +34,7 @@ impl Reader {
 
 impl LogReaders {
     /// Whether nothing is under way, and nothing is to be remembered but where each reader stands.
-    /// A block that was read and of which nobody wants more is not.
+    /// A block that was read is dropped: nobody wants more of it.
     pub(in super::super) fn can_rest(&self, handle: &SessionHandle) -> bool {
         self.told_level
             && self.inbox_is_level
@@ -86,5 +86,13 @@ impl Resting {
             }
         }));
         readers
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_reader_at_rest_takes_32_bytes() {
+        assert_eq!(size_of::<super::RestingReader>(), 32);
     }
 }

@@ -428,3 +428,21 @@ fn a_watched_topic_that_began_too_late_is_joined_anew() {
         assert_eq!(readers.position(&topic).is_none(), anew);
     }
 }
+
+/// A client that asked to watch a topic is made a member of it meanwhile: the reader that is not
+/// needed goes, and the socket goes on to be told.
+#[test]
+fn a_reader_that_goes_leaves_the_other_one_of_its_socket() {
+    let world = World::new();
+    let handle = |n| SessionHandle::new(user(n), DeviceId::default(), None, 0, Arrival::default(), NOW);
+    let (one, other) = (handle(0), handle(1));
+    let (watched, of_other, joined) = (world.tail.join(&one), world.tail.join(&other), world.tail.join(&one));
+    drop(watched);
+    let told = |handle: &Arc<SessionHandle>| {
+        let weak = Arc::downgrade(handle);
+        world.tail.readers.lock().iter().filter(|reader| reader.ptr_eq(&weak)).count()
+    };
+    assert_eq!((told(&one), told(&other), world.tail.count()), (1, 1, 2));
+    drop((joined, of_other));
+    assert_eq!((told(&one), told(&other), world.tail.count()), (0, 0, 0));
+}
