@@ -42,8 +42,12 @@ impl Actor {
             self.shared.set(State::CatchingUp { node: welcome.node, since: welcome.since });
         }
         self.say_acks(true).await;
-        // What was to be said is among this.
-        self.shared.take_words();
+        // What was to be said is among what the new line is told. The old line of a move, which may
+        // be needed still, has not heard it.
+        let words = self.shared.take_words();
+        if let Some(old) = self.line.as_mut().filter(|_| is_next) {
+            words.into_iter().for_each(|frame| old.say_later(frame));
+        }
         let watches = self.shared.with(|books| books.watches());
         let line = if is_next { &mut self.next } else { &mut self.line };
         if let Some(line) = line {
