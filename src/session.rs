@@ -210,7 +210,7 @@ impl Unacked {
 pub struct AtRest {
     /// Everything up to here was sent or passed over.
     pub sent: Seq,
-    /// How far the last ack is below that; [`NOTHING_ACKED`] is what its name says.
+    /// How far the last ack is below that, or [`NOTHING_ACKED`].
     unacked: u32,
     untouched: bool,
 }

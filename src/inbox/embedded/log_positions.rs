@@ -47,13 +47,18 @@ fn log_named(name: &[u8]) -> Option<LogId> {
 
 /// Raises positions to these. They stand last; of more than [`KEPT`] the first are dropped, which
 /// were not raised for longest, most likely of topics that were left. Losing one costs repeats.
+/// That of everyone's log stays: a device without one begins with the last messages.
 fn raise(known: &mut Vec<(LogId, Seq)>, logs: &[(LogId, Seq)]) {
     for (log, seq) in logs {
         let at = known.iter().position(|(known, _)| known == log);
         let before = at.map_or(Seq::BEGINNING, |at| known.remove(at).1);
         known.push((log.clone(), *seq.max(&before)));
     }
-    known.drain(..known.len().saturating_sub(KEPT));
+    while known.len() > KEPT
+        && let Some(at) = known.iter().position(|(log, _)| *log != LogId::Everyone)
+    {
+        known.remove(at);
+    }
 }
 
 impl Store {
@@ -186,18 +191,19 @@ mod tests {
         #[test]
         fn the_positions_that_were_raised_last_are_kept(raised in proptest::collection::vec(0usize..400, 1..900)) {
             let log = |n: usize| LogId::Topic(TopicName::parse(&format!("t{n}")).unwrap());
-            let mut known = Vec::new();
+            let mut known = vec![(LogId::Everyone, Seq::at(7))];
             for n in &raised {
                 raise(&mut known, &[(log(*n), Seq::at(1))]);
             }
             prop_assert!(known.len() <= KEPT);
             let mut last: Vec<usize> = Vec::new();
             for n in raised.iter().rev() {
-                if !last.contains(n) && last.len() < KEPT {
+                if !last.contains(n) && last.len() < KEPT - 1 {
                     last.push(*n);
                 }
             }
-            let expected: Vec<LogId> = last.into_iter().rev().map(log).collect();
+            let topics = last.into_iter().rev().map(log);
+            let expected: Vec<LogId> = std::iter::once(LogId::Everyone).chain(topics).collect();
             prop_assert_eq!(known.into_iter().map(|(log, _)| log).collect::<Vec<_>>(), expected);
         }
     }

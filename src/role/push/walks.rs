@@ -102,14 +102,14 @@ impl Walk {
 
 /// The walks that wait for a walker.
 #[derive(Default)]
-struct Waiting {
+struct Queue {
     ready: VecDeque<Walk>,
     /// Walks that pause, until when. What is given out is paid for at a moment that never falls, so
     /// the first is due first.
     paused: VecDeque<(Instant, Walk)>,
 }
 
-impl Waiting {
+impl Queue {
     /// Takes the next walk, or says when one is due, if one pauses.
     fn take(&mut self) -> Result<Walk, Option<Instant>> {
         let due = self.paused.front().map(|(due, _)| *due);
@@ -124,7 +124,7 @@ impl Waiting {
 
 /// The tails whose readers are to be told.
 pub(super) struct Walks {
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<Queue>,
     queued: Notify,
     pace: Pace,
 }
