@@ -149,7 +149,10 @@ function curve({ title, of, shown }) {
   const figure = element('figure', undefined, { 'data-curve': title });
   const caption = element('figcaption');
   caption.append(element('span', title), element('span', `most ${shown(most)}`));
-  figure.append(caption, svg);
+  const axis = element('p', undefined, { class: 'axis' });
+  const ago = span < 60_000 ? `${Math.round(span / 1000)} s ago` : `${Math.round(span / 60_000)} min ago`;
+  axis.append(element('span', ago), element('span', 'now'));
+  figure.append(caption, svg, axis);
   return figure;
 }
 

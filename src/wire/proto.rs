@@ -188,7 +188,7 @@ impl TryFrom<peer::Refusal> for PublishError {
 
     fn try_from(refusal: peer::Refusal) -> Result<Self, ProtoError> {
         let status = u16::try_from(refusal.status).ok().filter(|status| (400..600).contains(status));
-        Ok(Self { status: status.ok_or(ProtoError("status"))?, detail: refusal.detail })
+        Ok(Self::new(status.ok_or(ProtoError("status"))?, refusal.detail))
     }
 }
 
@@ -433,7 +433,7 @@ mod tests {
         ] {
             assert!(TopicWrite::try_from(bad).is_err());
         }
-        let refusal = PublishError { status: 409, detail: "other payload".to_owned() };
+        let refusal = PublishError::new(409, "other payload");
         let outcomes: [TopicWritten; 3] = [
             Ok(TopicOutcome::Log(Stored { seq: Seq::at(7), duplicate: true })),
             Ok(TopicOutcome::Members { members: 2, failed: vec![(user("bob"), refusal.clone())] }),

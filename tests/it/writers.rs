@@ -122,6 +122,39 @@ async fn a_writer_that_stands_still_is_passed_over_and_nothing_is_stored_twice()
     cluster.nothing_is_left().await;
 }
 
+/// What the writer cannot store is written by the other, which is told of it, and soon nothing is
+/// handed to the writer: its publishes go to the other as well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_that_loses_its_store_leaves_its_topics_to_the_other() {
+    let mut cluster =
+        Cluster::up(&["--push", "1", "--store-proxy", "collect-0", "--store-proxy", "collect-1"]).await;
+    for (topic, delivery) in [("news", "log"), ("team", "inbox")] {
+        made(&cluster, topic, delivery).await;
+        let [writer, other] = writer_of(&cluster, topic).await;
+        let link = format!("store-proxy-{writer}");
+        cluster.run(&["kill", &link]).await;
+        for n in 0..3 {
+            let sent = publish(&cluster, other, topic, &format!("{topic}-{n}"), json!(n)).await;
+            assert_eq!(sent.status, 202, "{sent:?}");
+            let accepted = &sent.json()["accepted"][0];
+            assert!(accepted["seq"].is_u64() || accepted["stored"] == 1, "{accepted}");
+        }
+        let before = handed_over(&cluster).await;
+        for n in 3..6 {
+            let sent = publish(&cluster, other, topic, &format!("{topic}-{n}"), json!(n)).await;
+            assert_eq!(sent.status, 202, "{sent:?}");
+        }
+        assert_eq!(handed_over(&cluster).await, before, "nothing is handed to who cannot write");
+        cluster.run(&["start", &link]).await;
+        eventually("the writer has its store again", async || cluster.readiness(writer).await.0 == 200).await;
+        // It hands what it takes to the other, until it has rested.
+        let sent = publish(&cluster, writer, topic, &format!("{topic}-6"), json!(6)).await;
+        assert_eq!(sent.status, 202, "{sent:?}");
+        assert_eq!(history(&cluster, topic).await, (0..7).map(|n| json!(n)).collect::<Vec<_>>());
+    }
+    cluster.nothing_is_left().await;
+}
+
 async fn history_by(cluster: &Cluster, by: &str) -> usize {
     let page = call(cluster, by, "GET", "/v1/topics/news/messages?limit=1000", Value::Null).await;
     let all = page.json()["messages"].as_array().unwrap().clone();

@@ -32,8 +32,7 @@ const SEARCHED: usize = 1_000;
 /// For how long it is believed that a topic has a log.
 const BELIEVED: Duration = Duration::from_secs(10);
 /// What a sender is told when the store cannot be read.
-pub(super) const UNREAD: &str =
-    "the members of the topic cannot be read now; a repeat is safe under an id of your own";
+const UNREAD: &str = "the members of the topic cannot be read now; a repeat is safe under an id of your own";
 /// Near names that are told.
 const TOLD: usize = 3;
 /// How near a name must be: from 0.0, nothing in common, to 1.0, the same (Jaro-Winkler).
@@ -221,5 +220,5 @@ fn no_topic(name: &TopicName) -> String {
 
 fn unread(error: &InboxError) -> PublishError {
     tracing::warn!(%error, "the members of a topic could not be read");
-    refusal(503, UNREAD)
+    PublishError::of_store(UNREAD)
 }

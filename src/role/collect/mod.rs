@@ -406,7 +406,7 @@ impl Collect {
 }
 
 fn refusal(status: u16, detail: impl Into<String>) -> PublishError {
-    PublishError { status, detail: detail.into() }
+    PublishError::new(status, detail)
 }
 
 /// Runs the janitor periodically, and watches the store meanwhile.

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
-use super::members::{Found, UNREAD};
+use super::members::Found;
 use super::writers::Handed;
 use super::{Collect, refusal};
 use crate::colleagues::Colleague;
@@ -368,9 +368,7 @@ impl Collect {
                 Ok(way) => this.write_here(&publish, &write.log, way).await,
                 Err(refusal) => Err(refusal),
             };
-            let is_of_store =
-                |refusal: &PublishError| [NOT_STORED, NO_ANSWER, UNREAD].contains(&refusal.detail.as_str());
-            if written.as_ref().is_err_and(is_of_store) {
+            if store_failed(&written) {
                 this.inner.writers.rest();
             }
             written
@@ -600,6 +598,15 @@ fn new_id() -> MessageId {
     MessageId::parse(text).unwrap_or_else(|_| unreachable!("a ULID is an id"))
 }
 
+/// Whether the store failed for a publish to a topic, or for one of its members.
+fn store_failed(written: &TopicWritten) -> bool {
+    match written {
+        Ok(TopicOutcome::Log(_)) => false,
+        Ok(TopicOutcome::Members { failed, .. }) => failed.iter().any(|(_, refusal)| refusal.store_failed),
+        Err(refusal) => refusal.store_failed,
+    }
+}
+
 async fn wait_until(deadline: Instant, receipt: PendingReceipt) -> Outcome {
     match tokio::time::timeout_at(deadline, receipt).await {
         Ok(Ok(Ok(Receipt::Stored(seq)))) => Ok(Stored { seq, duplicate: false }),
@@ -609,9 +616,9 @@ async fn wait_until(deadline: Instant, receipt: PendingReceipt) -> Outcome {
         }
         Ok(Ok(Err(error))) => {
             tracing::warn!(%error, "a message could not be stored");
-            Err(refusal(503, NOT_STORED))
+            Err(PublishError::of_store(NOT_STORED))
         }
         Ok(Err(_)) => Err(refusal(503, "the server is stopping; a repeat is safe under an id of your own")),
-        Err(_) => Err(refusal(503, NO_ANSWER)),
+        Err(_) => Err(PublishError::of_store(NO_ANSWER)),
     }
 }

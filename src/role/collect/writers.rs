@@ -105,7 +105,11 @@ impl Writers {
 
     /// Hands a publish to the collect that it belongs to.
     pub(super) async fn hand(&self, to: &Colleague, write: TopicWrite) -> Handed<'_> {
-        let Ok(room) = self.room.try_acquire() else { return Handed::NotReceived };
+        let Ok(room) = self.room.try_acquire() else {
+            // Too many are under way: no fault of the other.
+            self.not_received.inc();
+            return Handed::NotReceived;
+        };
         let Some(service) = self.directory.find(to) else { return self.not_received(to, "no address") };
         match tokio::time::timeout(RECEIPT, service.oneshot(write)).await {
             Ok(Ok(received)) => Handed::Received(received, room),

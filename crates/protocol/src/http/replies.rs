@@ -76,6 +76,24 @@ pub struct PublishError {
     /// An explanation for people.
     #[serde(default)]
     pub detail: String,
+    /// Whether the store failed, or did not answer. Known to the process that wrote, and told to
+    /// nobody.
+    #[serde(skip)]
+    pub store_failed: bool,
+}
+
+impl PublishError {
+    /// With an HTTP status and an explanation, where the store did not fail.
+    #[must_use]
+    pub fn new(status: u16, detail: impl Into<String>) -> Self {
+        Self { status, detail: detail.into(), store_failed: false }
+    }
+
+    /// The store failed, or did not answer.
+    #[must_use]
+    pub fn of_store(detail: impl Into<String>) -> Self {
+        Self { store_failed: true, ..Self::new(503, detail) }
+    }
 }
 
 /// The outcome of one publish.

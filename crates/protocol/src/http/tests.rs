@@ -112,8 +112,8 @@ fn each_item_of_a_batch_stands_alone() {
 fn a_publish_that_was_not_stored_for_all_says_for_whom() {
     let user = |name: &str| UserId::parse(name).unwrap();
     let stored = Ok(Stored { seq: Seq::at(43), duplicate: false });
-    let conflict = Err(PublishError { status: 409, detail: "another payload".into() });
-    let busy = Err(PublishError { status: 503, detail: "later".into() });
+    let conflict = Err(PublishError::new(409, "another payload"));
+    let busy = Err(PublishError::new(503, "later"));
     let id = MessageId::parse("m-1").unwrap();
     let all = Published {
         id: id.clone(),
@@ -140,7 +140,7 @@ fn a_publish_that_was_not_stored_for_all_says_for_whom() {
 fn a_publish_to_topics_says_for_each_how_many_have_it() {
     let topic = |name: &str| LogId::Topic(TopicName::parse(name).unwrap());
     let user = |name: &str| UserId::parse(name).unwrap();
-    let busy = PublishError { status: 503, detail: "later".into() };
+    let busy = PublishError::new(503, "later");
     let of = |topics| Published {
         id: MessageId::parse("m").unwrap(),
         repeatable: true,
@@ -163,7 +163,7 @@ fn a_publish_to_topics_says_for_each_how_many_have_it() {
     assert_eq!(body, expected);
     let part = of(vec![
         (topic("news"), Ok(TopicOutcome::Members { members: 2, failed: vec![(user("b"), busy.clone())] })),
-        (topic("new"), Err(PublishError { status: 404, detail: "no such topic".into() })),
+        (topic("new"), Err(PublishError::new(404, "no such topic"))),
     ]);
     let problem = part.problem().unwrap();
     assert_eq!((problem.status, problem.detail.starts_with("2 of 3 ")), (503, true), "{problem:?}");
