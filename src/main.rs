@@ -172,6 +172,8 @@ async fn run_audit(common: &Common, options: AuditOptions) -> anyhow::Result<Exi
     let stop = stop_signal()?;
     match (options.every, options.metrics) {
         (Some(every), Some(metrics)) => {
+            // It runs as long as the cluster.
+            let _hangup = outlive_signals()?;
             let repetition = Repetition { every: time("--every", &every)?, metrics };
             canary(|| Ok(command_config(common)?), plan, repetition, stop).await
         }
@@ -198,7 +200,7 @@ fn sources(common: &Common) -> Result<Sources, Faults> {
 }
 
 async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
-    ignore_other_signals()?;
+    let hangup = outlive_signals()?;
     // Messages and keys are only for their owner.
     umask(Mode::RWXG | Mode::RWXO);
     let mut sources = sources(common)?;
@@ -215,7 +217,6 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
         start_logging(format, filter).map_err(|error| Faults(vec![format!("{name}: {error}")]))?;
     // Before anything is bound, so that an early signal is not lost.
     let stop = stop_signal()?;
-    let hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?;
     let development = config.development;
     let mut stop = std::pin::pin!(stop);
     let mut app = tokio::select! {
@@ -274,15 +275,17 @@ async fn reload(
 }
 
 /// Ignores signals that have no meaning yet and would end the process without a drain. SIGXFSZ
-/// comes when a log file has reached its size limit; the write fails then, which is handled.
-fn ignore_other_signals() -> anyhow::Result<()> {
+/// comes when a log file has reached its size limit; the write fails then, which is handled. Returns
+/// the stream of SIGHUP, which ends nothing from now on either.
+fn outlive_signals() -> anyhow::Result<tokio::signal::unix::Signal> {
     use tokio::signal::unix::{SignalKind, signal};
+    let hangup = signal(SignalKind::hangup())?;
     let file_size = SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
     for kind in [SignalKind::user_defined1(), SignalKind::user_defined2(), file_size] {
         // The handler stays installed after the stream is dropped.
         drop(signal(kind)?);
     }
-    Ok(())
+    Ok(hangup)
 }
 
 /// Resolves at the first SIGTERM or SIGINT; the second ends the process at once.

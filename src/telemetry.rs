@@ -145,7 +145,29 @@ type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send>;
 /// Replaces the filter of the log. An error says what is wrong with the text.
 pub type SetLogFilter = Box<dyn Fn(&str) -> Result<(), String> + Send>;
 
+/// What is wrong with the filter of a log, if anything: a level, or directives `TARGET=LEVEL` that
+/// commas separate. A word that is no level would be taken for a target, of which nobody logs: the
+/// log would be silent.
+#[must_use]
+pub fn log_filter_fault(text: &str) -> Option<String> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    let is_level = |word: &str| LEVELS.iter().any(|level| word.eq_ignore_ascii_case(level));
+    let is_good = |directive: &str| match directive.rsplit_once('=') {
+        Some((target, level)) => !target.is_empty() && is_level(level),
+        // Everything of a target.
+        None => is_level(directive) || directive.contains("::") || directive.contains('['),
+    };
+    let bad = text.split(',').map(str::trim).find(|directive| !is_good(directive))?;
+    Some(format!(
+        "{bad:?} must be a level ({}) or directives TARGET=LEVEL, such as info,ringpush::way=debug",
+        LEVELS.join(", ")
+    ))
+}
+
 fn filter_of(text: &str) -> anyhow::Result<EnvFilter> {
+    if let Some(fault) = log_filter_fault(text) {
+        anyhow::bail!(fault);
+    }
     Ok(EnvFilter::try_new(format!("{AUDIT}=info,{text},{NEVER_VERBOSE}"))?)
 }
 

@@ -53,7 +53,7 @@ impl App {
             let own = shared.own_auth.as_ref();
             let told = (&self.health, &shared.metrics);
             let verify = stores::verify(config, own, &shared.clock, told, &mut self.tasks)?;
-            Some(stores::timed(verify, &shared.metrics))
+            Some(stores::timed(verify, shared.auth_times.clone()))
         } else {
             None
         };

@@ -1,6 +1,7 @@
 //! Auth over HTTP.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::State;
@@ -17,7 +18,7 @@ use crate::message::UserId;
 use crate::role::auth::{Auth, TOKEN_TTL_DEFAULT_S, TOKEN_TTL_S};
 use crate::role::strangers::Strangers;
 use crate::telemetry::audit;
-use crate::telemetry::{Credential, Refusals};
+use crate::telemetry::{Credential, Outcome, Refusals, TimingBy};
 use crate::transport::held::Held;
 use crate::wire::http::{Problem, TokenRequest, parse_token_request, parse_verify_request};
 use crate::wire::refusal::Refused;
@@ -26,6 +27,8 @@ use secrecy::{ExposeSecret, SecretString};
 
 pub(super) struct AuthEdge {
     pub(super) auth: Auth,
+    /// How long verifications take, by outcome.
+    pub(super) times: TimingBy<3>,
     pub(super) admin_key: Live<SecretString>,
     pub(super) strangers: Strangers,
     pub(super) refusals: Refusals,
@@ -49,7 +52,15 @@ async fn verify(State(edge): Edge, request: Request<Body>) -> Answer {
     let mut held = edge.budgets.strangers.hold();
     let body = json_body(request, SMALL_BODY, &mut held).await?;
     let token = parse_verify_request(&body)?;
-    let identity = edge.auth.verify(&token).map_err(|fault| match fault.reason() {
+    let began = Instant::now();
+    let verified = edge.auth.verify(&token);
+    let outcome = match verified.as_ref().map_err(|fault| fault.reason()) {
+        Ok(_) => Outcome::Accepted,
+        Err(Some(_)) => Outcome::Refused,
+        Err(None) => Outcome::Unavailable,
+    };
+    edge.times.at(outcome as usize).observe(began.elapsed());
+    let identity = verified.map_err(|fault| match fault.reason() {
         None => refuse(503, fault.to_string()),
         Some(reason) => {
             let refused = Refused::new(reason, fault.to_string());

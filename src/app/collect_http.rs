@@ -324,21 +324,29 @@ pub(super) fn history_query(query: &str) -> Result<(Seq, usize), HttpError> {
     let (mut after, mut limit) = (Seq::BEGINNING, HISTORY_LIMIT);
     for (name, text) in form_urlencoded::parse(query.as_bytes()) {
         match &*name {
+            // As if it were not there.
+            _ if text.is_empty() => {}
             "after" => {
                 let seq = text.parse().ok().and_then(Seq::new);
                 after = seq.ok_or_else(|| refuse(422, "after: must be an integer from 0 to 2^53 - 1"))?;
             }
-            "limit" => {
-                let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-                // A number that does not fit counts as more than 1000.
-                let count = digits.then(|| text.parse().unwrap_or(u64::MAX)).filter(|count: &u64| *count > 0);
-                let count = count.ok_or_else(|| refuse(422, "limit: must be an integer from 1 to 1000"))?;
-                limit = usize::try_from(count).unwrap_or(usize::MAX).min(HISTORY_PAGE.messages);
-            }
+            "limit" => limit = limit_of(&text, HISTORY_PAGE.messages)?,
             _ => {}
         }
     }
     Ok((after, limit))
+}
+
+/// Reads the `limit` of a page. More than `most`, also a number that does not fit, counts as `most`.
+///
+/// # Errors
+///
+/// 422: it is no number above 0.
+pub(super) fn limit_of(text: &str, most: usize) -> Result<usize, HttpError> {
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    let count = digits.then(|| text.parse().unwrap_or(usize::MAX)).filter(|count| *count > 0);
+    let rule = || refuse(422, format!("limit: must be an integer from 1 to {most}"));
+    Ok(count.ok_or_else(rule)?.min(most))
 }
 
 async fn user(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {

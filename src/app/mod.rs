@@ -51,7 +51,7 @@ use crate::role::push::{Drain, Push};
 use crate::role::reach::PeerProbe;
 use crate::role::strangers::Strangers;
 use crate::role::witness::OwnNode;
-use crate::telemetry::{Health, Metrics, Refusals};
+use crate::telemetry::{Health, Metrics, Refusals, TimingBy};
 use crate::transport::http::HttpLimits;
 
 use assemble::needs_view;
@@ -125,6 +125,7 @@ struct Shared {
     peer: Arc<str>,
     /// Set if this process verifies tokens itself.
     own_auth: Option<Auth>,
+    auth_times: TimingBy<3>,
     refusals: Refusals,
     strangers: Strangers,
     budgets: Budgets,

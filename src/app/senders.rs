@@ -53,7 +53,13 @@ impl Senders {
             let publishes = Outcome::NAMES.map(|outcome| counter(&settings.name, outcome));
             Arc::new(Sender { key: ApiKey::new(settings), publishes })
         };
-        *self.all.write() = keys.into_iter().map(sender).collect();
+        let now: Vec<Arc<Sender>> = keys.into_iter().map(sender).collect();
+        for gone in before.iter().filter(|gone| !now.iter().any(|one| one.name() == gone.name())) {
+            for outcome in Outcome::NAMES {
+                self.publishes.remove(&[("key", gone.name().to_owned()), ("outcome", outcome.to_owned())]);
+            }
+        }
+        *self.all.write() = now;
     }
 
     /// Finds the key of a request, and whether it has the right.

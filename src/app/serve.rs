@@ -78,6 +78,7 @@ impl App {
         if let (Some(listening), Some(auth)) = (listeners.auth, &shared.own_auth) {
             let edge = auth_http::AuthEdge {
                 auth: auth.clone(),
+                times: shared.auth_times.clone(),
                 admin_key: shared.live.admin_key.clone(),
                 strangers: shared.strangers.clone(),
                 refusals: shared.refusals.clone(),

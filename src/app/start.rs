@@ -86,7 +86,7 @@ impl Prepared {
         let Registry { membership, fallback, interest, colleagues } =
             stores::registry(&config, &live, &clock, &metrics, &mut tasks).await?;
         gauges::register(&metrics, &health, membership.views());
-        let refusals = Refusals::register(&metrics);
+        let (refusals, auth_times) = (Refusals::register(&metrics), stores::auth_times(&metrics));
         let tls = Tls::new(tls, &metrics, &refusals)?;
         let strangers = Strangers::register(live.strangers.clone(), &metrics);
         let proofs = Proofs::new(live.calls.clone(), clock.clone(), refusals.clone(), tls.peer_client());
@@ -109,6 +109,7 @@ impl Prepared {
             store: opened.as_ref().map_or_else(|| Arc::from(""), |opened| Arc::clone(&opened.identity)),
             peer: peer.into(),
             own_auth,
+            auth_times,
             refusals,
             strangers,
             budgets: Budgets::default(),

@@ -35,7 +35,7 @@ use crate::membership::local::LocalMembership;
 use crate::membership::redis::RedisMembership;
 use crate::role::VerifyService;
 use crate::role::auth::Auth;
-use crate::role::verify::RemoteAuth;
+use crate::role::verify::{RemoteAuth, unavailable};
 use crate::telemetry::{Gauge, Health, Metrics, Outcome, TimingBy};
 use crate::transport::redis::RedisLink;
 use crate::transport::tls::read_file;
@@ -89,6 +89,10 @@ pub(super) async fn registry(
     metrics: &Metrics,
     tasks: &mut JoinSet<()>,
 ) -> Result<Registry> {
+    // Zero where there is no other clock.
+    let skew = Gauge::default();
+    let shown = skew.clone();
+    metrics.register(|r| r.register("clock_skew_ms", "How far this clock is ahead of that of Redis", shown));
     let wanted = config.redis.as_ref().filter(|_| super::needs_view(config));
     let Some(url) = wanted else {
         return Ok(Registry {
@@ -108,9 +112,6 @@ pub(super) async fn registry(
     membership.check().await.map_err(|fault| {
         refused(format!("redis.url: {fault}; check the user, the password and their rights"))
     })?;
-    let skew = Gauge::default();
-    let shown = skew.clone();
-    metrics.register(|r| r.register("clock_skew_ms", "How far this clock is ahead of that of Redis", shown));
     tasks.spawn(show_skew(membership.clone(), skew));
     let watched = membership.clone();
     tasks.spawn(async move { watched.watch_tasks().await });
@@ -251,10 +252,14 @@ fn keep_to_owner(directory: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Measures verifications.
-pub(super) fn timed(verify: VerifyService, metrics: &Metrics) -> VerifyService {
+/// How long verifications take, by outcome.
+pub(super) fn auth_times(metrics: &Metrics) -> TimingBy<3> {
     let name = ("auth_seconds", "From a token to whether it is good");
-    let times = TimingBy::register(metrics, name, "outcome", Outcome::NAMES);
+    TimingBy::register(metrics, name, "outcome", Outcome::NAMES)
+}
+
+/// Measures verifications.
+pub(super) fn timed(verify: VerifyService, times: TimingBy<3>) -> VerifyService {
     BoxCloneSyncService::new(tower::service_fn(move |request: VerifyRequest| {
         let (verify, times) = (verify.clone(), times.clone());
         async move {
@@ -279,6 +284,9 @@ pub(super) fn verify(
     (health, metrics): (&Health, &Metrics),
     tasks: &mut JoinSet<()>,
 ) -> Result<VerifyService> {
+    if !matches!(config.verify_by, VerifyBy::Asking(_)) {
+        unavailable(metrics);
+    }
     match (&config.verify_by, own) {
         (VerifyBy::Key, Some(auth)) => Ok(BoxCloneSyncService::new(auth.clone())),
         (VerifyBy::Key, None) => Err(refused("auth.token_key: is required to verify tokens here")),

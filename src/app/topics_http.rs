@@ -7,7 +7,9 @@ use axum::extract::State;
 use axum::http::{HeaderMap, Request, Response, StatusCode, Uri};
 use axum::routing::{delete, get, put};
 
-use super::collect_http::{Answer, CollectEdge, Edge, Path, history_query, part_of, unavailable, user_of};
+use super::collect_http::{
+    Answer, CollectEdge, Edge, Path, history_query, limit_of, part_of, unavailable, user_of,
+};
 use super::edge::{HttpError, SMALL_BODY, json, json_body, json_of, refuse};
 use crate::inbox::history::HistoryRange;
 use crate::inbox::topics::{MembersChanged, PutTopic, Topic, TopicSettings};
@@ -70,9 +72,8 @@ async fn make(State(edge): Edge, path: Path, request: Request<Body>) -> Answer {
         PutTopic::Created(topic) => (StatusCode::CREATED, topic),
         PutTopic::Known(topic) => (StatusCode::OK, topic),
         PutTopic::Other(topic) => {
-            let Topic { name, delivery, .. } = topic;
-            let why =
-                format!("{name:?} is there with the delivery {delivery:?}, which stays: remove it first");
+            let (name, delivery) = (topic.name, topic.delivery.name());
+            let why = format!("{name:?} is there with the delivery {delivery}, which stays: remove it first");
             return Err(refuse(409, why));
         }
     };
@@ -238,14 +239,12 @@ fn page_query<T, E: std::fmt::Display>(
     let (mut after, mut limit) = (None, PAGE);
     for (name, text) in form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()) {
         match &*name {
+            // As if it were not there.
+            _ if text.is_empty() => {}
             "after" => {
                 after = Some(parse(&text).map_err(|rule| refuse(422, format!("after: {rule}")))?);
             }
-            "limit" => {
-                let count = text.parse::<usize>().ok().filter(|count| (1..=PAGE).contains(count));
-                let rule = || refuse(422, format!("limit: must be an integer from 1 to {PAGE}"));
-                limit = count.ok_or_else(rule)?;
-            }
+            "limit" => limit = limit_of(&text, PAGE)?,
             _ => {}
         }
     }

@@ -82,7 +82,7 @@ pub enum Command {
     Publish {
         /// The user id; not with --topic and --everyone. Then JSON text, or - to read one payload
         /// per line from standard input.
-        #[arg(required = true, num_args = 1..=2, allow_hyphen_values = true, value_names = ["USER", "PAYLOAD"])]
+        #[arg(required = true, num_args = 1..=2, allow_negative_numbers = true, value_names = ["USER", "PAYLOAD"])]
         words: Vec<String>,
         /// A topic whose members get it; more than one may be named.
         #[arg(long, value_name = "TOPIC")]

@@ -8,7 +8,7 @@ use super::reader::Reader;
 use super::secrets::{SECRET_MIN_BYTES, secret_in};
 use crate::role::collect::{KeyRate, KeySettings, SCOPE_RULE, Scope};
 
-/// Most keys; each has metrics of its own.
+/// Most keys, those of `collect.api_keys` counted; each has metrics of its own.
 const KEYS_MAX: usize = 100;
 /// Longest name of a key.
 const NAME_MAX: usize = 64;
@@ -27,12 +27,17 @@ pub struct NamedKey {
 #[must_use]
 pub fn all_keys(plain: &[SecretString], named: &[NamedKey]) -> Vec<KeySettings> {
     let plain = plain.iter().enumerate().map(|(n, secret)| KeySettings {
-        name: format!("key-{}", n + 1),
+        name: plain_name(n),
         digest: KeySettings::digest_of(secret.expose_secret()),
         scopes: Scope::all(),
         rate: None,
     });
     plain.chain(named.iter().map(|key| key.settings.clone())).collect()
+}
+
+/// The name of a key of `collect.api_keys`.
+fn plain_name(n: usize) -> String {
+    format!("key-{}", n + 1)
 }
 
 impl Reader {
@@ -41,14 +46,15 @@ impl Reader {
             self.faults.push("collect.keys: must be a list of tables: [[collect.keys]]".to_owned());
             return Vec::new();
         };
-        if entries.len() > KEYS_MAX {
-            self.faults
-                .push(format!("collect.keys: has {} keys; at most {KEYS_MAX} are allowed", entries.len()));
+        let plain = self.list("collect.api_keys");
+        let count = entries.len() + plain.len();
+        if count > KEYS_MAX {
+            let all = "has, together with collect.api_keys,";
+            self.faults.push(format!("collect.keys: {all} {count} keys; at most {KEYS_MAX} are allowed"));
             return Vec::new();
         }
-        let plain = self.list("collect.api_keys");
         let mut digests: HashSet<[u8; 32]> = plain.iter().map(|key| KeySettings::digest_of(key)).collect();
-        let mut names = HashSet::new();
+        let mut names: HashSet<String> = (0..plain.len()).map(plain_name).collect();
         let mut keys = Vec::with_capacity(entries.len());
         for (n, entry) in entries.iter().enumerate() {
             let Some(table) = entry.as_table() else {

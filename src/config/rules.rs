@@ -16,6 +16,7 @@ use crate::role::auth::{Auth, AuthConfig};
 use crate::role::collect::{CollectLimits, LogLimits};
 use crate::role::push::{LogReadingLimits, Origins, PushLimits};
 use crate::role::strangers::StrangerRules;
+use crate::telemetry::log_filter_fault;
 use crate::topic::TopicPatterns;
 use crate::wire::address::UrlTemplate;
 use crate::wire::http::{PublishLimits, TTL_S};
@@ -54,7 +55,7 @@ impl Reader {
         let strangers = self.strangers();
         let head_trust = self.millis("limits.head_trust_ms", 50..=600_000);
         let tls = self.tls();
-        let log_level = self.text("log.level");
+        let log_level = self.log_level();
         let mut effective = self.effective(development);
         if let Some(node) = &node {
             effective.insert("node.name", format!("\"{node}\""));
@@ -125,6 +126,14 @@ impl Reader {
             return None;
         }
         RedisUrl::parse(url).map_err(|rule| self.faults.push(format!("redis.url: {rule}"))).ok()
+    }
+
+    fn log_level(&mut self) -> String {
+        let text = self.text("log.level");
+        if let Some(fault) = log_filter_fault(&text) {
+            self.faults.push(format!("log.level: {fault}"));
+        }
+        text
     }
 
     /// A name that becomes part of keys and names in a store.

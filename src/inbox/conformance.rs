@@ -22,7 +22,7 @@ use super::{
     PositionQuery, Sought, StartAt, Topics, UserPosition,
 };
 use crate::clock::Clock;
-use crate::message::{DeviceId, EventName, Message, MessageId, Seq, UserId};
+use crate::message::{DeviceId, EventName, Message, MessageId, Seq, TopicName, UserId, Via};
 use crate::trace::TraceParent;
 
 /// An adapter under test: all three ports.
@@ -417,6 +417,17 @@ async fn a_stored_message_is_found_by_number_and_by_its_senders_id(bench: &Bench
     assert_eq!((find(Sought::At(second.next())).await, find(id("order-3")).await), (None, None));
     let of_another = bench.inbox.stored(user("another"), Sought::At(first)).await.unwrap();
     assert_eq!(of_another, None);
+    let news = TopicName::parse("news").unwrap();
+    let through = |topics: &[&TopicName]| {
+        let topics = topics.iter().map(|topic| (*topic).clone()).collect();
+        Sought::Through(topics, MessageId::parse("order-3").unwrap())
+    };
+    let via = Some(Arc::new(Via::Inbox(news.clone())));
+    let by_topic = Append { deduplicated: true, via, ..bench.message(name, "order-3", "1", DAY_S) };
+    let third = stored(&bench.append(vec![by_topic]).await[0]).seq;
+    let other = TopicName::parse("other").unwrap();
+    assert_eq!((find(id("order-3")).await, find(through(&[&other])).await), (None, None));
+    assert_eq!(find(through(&[&other, &news])).await, Some(third));
     bench.clock.advance(61_000);
     assert_eq!(find(Sought::At(first)).await, Some(first), "also when it has expired");
     bench.inbox.forget(user(name)).await.unwrap();

@@ -209,7 +209,7 @@ impl Inbox for MemoryInbox {
         let found = self.with(&user, |log, _| {
             let seq = match &which {
                 Sought::At(seq) => seq.get(),
-                Sought::Under(id) => log.fences.get(&fence_of(None, id))?.0,
+                which => which.fences().iter().find_map(|fence| log.fences.get(fence))?.0,
             };
             log.messages.get(&seq).cloned()
         });

@@ -45,7 +45,7 @@ pub use logs::Logs;
 pub use lookup::PositionLookup;
 pub use topics::Topics;
 
-use crate::message::{DeviceId, EventName, LogId, Message, MessageId, Millis, Seq, UserId, Via};
+use crate::message::{DeviceId, EventName, LogId, Message, MessageId, Millis, Seq, TopicName, UserId, Via};
 use crate::trace::TraceParent;
 
 /// Cursors kept per user. The longest unused one is dropped (docs/design.md, section 11).
@@ -183,6 +183,21 @@ pub enum Sought {
     /// The one that was sent to the user under this id of its sender, as long as that is
     /// remembered.
     Under(MessageId),
+    /// The same, sent by way of one of these topics.
+    Through(Vec<TopicName>, MessageId),
+}
+
+impl Sought {
+    /// The idempotency keys under which it may stand; none for one that is sought by its position.
+    pub(crate) fn fences(&self) -> Vec<String> {
+        match self {
+            Self::At(_) => Vec::new(),
+            Self::Under(id) => vec![fence_of(None, id)],
+            Self::Through(topics, id) => {
+                topics.iter().map(|topic| fence_of(Some(&Via::Inbox(topic.clone())), id)).collect()
+            }
+        }
+    }
 }
 
 /// Where a session starts.

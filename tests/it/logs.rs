@@ -318,6 +318,56 @@ async fn a_window_counts_all_logs_of_a_socket_together() {
     }
 }
 
+/// A client with a window that is slower than a topic: the inbox comes first, when the client comes
+/// and while the topic goes on, and is never left behind for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_inbox_comes_before_topics_and_does_not_starve_behind_them() {
+    let server = with(&[("busy", &["alice"])]).await;
+    let away = |n: u64| json!(format!("away {n}"));
+    for n in 0..40 {
+        server.publish("alice", away(n)).await;
+        to_topic(&server, "busy", json!(n)).await;
+    }
+    let (mut alice, _) = open(&server, "alice", "web", json!({"window": 10})).await;
+    // Acks each message as soon as it has it. Returns those of the inbox and those of the topic.
+    let ack = async |alice: &mut Socket| {
+        let message = alice.until("message").await.1;
+        let of_topic = message["topic"] == "busy";
+        let ack = match of_topic {
+            true => json!({"type": "ack", "topics": {"busy": message["seq"]}}),
+            false => json!({"type": "ack", "seq": message["seq"]}),
+        };
+        alice.say(&ack).await;
+        (of_topic, message["payload"].clone())
+    };
+    for n in 0..40 {
+        assert_eq!(ack(&mut alice).await, (false, away(n)));
+    }
+    // The topic has a backlog now, and more of it comes than is taken.
+    let mut of_topic = Vec::new();
+    for n in 40..60 {
+        server.publish("alice", away(n)).await;
+        to_topic(&server, "busy", json!(n)).await;
+        let mut before = 0;
+        loop {
+            let (is_of_topic, payload) = ack(&mut alice).await;
+            if !is_of_topic {
+                assert_eq!(payload, away(n));
+                break;
+            }
+            of_topic.push(payload);
+            before += 1;
+            assert!(before <= 20, "an inbox waits for the messages that were sent before, and no longer");
+        }
+    }
+    while of_topic.len() < 60 {
+        let (is_of_topic, payload) = ack(&mut alice).await;
+        assert!(is_of_topic, "{payload}");
+        of_topic.push(payload);
+    }
+    assert_eq!(of_topic, (0..60).map(|n| json!(n)).collect::<Vec<_>>());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_topic_that_is_left_gives_its_credit_back() {
     let server = with(&[("a", &["alice"])]).await;

@@ -53,7 +53,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
         ],
     ),
     // Tier 3: assembly. Configuration composes, and starts nothing.
-    ("config", &["message", "topic", "clock", "role", "wire", "redis_url"]),
+    ("config", &["message", "topic", "clock", "role", "wire", "redis_url", "telemetry"]),
 ];
 
 /// Foreign crates and the only places that may name them.

@@ -8,7 +8,7 @@ use fjall::{OwnedWriteBatch, PersistMode, Readable, Snapshot};
 
 use super::super::{
     Change, DEVICES_PER_USER, InboxError, InboxPage, PASSED_OVER, PageLimit, PositionQuery, Profile,
-    REVOCATION_AHEAD_MAX_S, Sought, StartAt, UserPosition, fence_of,
+    REVOCATION_AHEAD_MAX_S, Sought, StartAt, UserPosition,
 };
 use super::records::{
     Cursor, Decoded, Head, cursor_key, decode, ended, fence_key, head_key, message_key, prefix, seq_of,
@@ -187,10 +187,17 @@ impl Store {
         let snapshot = self.db.snapshot();
         let seq = match which {
             Sought::At(seq) => seq.get(),
-            Sought::Under(id) => match self.fence(&snapshot, &fence_key(user, &fence_of(None, id)))? {
-                Some(fence) => fence.seq.get(),
-                None => return Ok(None),
-            },
+            which => {
+                let mut found = None;
+                for fence in which.fences() {
+                    found = self.fence(&snapshot, &fence_key(user, &fence))?;
+                    if found.is_some() {
+                        break;
+                    }
+                }
+                let Some(fence) = found else { return Ok(None) };
+                fence.seq.get()
+            }
         };
         let key = message_key(user, seq);
         let Some(raw) = snapshot.get(&self.messages, &key).map_err(unreadable)? else { return Ok(None) };

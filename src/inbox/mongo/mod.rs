@@ -50,7 +50,6 @@ use tokio::task::JoinSet;
 use super::{
     Append, Appended, Appender, CURSOR_LIFE_MS, Change, GroupCommit, Inbox, InboxError, InboxPage, Janitor,
     PASSED_OVER, PageLimit, PositionLookup, PositionQuery, Profile, Sought, UserPosition, WriteObserver,
-    fence_of,
 };
 use crate::clock::Clock;
 use crate::message::{DeviceId, LogId, Message, Seq, UserId};
@@ -259,7 +258,7 @@ impl Inner {
         let filter = match &which {
             Sought::At(seq) if seq.is_beginning() => return Ok(None),
             Sought::At(seq) => doc! { "_id": id(&user, seq.get()) },
-            Sought::Under(sent) => doc! { "_id.u": user.as_str(), "f": fence_of(None, sent) },
+            which => doc! { "_id.u": user.as_str(), "f": { "$in": which.fences() } },
         };
         let found = self.in_time(self.messages.find_one(filter).into_future()).await.map_err(unavailable)?;
         // Numbers up to the head were given up; a bridge is no message.

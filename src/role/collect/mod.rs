@@ -348,7 +348,16 @@ impl Collect {
         {
             return Ok(Some(found));
         }
-        self.inner.inbox.stored(user.clone(), Sought::Under(id)).await
+        if let Some(found) = self.inner.inbox.stored(user.clone(), Sought::Under(id.clone())).await? {
+            return Ok(Some(found));
+        }
+        let all = self.inner.topics.topics_of(user.clone()).await?;
+        let inboxes = all.into_iter().filter(|topic| topic.delivery == Delivery::Inbox);
+        let topics: Vec<TopicName> = inboxes.map(|topic| topic.name).collect();
+        match topics.is_empty() {
+            true => Ok(None),
+            false => self.inner.inbox.stored(user.clone(), Sought::Through(topics, id)).await,
+        }
     }
 
     /// The time by which messages expire.

@@ -108,16 +108,19 @@ fn counted(stranger: Option<&Stranger>, error: AdmissionError) -> AdmissionError
 }
 
 impl AdmissionError {
-    /// The name in metrics.
+    /// The names of all, in metrics.
+    pub(super) const NAMES: [&str; 6] =
+        ["unavailable", "forbidden_origin", "unauthorized", "bad_query", "redirect", "too_many"];
+
     const fn name(&self) -> &'static str {
-        match self {
-            Self::Unavailable(_) => "unavailable",
-            Self::ForbiddenOrigin => "forbidden_origin",
-            Self::Unauthorized(_) => "unauthorized",
-            Self::BadQuery(_) => "bad_query",
-            Self::Redirect(_) => "redirect",
-            Self::TooMany(_) => "too_many",
-        }
+        Self::NAMES[match self {
+            Self::Unavailable(_) => 0,
+            Self::ForbiddenOrigin => 1,
+            Self::Unauthorized(_) => 2,
+            Self::BadQuery(_) => 3,
+            Self::Redirect(_) => 4,
+            Self::TooMany(_) => 5,
+        }]
     }
 }
 

@@ -8,7 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 
-use super::admission::Origins;
+use super::admission::{AdmissionError, Origins};
 use super::sweep::SWEEP_EVERY;
 use super::tails::LogReadingLimits;
 use crate::clock::Clock;
@@ -249,6 +249,9 @@ impl PushMetrics {
                 own.sockets_refused.clone(),
             );
         });
+        for reason in AdmissionError::NAMES {
+            let _ = own.sockets_refused.get_or_create(&[("reason", reason)]);
+        }
         own
     }
 }

@@ -221,7 +221,8 @@ fn parse_event(raw: &RawValue, faults: &mut Vec<FieldError>) -> Option<EventName
     EventName::parse(&text).map_err(|rule| faults.push(fault("/event", rule.to_string()))).ok()
 }
 
-/// Parses the body of a batch. Each item stands alone.
+/// Parses the body of a batch. Each item stands alone, but that the one with which more than
+/// [`BATCH_RECIPIENTS`] are reached is refused, and those after it.
 ///
 /// # Errors
 ///
@@ -237,7 +238,11 @@ pub fn parse_batch(body: &Bytes, limits: &PublishLimits) -> Result<Vec<Result<Pu
         return Err(Problem::fields(vec![fault("/messages", detail)]));
     }
     let (mut all, mut recipients) = (Vec::with_capacity(items.len()), 0);
-    for (n, item) in items.iter().enumerate() {
+    for item in &items {
+        if recipients > BATCH_RECIPIENTS {
+            all.push(Err(beyond_the_batch()));
+            continue;
+        }
         // Each item gets a copy of its own, so that one item that waits does not keep the whole
         // batch alive.
         let parsed = parse_publish(&Bytes::copy_from_slice(item.get().as_bytes()), limits);
@@ -246,14 +251,14 @@ pub fn parse_batch(body: &Bytes, limits: &PublishLimits) -> Result<Vec<Result<Pu
             |problem| problem.errors.len().saturating_sub(1),
             |publish| publish.to.users().len(),
         );
-        if recipients > BATCH_RECIPIENTS {
-            let detail =
-                format!("a batch reaches at most {BATCH_RECIPIENTS} recipients together: send it in parts");
-            return Err(Problem::fields(vec![fault(format!("/messages/{n}"), detail)]));
-        }
-        all.push(parsed);
+        all.push(if recipients > BATCH_RECIPIENTS { Err(beyond_the_batch()) } else { parsed });
     }
     Ok(all)
+}
+
+fn beyond_the_batch() -> Problem {
+    let detail = format!("a batch reaches at most {BATCH_RECIPIENTS} recipients together: send it in parts");
+    Problem::fields(vec![fault("/to", detail)])
 }
 
 /// Most recipients of all publishes of a batch together. Each costs about 400 bytes while it waits

@@ -36,7 +36,8 @@ pub fn parse_topic(body: &[u8]) -> Result<TopicRequest, Problem> {
         #[serde(default, borrow)]
         ttl_s: Option<&'a RawValue>,
     }
-    let raw: Raw<'_> = parse_object(body, "")?;
+    // No body says nothing, as an empty object does.
+    let raw: Raw<'_> = parse_object(if body.is_empty() { b"{}" } else { body }, "")?;
     let mut faults = Vec::new();
     let named = raw.delivery.map(|raw| serde_json::from_str::<String>(raw.get()).unwrap_or_default());
     let delivery = named.map(|name| Delivery::parse(&name));

@@ -107,15 +107,21 @@ impl<S: Socket> Serving<S> {
         self.take_of_logs();
     }
 
-    /// Takes frames of logs, as long as nearly nothing is queued and the client has credit. Returns
-    /// how many steps were taken.
+    /// Whether logs wait for the inbox: until it was level once, and, where the client limits what
+    /// it is sent, whenever it is behind. It would else never have as much credit as it reads with.
+    fn inbox_is_first(&self) -> bool {
+        !self.session.was_caught_up() || (self.session.free().is_some() && !self.session.is_live())
+    }
+
+    /// Takes frames of logs, as long as nearly nothing is queued, the client has credit and the
+    /// inbox does not come first. Returns how many steps were taken.
     pub(super) fn take_of_logs(&mut self) -> usize {
         // Who rests wants nothing.
         if self.logs.awake().is_none() {
             return 0;
         }
         let (mut taken, before, feed) = (0, self.queued_bytes, self.feed_bytes());
-        while !self.told_full && self.queued_bytes < feed {
+        while !self.told_full && self.queued_bytes < feed && !self.inbox_is_first() {
             if self.session.free() == Some(0) {
                 break;
             }
