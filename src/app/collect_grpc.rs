@@ -372,7 +372,9 @@ fn read(edge: &CollectEdge, request: message::PublishRequest) -> Result<Publish,
 }
 
 fn told(problem: &Problem) -> message::Problem {
-    let details = problem.errors.iter().map(|fault| format!("{}: {}", fault.pointer, fault.detail));
+    // The detail of one fault names it already.
+    let several = problem.errors.iter().filter(|_| problem.errors.len() > 1);
+    let details = several.map(|fault| format!("{}: {}", fault.pointer, fault.detail));
     let detail = details.fold(problem.detail.clone(), |all, one| format!("{all}; {one}"));
     message::Problem { status: problem.status.into(), title: problem.title.clone(), detail }
 }

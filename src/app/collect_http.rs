@@ -317,7 +317,7 @@ async fn history(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) ->
     let user = user_of(&path)?;
     let (after, limit) = history_query(uri.query().unwrap_or_default())?;
     let (messages, next) = edge.collect.history(user, after, limit).await.map_err(unavailable)?;
-    Ok(json(StatusCode::OK, history_body(&messages, next)))
+    Ok(json(StatusCode::OK, history_body(None, &messages, next)))
 }
 
 pub(super) fn history_query(query: &str) -> Result<(Seq, usize), HttpError> {

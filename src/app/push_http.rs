@@ -352,11 +352,12 @@ async fn read_history(
     }
     let (range, limit) = history_query(query)?;
     let user = &identity.user;
-    let page = match log.map_err(|rule| refuse(422, rule.to_string()))? {
+    let log = log.map_err(|rule| refuse(422, rule.to_string()))?;
+    let page = match &log {
         None => edge.push.history(user, range, limit).await.map(Some),
         Some(log) => {
             let rights = WatchRights::of_claims(&identity.claims);
-            edge.push.log_history(user, &log, range, limit, rights.as_ref()).await
+            edge.push.log_history(user, log, range, limit, rights.as_ref()).await
         }
     };
     let page = page.map_err(|error| {
@@ -371,7 +372,7 @@ async fn read_history(
         )
     };
     let (messages, next) = page.ok_or_else(not_for_you)?;
-    Ok(json(StatusCode::OK, history_body(&messages, next)))
+    Ok(json(StatusCode::OK, history_body(log.as_ref(), &messages, next)))
 }
 
 /// `after` or `before`, and `limit`.

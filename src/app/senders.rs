@@ -163,3 +163,25 @@ impl Sender {
         Problem::new(403, format!("the key {name:?} {what}; its scopes are {scopes}"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_that_was_taken_away_has_no_metrics_any_more() {
+        let key = |name: &str| KeySettings {
+            name: name.to_owned(),
+            digest: KeySettings::digest_of(name),
+            scopes: Scope::all(),
+            rate: None,
+        };
+        let metrics = Metrics::default();
+        let refusals = Refusals::register(&metrics);
+        let senders = Senders::new(vec![key("stays"), key("goes")], &metrics, refusals);
+        let shown = |name: &str| metrics.expose().1.contains(&format!("publishes_total{{key=\"{name}\""));
+        assert!(shown("stays") && shown("goes"));
+        senders.replace(vec![key("stays"), key("comes")]);
+        assert!(shown("stays") && shown("comes") && !shown("goes"));
+    }
+}

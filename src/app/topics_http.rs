@@ -203,7 +203,7 @@ async fn page_of_log(
         }
     };
     let found = edge.collect.log_history(log, range, limit).await.map_err(unavailable)?;
-    Ok(found.map(|(messages, next)| json(StatusCode::OK, history_body(&messages, next))))
+    Ok(found.map(|(messages, next)| json(StatusCode::OK, history_body(Some(log), &messages, next))))
 }
 
 async fn members(State(edge): Edge, path: Path, headers: HeaderMap, uri: Uri) -> Answer {

@@ -378,6 +378,39 @@ fn every_fault_of_a_named_key_is_told_with_its_place_and_no_secret() {
 }
 
 #[test]
+fn keys_have_names_of_their_own_and_are_a_hundred_at_most() {
+    let same = r#"
+        [collect]
+        api_keys = ["api-key-one-of-at-least-thirty-two-bytes"]
+        [[collect.keys]]
+        name = "key-1"
+        secret = "the-secret-of-the-shop-which-is-long-enough"
+        scopes = ["read"]
+    "#;
+    assert!(faults(same, &[]).contains("collect.keys[0].name: \"key-1\" is the name of another key"));
+    let plain = |count: usize| {
+        let all: Vec<String> =
+            (0..count).map(|n| format!("\"api-key-{n:03}-of-at-least-thirty-two-bytes\"")).collect();
+        format!("[collect]\napi_keys = [{}]\n", all.join(","))
+    };
+    assert!(load(&plain(100), &[]).is_ok());
+    assert!(faults(&plain(101), &[]).contains("101 keys; at most 100"));
+}
+
+#[test]
+fn a_level_of_the_log_that_is_none_is_a_fault() {
+    for good in
+        ["info", "WARN", "off", "info,ringpush::way=debug", "ringpush=trace, hyper=warn", "ringpush::way"]
+    {
+        assert!(load(&format!("[log]\nlevel = \"{good}\""), &[]).is_ok(), "{good}");
+    }
+    for bad in ["loud", "warning", "", "info,", "info,=", "ringpush=loud", "=debug"] {
+        let said = faults(&format!("[log]\nlevel = \"{bad}\""), &[]);
+        assert!(said.contains("log.level: ") && said.contains("error, warn, info"), "{bad:?}: {said}");
+    }
+}
+
+#[test]
 fn named_keys_come_from_tables_or_from_json_and_stand_beside_plain_ones() {
     let text = r#"
         [collect]

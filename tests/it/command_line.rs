@@ -54,6 +54,15 @@ async fn published_lines_come_out_of_listen_in_order() {
     let (code, answer, _) =
         output(&mut ringpush(Some(&server), &["publish", "alice", r#"{"text":"hello"}"#]));
     assert_eq!(code, 0);
+    // Options may stand anywhere, and a payload may be a negative number.
+    let target = format!("http://{}", server.at("collect"));
+    for words in
+        [["publish", "carol", "-1", "--target", &target], ["publish", "carol", "--target", &target, "-1"]]
+    {
+        let (code, answer, said) = output(&mut ringpush(Some(&server), &words));
+        assert_eq!(code, 0, "{words:?}: {said}");
+        assert!(answer.contains("carol"), "{answer}");
+    }
     let first = serde_json::from_str::<Value>(&answer).unwrap()["accepted"][0]["seq"].as_u64().unwrap();
     let mut many = ringpush(Some(&server), &["publish", "alice", "-"]);
     let mut many = many.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -148,6 +157,7 @@ fn wrong_usage_is_64_with_every_fault() {
         let place = tempfile::tempdir().unwrap();
         let (code, _, said) = output(ringpush(None, arguments).env("RINGPUSH_DATA", place.path()));
         assert_eq!(code, 64, "{arguments:?}: {said}");
+        assert!(!said.contains("unexpected value"), "{arguments:?}: {said}");
         assert!(!said.is_empty());
     }
     let place = tempfile::tempdir().unwrap();

@@ -161,6 +161,26 @@ async fn the_publishing_package_stores_once_through_a_restart() {
          const gone = await ringpush.topic('news').catch((error) => error.status);\n\
          console.log(created_at.length, added, one.stored, members[0], gone);";
     assert_eq!(run(&mut node(&format!("{BEGIN}{topics}"))).trim(), "24 2 1 dave 404");
+    let logs = "const { delivery } = await ringpush.createTopic('feed', { delivery: 'log' });\n\
+         await ringpush.changeMembers('feed', { add: ['dave'] });\n\
+         const { accepted: [one] } = await ringpush.publish({ topic: 'feed' }, 'log', { id: 'f-1' });\n\
+         const { accepted: [again] } = await ringpush.publish({ topic: 'feed' }, 'log', { id: 'f-1' });\n\
+         const { accepted: [all] } = await ringpush.publish({ everyone: true }, 'all');\n\
+         const { messages: [stored] } = await ringpush.topicHistory('feed', { after: one.seq - 1 });\n\
+         const { messages: [newest] } = await ringpush.everyoneHistory({ before: all.seq + 1, limit: 1 });\n\
+         const names = async (page) => (await page).topics.map(({ topic }) => topic).join();\n\
+         console.log(delivery, again.seq === one.seq, again.duplicate, stored.topic, stored.payload, newest.everyone, newest.payload);\n\
+         console.log(await names(ringpush.topics({ limit: 5 })), await names(ringpush.topicsOf('dave')));\n\
+         const { accepted: [own] } = await ringpush.publish('dave', 1, { id: 'd-1' });\n\
+         console.log((await ringpush.status('dave', 'd-1')).state, (await ringpush.status('dave', own.seq)).id);\n\
+         await ringpush.endMessage('feed', one.seq);\n\
+         await ringpush.leaveTopics('dave');\n\
+         await ringpush.forget('dave');\n\
+         console.log((await ringpush.topicHistory('feed')).messages.length, (await ringpush.topic('feed')).members);";
+    assert_eq!(
+        run(&mut node(&format!("{BEGIN}{logs}"))).trim(),
+        "log true true feed log true all\nfeed feed\nwaiting d-1\n0 0"
+    );
     let later = "const { accepted } = await ringpush.publish('carol', 'through');\n\
          console.log(accepted[0].user, accepted[0].duplicate);";
     server.kill();
@@ -187,6 +207,11 @@ if os.environ["RINGPUSH_STEP"] == "ways":
         print(publisher.publish("alice", {"n": 1}, event="order.paid", id="order-1")[0].duplicate)
         [topic] = publisher.publish_topic("news", 1, exclude=["bob"])
         print(topic.topic, topic.members, topic.stored, topic.failed, topic.error)
+        for _ in range(2):
+            [log] = publisher.publish_topic("feed", 1, id="f-1")
+            print(log.topic, log.seq > 0, log.duplicate, log.members, log.failed, log.error)
+        everyone = publisher.publish_everyone(1, exclude=["bob"])
+        print(everyone.topic, everyone.seq > 0, everyone.duplicate)
         try:
             publisher.publish("alice", {"n": 2}, event="with space")
         except ringpush.PublishFailed as failed:
@@ -194,7 +219,7 @@ if os.environ["RINGPUSH_STEP"] == "ways":
 else:
     async def main():
         async with ringpush.Publisher(url, key) as publisher:
-            print((await publisher.publish("carol", "through"))[0].duplicate)
+            print((await publisher.publish("carol", "through"))[0].duplicate, (await publisher.publish_everyone(2)).seq > 0)
     asyncio.run(main())
 "#;
     let server = Server::start().await;
@@ -209,14 +234,16 @@ else:
     server.put("/v1/topics/news", &serde_json::json!({})).await;
     let members = serde_json::json!({"add": ["alice", "bob"]});
     server.send("POST", "/v1/topics/news/members", &members).await;
+    server.put("/v1/topics/feed", &serde_json::json!({"delivery": "log"})).await;
     let said = run(&mut script("ways"));
-    let expected = "[('alice', False, None), ('bob', False, None)]\nTrue\nnews 1 1 [] None\n422 /event";
+    let expected = "[('alice', False, None), ('bob', False, None)]\nTrue\nnews 1 1 [] None\n\
+        feed True False None [] None\nfeed True True None [] None\neveryone True False\n422 /event";
     assert_eq!(said.trim(), expected);
     server.kill();
     let publishing = script("away").stdout(Stdio::piped()).spawn().unwrap();
     let server = server.kill_and_restart().await;
     let output = tokio::task::spawn_blocking(move || publishing.wait_with_output()).await.unwrap().unwrap();
-    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "False");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "False True");
     let stored = server.get("/v1/users/carol/messages").await.json();
     assert_eq!(stored["messages"].as_array().map(Vec::len), Some(1));
 }

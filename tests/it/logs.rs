@@ -277,8 +277,10 @@ async fn the_limits_of_logs_are_told_and_left_out_users_get_a_gap() {
     assert_eq!(shown["head"], first["seq"]);
     let history = server.get("/v1/topics/news/messages").await.json();
     assert_eq!(history["messages"].as_array().unwrap().len(), 3);
+    assert_eq!(history["messages"][0]["topic"], "news");
     let all = server.get("/v1/everyone/messages?limit=2").await.json();
     assert_eq!(all["messages"].as_array().unwrap().len(), 2);
+    assert_eq!(all["messages"][0]["everyone"], true);
     assert_eq!(server.get("/v1/topics/mews/messages").await.status, 404);
 }
 

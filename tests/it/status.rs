@@ -54,6 +54,14 @@ async fn a_message_is_followed_from_waiting_to_acked_on_each_device() {
         devices[1]["online"] == json!(false) && devices[1]["sent"].is_null()
     })
     .await;
+    // By way of a topic, under the id of its sender.
+    server.put("/v1/topics/team", &json!({})).await;
+    let members = server.send("POST", "/v1/topics/team/members", &json!({"add": ["alice"]})).await;
+    assert_eq!(members.status, 202, "{members:?}");
+    let sent = json!({"to": {"topic": "team"}, "payload": 3, "id": "team-1"});
+    assert_eq!(server.try_publish(&sent).await.status, 202);
+    let through = status(&server, "team-1").await;
+    assert_eq!((&through["id"], &through["via"]), (&json!("team-1"), &json!("team")));
     for nothing in ["order-18", "9007199254740991", "1"] {
         let answer = server.get(&format!("/v1/users/alice/messages/{nothing}/status")).await;
         assert_eq!(answer.status, 404, "{nothing}: {answer:?}");

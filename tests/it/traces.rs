@@ -98,8 +98,16 @@ async fn the_lines_of_one_message_are_found_in_the_logs_of_all_processes() {
     let body = json!({"to": {"everyone": true}, "payload": "traced"});
     post(&collect.at("collect"), API_KEY, "/v1/messages", &[&other], &body).await;
     assert_eq!(alice.until("message").await.1["traceparent"], other);
+    // And of one that waits for its user.
+    let away = TRACE.replace("4bf9", "6bf9");
+    let body = json!({"to": {"user": "bob"}, "payload": "traced"});
+    post(&collect.at("collect"), API_KEY, "/v1/messages", &[&away], &body).await;
+    let body = json!({"user": "bob", "ttl_s": 3600});
+    let token = http::post(&auth.at("auth"), "/v1/tokens", Some(ADMIN_KEY), &body).await.json();
+    let mut bob = Socket::open(&format!("ws://{}/v1/ws", push.at("push")), token["token"].as_str()).await;
+    assert_eq!(bob.until("message").await.1["traceparent"], away);
     for (server, step) in [(&collect, 5), (&dispatch, 6), (&push, 7)] {
-        for trace in [TRACE, &other] {
+        for trace in [TRACE, &other, &away] {
             eventually("the line is there", async || {
                 let log = server.log();
                 let mut lines = log.lines().filter(|line| line.contains(trace));

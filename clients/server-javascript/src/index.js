@@ -54,24 +54,29 @@ export class Ringpush {
   }
 
   user(user, { signal } = {}) {
-    return this.#call('GET', `v1/users/${encodeURIComponent(user)}`, { signal });
+    return this.#call('GET', userPath(user), { signal });
   }
 
-  history(user, { after, limit, signal } = {}) {
-    const query = new URLSearchParams();
-    if (after !== undefined) query.set('after', after);
-    if (limit !== undefined) query.set('limit', limit);
-    return this.#call('GET', `v1/users/${encodeURIComponent(user)}/messages?${query}`, { signal });
+  history(user, { signal, ...page } = {}) { return this.#call('GET', `${userPath(user)}/messages${query(page)}`, { signal }); }
+
+  status(user, message, { signal } = {}) {
+    return this.#call('GET', `${userPath(user)}/messages/${encodeURIComponent(message)}/status`, { signal });
   }
 
-  async disconnect(user, { signal } = {}) {
-    await this.#call('DELETE', `v1/users/${encodeURIComponent(user)}/sessions`, { signal });
-  }
+  async disconnect(user, { signal } = {}) { await this.#call('DELETE', `${userPath(user)}/sessions`, { signal }); }
+
+  async forget(user, { signal } = {}) { await this.#call('DELETE', userPath(user), { signal }); }
+
+  topicsOf(user, { signal } = {}) { return this.#call('GET', `${userPath(user)}/topics`, { signal }); }
+
+  async leaveTopics(user, { signal } = {}) { await this.#call('DELETE', `${userPath(user)}/topics`, { signal }); }
 
   /** Makes a topic, or changes the life of its messages. */
-  createTopic(topic, { ttl_s: ttl, signal } = {}) {
-    return this.#call('PUT', topicPath(topic), { body: { ttl_s: ttl }, signal });
+  createTopic(topic, { delivery, ttl_s: ttl, signal } = {}) {
+    return this.#call('PUT', topicPath(topic), { body: { delivery, ttl_s: ttl }, signal });
   }
+
+  topics({ signal, ...page } = {}) { return this.#call('GET', `v1/topics${query(page)}`, { signal }); }
 
   topic(topic, { signal } = {}) { return this.#call('GET', topicPath(topic), { signal }); }
 
@@ -82,12 +87,13 @@ export class Ringpush {
     return this.#call('POST', `${topicPath(topic)}/members`, { body: { add, remove }, signal });
   }
 
-  members(topic, { after, limit, signal } = {}) {
-    const query = new URLSearchParams();
-    if (after !== undefined) query.set('after', after);
-    if (limit !== undefined) query.set('limit', limit);
-    return this.#call('GET', `${topicPath(topic)}/members?${query}`, { signal });
-  }
+  members(topic, { signal, ...page } = {}) { return this.#call('GET', `${topicPath(topic)}/members${query(page)}`, { signal }); }
+
+  topicHistory(topic, { signal, ...page } = {}) { return this.#call('GET', `${topicPath(topic)}/messages${query(page)}`, { signal }); }
+
+  everyoneHistory({ signal, ...page } = {}) { return this.#call('GET', `v1/everyone/messages${query(page)}`, { signal }); }
+
+  async endMessage(topic, seq, { signal } = {}) { await this.#call('DELETE', `${topicPath(topic)}/messages/${seq}`, { signal }); }
 
   cluster({ signal } = {}) {
     return this.#call('GET', 'v1/cluster', { signal });
@@ -121,7 +127,14 @@ export class Ringpush {
   }
 }
 
+const userPath = (user) => `v1/users/${encodeURIComponent(user)}`;
 const topicPath = (topic) => `v1/topics/${encodeURIComponent(topic)}`;
+
+/** The part of a page as a query: `after`, `before`, `limit`. */
+function query(page) {
+  const given = Object.entries(page).filter(([, value]) => value !== undefined && value !== null);
+  return given.length > 0 ? `?${new URLSearchParams(given)}` : '';
+}
 
 function message({ to, ...rest }) {
   const recipients = typeof to === 'string' ? { user: to } : Array.isArray(to) ? { users: to } : to;

@@ -313,6 +313,12 @@ pub fn message_frame(message: &Message) -> Bytes {
 pub fn log_message_frame(log: &LogId, message: &Message) -> Bytes {
     let mut out = BytesMut::with_capacity(message.payload.len() + message.id.as_str().len() + 240);
     out.put_slice(br#"{"type":"message","#);
+    put_log(&mut out, log);
+    put_message_fields(&mut out, message);
+    out.freeze()
+}
+
+fn put_log(out: &mut BytesMut, log: &LogId) {
     match log {
         // Its characters need no escaping.
         LogId::Topic(topic) => {
@@ -322,13 +328,15 @@ pub fn log_message_frame(log: &LogId, message: &Message) -> Bytes {
         }
         LogId::Everyone => out.put_slice(br#""everyone":true,"#),
     }
-    put_message_fields(&mut out, message);
-    out.freeze()
 }
 
-/// Appends a message in the form of a history response: a `message` frame without `type`.
-pub fn put_history_item(out: &mut BytesMut, message: &Message) {
+/// Appends a message of an inbox, or of this log, in the form of a history response: a `message`
+/// frame without `type`.
+pub fn put_history_item(out: &mut BytesMut, log: Option<&LogId>, message: &Message) {
     out.put_u8(b'{');
+    if let Some(log) = log {
+        put_log(out, log);
+    }
     put_message_fields(out, message);
 }
 

@@ -612,7 +612,7 @@ async fn wait_until(deadline: Instant, receipt: PendingReceipt) -> Outcome {
         Ok(Ok(Ok(Receipt::Stored(seq)))) => Ok(Stored { seq, duplicate: false }),
         Ok(Ok(Ok(Receipt::Duplicate(seq)))) => Ok(Stored { seq, duplicate: true }),
         Ok(Ok(Ok(Receipt::Conflict))) => {
-            Err(refusal(409, "this id was used for another payload or event to this user"))
+            Err(refusal(409, "this id was used for another payload or event to this user or topic"))
         }
         Ok(Ok(Err(error))) => {
             tracing::warn!(%error, "a message could not be stored");

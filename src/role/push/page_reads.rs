@@ -14,7 +14,9 @@ use super::registry::SessionHandle;
 use crate::backoff::Backoff;
 use crate::inbox::{Inbox, InboxPage, PageLimit};
 use crate::message::{Seq, UserId};
+use crate::role::shown;
 use crate::session::Page;
+use crate::telemetry::WAY;
 use crate::wire::close::CloseCode;
 
 /// Concurrent page reads of one node.
@@ -112,6 +114,7 @@ impl PageReads {
                     self.metrics.pages.inc();
                     if let Some(handle) = handle.upgrade() {
                         self.report_unreadable(&handle.user, &page.unreadable);
+                        tell_the_way(&handle, &page);
                         let items = page.messages.iter().map(encoded).collect();
                         let InboxPage { unreadable, upto, more, .. } = page;
                         handle.mailbox.page(Page { after: *after, items, unreadable, upto, more });
@@ -133,5 +136,15 @@ impl PageReads {
             self.metrics.unreadable.inc();
             tracing::warn!(%user, %seq, "a message in the store cannot be read, and is passed over");
         }
+    }
+}
+/// Says which messages were read for a session, to whoever follows them.
+fn tell_the_way(handle: &SessionHandle, page: &InboxPage) {
+    if !tracing::enabled!(target: WAY, tracing::Level::DEBUG) {
+        return;
+    }
+    for message in &page.messages {
+        let (user, device, id, seq) = (&handle.user, &handle.device, &message.id, message.seq);
+        tracing::debug!(target: WAY, step = 7, %user, %id, %seq, %device, traceparent = shown(message), "read for a session");
     }
 }

@@ -17,7 +17,9 @@ use super::registry::SessionHandle;
 use crate::inbox::InboxPage;
 use crate::inbox::logs::is_for;
 use crate::message::{LogId, Message, Millis, Seq, UserId, Via};
+use crate::role::shown;
 use crate::session::{Input, Item, Output, Page, Session, StartPoint};
+use crate::telemetry::WAY;
 use crate::wire::frame::{GapReason, log_message_frame};
 
 /// Most frames that a tail keeps.
@@ -65,6 +67,12 @@ pub(super) type Block = Arc<Page<LogFrame>>;
 
 /// A page of a log in the form of sessions.
 pub(super) fn page_of(log: &LogId, after: Seq, page: InboxPage) -> Page<LogFrame> {
+    if tracing::enabled!(target: WAY, tracing::Level::DEBUG) {
+        for message in &page.messages {
+            let (id, seq) = (&message.id, message.seq);
+            tracing::debug!(target: WAY, step = 7, %log, %id, %seq, traceparent = shown(message), "read from a log");
+        }
+    }
     let items = page.messages.iter().map(|message| encoded(log, message)).collect();
     let InboxPage { unreadable, upto, more, .. } = page;
     Page { after, items, unreadable, upto, more }

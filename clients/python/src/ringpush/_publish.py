@@ -31,13 +31,19 @@ class Accepted:
 
 @dataclass(frozen=True)
 class TopicAccepted:
-    """The outcome for one topic: how many members the message is for, how many have it, and who does not."""
+    """The outcome for one topic, or for everyone, whose name is ``everyone``.
+
+    Of an ``inbox`` topic: how many members the message is for, how many have it, and who does not. Of a log: its number
+    there, and whether it stood there already; ``members`` and ``stored`` are ``None``.
+    """
 
     topic: str
-    members: int
-    stored: int
+    members: int | None
+    stored: int | None
     failed: list[Accepted]
     error: str | None
+    seq: int | None = None
+    duplicate: bool = False
 
 
 class PublishFailed(RingpushError):
@@ -77,7 +83,9 @@ def _accepted(entry: dict[str, Any]) -> Accepted:
 
 def _topic_accepted(entry: dict[str, Any]) -> TopicAccepted:
     failed = [_accepted(one) for one in entry.get("failed", [])]
-    return TopicAccepted(entry["topic"], entry.get("members", 0), entry.get("stored", 0), failed, _error(entry))
+    topic = "everyone" if entry.get("everyone") else entry["topic"]
+    return TopicAccepted(topic, entry.get("members"), entry.get("stored"), failed, _error(entry), entry.get("seq"),
+                         entry.get("duplicate", False))
 
 
 class _Try:
@@ -123,6 +131,13 @@ class Publisher:
         outcomes = await self._send(_body(_topics(topics, exclude), payload, id, event, ttl_s))
         return [_topic_accepted(entry) for entry in outcomes]
 
+    async def publish_everyone(self, payload: Any, *, exclude: Sequence[str] = (), id: str | None = None, event: str | None = None,
+                                   ttl_s: int | None = None) -> TopicAccepted:
+        """Stores a message for all users, but for those of ``exclude``. As :meth:`publish`."""
+        to = {"everyone": True, **({"except": list(exclude)} if exclude else {})}
+        [outcome] = await self._send(_body(to, payload, id, event, ttl_s))
+        return _topic_accepted(outcome)
+
     async def _send(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         attempt = _Try(body["id"])
         while True:
@@ -163,6 +178,13 @@ class SyncPublisher:
         """Stores a message for the members of one topic or several, but for the users of ``exclude``. As :meth:`publish`."""
         outcomes = self._send(_body(_topics(topics, exclude), payload, id, event, ttl_s))
         return [_topic_accepted(entry) for entry in outcomes]
+
+    def publish_everyone(self, payload: Any, *, exclude: Sequence[str] = (), id: str | None = None, event: str | None = None,
+                             ttl_s: int | None = None) -> TopicAccepted:
+        """Stores a message for all users, but for those of ``exclude``. As :meth:`publish`."""
+        to = {"everyone": True, **({"except": list(exclude)} if exclude else {})}
+        [outcome] = self._send(_body(to, payload, id, event, ttl_s))
+        return _topic_accepted(outcome)
 
     def _send(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         attempt = _Try(body["id"])

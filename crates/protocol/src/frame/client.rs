@@ -224,13 +224,17 @@ fn position(raw: &RawValue) -> Option<u64> {
 
 /// Positions by topic, at most `most`.
 fn positions(raw: &RawValue, most: usize) -> Result<Vec<(TopicName, u64)>, String> {
-    let rule = || format!("topics maps at most {most} names of topics to {POSITION_RULE}");
+    let rule = || match most {
+        usize::MAX => format!("topics maps names of topics to {POSITION_RULE}"),
+        most => format!("topics maps at most {most} names of topics to {POSITION_RULE}"),
+    };
     let read: BTreeMap<String, u64> = serde_json::from_str(raw.get()).map_err(|_| rule())?;
     if read.len() > most || read.values().any(|n| *n > Seq::MAX.get()) {
         return Err(rule());
     }
-    let named =
-        |(name, n): (String, u64)| Ok((TopicName::parse(&name).map_err(|fault| fault.to_string())?, n));
+    let named = |(name, n): (String, u64)| {
+        Ok((TopicName::parse(&name).map_err(|rule| format!("topics: {rule}"))?, n))
+    };
     read.into_iter().map(named).collect()
 }
 

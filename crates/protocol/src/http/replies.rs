@@ -292,16 +292,16 @@ pub(super) fn put_error(out: &mut BytesMut, problem: &Problem) {
     out.put_u8(b'}');
 }
 
-/// The body of the response to a history request.
+/// The body of the response to a history request, of an inbox or of this log.
 #[must_use]
-pub fn history_body(messages: &[Message], next: Option<Seq>) -> Bytes {
+pub fn history_body(log: Option<&LogId>, messages: &[Message], next: Option<Seq>) -> Bytes {
     let mut out = BytesMut::with_capacity(messages.iter().map(|m| m.payload.len() + 200).sum::<usize>() + 32);
     out.put_slice(br#"{"messages":["#);
     for (n, message) in messages.iter().enumerate() {
         if n > 0 {
             out.put_u8(b',');
         }
-        put_history_item(&mut out, message);
+        put_history_item(&mut out, log, message);
     }
     out.put_slice(br#"],"next":"#);
     match next {

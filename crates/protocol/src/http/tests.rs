@@ -207,7 +207,7 @@ proptest! {
 }
 
 #[test]
-fn a_batch_reaches_ten_thousand_recipients_and_names_the_first_item_beyond() {
+fn a_batch_reaches_ten_thousand_recipients_and_refuses_the_item_beyond_and_those_after_it() {
     let item = |count: usize| {
         let users: Vec<String> = (0..count).map(|n| format!("\"u{n}\"")).collect();
         format!(r#"{{"to":{{"users":[{}]}},"payload":1}}"#, users.join(","))
@@ -217,15 +217,24 @@ fn a_batch_reaches_ten_thousand_recipients_and_names_the_first_item_beyond() {
     let parsed = parse_batch(&batch(&ten), &LIMITS).unwrap();
     assert!(parsed.len() == 10 && parsed.iter().all(Result::is_ok));
     let eleven = [ten, vec![item(1), item(1)]].concat();
-    let problem = parse_batch(&batch(&eleven), &LIMITS).unwrap_err();
-    assert_eq!((problem.status, problem.errors[0].pointer.as_str()), (422, "/messages/10"));
+    let parsed = parse_batch(&batch(&eleven), &LIMITS).unwrap();
+    assert!(parsed[..10].iter().all(Result::is_ok));
+    let beyond = |parsed: &[Result<Publish, Problem>]| {
+        parsed.iter().all(|one| {
+            let refused = one
+                .as_ref()
+                .is_err_and(|problem| problem.status == 422 && problem.detail.contains("10000 recipients"));
+            refused
+        })
+    };
+    assert!(parsed.len() == 12 && beyond(&parsed[10..]), "also the one that would fit");
     // What is wrong anyway reaches nobody.
     let wrong = [vec![item(1_001); 20], vec![item(1_000); 10]].concat();
     assert!(parse_batch(&batch(&wrong), &LIMITS).is_ok());
     // But each of its faults is told, and that has its price too.
     let nobody = format!(r#"{{"to":{{"users":[{}]}},"payload":1}}"#, vec!["\"\""; 1_000].join(","));
-    let problem = parse_batch(&batch(&vec![nobody; 1_000]), &LIMITS).unwrap_err();
-    assert_eq!((problem.errors.len(), problem.errors[0].pointer.as_str()), (1, "/messages/10"));
+    let parsed = parse_batch(&batch(&vec![nobody; 1_000]), &LIMITS).unwrap();
+    assert!(parsed.len() == 1_000 && beyond(&parsed[11..]));
 }
 
 #[test]

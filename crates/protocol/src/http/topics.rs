@@ -152,7 +152,9 @@ mod tests {
                 "{body}"
             );
         }
-        assert_eq!(parse_topic(b"").unwrap_err().status, 400);
+        let nothing = TopicRequest { delivery: None, ttl_s: None };
+        assert_eq!((parse_topic(b"").unwrap(), parse_topic(b"{}").unwrap()), (nothing, nothing));
+        assert_eq!(parse_topic(b" ").unwrap_err().status, 400);
     }
 
     #[test]
