@@ -208,6 +208,11 @@ const STEPS = {
     if (count() !== step.times) throw new Error(`tokens were asked for because of ${JSON.stringify(world.asked)}`);
   },
   do: (world, step) => world.tell(step.do),
+  async sleep(world, step) {
+    world.testee.kill('SIGSTOP');
+    await wait(step.sleep);
+    world.testee.kill('SIGCONT');
+  },
   async storm(world, { storm: { clients, hint } }) {
     const all = [];
     for (let n = 0; n < clients; n += 1) {

@@ -6,7 +6,7 @@ mod renewal;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -22,6 +22,10 @@ use crate::ledger::LineId;
 use crate::line::{Heard, Line};
 use crate::tokens::TokenFault;
 
+/// How often the clock is looked at, and by how much it must have moved meanwhile: the machine
+/// slept, and the line may be dead.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+const JUMP: Duration = Duration::from_secs(10);
 /// How often a move is tried before its next one is waited for.
 const MOVE_TRIES: u32 = 3;
 /// How long a line has to answer after a wake-up.
@@ -73,6 +77,30 @@ struct Probe {
     line: LineId,
     heard: u64,
     until: Instant,
+}
+
+/// Tells that the clock has jumped, by which a client finds that its machine slept.
+struct Clock {
+    seen: SystemTime,
+}
+
+impl Clock {
+    fn new() -> Self {
+        Self { seen: SystemTime::now() }
+    }
+
+    /// Resolves when the clock has jumped, forwards or back, since it was seen last.
+    async fn jumps(&mut self) {
+        loop {
+            let now = SystemTime::now();
+            let moved = now.duration_since(self.seen).unwrap_or_else(|back| back.duration());
+            self.seen = now;
+            if moved > JUMP {
+                return;
+            }
+            sleep(LOOK_EVERY).await;
+        }
+    }
 }
 
 pub(crate) struct Actor {
@@ -229,6 +257,7 @@ impl Actor {
         if let ControlFlow::Break(ending) = self.welcomed(false).await {
             return ending;
         }
+        let mut clock = Clock::new();
         loop {
             let has_room = self.shared.has_room();
             let timer = self.earliest_timer();
@@ -240,6 +269,7 @@ impl Actor {
                 token = renewed(&mut self.refreshing) => self.renewed(token).await,
                 () = self.shared.acks.notified() => self.ack_soon().await,
                 () = self.shared.wake.notified() => self.look().await,
+                () = clock.jumps() => self.look().await,
                 () = self.shared.renew.notified() => self.renew(),
                 () = self.shared.words.notified() => self.say_words().await,
                 () = timed(timer) => self.tick().await,

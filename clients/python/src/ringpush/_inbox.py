@@ -36,6 +36,8 @@ PATIENCE_S, OPEN_S = 30.0, 10.0
 RETRY_MAX_S = 10.0
 #: Seconds of silence beyond the server's interval, and that a line has to answer a :meth:`Inbox.wake`.
 GRACE_S, WAKE_S = 5.0, 3.0
+#: Seconds between two looks at the clock, and by how much it must have moved meanwhile: the machine slept.
+LOOK_S, JUMP_S = 1.0, 10.0
 MOVE_TRIES = 3
 #: Seconds by which acks are gathered.
 ACK_S = 0.05
@@ -285,6 +287,7 @@ class Inbox:
 
     async def __aenter__(self) -> Inbox:
         self._runner = asyncio.create_task(self._run())
+        self._spawn(self._watch_clock())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -700,6 +703,16 @@ class Inbox:
             if attempt + 1 < MOVE_TRIES:
                 await asyncio.sleep(random.uniform(self._hint["min_ms"], self._hint["max_ms"]) / 1000)
         self._set("live" if self._caught_up else "catching-up")
+
+    async def _watch_clock(self) -> None:
+        """Looks whether the line lives, whenever the clock has jumped."""
+        seen = time.time()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            moved, seen = abs(time.time() - seen), time.time()
+            if moved > JUMP_S and self._line is not None and self._next is None:
+                await self._probe(self._line)
+                seen = time.time()
 
     async def _probe(self, line: _Line) -> None:
         heard = line.heard
