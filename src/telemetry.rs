@@ -5,7 +5,8 @@ pub mod process;
 mod recent;
 mod timings;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, LazyLock, OnceLock, mpsc};
@@ -206,7 +207,7 @@ impl Metrics {
         self.reads.lock().push(Box::new(read));
     }
 
-    /// The content type and the text of the exposition.
+    /// The content type and the text of the exposition, in the format of OpenMetrics 1.0.
     #[must_use]
     pub fn expose(&self) -> (&'static str, String) {
         self.reads.lock().iter().for_each(|read| read());
@@ -215,6 +216,35 @@ impl Metrics {
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry.lock());
         ("application/openmetrics-text; version=1.0.0; charset=utf-8", text)
     }
+
+    /// The same in the text format of Prometheus 0.0.4, for whoever does not ask for OpenMetrics.
+    #[must_use]
+    pub fn expose_plain(&self) -> (&'static str, String) {
+        ("text/plain; version=0.0.4; charset=utf-8", plain(&self.expose().1))
+    }
+}
+
+/// What OpenMetrics says, in the older format: there the name of a counter ends in `_total` also
+/// where it is described, and no line says that this is the end.
+fn plain(open: &str) -> String {
+    let counters: BTreeSet<&str> =
+        open.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter")).collect();
+    let mut text = String::with_capacity(open.len() + counters.len() * 16);
+    for line in open.lines() {
+        let described = line.strip_prefix("# ").and_then(|line| line.split_once(' '));
+        let Some((kind, rest)) = described.filter(|(kind, _)| ["HELP", "TYPE"].contains(kind)) else {
+            if !line.starts_with('#') {
+                text.push_str(line);
+                text.push('\n');
+            }
+            continue;
+        };
+        let (name, said) = rest.split_once(' ').unwrap_or((rest, ""));
+        let suffix = if counters.contains(name) { "_total" } else { "" };
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "# {kind} {name}{suffix} {said}");
+    }
+    text
 }
 
 /// A kind of credential, or what is checked like one.
@@ -409,6 +439,18 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    #[test]
+    fn counters_have_their_whole_name_in_the_older_format() {
+        let open = "# HELP a_b Some.\n# TYPE a_b counter\na_b_total{x=\"# TYPE\"} 1\n# HELP c Other.\n\
+                    # TYPE c gauge\n# UNIT c seconds\nc 2\n# EOF\n";
+        let plain_text = "# HELP a_b_total Some.\n# TYPE a_b_total counter\na_b_total{x=\"# TYPE\"} 1\n\
+                          # HELP c Other.\n# TYPE c gauge\nc 2\n";
+        assert_eq!(plain(open), plain_text);
+        let (kind, text) = Metrics::default().expose_plain();
+        assert!(kind.starts_with("text/plain; version=0.0.4"));
+        assert!(text.contains("# TYPE ringpush_log_lines_dropped_total counter"), "{text}");
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderValue, Response, StatusCode};
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::http::{HeaderMap, HeaderValue, Response, StatusCode};
 use axum::middleware::from_fn_with_state;
 use axum::routing::get;
 use tokio_util::sync::CancellationToken;
@@ -62,12 +62,15 @@ async fn ready(State(edge): Edge) -> Response<Body> {
     json_of(status, &ReadyResponse { ready, conditions: shown.collect() })
 }
 
-async fn metrics(State(edge): Edge) -> Response<Body> {
-    exposition(&edge.metrics)
+async fn metrics(State(edge): Edge, headers: HeaderMap) -> Response<Body> {
+    exposition(&edge.metrics, &headers)
 }
 
-fn exposition(metrics: &Metrics) -> Response<Body> {
-    let (kind, text) = metrics.expose();
+/// The metrics, in OpenMetrics for whoever asks for it, as Prometheus does.
+fn exposition(metrics: &Metrics, headers: &HeaderMap) -> Response<Body> {
+    let accepted = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let open = accepted.into_iter().any(|kinds| kinds.contains("application/openmetrics-text"));
+    let (kind, text) = if open { metrics.expose() } else { metrics.expose_plain() };
     let mut response = Response::new(Body::from(text));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     response
@@ -91,7 +94,7 @@ pub fn serve_metrics(
 ) -> anyhow::Result<(SocketAddr, impl Future<Output = ()>)> {
     let limits = HttpLimits::default();
     let Listening { listener, at } = bind_one(name, at, &limits)?;
-    let exposed = move || async move { exposition(&metrics) };
+    let exposed = move |headers: HeaderMap| async move { exposition(&metrics, &headers) };
     let routes = closed(
         axum::Router::new()
             .route("/livez", get(async || "ok\n"))

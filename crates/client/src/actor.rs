@@ -6,7 +6,7 @@ mod renewal;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -15,6 +15,7 @@ use ringpush_protocol::frame::{ClientFrame, ReconnectHint};
 use ringpush_protocol::message::Millis;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::clock::Clock;
 use crate::dial::{DialError, Dialer};
 use crate::inbox::{Life, Shared};
 use crate::items::{State, Stopped};
@@ -22,10 +23,6 @@ use crate::ledger::LineId;
 use crate::line::{Heard, Line};
 use crate::tokens::TokenFault;
 
-/// How often the clock is looked at, and by how much it must have moved meanwhile: the machine
-/// slept, and the line may be dead.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-const JUMP: Duration = Duration::from_secs(10);
 /// How often a move is tried before its next one is waited for.
 const MOVE_TRIES: u32 = 3;
 /// How long a line has to answer after a wake-up.
@@ -77,30 +74,6 @@ struct Probe {
     line: LineId,
     heard: u64,
     until: Instant,
-}
-
-/// Tells that the clock has jumped, by which a client finds that its machine slept.
-struct Clock {
-    seen: SystemTime,
-}
-
-impl Clock {
-    fn new() -> Self {
-        Self { seen: SystemTime::now() }
-    }
-
-    /// Resolves when the clock has jumped, forwards or back, since it was seen last.
-    async fn jumps(&mut self) {
-        loop {
-            let now = SystemTime::now();
-            let moved = now.duration_since(self.seen).unwrap_or_else(|back| back.duration());
-            self.seen = now;
-            if moved > JUMP {
-                return;
-            }
-            sleep(LOOK_EVERY).await;
-        }
-    }
 }
 
 pub(crate) struct Actor {

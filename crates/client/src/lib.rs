@@ -25,6 +25,7 @@
 
 mod actor;
 mod books;
+mod clock;
 mod dial;
 pub mod http;
 mod inbox;

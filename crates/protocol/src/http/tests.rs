@@ -221,10 +221,8 @@ fn a_batch_reaches_ten_thousand_recipients_and_refuses_the_item_beyond_and_those
     assert!(parsed[..10].iter().all(Result::is_ok));
     let beyond = |parsed: &[Result<Publish, Problem>]| {
         parsed.iter().all(|one| {
-            let refused = one
-                .as_ref()
-                .is_err_and(|problem| problem.status == 422 && problem.detail.contains("10000 recipients"));
-            refused
+            one.as_ref()
+                .is_err_and(|problem| problem.status == 422 && problem.detail.contains("10000 recipients"))
         })
     };
     assert!(parsed.len() == 12 && beyond(&parsed[10..]), "also the one that would fit");
