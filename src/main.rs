@@ -275,8 +275,8 @@ async fn reload(
 }
 
 /// Ignores signals that have no meaning yet and would end the process without a drain. SIGXFSZ
-/// comes when a log file has reached its size limit; the write fails then, which is handled. Returns
-/// the stream of SIGHUP, which ends nothing from now on either.
+/// comes when a log file has reached its size limit; the write fails then, which is handled.
+/// Returns the stream of SIGHUP, which ends nothing from now on either.
 fn outlive_signals() -> anyhow::Result<tokio::signal::unix::Signal> {
     use tokio::signal::unix::{SignalKind, signal};
     let hangup = signal(SignalKind::hangup())?;

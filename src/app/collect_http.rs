@@ -180,7 +180,8 @@ pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
 
 async fn publish<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Answer {
     let began = Instant::now();
-    let sender = edge.authorize(request.headers(), &Scope::Publish)?;
+    let sender = edge.authorize(request.headers(), &Scope::Publish);
+    let sender = sender.inspect_err(|_| edge.senders.refused(began.elapsed()))?;
     let answer = publish_body(edge, request, Some(&sender)).await;
     edge.senders.published(&sender, status_of(&answer), began.elapsed());
     answer
@@ -222,7 +223,8 @@ fn published(published: &Published) -> Response<Body> {
 
 async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
     let began = Instant::now();
-    let sender = edge.authorize(request.headers(), &Scope::Publish)?;
+    let sender = edge.authorize(request.headers(), &Scope::Publish);
+    let sender = sender.inspect_err(|_| edge.senders.refused(began.elapsed()))?;
     let mut statuses = Vec::new();
     let answer = Box::pin(batch_of(&edge, request, &sender, &mut statuses)).await;
     if answer.is_err() {
@@ -337,7 +339,8 @@ pub(super) fn history_query(query: &str) -> Result<(Seq, usize), HttpError> {
     Ok((after, limit))
 }
 
-/// Reads the `limit` of a page. More than `most`, also a number that does not fit, counts as `most`.
+/// Reads the `limit` of a page. More than `most`, also a number that does not fit, counts as
+/// `most`.
 ///
 /// # Errors
 ///
