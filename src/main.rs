@@ -208,9 +208,12 @@ async fn serve(common: &Common, options: Serve) -> anyhow::Result<ExitCode> {
     let config = Config::load(&sources)?;
     let format = if options.log == "json" { LogFormat::Json } else { LogFormat::Text };
     // They cannot change, and stand above the configuration.
-    let fixed = options.log_filter.or_else(|| std::env::var("RUST_LOG").ok());
+    let by_flag = options.log_filter.map(|filter| ("--log-filter", filter));
+    // An empty variable says nothing.
+    let variable = std::env::var("RUST_LOG").ok().filter(|filter| !filter.trim().is_empty());
+    let fixed = by_flag.or(variable.map(|filter| ("RUST_LOG", filter)));
     let (name, filter) = match &fixed {
-        Some(filter) => ("--log-filter", filter),
+        Some((name, filter)) => (*name, filter),
         None => ("log.level", &config.log_level),
     };
     let (_logging, set_log_level) =

@@ -146,21 +146,27 @@ type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send>;
 /// Replaces the filter of the log. An error says what is wrong with the text.
 pub type SetLogFilter = Box<dyn Fn(&str) -> Result<(), String> + Send>;
 
-/// What is wrong with the filter of a log, if anything: a level, or directives `TARGET=LEVEL` that
-/// commas separate. A word that is no level would be taken for a target, of which nobody logs: the
-/// log would be silent.
+/// The directives of a filter, as one text without spaces and empty ones.
+fn directives(text: &str) -> String {
+    let all = text.split(',').map(str::trim).filter(|directive| !directive.is_empty());
+    all.collect::<Vec<_>>().join(",")
+}
+
+/// What is wrong with the filter of a log, if anything: a level, or directives as in `RUST_LOG`. A
+/// word that is no level would be taken for a target, and the log would be silent.
 #[must_use]
 pub fn log_filter_fault(text: &str) -> Option<String> {
     const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    let directives = directives(text);
     let is_level = |word: &str| LEVELS.iter().any(|level| word.eq_ignore_ascii_case(level));
-    let is_good = |directive: &str| match directive.rsplit_once('=') {
-        Some((target, level)) => !target.is_empty() && is_level(level),
-        // Everything of a target.
-        None => is_level(directive) || directive.contains("::") || directive.contains('['),
+    let is_word = |text: &str| text.bytes().all(|b| b.is_ascii_alphabetic() || b"_-".contains(&b));
+    let is_no_level = |text: &&str| is_word(text) && !is_level(text) && !text.starts_with("ringpush");
+    let why = match directives.split(',').find(is_no_level) {
+        Some(word) => format!("{word:?} is no level"),
+        None => EnvFilter::try_new(&directives).err()?.to_string(),
     };
-    let bad = text.split(',').map(str::trim).find(|directive| !is_good(directive))?;
     Some(format!(
-        "{bad:?} must be a level ({}) or directives TARGET=LEVEL, such as info,ringpush::way=debug",
+        "{why}: give a level ({}), or directives TARGET=LEVEL with commas between, such as info,ringpush::way=debug",
         LEVELS.join(", ")
     ))
 }
@@ -169,7 +175,7 @@ fn filter_of(text: &str) -> anyhow::Result<EnvFilter> {
     if let Some(fault) = log_filter_fault(text) {
         anyhow::bail!(fault);
     }
-    Ok(EnvFilter::try_new(format!("{AUDIT}=info,{text},{NEVER_VERBOSE}"))?)
+    Ok(EnvFilter::try_new(format!("{AUDIT}=info,{},{NEVER_VERBOSE}", directives(text)))?)
 }
 
 /// The target of the log lines that follow one user's messages through all processes:

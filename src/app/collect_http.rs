@@ -18,7 +18,9 @@ use tokio::time::{Instant, timeout};
 use tower::ServiceExt;
 
 use super::audit::audited;
-use super::edge::{HttpError, Routes, asset, bearer, closed, json, json_body, json_of, refuse, root};
+use super::edge::{
+    HttpError, Routes, asset, bearer, closed, json, json_body, json_of, limit_in, refuse, root,
+};
 use super::senders::{Sender, Senders};
 use super::traces::Traces;
 use crate::inbox::InboxError;
@@ -180,8 +182,7 @@ pub(super) fn routes(edge: Arc<CollectEdge>) -> Routes {
 
 async fn publish<B: RequestBody>(edge: &CollectEdge, request: Request<B>) -> Answer {
     let began = Instant::now();
-    let sender = edge.authorize(request.headers(), &Scope::Publish);
-    let sender = sender.inspect_err(|_| edge.senders.refused(began.elapsed()))?;
+    let sender = edge.authorize(request.headers(), &Scope::Publish)?;
     let answer = publish_body(edge, request, Some(&sender)).await;
     edge.senders.published(&sender, status_of(&answer), began.elapsed());
     answer
@@ -223,8 +224,7 @@ fn published(published: &Published) -> Response<Body> {
 
 async fn batch(State(edge): Edge, request: Request<Body>) -> Answer {
     let began = Instant::now();
-    let sender = edge.authorize(request.headers(), &Scope::Publish);
-    let sender = sender.inspect_err(|_| edge.senders.refused(began.elapsed()))?;
+    let sender = edge.authorize(request.headers(), &Scope::Publish)?;
     let mut statuses = Vec::new();
     let answer = Box::pin(batch_of(&edge, request, &sender, &mut statuses)).await;
     if answer.is_err() {
@@ -346,10 +346,8 @@ pub(super) fn history_query(query: &str) -> Result<(Seq, usize), HttpError> {
 ///
 /// 422: it is no number above 0.
 pub(super) fn limit_of(text: &str, most: usize) -> Result<usize, HttpError> {
-    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
-    let count = digits.then(|| text.parse().unwrap_or(usize::MAX)).filter(|count| *count > 0);
     let rule = || refuse(422, format!("limit: must be an integer from 1 to {most}"));
-    Ok(count.ok_or_else(rule)?.min(most))
+    limit_in(text, most).ok_or_else(rule)
 }
 
 async fn user(State(edge): Edge, path: Path, headers: HeaderMap) -> Answer {

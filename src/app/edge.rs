@@ -219,6 +219,14 @@ pub(super) async fn json_body<B: RequestBody>(
     })
 }
 
+/// Reads the `limit` of a page, a number above 0. More than `most`, also a number that does not
+/// fit, counts as `most`.
+pub(super) fn limit_in(text: &str, most: usize) -> Option<usize> {
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    let count = digits.then(|| text.parse().unwrap_or(usize::MAX)).filter(|count| *count > 0);
+    count.map(|count| count.min(most))
+}
+
 /// The response to an unknown path.
 pub(super) async fn not_found() -> HttpError {
     refuse(404, "there is nothing at this path")

@@ -19,7 +19,8 @@ use axum::routing::{get, post};
 use futures_util::future::{BoxFuture, FutureExt, ready};
 
 use super::edge::{
-    Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, json_of, not_found, refuse,
+    Budgets, HttpError, Routes, SMALL_BODY, bearer, closed, json, json_body, json_of, limit_in, not_found,
+    refuse,
 };
 use crate::inbox::history::HistoryRange;
 use crate::live::Live;
@@ -388,13 +389,13 @@ fn history_query(query: &str) -> Result<(HistoryRange, usize), HttpError> {
             text.parse().ok().and_then(Seq::new).ok_or_else(|| fault(&name, rule))
         };
         match &*name {
+            // As if it were not there.
+            _ if text.is_empty() => {}
             "after" => after = Some(seq()?),
             "before" => before = Some(seq()?),
             "limit" => {
-                let count = text.parse().ok().filter(|count: &u64| *count > 0);
-                let count =
-                    count.ok_or_else(|| fault("limit", "must be an integer of 1 or more; 100 are given"))?;
-                limit = usize::try_from(count).unwrap_or(usize::MAX).min(OWN_HISTORY_PAGE);
+                let rule = || fault("limit", "must be an integer of 1 or more; 100 are given");
+                limit = limit_in(&text, OWN_HISTORY_PAGE).ok_or_else(rule)?;
             }
             _ => {}
         }

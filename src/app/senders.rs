@@ -110,11 +110,6 @@ impl Senders {
         }
     }
 
-    /// Notes how long the request of somebody took who may not publish.
-    pub(super) fn refused(&self, took: Duration) {
-        self.times.at(Outcome::Refused as usize).observe(took);
-    }
-
     /// Counts a publish of this sender, and how long its request took.
     pub(super) fn published(&self, sender: &Sender, status: u16, took: Duration) {
         let outcome = Outcome::of_status(status);

@@ -190,7 +190,9 @@ async fn page_of_log(
 ) -> Result<Option<Response<Body>>, HttpError> {
     let query = uri.query().unwrap_or_default();
     let (after, limit) = history_query(query)?;
-    let named = |name: &str| form_urlencoded::parse(query.as_bytes()).find(|(key, _)| key == name);
+    let named = |name: &str| {
+        form_urlencoded::parse(query.as_bytes()).find(|(key, text)| key == name && !text.is_empty())
+    };
     let range = match named("before") {
         None => HistoryRange::After(after),
         Some(_) if named("after").is_some() => {

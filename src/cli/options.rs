@@ -77,7 +77,8 @@ pub enum Command {
   ringpush publish alice '{\"text\":\"hello\"}'
   ringpush publish --topic news '{\"text\":\"hello\"}'
   ringpush publish --everyone '{\"text\":\"hello\"}'
-  seq 1000 | ringpush publish alice -          one payload per line (NDJSON)"
+  seq 1000 | ringpush publish alice -          one payload per line (NDJSON)
+  ringpush publish -- -alice 1                 a user id that begins with a dash"
     )]
     Publish {
         /// The user id; not with --topic and --everyone. Then JSON text, or - to read one payload

@@ -399,12 +399,21 @@ fn keys_have_names_of_their_own_and_are_a_hundred_at_most() {
 
 #[test]
 fn a_level_of_the_log_that_is_none_is_a_fault() {
-    for good in
-        ["info", "WARN", "off", "info,ringpush::way=debug", "ringpush=trace, hyper=warn", "ringpush::way"]
-    {
+    let good = [
+        "info",
+        "WARN",
+        "off",
+        "3",
+        "info,ringpush::way=debug",
+        " ringpush=trace, hyper=warn,",
+        "ringpush",
+        "ringpush::way",
+        "ringpush=4, [session{id=7}]=debug",
+    ];
+    for good in good {
         assert!(load(&format!("[log]\nlevel = \"{good}\""), &[]).is_ok(), "{good}");
     }
-    for bad in ["loud", "warning", "", "info,", "info,=", "ringpush=loud", "=debug"] {
+    for bad in ["loud", "warning", "", " ", "info,=", "ringpush=loud", "info, é=debug=x"] {
         let said = faults(&format!("[log]\nlevel = \"{bad}\""), &[]);
         assert!(said.contains("log.level: ") && said.contains("error, warn, info"), "{bad:?}: {said}");
     }

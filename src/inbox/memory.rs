@@ -207,11 +207,11 @@ impl Inbox for MemoryInbox {
 
     fn stored(&self, user: UserId, which: Sought) -> BoxFuture<'_, Result<Option<Message>, InboxError>> {
         let found = self.with(&user, |log, _| {
-            let seq = match &which {
-                Sought::At(seq) => seq.get(),
-                which => which.fences().iter().find_map(|fence| log.fences.get(fence))?.0,
-            };
-            log.messages.get(&seq).cloned()
+            let at = |seq: u64| log.messages.get(&seq).cloned();
+            match &which {
+                Sought::At(seq) => at(seq.get()),
+                which => which.fences().iter().find_map(|fence| at(log.fences.get(fence)?.0)),
+            }
         });
         ready(Ok(found)).boxed()
     }

@@ -237,7 +237,7 @@ else:
     server.put("/v1/topics/feed", &serde_json::json!({"delivery": "log"})).await;
     let said = run(&mut script("ways"));
     let expected = "[('alice', False, None), ('bob', False, None)]\nTrue\nnews 1 1 [] None\n\
-        feed True False None [] None\nfeed True True None [] None\neveryone True False\n422 /event";
+        feed True False 0 [] None\nfeed True True 0 [] None\neveryone True False\n422 /event";
     assert_eq!(said.trim(), expected);
     server.kill();
     let publishing = script("away").stdout(Stdio::piped()).spawn().unwrap();

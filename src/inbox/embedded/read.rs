@@ -188,20 +188,23 @@ impl Store {
         let seq = match which {
             Sought::At(seq) => seq.get(),
             which => {
-                let mut found = None;
                 for fence in which.fences() {
-                    found = self.fence(&snapshot, &fence_key(user, &fence))?;
-                    if found.is_some() {
-                        break;
+                    if let Some(fence) = self.fence(&snapshot, &fence_key(user, &fence))?
+                        && let Some(found) = self.stored_at(&snapshot, user, fence.seq.get())?
+                    {
+                        return Ok(Some(found));
                     }
                 }
-                let Some(fence) = found else { return Ok(None) };
-                fence.seq.get()
+                return Ok(None);
             }
         };
+        self.stored_at(&snapshot, user, seq)
+    }
+
+    fn stored_at(&self, snapshot: &Snapshot, user: &UserId, seq: u64) -> Result<Option<Message>, InboxError> {
         let key = message_key(user, seq);
         let Some(raw) = snapshot.get(&self.messages, &key).map_err(unreadable)? else { return Ok(None) };
-        self.traced(&snapshot, &key, decode(seq, Bytes::copy_from_slice(&raw))?).map(Some)
+        self.traced(snapshot, &key, decode(seq, Bytes::copy_from_slice(&raw))?).map(Some)
     }
 
     /// The message with its trace, if it belongs to one.

@@ -707,12 +707,12 @@ class Inbox:
     async def _watch_clock(self) -> None:
         """Looks whether the line lives, whenever the clock has jumped."""
         seen = time.time()
-        while True:
+        while self._stopped is None:
             await asyncio.sleep(LOOK_S)
-            moved, seen = abs(time.time() - seen), time.time()
-            if moved > JUMP_S and self._line is not None and self._next is None:
-                await self._probe(self._line)
-                seen = time.time()
+            now = time.time()
+            if abs(now - seen) > JUMP_S and self._line is not None and self._next is None:
+                self._spawn(self._probe(self._line))
+            seen = now
 
     async def _probe(self, line: _Line) -> None:
         heard = line.heard

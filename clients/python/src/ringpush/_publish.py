@@ -34,12 +34,12 @@ class TopicAccepted:
     """The outcome for one topic, or for everyone, whose name is ``everyone``.
 
     Of an ``inbox`` topic: how many members the message is for, how many have it, and who does not. Of a log: its number
-    there, and whether it stood there already; ``members`` and ``stored`` are ``None``.
+    there, and whether it stood there already; ``members`` and ``stored`` are 0.
     """
 
     topic: str
-    members: int | None
-    stored: int | None
+    members: int
+    stored: int
     failed: list[Accepted]
     error: str | None
     seq: int | None = None
@@ -84,7 +84,7 @@ def _accepted(entry: dict[str, Any]) -> Accepted:
 def _topic_accepted(entry: dict[str, Any]) -> TopicAccepted:
     failed = [_accepted(one) for one in entry.get("failed", [])]
     topic = "everyone" if entry.get("everyone") else entry["topic"]
-    return TopicAccepted(topic, entry.get("members"), entry.get("stored"), failed, _error(entry), entry.get("seq"),
+    return TopicAccepted(topic, entry.get("members", 0), entry.get("stored", 0), failed, _error(entry), entry.get("seq"),
                          entry.get("duplicate", False))
 
 

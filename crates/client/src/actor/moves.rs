@@ -74,6 +74,11 @@ impl Actor {
         if !is_silent || self.next.is_some() {
             return;
         }
+        if !self.shared.has_room() {
+            // Nothing is read meanwhile: the line may have answered.
+            self.probe = Some(Probe { until: Instant::now() + WAKE, ..probe });
+            return;
+        }
         self.moving = None;
         let (dialer, positions) = (Arc::clone(&self.dialer), self.shared.with(|books| books.received()));
         let future = async move { dialer.open(positions).await };
