@@ -74,6 +74,7 @@ function ended(made, cause) {
   if (client !== made) return;
   client = null;
   $('toggle').textContent = 'Connect';
+  $('toggle').disabled = false;
 }
 
 function code() {
@@ -98,6 +99,8 @@ async function fetchToken(user) {
 $('connect').addEventListener('submit', (event) => {
   event.preventDefault();
   if (client) {
+    // Until it is closed there is nothing else to do.
+    $('toggle').disabled = true;
     client.close();
     return;
   }
