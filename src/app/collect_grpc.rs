@@ -372,10 +372,11 @@ fn read(edge: &CollectEdge, request: message::PublishRequest) -> Result<Publish,
 }
 
 fn told(problem: &Problem) -> message::Problem {
+    let mut detail = problem.detail.clone();
     // The detail of one fault names it already.
-    let several = problem.errors.iter().filter(|_| problem.errors.len() > 1);
-    let details = several.map(|fault| format!("{}: {}", fault.pointer, fault.detail));
-    let detail = details.fold(problem.detail.clone(), |all, one| format!("{all}; {one}"));
+    if problem.errors.len() > 1 {
+        problem.errors.iter().for_each(|fault| detail += &format!("; {}: {}", fault.pointer, fault.detail));
+    }
     message::Problem { status: problem.status.into(), title: problem.title.clone(), detail }
 }
 

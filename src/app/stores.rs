@@ -35,7 +35,7 @@ use crate::membership::local::LocalMembership;
 use crate::membership::redis::RedisMembership;
 use crate::role::VerifyService;
 use crate::role::auth::Auth;
-use crate::role::verify::{RemoteAuth, unavailable};
+use crate::role::verify::{RemoteAuth, register_unavailable};
 use crate::telemetry::{Gauge, Health, Metrics, Outcome, TimingBy};
 use crate::transport::redis::RedisLink;
 use crate::transport::tls::read_file;
@@ -285,7 +285,7 @@ pub(super) fn verify(
     tasks: &mut JoinSet<()>,
 ) -> Result<VerifyService> {
     if !matches!(config.verify_by, VerifyBy::Asking(_)) {
-        unavailable(metrics);
+        register_unavailable(metrics);
     }
     match (&config.verify_by, own) {
         (VerifyBy::Key, Some(auth)) => Ok(BoxCloneSyncService::new(auth.clone())),

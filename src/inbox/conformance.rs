@@ -423,8 +423,8 @@ async fn a_stored_message_is_found_by_number_and_by_its_senders_id(bench: &Bench
         Sought::Through(topics, MessageId::parse("order-3").unwrap())
     };
     let via = Some(Arc::new(Via::Inbox(news.clone())));
-    let by_topic = Append { deduplicated: true, via, ..bench.message(name, "order-3", "1", DAY_S) };
-    let third = stored(&bench.append(vec![by_topic]).await[0]).seq;
+    let by_topic = |via| Append { deduplicated: true, via, ..bench.message(name, "order-3", "1", DAY_S) };
+    let third = stored(&bench.append(vec![by_topic(via)]).await[0]).seq;
     let other = TopicName::parse("other").unwrap();
     assert_eq!((find(id("order-3")).await, find(through(&[&other])).await), (None, None));
     assert_eq!(find(through(&[&other, &news])).await, Some(third));
@@ -433,4 +433,7 @@ async fn a_stored_message_is_found_by_number_and_by_its_senders_id(bench: &Bench
     bench.inbox.forget(user(name)).await.unwrap();
     let left = bench.inbox.stored(user(name), Sought::At(second)).await.unwrap();
     assert!(left.is_none_or(|left| left.is_expired(bench.clock.now())), "until upkeep has removed it");
+    let via = Some(Arc::new(Via::Inbox(other.clone())));
+    let fourth = stored(&bench.append(vec![by_topic(via)]).await[0]).seq;
+    assert_eq!(find(through(&[&news, &other])).await, Some(fourth), "not the one that was forgotten");
 }

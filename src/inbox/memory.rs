@@ -210,7 +210,11 @@ impl Inbox for MemoryInbox {
             let at = |seq: u64| log.messages.get(&seq).cloned();
             match &which {
                 Sought::At(seq) => at(seq.get()),
-                which => which.fences().iter().find_map(|fence| at(log.fences.get(fence)?.0)),
+                which => {
+                    let all = which.fences();
+                    let found = all.iter().filter_map(|fence| at(log.fences.get(fence)?.0));
+                    found.max_by_key(|message| message.seq)
+                }
             }
         });
         ready(Ok(found)).boxed()

@@ -183,7 +183,7 @@ pub enum Sought {
     /// The one that was sent to the user under this id of its sender, as long as that is
     /// remembered.
     Under(MessageId),
-    /// The same, sent by way of one of these topics.
+    /// The same, sent by way of one of these topics; the newest, if several of them have used it.
     Through(Vec<TopicName>, MessageId),
 }
 

@@ -115,7 +115,7 @@ impl Breaker {
 
 /// Registers the counter of verifications that auth did not answer. It stays 0 where tokens are
 /// verified without asking.
-pub fn unavailable(metrics: &Metrics) -> Counter {
+pub fn register_unavailable(metrics: &Metrics) -> Counter {
     let counter = Counter::default();
     let shown = counter.clone();
     metrics.register(|r| r.register("auth_unavailable", "Verifications that auth did not answer", shown));
@@ -126,7 +126,7 @@ impl RemoteAuth {
     /// Asks by `ask`. An outage shows in `health`, in a metric and in the log.
     #[must_use]
     pub fn new(ask: Ask, clock: Clock, health: Health, metrics: &Metrics) -> Self {
-        let unavailable = unavailable(metrics);
+        let unavailable = register_unavailable(metrics);
         health.note("auth", true, "not asked yet");
         let known = Cache::with_weighter(CACHED, CACHED_BYTES, Weight);
         let inner = Inner {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use tokio::time::sleep;
+use tokio::time::{Interval, MissedTickBehavior, interval};
 
 /// How often the clock is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -11,25 +11,28 @@ const JUMP: Duration = Duration::from_secs(10);
 
 /// Tells that the clock has jumped.
 pub(crate) struct Clock {
+    looks: Interval,
     seen: SystemTime,
 }
 
 impl Clock {
     /// A clock that was seen just now.
     pub(crate) fn new() -> Self {
-        Self { seen: time_of_day() }
+        let mut looks = interval(LOOK_EVERY);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self { looks, seen: time_of_day() }
     }
 
     /// Resolves when the clock has jumped, forwards or back, since it was seen last.
     pub(crate) async fn jumps(&mut self) {
         loop {
+            self.looks.tick().await;
             let now = time_of_day();
             let moved = now.duration_since(self.seen).unwrap_or_else(|back| back.duration());
             self.seen = now;
             if moved > JUMP {
                 return;
             }
-            sleep(LOOK_EVERY).await;
         }
     }
 }

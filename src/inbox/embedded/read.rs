@@ -185,20 +185,16 @@ impl Store {
 
     pub(super) fn stored(&self, user: &UserId, which: &Sought) -> Result<Option<Message>, InboxError> {
         let snapshot = self.db.snapshot();
-        let seq = match which {
-            Sought::At(seq) => seq.get(),
-            which => {
-                for fence in which.fences() {
-                    if let Some(fence) = self.fence(&snapshot, &fence_key(user, &fence))?
-                        && let Some(found) = self.stored_at(&snapshot, user, fence.seq.get())?
-                    {
-                        return Ok(Some(found));
-                    }
-                }
-                return Ok(None);
-            }
-        };
-        self.stored_at(&snapshot, user, seq)
+        if let Sought::At(seq) = which {
+            return self.stored_at(&snapshot, user, seq.get());
+        }
+        let mut newest: Option<Message> = None;
+        for fence in which.fences() {
+            let Some(fence) = self.fence(&snapshot, &fence_key(user, &fence))? else { continue };
+            let found = self.stored_at(&snapshot, user, fence.seq.get())?;
+            newest = newest.into_iter().chain(found).max_by_key(|message| message.seq);
+        }
+        Ok(newest)
     }
 
     fn stored_at(&self, snapshot: &Snapshot, user: &UserId, seq: u64) -> Result<Option<Message>, InboxError> {

@@ -260,7 +260,8 @@ impl Inner {
             Sought::At(seq) => doc! { "_id": id(&user, seq.get()) },
             which => doc! { "_id.u": user.as_str(), "f": { "$in": which.fences() } },
         };
-        let found = self.in_time(self.messages.find_one(filter).into_future()).await.map_err(unavailable)?;
+        let newest = self.messages.find_one(filter).sort(doc! { "_id.n": -1 });
+        let found = self.in_time(newest.into_future()).await.map_err(unavailable)?;
         // Numbers up to the head were given up; a bridge is no message.
         let found = found.filter(|message| message.n() > head && message.x != 0);
         found.map(StoredMessage::into_message).transpose()

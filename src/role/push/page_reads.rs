@@ -138,6 +138,7 @@ impl PageReads {
         }
     }
 }
+
 /// Says which messages were read for a session, to whoever follows them.
 fn tell_the_way(handle: &SessionHandle, page: &InboxPage) {
     if !tracing::enabled!(target: WAY, tracing::Level::DEBUG) {

@@ -59,7 +59,10 @@ def _users(users: str | Sequence[str]) -> dict[str, Any]:
 
 
 def _topics(topics: str | Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
-    to: dict[str, Any] = {"topic": topics} if isinstance(topics, str) else {"topics": list(topics)}
+    return _but_for(exclude, {"topic": topics} if isinstance(topics, str) else {"topics": list(topics)})
+
+
+def _but_for(exclude: Sequence[str], to: dict[str, Any]) -> dict[str, Any]:
     return {**to, "except": list(exclude)} if exclude else to
 
 
@@ -132,9 +135,9 @@ class Publisher:
         return [_topic_accepted(entry) for entry in outcomes]
 
     async def publish_everyone(self, payload: Any, *, exclude: Sequence[str] = (), id: str | None = None, event: str | None = None,
-                                   ttl_s: int | None = None) -> TopicAccepted:
+                               ttl_s: int | None = None) -> TopicAccepted:
         """Stores a message for all users, but for those of ``exclude``. As :meth:`publish`."""
-        to = {"everyone": True, **({"except": list(exclude)} if exclude else {})}
+        to = _but_for(exclude, {"everyone": True})
         [outcome] = await self._send(_body(to, payload, id, event, ttl_s))
         return _topic_accepted(outcome)
 
@@ -180,9 +183,9 @@ class SyncPublisher:
         return [_topic_accepted(entry) for entry in outcomes]
 
     def publish_everyone(self, payload: Any, *, exclude: Sequence[str] = (), id: str | None = None, event: str | None = None,
-                             ttl_s: int | None = None) -> TopicAccepted:
+                         ttl_s: int | None = None) -> TopicAccepted:
         """Stores a message for all users, but for those of ``exclude``. As :meth:`publish`."""
-        to = {"everyone": True, **({"except": list(exclude)} if exclude else {})}
+        to = _but_for(exclude, {"everyone": True})
         [outcome] = self._send(_body(to, payload, id, event, ttl_s))
         return _topic_accepted(outcome)
 

@@ -222,14 +222,14 @@ fn position(raw: &RawValue) -> Option<u64> {
     raw.get().parse().ok().filter(|n| *n <= Seq::MAX.get())
 }
 
-/// Positions by topic, at most `most`.
-fn positions(raw: &RawValue, most: usize) -> Result<Vec<(TopicName, u64)>, String> {
-    let rule = || match most {
-        usize::MAX => format!("topics maps names of topics to {POSITION_RULE}"),
-        most => format!("topics maps at most {most} names of topics to {POSITION_RULE}"),
+/// Positions by topic, at most `most` where that is limited.
+fn positions(raw: &RawValue, most: Option<usize>) -> Result<Vec<(TopicName, u64)>, String> {
+    let rule = || {
+        let at_most = most.map(|most| format!("at most {most} ")).unwrap_or_default();
+        format!("topics maps {at_most}names of topics to {POSITION_RULE}")
     };
     let read: BTreeMap<String, u64> = serde_json::from_str(raw.get()).map_err(|_| rule())?;
-    if read.len() > most || read.values().any(|n| *n > Seq::MAX.get()) {
+    if most.is_some_and(|most| read.len() > most) || read.values().any(|n| *n > Seq::MAX.get()) {
         return Err(rule());
     }
     let named = |(name, n): (String, u64)| {
@@ -251,7 +251,7 @@ impl Tagged<'_> {
             }
             (topics, everyone) => Ok(ClientFrame::AckLogs(Box::new(LogAcks {
                 seq: numbered("seq", self.seq)?,
-                topics: topics.map(|raw| positions(raw, usize::MAX)).transpose()?.unwrap_or_default(),
+                topics: topics.map(|raw| positions(raw, None)).transpose()?.unwrap_or_default(),
                 everyone: numbered(EVERYONE, everyone)?,
             }))),
         }
@@ -283,7 +283,7 @@ impl Tagged<'_> {
             }
             None | Some("false") => return Ok(None),
             Some("true") => Vec::new(),
-            Some(_) => self.topics.map_or(Ok(Vec::new()), |raw| positions(raw, TOPICS_IN_AUTH))?,
+            Some(_) => self.topics.map_or(Ok(Vec::new()), |raw| positions(raw, Some(TOPICS_IN_AUTH)))?,
         };
         let topics = topics.into_iter().map(|(name, n)| (name, Seq::at(n))).collect();
         let rule = || format!("everyone is {POSITION_RULE}");
