@@ -7,7 +7,7 @@ use bytes::BufMut;
 use fjall::{Keyspace, OwnedWriteBatch, PersistMode, Readable, Snapshot};
 
 use super::Store;
-use super::records::{cursor_key, device_of, head_key, prefix, put_name, take_u64, unreadable};
+use super::records::{cursor_key, device_of, prefix, put_name, take_u64, unreadable};
 use crate::inbox::InboxError;
 use crate::inbox::logs::{key, log_of};
 use crate::message::{DeviceId, LogId, Seq, UserId};
@@ -136,12 +136,6 @@ impl Store {
             tracing::info!(count, "positions of devices in logs were taken over from an earlier version");
         }
         Ok(())
-    }
-
-    /// How often the memberships of a user in topics with a log have changed.
-    pub(super) fn changes_of(&self, snapshot: &Snapshot, user: &UserId) -> Result<u64, InboxError> {
-        let raw = snapshot.get(&self.user_changes, head_key(user)).map_err(unreadable)?;
-        raw.map_or(Ok(0), |raw| take_u64(&mut &*raw))
     }
 }
 

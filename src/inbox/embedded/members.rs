@@ -1,17 +1,17 @@
 //! The members of topics. A membership stands in two keyspaces, by topic and by user, which are
-//! written together.
+//! written together. By user, those in topics with a log stand in one record
+//! ([`super::user_logs`]), the others in a row each: of them a user has many,
+//! and no socket asks for them.
 
 use std::collections::HashSet;
 
 use fjall::{OwnedWriteBatch, Readable, Snapshot};
 
-use super::records::{head_key, prefix, unreadable};
+use super::records::{prefix, unreadable};
 use super::topics::{TopicRecord, encode_membership, life_of, membership_of, name_of};
 use super::{JANITOR_BATCH, Store};
 use crate::inbox::InboxError;
-use crate::inbox::topics::{
-    LogMembership, MEMBERS_LOT, MemberRefusal, MembersChange, MembersChanged, Memberships, Topic,
-};
+use crate::inbox::topics::{LogMembership, MEMBERS_LOT, MemberRefusal, MembersChange, MembersChanged, Topic};
 use crate::message::{Seq, TopicName, UserId};
 use crate::topic::{Delivery, INBOX_MEMBERS, INBOX_TOPICS, LOG_TOPICS};
 
@@ -43,6 +43,18 @@ struct Joining<'a> {
     busy: &'a HashSet<UserId>,
 }
 
+impl Joining<'_> {
+    /// Why a user cannot join; `room` is how many members the topic can take.
+    fn refusal(&self, user: &UserId, room: usize) -> Option<MemberRefusal> {
+        match self.from {
+            _ if room == 0 => Some(MemberRefusal::TopicIsFull),
+            _ if !self.busy.contains(user) => None,
+            Some(_) => Some(MemberRefusal::TooManyLogs),
+            None => Some(MemberRefusal::TooManyTopics),
+        }
+    }
+}
+
 impl Store {
     /// In lots, so that appends do not wait for a long list.
     pub(super) fn change(
@@ -70,13 +82,7 @@ impl Store {
                 let joining = Joining { record, from: change.from, users: lot, busy: &busy };
                 added += self.join(&snapshot, name, &joining, &mut pending, &mut refused)?;
             } else {
-                removed += self.leave(&snapshot, (name, record.life), lot, &mut pending)?;
-            }
-            if is_log {
-                for user in lot {
-                    let changes = self.changes_of(&snapshot, user)? + 1;
-                    pending.insert(&self.user_changes, head_key(user), changes.to_be_bytes());
-                }
+                removed += self.leave(&snapshot, (name, record), lot, &mut pending)?;
             }
             record.changes += 1;
             pending.insert(&self.topics, name.as_str(), record.encode());
@@ -88,17 +94,27 @@ impl Store {
     fn leave(
         &self,
         snapshot: &Snapshot,
-        (name, life): (&TopicName, u64),
+        (name, record): (&TopicName, TopicRecord),
         users: &[UserId],
         pending: &mut OwnedWriteBatch,
     ) -> Result<u64, InboxError> {
         let mut count = 0;
         for user in users {
             let key = member_key(name, user);
-            if self.is_member(snapshot, &key, life)? {
+            let leaves = self.is_member(snapshot, &key, record.life)?;
+            if leaves {
                 pending.remove(&self.topic_members, key);
-                pending.remove(&self.user_topics, membership_key(user, name));
                 count += 1;
+            }
+            match record.delivery {
+                Delivery::Log => self.change_user_logs(snapshot, pending, user, |found| {
+                    if leaves {
+                        found.leave(name);
+                    }
+                    Ok(())
+                })?,
+                Delivery::Inbox if leaves => pending.remove(&self.user_topics, membership_key(user, name)),
+                Delivery::Inbox => {}
             }
         }
         Ok(count)
@@ -123,24 +139,28 @@ impl Store {
         let mut count = 0;
         for user in joining.users {
             let key = member_key(name, user);
-            if self.is_member(snapshot, &key, life)? {
-                continue;
-            }
-            if room == 0 {
-                refused.push((user.clone(), MemberRefusal::TopicIsFull));
-                continue;
-            }
-            if joining.busy.contains(user) {
-                let why =
-                    if from.is_some() { MemberRefusal::TooManyLogs } else { MemberRefusal::TooManyTopics };
+            let mut joins = !self.is_member(snapshot, &key, life)?;
+            if joins && let Some(why) = joining.refusal(user, room) {
                 refused.push((user.clone(), why));
-                continue;
+                joins = false;
             }
             let value = encode_membership(life, from);
-            pending.insert(&self.topic_members, key, &*value);
-            pending.insert(&self.user_topics, membership_key(user, name), &*value);
-            room -= 1;
-            count += 1;
+            if joins {
+                pending.insert(&self.topic_members, key, &*value);
+                room -= 1;
+                count += 1;
+            }
+            match from {
+                Some(from) => self.change_user_logs(snapshot, pending, user, |found| {
+                    if joins {
+                        self.make_room(snapshot, &mut found.logs)?;
+                        found.join(LogMembership { topic: name.clone(), life, from });
+                    }
+                    Ok(())
+                })?,
+                None if joins => pending.insert(&self.user_topics, membership_key(user, name), &*value),
+                None => {}
+            }
         }
         Ok(count)
     }
@@ -148,40 +168,25 @@ impl Store {
     /// Those who can join no more. Without the writer's lock: it may take long, and the limit is
     /// soft.
     fn users_with_many_topics(&self, users: &[UserId], logs: bool) -> Result<HashSet<UserId>, InboxError> {
-        let (delivery, most) =
-            if logs { (Delivery::Log, LOG_TOPICS) } else { (Delivery::Inbox, INBOX_TOPICS) };
         let snapshot = self.db.snapshot();
         let mut found = HashSet::new();
         for user in users {
-            let rows = snapshot.prefix(&self.user_topics, prefix(user)).take(most).count();
-            // Rows of topics that have ended count until they are removed, and those of topics with
-            // another delivery: then it is looked closely.
-            let is_same = |topic: &&Topic| topic.delivery == delivery;
-            if rows == most && self.topics_of(user)?.iter().filter(is_same).count() >= most {
+            // Those of topics that have ended count until they are removed: then it is looked
+            // closely.
+            let is_busy = if logs {
+                let mut known = self.user_logs_of(&snapshot, user)?.logs;
+                self.make_room(&snapshot, &mut known)?;
+                known.len() >= LOG_TOPICS
+            } else {
+                let rows = snapshot.prefix(&self.user_topics, prefix(user)).take(INBOX_TOPICS).count();
+                let is_same = |topic: &&Topic| topic.delivery == Delivery::Inbox;
+                rows == INBOX_TOPICS && self.topics_of(user)?.iter().filter(is_same).count() >= INBOX_TOPICS
+            };
+            if is_busy {
                 found.insert(user.clone());
             }
         }
         Ok(found)
-    }
-
-    /// The memberships of a user in topics with a log.
-    pub(super) fn memberships(&self, user: &UserId) -> Result<Memberships, InboxError> {
-        let snapshot = self.db.snapshot();
-        let version = self.changes_of(&snapshot, user)?;
-        let mut logs = Vec::new();
-        if version == 0 {
-            return Ok(Memberships { version, logs });
-        }
-        let prefix = prefix(user);
-        for entry in snapshot.prefix(&self.user_topics, &prefix) {
-            let (key, value) = entry.into_inner().map_err(unreadable)?;
-            let Some(topic) = name_of(key.get(prefix.len()..).unwrap_or_default()) else { continue };
-            let (life, Some(from)) = membership_of(&value)? else { continue };
-            if self.alive(&snapshot, &topic)?.is_some_and(|record| record.life == life) {
-                logs.push(LogMembership { topic, life, from });
-            }
-        }
-        Ok(Memberships { version, logs })
     }
 
     fn is_member(&self, snapshot: &Snapshot, key: &[u8], life: u64) -> Result<bool, InboxError> {
@@ -230,6 +235,12 @@ impl Store {
                 found.push(record.named(name));
             }
         }
+        for LogMembership { topic, life, .. } in self.user_logs_of(&snapshot, user)?.logs {
+            if let Some(record) = self.alive(&snapshot, &topic)?.filter(|record| record.life == life) {
+                found.push(record.named(topic));
+            }
+        }
+        found.sort_by(|one, other| one.name.cmp(&other.name));
         Ok(found)
     }
 
@@ -250,22 +261,33 @@ impl Store {
                 let alive = self.alive(&snapshot, &name)?;
                 topic = Some((name.clone(), alive.map_or(u64::MAX, |record| record.life)));
             }
-            if life_of(&value)? < topic.as_ref().map_or(0, |known| known.1) {
-                over.push((name, user));
+            let (life, from) = membership_of(&value)?;
+            if life < topic.as_ref().map_or(0, |known| known.1) {
+                over.push((name, user, from.is_some()));
             }
         }
         for lot in over.chunks(JANITOR_BATCH) {
             let _writer = self.writer.lock();
             let snapshot = self.db.snapshot();
             let mut pending = self.db.batch();
-            for (name, user) in lot {
+            let mut of_logs = HashSet::new();
+            for (name, user, is_log) in lot {
                 // The user may have joined the next life since.
                 let key = member_key(name, user);
                 let life = self.alive(&snapshot, name)?.map_or(0, |record| record.life);
                 if !self.is_member(&snapshot, &key, life)? {
                     pending.remove(&self.topic_members, key);
-                    pending.remove(&self.user_topics, membership_key(user, name));
+                    if *is_log {
+                        of_logs.insert(user);
+                    } else {
+                        pending.remove(&self.user_topics, membership_key(user, name));
+                    }
                 }
+            }
+            for user in of_logs {
+                let mut found = self.user_logs_of(&snapshot, user)?;
+                self.keep_living(&snapshot, &mut found.logs)?;
+                self.put_user_logs(&mut pending, user, &found);
             }
             self.commit(pending)?;
         }

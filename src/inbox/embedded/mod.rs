@@ -11,14 +11,14 @@
 //! | fences | hash user 0 idempotency key | seq, expires, payload digest |
 //! | cursors | hash user 0 device | acked, moved at |
 //!
-//! Three more hold topics:
+//! Five more hold topics:
 //!
 //! | keyspace | key | value |
 //! | --- | --- | --- |
 //! | topics | topic | delivery, life, last life, changes, ttl, made at |
 //! | topic_members | topic 0 user | life; where its log begins for the member |
-//! | user_topics | hash user 0 topic | the same |
-//! | user_changes | hash user | how often the memberships in topics with a log have changed |
+//! | user_topics | hash user 0 topic | life, of a topic without a log |
+//! | user_logs | hash user | how often the memberships in logs have changed; the memberships |
 //! | device_logs | hash user 0 device | positions: the length of each log's key, the key, the seq |
 //!
 //! The logs of topics have keyspaces of their own for messages, heads and fences, of the same form,
@@ -63,6 +63,7 @@ mod members;
 mod read;
 mod records;
 mod topics;
+mod user_logs;
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -106,7 +107,10 @@ const TOPIC_KEYSPACES: [&str; 3] = ["topics.1", "topic_members.1", "user_topics.
 /// The keyspaces of logs. A version without logs does not open them.
 const LOG_KEYSPACES: [&str; 3] = ["topic_messages.1", "topic_heads.1", "topic_fences.1"];
 /// The keyspaces of what users have to do with logs.
-const LOG_USER_KEYSPACES: [&str; 2] = ["user_changes.1", "device_logs.1"];
+const LOG_USER_KEYSPACES: [&str; 2] = ["user_logs.1", "device_logs.1"];
+/// How often the memberships of users in logs have changed, of an earlier layout: the memberships
+/// stood in [`TOPIC_KEYSPACES`], in a row each.
+const EARLIER_CHANGES: &str = "user_changes.1";
 /// Positions of an earlier layout: hash, user, 0, device, 0, log, and the seq as the value.
 const EARLIER_POSITIONS: &str = "log_positions.1";
 /// The keyspaces of traces, of messages in inboxes and in logs.
@@ -150,7 +154,7 @@ struct Store {
     topics: Keyspace,
     topic_members: Keyspace,
     user_topics: Keyspace,
-    user_changes: Keyspace,
+    user_logs: Keyspace,
     device_logs: Keyspace,
     clock: Clock,
     /// Made once and kept in the store: tells this store from every other.
@@ -238,7 +242,7 @@ impl Store {
             topics: self.topics.clone(),
             topic_members: self.topic_members.clone(),
             user_topics: self.user_topics.clone(),
-            user_changes: self.user_changes.clone(),
+            user_logs: self.user_logs.clone(),
             device_logs: self.device_logs.clone(),
             clock: self.clock.clone(),
             identity: self.identity.clone(),
@@ -316,7 +320,7 @@ impl EmbeddedInbox {
             let keyspace = |name: &str| db.keyspace(name, KeyspaceCreateOptions::default);
             let [messages, heads, fences, cursors] = KEYSPACES;
             let [topics, topic_members, user_topics] = TOPIC_KEYSPACES;
-            let [user_changes, device_logs] = LOG_USER_KEYSPACES;
+            let [user_logs, device_logs] = LOG_USER_KEYSPACES;
             let about = keyspace(ABOUT)?;
             let identity = match about.get(IDENTITY)? {
                 Some(known) => String::from_utf8_lossy(&known).into_owned(),
@@ -340,7 +344,7 @@ impl EmbeddedInbox {
                 topics: keyspace(topics)?,
                 topic_members: keyspace(topic_members)?,
                 user_topics: keyspace(user_topics)?,
-                user_changes: keyspace(user_changes)?,
+                user_logs: keyspace(user_logs)?,
                 device_logs: keyspace(device_logs)?,
                 db: db.clone(),
                 newborn: Head::beginning_at(clock.now()),
@@ -352,6 +356,11 @@ impl EmbeddedInbox {
             if db.keyspace_exists(EARLIER_POSITIONS) {
                 let earlier = keyspace(EARLIER_POSITIONS)?;
                 store.take_earlier_positions(&earlier)?;
+                db.delete_keyspace(earlier)?;
+            }
+            if db.keyspace_exists(EARLIER_CHANGES) {
+                let earlier = keyspace(EARLIER_CHANGES)?;
+                store.take_earlier_memberships(&earlier)?;
                 db.delete_keyspace(earlier)?;
             }
             let logs = store.of_logs()?;
@@ -390,9 +399,9 @@ impl EmbeddedInbox {
         let mut held = Vec::new();
         loop {
             tokio::time::sleep(FREE_EVERY).await;
-            let Store { cursors, topics, topic_members, user_topics, user_changes, device_logs, .. } =
+            let Store { cursors, topics, topic_members, user_topics, user_logs, device_logs, .. } =
                 &*self.store;
-            let of_users = [cursors, topics, topic_members, user_topics, user_changes, device_logs];
+            let of_users = [cursors, topics, topic_members, user_topics, user_logs, device_logs];
             let stores = [Some(&self.store), self.logs.as_ref()].into_iter().flatten();
             let of_messages =
                 stores.flat_map(|store| [&store.messages, &store.heads, &store.fences, &store.traces]);

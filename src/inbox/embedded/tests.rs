@@ -4,8 +4,12 @@ use super::super::conformance::{Bench, suite};
 use super::super::memory::MemoryInbox;
 use super::records::*;
 use super::*;
+use crate::inbox::topics::{
+    LogMembership, MembersChange, MembersChanged, Memberships, TopicSettings, Topics,
+};
 use crate::inbox::{Logs, StartAt};
 use crate::message::{DeviceId, LogId, MessageId, Millis, TopicName};
+use crate::topic::{Delivery, LOG_TOPICS};
 use bytes::Bytes;
 
 const START: Millis = Millis(1_795_380_000_000);
@@ -82,6 +86,108 @@ async fn positions_of_the_earlier_layout_are_taken_over() {
     }
     let db = Database::builder(&directory).open().unwrap();
     assert!(!db.keyspace_exists(EARLIER_POSITIONS));
+}
+
+/// As a version wrote them that had a row for each membership.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memberships_of_the_earlier_layout_are_taken_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path().join("inbox");
+    let user = |name: &str| UserId::parse(name).unwrap();
+    let topic = |name: &str| TopicName::parse(name).unwrap();
+    let names = ["news", "news.today", "team"].map(topic);
+    {
+        let inbox = EmbeddedInbox::open(&directory, Clock::standing(START)).unwrap();
+        for (name, delivery) in names.iter().zip([Delivery::Log, Delivery::Log, Delivery::Inbox]) {
+            let settings = TopicSettings { delivery: Some(delivery), ttl_s: None, default_ttl_s: 60 };
+            inbox.put(name.clone(), settings).await.unwrap();
+        }
+        let add = ["alice", "bob"].map(user).to_vec();
+        let change = MembersChange { add, remove: Vec::new(), from: None };
+        inbox.change_members(names[2].clone(), change).await.unwrap();
+    }
+    {
+        let db = Database::builder(&directory).open().unwrap();
+        let keyspace = |name: &str| db.keyspace(name, KeyspaceCreateOptions::default).unwrap();
+        let [_, members, of_users] = TOPIC_KEYSPACES.map(keyspace);
+        let changes = keyspace(EARLIER_CHANGES);
+        for (name, from) in [("alice", 7u64), ("bob", 8)] {
+            for topic in &names[..2] {
+                let value = [1u64.to_be_bytes(), from.to_be_bytes()].concat();
+                let by_user = [&prefix(&user(name)), topic.as_str().as_bytes()].concat();
+                members.insert(format!("{topic}\0{name}"), &value).unwrap();
+                of_users.insert(by_user, value).unwrap();
+            }
+            changes.insert(head_key(&user(name)), 2u64.to_be_bytes()).unwrap();
+        }
+        changes.insert(b"\xff no such key", b"short").unwrap();
+        db.persist(PersistMode::SyncAll).unwrap();
+    }
+    // The second start finds nothing to take over.
+    for _ in 0..2 {
+        let inbox = EmbeddedInbox::open(&directory, Clock::standing(START)).unwrap();
+        for (name, from) in [("alice", 7), ("bob", 8)] {
+            let found = inbox.log_memberships(vec![user(name)]).await.unwrap().remove(0);
+            let logs = names[..2].iter().map(|topic| LogMembership {
+                topic: topic.clone(),
+                life: 1,
+                from: Seq::at(from),
+            });
+            assert_eq!(found, Memberships { version: 2, logs: logs.collect() }, "{name}");
+            let all: Vec<TopicName> =
+                inbox.topics_of(user(name)).await.unwrap().into_iter().map(|topic| topic.name).collect();
+            assert_eq!(all, names, "{name}");
+        }
+    }
+    let inbox = EmbeddedInbox::open(&directory, Clock::standing(START)).unwrap();
+    let leaves =
+        MembersChange { remove: vec![user("bob")], from: Some(Seq::at(9)), ..MembersChange::default() };
+    let left = inbox.change_members(names[0].clone(), leaves).await.unwrap();
+    assert_eq!(left, MembersChanged::Done { added: 0, removed: 1, refused: Vec::new() });
+    let found = inbox.log_memberships(vec![user("bob")]).await.unwrap().remove(0);
+    assert_eq!((found.version, found.logs.len()), (3, 1));
+    drop(inbox);
+    let db = Database::builder(&directory).open().unwrap();
+    assert!(!db.keyspace_exists(EARLIER_CHANGES));
+}
+
+/// A user in as many logs as there can be, all of which end: what is left of them does not grow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memberships_in_logs_that_have_ended_are_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let inbox = EmbeddedInbox::open(&directory.path().join("inbox"), Clock::standing(START)).unwrap();
+    let names: Vec<TopicName> =
+        (0..LOG_TOPICS).map(|n| TopicName::parse(&format!("t{n}")).unwrap()).collect();
+    let alice = UserId::parse("alice").unwrap();
+    let stored = || inbox.store.user_logs_of(&inbox.store.db.snapshot(), &alice).unwrap();
+    let live_and_end = async |names: &[TopicName]| {
+        for name in names {
+            let delivery = Some(Delivery::Log);
+            inbox
+                .put(name.clone(), TopicSettings { delivery, ttl_s: None, default_ttl_s: 60 })
+                .await
+                .unwrap();
+            let joins = MembersChange {
+                add: vec![alice.clone()],
+                from: Some(Seq::at(1)),
+                ..MembersChange::default()
+            };
+            let joined = inbox.change_members(name.clone(), joins).await.unwrap();
+            assert_eq!(joined, MembersChanged::Done { added: 1, removed: 0, refused: Vec::new() });
+        }
+        for name in names {
+            assert!(inbox.remove(name.clone()).await.unwrap());
+        }
+    };
+    live_and_end(&names).await;
+    assert_eq!(stored().logs.len(), LOG_TOPICS);
+    live_and_end(&[TopicName::parse("one-more").unwrap()]).await;
+    assert_eq!(stored().logs.len(), 1, "those that have ended made room");
+    live_and_end(&names[..3]).await;
+    inbox.run_once().await.unwrap();
+    assert!(stored().logs.is_empty());
+    assert_eq!(stored().changes, LOG_TOPICS as u64 + 4, "the number never falls");
+    assert!(inbox.store.topic_members.is_empty().unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
