@@ -1,13 +1,14 @@
 //! Telling the readers of logs that there is more.
 //!
 //! A log that has moved waits in a queue, once, until its readers were told. The walkers take turns
-//! among the logs, a part of the readers at a time. What is published to a log meanwhile is taken
-//! with it, in the same write to a socket: with many logs that are busy, as with one. The sockets
-//! that were told write before the next part is, so that the queue of the runtime stays short, and
-//! a publish does not wait behind thousands of writes.
+//! among the logs, a part of the readers at a time; of one log alone, each walker has a part of its
+//! own. What is published to a log meanwhile is taken with it, in the same write to a socket: with
+//! many logs that are busy, as with one. The sockets that were told write before the walker takes
+//! its next part, so that the queue of the runtime stays short, and a publish does not wait behind
+//! thousands of writes.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -51,38 +52,57 @@ impl Pace {
     }
 }
 
+/// The readers that are told in one round of a walk.
+#[derive(Default)]
+struct Round {
+    readers: Vec<Weak<SessionHandle>>,
+    /// How many of them have gone, as far as they were told.
+    gone: AtomicUsize,
+}
+
+/// Some readers of a round, for one walker.
+struct Part {
+    round: Arc<Round>,
+    from: usize,
+}
+
+impl Part {
+    fn tell(&self) {
+        for reader in self.round.readers.iter().skip(self.from).take(PART) {
+            match reader.upgrade() {
+                Some(handle) => handle.look_at_logs(),
+                None => drop(self.round.gone.fetch_add(1, Ordering::Relaxed)),
+            }
+        }
+    }
+}
+
 /// A tail whose readers are being told.
 struct Walk {
     tail: Arc<Tail>,
-    /// Those of them that are told in this round.
-    readers: Vec<Weak<SessionHandle>>,
-    /// How many of them were told, and how many have gone.
-    told: usize,
-    gone: usize,
+    round: Arc<Round>,
+    /// How many of the round's readers walkers have taken.
+    taken: usize,
 }
 
 impl Walk {
-    /// Tells the next part of the readers. Returns whether there are more, or news for all.
-    fn go_on(&mut self) -> bool {
-        if self.told == self.readers.len() && !self.begins_again() {
-            return false;
+    /// Takes the next part of the readers; `None` if the tail has not moved since the round began.
+    /// A round may begin while parts of the one before are told: a reader that is told twice at
+    /// once takes what there is in one of them.
+    fn part(&mut self) -> Option<Part> {
+        if self.taken >= self.round.readers.len() && !self.begins_again() {
+            return None;
         }
-        let part = self.readers.iter().skip(self.told).take(PART);
-        self.told += part.len();
-        for reader in part {
-            match reader.upgrade() {
-                Some(handle) => handle.look_at_logs(),
-                None => self.gone += 1,
-            }
-        }
-        true
+        let from = self.taken;
+        self.taken += PART;
+        Some(Part { round: Arc::clone(&self.round), from })
     }
 
     /// Begins a round, if the tail has moved since the last one began. Otherwise whoever moves it
     /// next queues it again.
     fn begins_again(&mut self) -> bool {
-        let Self { tail, readers, gone, .. } = self;
-        if *gone * 4 > readers.len() {
+        let Self { tail, round, .. } = self;
+        if round.gone.load(Ordering::Relaxed) * 4 > round.readers.len() {
             tail.readers.lock().retain(|reader| reader.strong_count() > 0);
         }
         if !tail.moved.swap(false, Ordering::SeqCst) {
@@ -94,8 +114,8 @@ impl Walk {
             }
             tail.moved.swap(false, Ordering::SeqCst);
         }
-        *readers = tail.readers.lock().clone();
-        (self.told, self.gone) = (0, 0);
+        *round = Arc::new(Round { readers: tail.readers.lock().clone(), gone: AtomicUsize::new(0) });
+        self.taken = 0;
         true
     }
 }
@@ -139,7 +159,7 @@ impl Walks {
     /// Has the readers of a tail told, unless they are being told.
     pub(super) fn tell(&self, tail: &Arc<Tail>) {
         if !tail.walking.swap(true, Ordering::SeqCst) {
-            let walk = Walk { tail: Arc::clone(tail), readers: Vec::new(), told: 0, gone: 0 };
+            let walk = Walk { tail: Arc::clone(tail), round: Arc::default(), taken: 0 };
             self.waiting.lock().ready.push_back(walk);
             self.queued.notify_one();
         }
@@ -169,8 +189,10 @@ impl Walks {
     pub(super) async fn run(&self) {
         loop {
             let mut walk = self.next().await;
-            if walk.go_on() {
+            if let Some(part) = walk.part() {
+                // Another walker takes the next part meanwhile.
                 self.put_back(walk);
+                part.tell();
                 tokio::task::yield_now().await;
             }
         }
@@ -196,15 +218,68 @@ mod tests {
     use crate::role::push::registry::Arrival;
     use crate::role::push::tail::TailMemory;
 
-    /// A tail that has moved, and its one reader.
-    fn moved(name: &str) -> (Arc<Tail>, Arc<SessionHandle>) {
+    /// A tail that has moved, and so many readers.
+    fn moved(name: &str, readers: usize) -> (Arc<Tail>, Vec<Arc<SessionHandle>>) {
         let log = LogId::Topic(TopicName::parse(name).unwrap());
         let tail = Arc::new(Tail::new(log, 1, Seq::at(9), Arc::new(TailMemory::new(1_000))));
         let user = UserId::parse(name).unwrap();
-        let handle = SessionHandle::new(user, DeviceId::default(), None, 0, Arrival::default(), Millis(0));
-        std::mem::forget(tail.join(&handle));
+        let reader = |_| {
+            let (device, from) = (DeviceId::default(), Arrival::default());
+            let handle = SessionHandle::new(user.clone(), device, None, 0, from, Millis(0));
+            std::mem::forget(tail.join(&handle));
+            handle
+        };
+        let readers = (0..readers).map(reader).collect();
         tail.moved.store(true, Ordering::SeqCst);
-        (tail, handle)
+        (tail, readers)
+    }
+
+    fn is_told(handle: &Arc<SessionHandle>) -> bool {
+        !handle.mailbox.is_empty()
+    }
+
+    /// What a walker does before it tells a part.
+    fn next_part(walks: &Walks) -> Option<Part> {
+        let mut walk = walks.waiting.lock().take().ok()?;
+        let part = walk.part()?;
+        walks.put_back(walk);
+        Some(part)
+    }
+
+    #[tokio::test]
+    async fn several_walkers_tell_the_readers_of_one_log_and_none_is_left_out() {
+        let walks = Walks::new(0);
+        let (tail, readers) = moved("busy", 2 * PART + 1);
+        walks.tell(&tail);
+        let take = || next_part(&walks);
+        let parts: Vec<Part> = std::iter::from_fn(take).collect();
+        assert_eq!(parts.len(), 3, "nobody waits until a part was told");
+        assert!(!tail.walking.load(Ordering::SeqCst), "nothing is left to take");
+        parts[1].tell();
+        let told: Vec<usize> = (0..readers.len()).filter(|n| is_told(&readers[*n])).collect();
+        assert_eq!(told, (PART..2 * PART).collect::<Vec<_>>());
+        // It moves while parts are told: they are told again, those of the other round too.
+        tail.moved.store(true, Ordering::SeqCst);
+        walks.tell(&tail);
+        let again = take().expect("a round of its own");
+        for part in parts.iter().chain([&again]) {
+            part.tell();
+        }
+        assert!(readers.iter().all(is_told));
+        assert_eq!(std::iter::from_fn(take).count(), 2, "the rest of the second round");
+    }
+
+    #[tokio::test]
+    async fn readers_that_have_gone_are_taken_out_when_they_are_many() {
+        let walks = Walks::new(0);
+        let (tail, mut readers) = moved("busy", 10);
+        readers.truncate(7);
+        for _ in 0..2 {
+            tail.moved.store(true, Ordering::SeqCst);
+            walks.tell(&tail);
+            std::iter::from_fn(|| next_part(&walks)).for_each(|part| part.tell());
+        }
+        assert_eq!(tail.readers.lock().len(), 7);
     }
 
     #[tokio::test(start_paused = true)]
@@ -212,17 +287,16 @@ mod tests {
         let walks = Arc::new(Walks::new(1_000));
         let running = Arc::clone(&walks);
         let walker = tokio::spawn(async move { running.run().await });
-        let ((busy, one), (quiet, other)) = (moved("busy"), moved("quiet"));
+        let ((busy, one), (quiet, other)) = (moved("busy", 1), moved("quiet", 1));
         // Ten seconds of what may be given out.
         walks.given(10_000);
-        let is_told = |handle: &Arc<SessionHandle>| !handle.mailbox.is_empty();
         walks.tell(&busy);
         tokio::task::yield_now().await;
-        assert!(is_told(&one), "the first part of a walk");
+        assert!(is_told(&one[0]), "the first part of a walk");
         assert!(busy.walking.load(Ordering::SeqCst), "it pauses");
         walks.tell(&quiet);
         tokio::task::yield_now().await;
-        assert!(is_told(&other), "not behind the pause of another");
+        assert!(is_told(&other[0]), "not behind the pause of another");
         let is_over = |tail: &Tail| !tail.walking.load(Ordering::SeqCst);
         tokio::time::sleep(Duration::from_secs(9)).await;
         assert!(!is_over(&busy) && !is_over(&quiet));
