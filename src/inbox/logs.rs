@@ -59,11 +59,22 @@ impl Logs {
     ///
     /// The store's.
     pub async fn head(&self, log: &LogId) -> Result<Seq, InboxError> {
+        let heads = self.heads(std::slice::from_ref(log)).await?;
+        heads.first().copied().ok_or_else(|| InboxError::Corrupt("no answer".to_owned()))
+    }
+
+    /// The heads of several logs, in their order, by one question; as [`Self::head`].
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn heads(&self, logs: &[LogId]) -> Result<Vec<Seq>, InboxError> {
         // A position that a store did not assign makes it write a head record before it answers.
         let told = StartAt::After(Seq::BEGINNING.next());
-        let answers = self.positions(vec![(log.clone(), told), (log.clone(), StartAt::Latest)]).await?;
-        let answer = answers.get(1).ok_or_else(|| InboxError::Corrupt("no answer".to_owned()))?;
-        Ok(answer.head)
+        let queries =
+            logs.iter().flat_map(|log| [(log.clone(), told.clone()), (log.clone(), StartAt::Latest)]);
+        let answers = self.positions(queries.collect()).await?;
+        Ok(answers.chunks_exact(2).map(|answers| answers[1].head).collect())
     }
 
     /// Reads a page of at most `limit` unexpired messages of one life, and where the following page

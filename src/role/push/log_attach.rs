@@ -91,9 +91,11 @@ impl LogAttacher {
         let mut readers = LogReaders::new(user.clone(), memberships.version, windowed);
         readers.reserve(memberships.logs.len() + 1);
         let (mut starts, mut begun) = (Vec::with_capacity(memberships.logs.len() + 1), Vec::new());
-        for membership in &memberships.logs {
-            let log = LogId::Topic(membership.topic.clone());
-            let Some(reading) = self.tails.read(&log, membership.life, handle).await? else { continue };
+        let of = |membership: &LogMembership| (LogId::Topic(membership.topic.clone()), membership.life);
+        let logs: Vec<(LogId, u64)> = memberships.logs.iter().map(of).collect();
+        self.tails.prepare(&logs).await?;
+        for (membership, (log, life)) in memberships.logs.iter().zip(logs) {
+            let Some(reading) = self.tails.read(&log, life, handle).await? else { continue };
             let start = self.member_start(reading, membership, &stands).await?;
             if stands.begins_at_heads && stands.of(&log).is_none() {
                 begun.push((log, start.after));

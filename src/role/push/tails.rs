@@ -63,7 +63,24 @@ const LOT: usize = 1_000;
 enum Work {
     Read(Arc<Tail>, Seq),
     Block(Weak<SessionHandle>, Wanted),
-    Look(LogId),
+    Looks(Vec<LogId>),
+}
+
+/// What is queued: at most a read and some looks of each tail, and a block of each socket.
+#[derive(Default)]
+struct Works {
+    reads: VecDeque<Work>,
+    /// Logs that are looked at together: after a node was started, as many as its sockets read.
+    looks: Vec<LogId>,
+}
+
+impl Works {
+    fn next(&mut self) -> Option<Work> {
+        if self.looks.is_empty() {
+            return self.reads.pop_front();
+        }
+        Some(Work::Looks(std::mem::take(&mut self.looks)))
+    }
 }
 
 /// A tail, once it is there.
@@ -101,9 +118,7 @@ pub(super) struct Tails {
     walks: Walks,
     /// What waits for the sockets of this node.
     pub(super) outbound: Arc<Outbound>,
-    /// What is to be done: at most a read and some looks of each tail, and a block of each
-    /// socket.
-    works: Mutex<VecDeque<Work>>,
+    works: Mutex<Works>,
     queued: Notify,
     forced: Notify,
     /// The logs that are read here are others: since when, at the earliest.
@@ -233,19 +248,24 @@ impl Tails {
 
     fn look_at(&self, log: &LogId) {
         if self.slots.lock().contains_key(log) {
-            self.queue(Work::Look(log.clone()));
+            self.queue_look(log.clone());
         }
     }
 
-    fn queue(&self, work: Work) {
-        self.works.lock().push_back(work);
+    fn queue(&self, read: Work) {
+        self.works.lock().reads.push_back(read);
+        self.queued.notify_one();
+    }
+
+    fn queue_look(&self, log: LogId) {
+        self.works.lock().looks.push(log);
         self.queued.notify_one();
     }
 
     async fn next_work(&self) -> Work {
         loop {
             let queued = self.queued.notified();
-            if let Some(next) = self.works.lock().pop_front() {
+            if let Some(next) = self.works.lock().next() {
                 return next;
             }
             queued.await;
@@ -319,7 +339,7 @@ impl Tails {
             };
             if !was_there {
                 // What passed before it stood in its place is found by this look.
-                self.queue(Work::Look(log.clone()));
+                self.queue_look(log.clone());
             }
             let slots = self.slots.lock();
             match slots.get(log) {
@@ -328,6 +348,46 @@ impl Tails {
                 _ => {}
             }
         }
+    }
+
+    /// Makes the tails that are not there, by one question to the store. For one alone,
+    /// [`Self::read`] does as well.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub(super) async fn prepare(&self, logs: &[(LogId, u64)]) -> Result<(), InboxError> {
+        let is_there = |slots: &HashMap<LogId, Slot>, (log, life): &(LogId, u64)| {
+            slots.get(log).is_some_and(|slot| slot.life == *life && slot.tail.initialized())
+        };
+        let missing: Vec<&(LogId, u64)> = {
+            let slots = self.slots.lock();
+            logs.iter().filter(|wanted| !is_there(&slots, wanted)).collect()
+        };
+        if missing.len() < 2 {
+            return Ok(());
+        }
+        // Their heads are read after their places are there.
+        let places: Vec<_> = missing
+            .into_iter()
+            .filter_map(|(log, life)| self.slot(log, *life).map(|cell| (log.clone(), *life, cell)))
+            .collect();
+        let names: Vec<LogId> = places.iter().map(|(log, ..)| log.clone()).collect();
+        let heads = match self.stores.logs.heads(&names).await {
+            Ok(heads) => heads,
+            Err(error) => {
+                places.iter().for_each(|(log, _, cell)| self.forget_empty(log, cell));
+                return Err(error);
+            }
+        };
+        for ((log, life, cell), head) in places.into_iter().zip(heads) {
+            let tail = Tail::new(log.clone(), life, head, Arc::clone(&self.memory));
+            // Otherwise somebody else makes it.
+            if cell.set(Arc::new(tail)).is_ok() {
+                self.queue_look(log);
+            }
+        }
+        Ok(())
     }
 
     /// Takes out a place in which no tail could be made, unless another one is made there.
@@ -446,8 +506,9 @@ impl Tails {
             let look_again = again.front().map_or(next_sweep, |(at, _)| (*at).min(next_sweep));
             tokio::select! {
                 work = self.next_work() => {
-                    if let Work::Look(log) = &work {
-                        again.push_back((Instant::now() + LOOK_AGAIN, log.clone()));
+                    if let Work::Looks(logs) = &work {
+                        let at = Instant::now() + LOOK_AGAIN;
+                        again.extend(logs.iter().map(|log| (at, log.clone())));
                     }
                     under_way.spawn(Arc::clone(&self).work(work));
                 }
@@ -470,11 +531,10 @@ impl Tails {
                 }
                 () = tokio::time::sleep_until(look_again) => {
                     let now = Instant::now();
-                    while again.front().is_some_and(|(at, _)| *at <= now) {
-                        let tail = again.pop_front().and_then(|(_, log)| self.find(&log));
-                        if let Some(tail) = tail {
-                            under_way.spawn(Arc::clone(&self).sweep(vec![tail]));
-                        }
+                    let due = again.partition_point(|(at, _)| *at <= now);
+                    if due > 0 {
+                        let logs = again.drain(..due).map(|(_, log)| log).collect();
+                        under_way.spawn(Arc::clone(&self).work(Work::Looks(logs)));
                     }
                     if next_sweep <= now {
                         next_sweep = now + self.pause();
@@ -502,10 +562,9 @@ impl Tails {
         match work {
             Work::Read(tail, after) => self.read_page(tail, after).await,
             Work::Block(handle, wanted) => self.read_block(handle, wanted).await,
-            Work::Look(log) => {
-                if let Some(tail) = self.find(&log) {
-                    self.sweep(vec![tail]).await;
-                }
+            Work::Looks(logs) => {
+                let tails: Vec<Arc<Tail>> = logs.iter().filter_map(|log| self.find(log)).collect();
+                self.sweep_lots(&tails).await;
             }
         }
     }
@@ -523,7 +582,7 @@ impl Tails {
             match page {
                 // What follows is of a later life: that of this tail is over.
                 Ok(page) if page.more && page.upto <= after => {
-                    Arc::clone(&self).sweep(vec![Arc::clone(&tail)]).await;
+                    self.sweep_lots(std::slice::from_ref(&tail)).await;
                 }
                 Ok(page) => {
                     self.metrics.pages.inc();
@@ -608,9 +667,7 @@ impl Tails {
     async fn sweep_all(self: Arc<Self>) {
         let all: Vec<Arc<Tail>> =
             self.slots.lock().values().filter_map(|slot| slot.tail.get().cloned()).collect();
-        for lot in all.chunks(LOT) {
-            Arc::clone(&self).sweep(lot.to_vec()).await;
-        }
+        self.sweep_lots(&all).await;
         for tail in &all {
             self.drop_if_unread(tail);
             // Readers are compared with their tail, also where nothing has moved.
@@ -620,9 +677,11 @@ impl Tails {
     }
 
     /// Asks for each of these tails whether there is more, and whether its topic lives.
-    async fn sweep(self: Arc<Self>, tails: Vec<Arc<Tail>>) {
-        if let Err(error) = self.ask(&tails).await {
-            tracing::debug!(%error, "logs could not be looked at; the sweep comes round again");
+    async fn sweep_lots(&self, tails: &[Arc<Tail>]) {
+        for lot in tails.chunks(LOT) {
+            if let Err(error) = self.ask(lot).await {
+                tracing::debug!(%error, "logs could not be looked at; the sweep comes round again");
+            }
         }
     }
 
