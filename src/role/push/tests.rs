@@ -5,6 +5,7 @@ mod placement;
 mod sending;
 
 use std::pin::Pin;
+use std::sync::atomic::AtomicUsize;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -106,8 +107,8 @@ enum Trouble {
     Panics,
 }
 
-/// An inbox with a trouble.
-struct Faulty(Arc<MemoryInbox>, Trouble);
+/// An inbox with a trouble, which counts how often positions were asked for.
+struct Faulty(Arc<MemoryInbox>, Trouble, Arc<AtomicUsize>);
 
 impl Inbox for Faulty {
     fn forget(&self, user: UserId) -> BoxFuture<'_, Result<(), InboxError>> {
@@ -118,6 +119,7 @@ impl Inbox for Faulty {
         self.0.append(batch)
     }
     fn positions(&self, batch: Vec<PositionQuery>) -> BoxFuture<'_, Result<Vec<UserPosition>, InboxError>> {
+        self.2.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         match self.1 {
             Trouble::Hangs => Box::pin(std::future::pending()),
             _ => self.0.positions(batch),
@@ -210,6 +212,8 @@ struct Cluster {
     fallback: LocalFallback,
     inbox: Arc<MemoryInbox>,
     logs: Arc<MemoryInbox>,
+    /// How often nodes have asked for positions in logs.
+    logs_asked: Arc<AtomicUsize>,
     trouble: Trouble,
     clock: Clock,
     nodes: Vec<Push>,
@@ -227,6 +231,7 @@ impl Cluster {
             fallback: LocalFallback::default(),
             inbox: Arc::new(MemoryInbox::new(clock.clone())),
             logs: Arc::new(MemoryInbox::new(clock.clone())),
+            logs_asked: Arc::default(),
             trouble: Trouble::None,
             clock,
             nodes: Vec::new(),
@@ -271,9 +276,13 @@ impl Cluster {
         let parts = PushParts {
             interest: Arc::new(crate::interest::local::Everywhere),
             stores: Stores {
-                inbox: Arc::new(Faulty(Arc::clone(&self.inbox), self.trouble)),
+                inbox: Arc::new(Faulty(Arc::clone(&self.inbox), self.trouble, Arc::default())),
                 topics: Arc::clone(&self.inbox) as _,
-                logs: Logs::new(Arc::clone(&self.logs) as _),
+                logs: Logs::new(Arc::new(Faulty(
+                    Arc::clone(&self.logs),
+                    Trouble::None,
+                    Arc::clone(&self.logs_asked),
+                ))),
             },
             verify,
             membership: Arc::new(self.membership.clone()),

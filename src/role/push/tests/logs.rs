@@ -11,21 +11,29 @@ fn news() -> TopicName {
 }
 
 impl Cluster {
-    /// Makes the topic `news`, and returns its life.
-    async fn make_news(&self) -> u64 {
+    /// Makes a topic, and returns its life.
+    async fn make(&self, topic: &TopicName) -> u64 {
         let settings = TopicSettings { delivery: Some(Delivery::Log), ttl_s: None, default_ttl_s: 3600 };
-        match self.inbox.put(news(), settings).await {
+        match self.inbox.put(topic.clone(), settings).await {
             Ok(PutTopic::Created(topic)) => topic.version.life,
             other => panic!("{other:?}"),
         }
     }
 
-    async fn change_news(&self, add: &[&str], remove: &[&str]) {
+    async fn make_news(&self) -> u64 {
+        self.make(&news()).await
+    }
+
+    async fn change(&self, topic: &TopicName, add: &[&str], remove: &[&str]) {
         let users = |names: &[&str]| names.iter().map(|name| UserId::parse(name).unwrap()).collect();
-        let from = Some(self.logs_facade().head(&LogId::Topic(news())).await.unwrap());
+        let from = Some(self.logs_facade().head(&LogId::Topic(topic.clone())).await.unwrap());
         let change = MembersChange { add: users(add), remove: users(remove), from };
-        let changed = self.inbox.change_members(news(), change).await;
+        let changed = self.inbox.change_members(topic.clone(), change).await;
         assert!(matches!(changed, Ok(MembersChanged::Done { .. })), "{changed:?}");
+    }
+
+    async fn change_news(&self, add: &[&str], remove: &[&str]) {
+        self.change(&news(), add, remove).await;
     }
 
     fn logs_facade(&self) -> Logs {
@@ -34,10 +42,14 @@ impl Cluster {
 
     /// Stored in the log, and nobody is told.
     async fn store_news(&self, life: u64) -> Seq {
+        self.store_in(&news(), life).await
+    }
+
+    async fn store_in(&self, topic: &TopicName, life: u64) -> Seq {
         let item = Append {
             trace: None,
             append_id: None,
-            user: key(&LogId::Topic(news())),
+            user: key(&LogId::Topic(topic.clone())),
             id: MessageId::parse("m").unwrap(),
             deduplicated: false,
             accepted_at: NOW,
@@ -75,6 +87,33 @@ async fn the_sweep_of_a_tail_finds_what_no_hint_told_of() {
     let seq = cluster.store_news(life).await;
     let message = alice.expect("message").await;
     assert_eq!((&message["topic"], &message["seq"]), (&"news".into(), &seq.get().into()));
+}
+
+/// Nobody else reads them here. What came while their tails were made is found by the looks.
+#[tokio::test(start_paused = true)]
+async fn a_socket_with_many_new_logs_asks_for_all_at_once_and_all_are_looked_at() {
+    let cluster = Cluster::of(&["push-0"]).await;
+    let names: Vec<TopicName> = (0..50).map(|n| TopicName::parse(&format!("t{n}")).unwrap()).collect();
+    let mut lives = Vec::new();
+    for name in &names {
+        lives.push(cluster.make(name).await);
+        cluster.change(name, &["alice"], &[]).await;
+    }
+    let mut alice = cluster.reads_logs("alice").await;
+    let asked = || cluster.logs_asked.load(std::sync::atomic::Ordering::SeqCst);
+    // The heads of the topics, that of everyone, and a look at all of them.
+    assert!(asked() <= 4, "{}", asked());
+    for (name, life) in names.iter().zip(&lives) {
+        cluster.store_in(name, *life).await;
+    }
+    let began = tokio::time::Instant::now();
+    let mut topics = std::collections::BTreeSet::new();
+    for _ in &names {
+        topics.insert(alice.expect("message").await["topic"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(topics.len(), names.len());
+    assert!(began.elapsed() <= Duration::from_secs(4), "by the second look: {:?}", began.elapsed());
+    assert!(asked() <= 8, "{}", asked());
 }
 
 #[tokio::test(start_paused = true)]
