@@ -1,14 +1,14 @@
 //! The members of topics. A membership stands in two keyspaces, by topic and by user, which are
-//! written together. By user, those in topics with a log stand in one record
-//! ([`super::user_logs`]), the others in a row each: of them a user has many,
-//! and no socket asks for them.
+//! written together. By user, the memberships in topics with a log stand in one record
+//! ([`super::user_logs`]). Those in topics that deliver to inboxes have a row each: a user may have
+//! a thousand, and no socket asks for them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use fjall::{OwnedWriteBatch, Readable, Snapshot};
 
 use super::records::{prefix, unreadable};
-use super::topics::{TopicRecord, encode_membership, life_of, membership_of, name_of};
+use super::topics::{TopicRecord, encode_membership, life_of, name_of};
 use super::{JANITOR_BATCH, Store};
 use crate::inbox::InboxError;
 use crate::inbox::topics::{LogMembership, MEMBERS_LOT, MemberRefusal, MembersChange, MembersChanged, Topic};
@@ -108,9 +108,7 @@ impl Store {
             }
             match record.delivery {
                 Delivery::Log => self.change_user_logs(snapshot, pending, user, |found| {
-                    if leaves {
-                        found.leave(name);
-                    }
+                    found.leave(name);
                     Ok(())
                 })?,
                 Delivery::Inbox if leaves => pending.remove(&self.user_topics, membership_key(user, name)),
@@ -149,6 +147,11 @@ impl Store {
                 pending.insert(&self.topic_members, key, &*value);
                 room -= 1;
                 count += 1;
+                // An earlier life of the name may have delivered to inboxes.
+                let by_user = membership_key(user, name);
+                if from.is_some() && snapshot.contains_key(&self.user_topics, &by_user).map_err(unreadable)? {
+                    pending.remove(&self.user_topics, by_user);
+                }
             }
             match from {
                 Some(from) => self.change_user_logs(snapshot, pending, user, |found| {
@@ -261,34 +264,27 @@ impl Store {
                 let alive = self.alive(&snapshot, &name)?;
                 topic = Some((name.clone(), alive.map_or(u64::MAX, |record| record.life)));
             }
-            let (life, from) = membership_of(&value)?;
-            if life < topic.as_ref().map_or(0, |known| known.1) {
-                over.push((name, user, from.is_some()));
+            if life_of(&value)? < topic.as_ref().map_or(0, |known| known.1) {
+                over.push((name, user));
             }
         }
         for lot in over.chunks(JANITOR_BATCH) {
             let _writer = self.writer.lock();
             let snapshot = self.db.snapshot();
             let mut pending = self.db.batch();
-            let mut of_logs = HashSet::new();
-            for (name, user, is_log) in lot {
+            let mut ended: HashMap<&UserId, HashMap<&TopicName, u64>> = HashMap::new();
+            for (name, user) in lot {
                 // The user may have joined the next life since.
                 let key = member_key(name, user);
                 let life = self.alive(&snapshot, name)?.map_or(0, |record| record.life);
                 if !self.is_member(&snapshot, &key, life)? {
                     pending.remove(&self.topic_members, key);
-                    if *is_log {
-                        of_logs.insert(user);
-                    } else {
-                        pending.remove(&self.user_topics, membership_key(user, name));
-                    }
+                    // The lives of a name may have been of both deliveries.
+                    pending.remove(&self.user_topics, membership_key(user, name));
+                    ended.entry(user).or_default().insert(name, life);
                 }
             }
-            for user in of_logs {
-                let mut found = self.user_logs_of(&snapshot, user)?;
-                self.keep_living(&snapshot, &mut found.logs)?;
-                self.put_user_logs(&mut pending, user, &found);
-            }
+            self.end_user_logs(&snapshot, &mut pending, &ended);
             self.commit(pending)?;
         }
         Ok(())

@@ -139,13 +139,27 @@ async fn memberships_of_the_earlier_layout_are_taken_over() {
             assert_eq!(all, names, "{name}");
         }
     }
+    // An earlier version has run once more: what it wrote counts beside what stands there.
+    {
+        let db = Database::builder(&directory).open().unwrap();
+        let keyspace = |name: &str| db.keyspace(name, KeyspaceCreateOptions::default).unwrap();
+        let by_user = [&prefix(&user("bob")), names[0].as_str().as_bytes()].concat();
+        let value = [1u64.to_be_bytes(), 9u64.to_be_bytes()].concat();
+        keyspace(TOPIC_KEYSPACES[2]).insert(by_user, value).unwrap();
+        keyspace(EARLIER_CHANGES).insert(head_key(&user("bob")), 1u64.to_be_bytes()).unwrap();
+        db.persist(PersistMode::SyncAll).unwrap();
+    }
     let inbox = EmbeddedInbox::open(&directory, Clock::standing(START)).unwrap();
+    let found = inbox.log_memberships(vec![user("bob")]).await.unwrap().remove(0);
+    let mut froms: Vec<u64> = found.logs.iter().map(|membership| membership.from.get()).collect();
+    froms.sort_unstable();
+    assert_eq!((found.version, froms), (3, vec![8, 9]));
     let leaves =
         MembersChange { remove: vec![user("bob")], from: Some(Seq::at(9)), ..MembersChange::default() };
     let left = inbox.change_members(names[0].clone(), leaves).await.unwrap();
     assert_eq!(left, MembersChanged::Done { added: 0, removed: 1, refused: Vec::new() });
     let found = inbox.log_memberships(vec![user("bob")]).await.unwrap().remove(0);
-    assert_eq!((found.version, found.logs.len()), (3, 1));
+    assert_eq!((found.version, found.logs.len()), (4, 1));
     drop(inbox);
     let db = Database::builder(&directory).open().unwrap();
     assert!(!db.keyspace_exists(EARLIER_CHANGES));
@@ -188,6 +202,32 @@ async fn memberships_in_logs_that_have_ended_are_removed() {
     assert!(stored().logs.is_empty());
     assert_eq!(stored().changes, LOG_TOPICS as u64 + 4, "the number never falls");
     assert!(inbox.store.topic_members.is_empty().unwrap());
+}
+
+/// A name with lives of both deliveries: nothing of any of them is left.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memberships_of_a_name_that_changes_its_delivery_are_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let inbox = EmbeddedInbox::open(&directory.path().join("inbox"), Clock::standing(START)).unwrap();
+    let (name, alice) = (TopicName::parse("group").unwrap(), UserId::parse("alice").unwrap());
+    for (delivery, from) in
+        [(Delivery::Inbox, None), (Delivery::Log, Some(Seq::at(1))), (Delivery::Inbox, None)]
+    {
+        let settings = TopicSettings { delivery: Some(delivery), ttl_s: None, default_ttl_s: 60 };
+        inbox.put(name.clone(), settings).await.unwrap();
+        let joins = MembersChange { add: vec![alice.clone()], from, ..MembersChange::default() };
+        inbox.change_members(name.clone(), joins).await.unwrap();
+        let topics = inbox.topics_of(alice.clone()).await.unwrap();
+        assert_eq!(topics.iter().map(|topic| topic.delivery).collect::<Vec<_>>(), [delivery]);
+        let logs = inbox.log_memberships(vec![alice.clone()]).await.unwrap().remove(0).logs;
+        assert_eq!(logs.len(), usize::from(delivery == Delivery::Log));
+        inbox.remove(name.clone()).await.unwrap();
+        assert!(inbox.topics_of(alice.clone()).await.unwrap().is_empty());
+    }
+    inbox.run_once().await.unwrap();
+    assert!(inbox.store.topic_members.is_empty().unwrap());
+    assert!(inbox.store.user_topics.is_empty().unwrap());
+    assert!(inbox.store.user_logs_of(&inbox.store.db.snapshot(), &alice).unwrap().logs.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

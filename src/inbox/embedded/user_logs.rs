@@ -1,5 +1,8 @@
-//! The memberships of a user in topics with a log. They stand in one record, so that a socket that
-//! opens is one look, whatever the number of its logs.
+//! The memberships of a user in topics with a log. They stand in one record, which a socket that
+//! opens reads in one look, whatever their number. Whether each of the topics goes on is looked up
+//! besides.
+
+use std::collections::HashMap;
 
 use bytes::BufMut;
 use fjall::{Keyspace, OwnedWriteBatch, PersistMode, Readable, Snapshot};
@@ -67,8 +70,8 @@ impl Store {
         raw.map_or_else(|| Ok(UserLogs::default()), |raw| UserLogs::decode(&raw))
     }
 
-    /// Changes the memberships of a user who is in no other change of this batch; counted as a
-    /// change also where nothing is another one.
+    /// Changes the memberships of a user who is in no other change of this batch. The number of
+    /// changes rises even if nothing has changed, so that a repeat mends what a crash left.
     pub(super) fn change_user_logs(
         &self,
         snapshot: &Snapshot,
@@ -115,6 +118,30 @@ impl Store {
         }
         logs.retain(|known| !over.contains(&known.topic));
         Ok(())
+    }
+
+    /// Removes memberships whose lives are over. Of each user, the topics are given with the life
+    /// that goes on, or 0.
+    pub(super) fn end_user_logs(
+        &self,
+        snapshot: &Snapshot,
+        pending: &mut OwnedWriteBatch,
+        ended: &HashMap<&UserId, HashMap<&TopicName, u64>>,
+    ) {
+        for (user, topics) in ended {
+            let mut found = match self.user_logs_of(snapshot, user) {
+                Ok(found) => found,
+                Err(error) => {
+                    tracing::warn!(%error, %user, "the memberships of a user cannot be read");
+                    continue;
+                }
+            };
+            let before = found.logs.len();
+            found.logs.retain(|known| topics.get(&known.topic).is_none_or(|life| known.life == *life));
+            if found.logs.len() < before {
+                self.put_user_logs(pending, user, &found);
+            }
+        }
     }
 
     /// Where there are as many as a user can have, those in lives of topics that are over do not

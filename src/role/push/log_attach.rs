@@ -91,8 +91,7 @@ impl LogAttacher {
         let mut readers = LogReaders::new(user.clone(), memberships.version, windowed);
         readers.reserve(memberships.logs.len() + 1);
         let (mut starts, mut begun) = (Vec::with_capacity(memberships.logs.len() + 1), Vec::new());
-        let of = |membership: &LogMembership| (LogId::Topic(membership.topic.clone()), membership.life);
-        let logs: Vec<(LogId, u64)> = memberships.logs.iter().map(of).collect();
+        let logs: Vec<(LogId, u64)> = memberships.logs.iter().map(read_of).collect();
         self.tails.prepare(&logs).await?;
         for (membership, (log, life)) in memberships.logs.iter().zip(logs) {
             let Some(reading) = self.tails.read(&log, life, handle).await? else { continue };
@@ -194,9 +193,10 @@ impl LogAttacher {
     ) -> Result<Vec<LogStart>, InboxError> {
         let stands = self.stands(handle, &LogOptions::default(), false).await?;
         let mut starts = Vec::with_capacity(joined.len());
-        for (membership, sent) in joined {
-            let log = LogId::Topic(membership.topic.clone());
-            let Some(reading) = self.tails.read(&log, membership.life, handle).await? else { continue };
+        let logs: Vec<(LogId, u64)> = joined.iter().map(|(membership, _)| read_of(membership)).collect();
+        self.tails.prepare(&logs).await?;
+        for ((membership, sent), (log, life)) in joined.into_iter().zip(logs) {
+            let Some(reading) = self.tails.read(&log, life, handle).await? else { continue };
             let mut start = self.member_start(reading, &membership, &stands).await?;
             if let Some(sent) = sent.filter(|sent| *sent > start.after) {
                 (start.after, start.fresh) = (sent, false);
@@ -239,6 +239,11 @@ pub(super) enum Watched {
     Begins(Box<LogStart>),
     /// There is no topic of that name that has a log.
     NoLog,
+}
+
+/// The log, and its life, that a member reads.
+fn read_of(membership: &LogMembership) -> (LogId, u64) {
+    (LogId::Topic(membership.topic.clone()), membership.life)
 }
 
 /// What `welcome` says of the logs.

@@ -197,7 +197,7 @@ impl Mailbox {
         self.take().map_or(Poll::Pending, Poll::Ready)
     }
 
-    fn take(&self) -> Option<Box<Mail>> {
+    pub(super) fn take(&self) -> Option<Box<Mail>> {
         self.mail.lock().take()
     }
 }

@@ -132,6 +132,8 @@ pub(super) struct Tail {
     /// The readers have not been told of all yet.
     pub(super) moved: AtomicBool,
     pub(super) readers: Mutex<Vec<Weak<SessionHandle>>>,
+    /// How often a walk has found a reader gone since those were taken out.
+    pub(super) gone: AtomicUsize,
     count: AtomicUsize,
     /// When the last reader left.
     idle_since: Mutex<Instant>,
@@ -215,6 +217,7 @@ impl Tail {
             walking: AtomicBool::new(false),
             moved: AtomicBool::new(false),
             readers: Mutex::default(),
+            gone: AtomicUsize::new(0),
             count: AtomicUsize::new(0),
             idle_since: Mutex::new(Instant::now()),
         }
@@ -358,8 +361,8 @@ pub(super) struct Reading {
 
 impl Drop for Reading {
     fn drop(&mut self) {
-        // Of a socket that ends, the entry is removed by the next walk: all leave at once when a
-        // node drains. Of one that goes on, it must go now.
+        // Of a socket that ends, the entry is removed by a walk, with others: all leave at once
+        // when a node drains. Of one that goes on, it must go now.
         if self.handle.strong_count() > 0 {
             // One entry alone: a watched topic that is joined meanwhile has another of the socket.
             let mut readers = self.tail.readers.lock();

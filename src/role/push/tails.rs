@@ -3,7 +3,7 @@
 //! Nothing here runs on the thread that brought a message. That thread steps the tail and queues
 //! what the tail wants.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -59,27 +59,36 @@ pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(3);
 /// Tails in one question.
 const LOT: usize = 1_000;
 
+/// What is to be read.
+enum Read {
+    /// For a tail, what comes after a position.
+    Page(Arc<Tail>, Seq),
+    /// For a session, what it wants.
+    Block(Weak<SessionHandle>, Wanted),
+}
+
 /// What is to be done.
 enum Work {
-    Read(Arc<Tail>, Seq),
-    Block(Weak<SessionHandle>, Wanted),
-    Looks(Vec<LogId>),
+    Read(Read),
+    /// Looks at logs.
+    Look(HashSet<LogId>),
 }
 
-/// What is queued: at most a read and some looks of each tail, and a block of each socket.
+/// What is queued.
 #[derive(Default)]
-struct Works {
-    reads: VecDeque<Work>,
-    /// Logs that are looked at together: after a node was started, as many as its sockets read.
-    looks: Vec<LogId>,
+struct WorkQueue {
+    /// At most one of each tail and of each socket.
+    reads: VecDeque<Read>,
+    /// Logs that are looked at together: when a node has just started, all that its sockets read.
+    looks: HashSet<LogId>,
 }
 
-impl Works {
+impl WorkQueue {
     fn next(&mut self) -> Option<Work> {
         if self.looks.is_empty() {
-            return self.reads.pop_front();
+            return self.reads.pop_front().map(Work::Read);
         }
-        Some(Work::Looks(std::mem::take(&mut self.looks)))
+        Some(Work::Look(std::mem::take(&mut self.looks)))
     }
 }
 
@@ -118,7 +127,7 @@ pub(super) struct Tails {
     walks: Walks,
     /// What waits for the sockets of this node.
     pub(super) outbound: Arc<Outbound>,
-    works: Mutex<Works>,
+    works: Mutex<WorkQueue>,
     queued: Notify,
     forced: Notify,
     /// The logs that are read here are others: since when, at the earliest.
@@ -252,13 +261,13 @@ impl Tails {
         }
     }
 
-    fn queue(&self, read: Work) {
+    fn queue_read(&self, read: Read) {
         self.works.lock().reads.push_back(read);
         self.queued.notify_one();
     }
 
     fn queue_look(&self, log: LogId) {
-        self.works.lock().looks.push(log);
+        self.works.lock().looks.insert(log);
         self.queued.notify_one();
     }
 
@@ -275,7 +284,7 @@ impl Tails {
     fn step(&self, tail: &Arc<Tail>, input: Input<LogFrame>) {
         let Wants { read, walk } = tail.step(input, self.clock.now());
         if let Some(after) = read {
-            self.queue(Work::Read(Arc::clone(tail), after));
+            self.queue_read(Read::Page(Arc::clone(tail), after));
         }
         if walk {
             self.walks.tell(tail);
@@ -328,7 +337,7 @@ impl Tails {
         handle: &Arc<SessionHandle>,
     ) -> Result<Option<Reading>, InboxError> {
         loop {
-            let Some(cell) = self.slot(log, life) else { return Ok(None) };
+            let Some((cell, _)) = self.slot(log, life) else { return Ok(None) };
             let was_there = cell.initialized();
             let tail = match cell.get_or_try_init(|| self.made(log, life)).await {
                 Ok(tail) => Arc::clone(tail),
@@ -350,44 +359,44 @@ impl Tails {
         }
     }
 
-    /// Makes the tails that are not there, by one question to the store. For one alone,
-    /// [`Self::read`] does as well.
+    /// Makes those of these tails for which there is no place yet, by one question to the store.
+    /// For the others [`Self::read`] waits, and it makes what is not made here: if there are fewer
+    /// than two, that is as good.
     ///
     /// # Errors
     ///
     /// The store's.
     pub(super) async fn prepare(&self, logs: &[(LogId, u64)]) -> Result<(), InboxError> {
-        let is_there = |slots: &HashMap<LogId, Slot>, (log, life): &(LogId, u64)| {
-            slots.get(log).is_some_and(|slot| slot.life == *life && slot.tail.initialized())
-        };
         let missing: Vec<&(LogId, u64)> = {
             let slots = self.slots.lock();
-            logs.iter().filter(|wanted| !is_there(&slots, wanted)).collect()
+            logs.iter().filter(|(log, _)| !slots.contains_key(log)).collect()
         };
         if missing.len() < 2 {
             return Ok(());
         }
         // Their heads are read after their places are there.
-        let places: Vec<_> = missing
-            .into_iter()
-            .filter_map(|(log, life)| self.slot(log, *life).map(|cell| (log.clone(), *life, cell)))
-            .collect();
-        let names: Vec<LogId> = places.iter().map(|(log, ..)| log.clone()).collect();
-        let heads = match self.stores.logs.heads(&names).await {
-            Ok(heads) => heads,
-            Err(error) => {
-                places.iter().for_each(|(log, _, cell)| self.forget_empty(log, cell));
-                return Err(error);
-            }
+        let place = |(log, life): &(LogId, u64)| {
+            let (cell, is_new) = self.slot(log, *life)?;
+            is_new.then(|| (log.clone(), *life, cell))
         };
-        for ((log, life, cell), head) in places.into_iter().zip(heads) {
-            let tail = Tail::new(log.clone(), life, head, Arc::clone(&self.memory));
-            // Otherwise somebody else makes it.
-            if cell.set(Arc::new(tail)).is_ok() {
-                self.queue_look(log);
+        let places: Vec<_> = missing.into_iter().filter_map(place).collect();
+        let names: Vec<LogId> = places.iter().map(|(log, ..)| log.clone()).collect();
+        match self.stores.logs.heads(&names).await {
+            Ok(heads) => {
+                for ((log, life, cell), head) in places.into_iter().zip(heads) {
+                    let tail = Tail::new(log.clone(), life, head, Arc::clone(&self.memory));
+                    // Otherwise a session that waits for this one alone makes it.
+                    if cell.set(Arc::new(tail)).is_ok() {
+                        self.queue_look(log);
+                    }
+                }
+                Ok(())
+            }
+            Err(error) => {
+                places.into_iter().for_each(|(log, _, cell)| self.forget_empty(&log, &cell));
+                Err(error)
             }
         }
-        Ok(())
     }
 
     /// Takes out a place in which no tail could be made, unless another one is made there.
@@ -401,11 +410,12 @@ impl Tails {
         }
     }
 
-    /// The place of a tail of this life; `None` if a later one is read here.
-    fn slot(&self, log: &LogId, life: u64) -> Option<Arc<OnceCell<Arc<Tail>>>> {
+    /// The place of a tail of this life, and whether it was made by this call; `None` if a later
+    /// life is read here.
+    fn slot(&self, log: &LogId, life: u64) -> Option<(Arc<OnceCell<Arc<Tail>>>, bool)> {
         let mut slots = self.slots.lock();
         match slots.get(log) {
-            Some(slot) if slot.life == life => Some(Arc::clone(&slot.tail)),
+            Some(slot) if slot.life == life => Some((Arc::clone(&slot.tail), false)),
             Some(slot) if slot.life > life => None,
             earlier => {
                 if let Some(tail) = earlier.and_then(|slot| slot.tail.get()) {
@@ -416,7 +426,7 @@ impl Tails {
                 let cell = Arc::clone(&slot.tail);
                 slots.insert(log.clone(), slot);
                 self.note_change();
-                Some(cell)
+                Some((cell, true))
             }
         }
     }
@@ -483,7 +493,7 @@ impl Tails {
 
     /// Reads what a session wants of the store. It arrives in its mailbox.
     pub(super) fn request(&self, handle: &Arc<SessionHandle>, wanted: Wanted) {
-        self.queue(Work::Block(Arc::downgrade(handle), wanted));
+        self.queue_read(Read::Block(Arc::downgrade(handle), wanted));
     }
 
     /// All tails look soon, because hints were dropped.
@@ -506,7 +516,7 @@ impl Tails {
             let look_again = again.front().map_or(next_sweep, |(at, _)| (*at).min(next_sweep));
             tokio::select! {
                 work = self.next_work() => {
-                    if let Work::Looks(logs) = &work {
+                    if let Work::Look(logs) = &work {
                         let at = Instant::now() + LOOK_AGAIN;
                         again.extend(logs.iter().map(|log| (at, log.clone())));
                     }
@@ -534,7 +544,7 @@ impl Tails {
                     let due = again.partition_point(|(at, _)| *at <= now);
                     if due > 0 {
                         let logs = again.drain(..due).map(|(_, log)| log).collect();
-                        under_way.spawn(Arc::clone(&self).work(Work::Looks(logs)));
+                        under_way.spawn(Arc::clone(&self).work(Work::Look(logs)));
                     }
                     if next_sweep <= now {
                         next_sweep = now + self.pause();
@@ -560,11 +570,11 @@ impl Tails {
 
     async fn work(self: Arc<Self>, work: Work) {
         match work {
-            Work::Read(tail, after) => self.read_page(tail, after).await,
-            Work::Block(handle, wanted) => self.read_block(handle, wanted).await,
-            Work::Looks(logs) => {
+            Work::Read(Read::Page(tail, after)) => self.read_page(tail, after).await,
+            Work::Read(Read::Block(handle, wanted)) => self.read_block(handle, wanted).await,
+            Work::Look(logs) => {
                 let tails: Vec<Arc<Tail>> = logs.iter().filter_map(|log| self.find(log)).collect();
-                self.sweep_lots(&tails).await;
+                self.sweep(&tails).await;
             }
         }
     }
@@ -582,7 +592,7 @@ impl Tails {
             match page {
                 // What follows is of a later life: that of this tail is over.
                 Ok(page) if page.more && page.upto <= after => {
-                    self.sweep_lots(std::slice::from_ref(&tail)).await;
+                    self.sweep(std::slice::from_ref(&tail)).await;
                 }
                 Ok(page) => {
                     self.metrics.pages.inc();
@@ -665,9 +675,17 @@ impl Tails {
     }
 
     async fn sweep_all(self: Arc<Self>) {
-        let all: Vec<Arc<Tail>> =
-            self.slots.lock().values().filter_map(|slot| slot.tail.get().cloned()).collect();
-        self.sweep_lots(&all).await;
+        let all: Vec<Arc<Tail>> = {
+            let mut slots = self.slots.lock();
+            let before = slots.len();
+            // Places that nobody makes a tail in: whoever wanted to has gone, or the store failed.
+            slots.retain(|_, slot| slot.tail.initialized() || Arc::strong_count(&slot.tail) > 1);
+            if slots.len() < before {
+                self.note_change();
+            }
+            slots.values().filter_map(|slot| slot.tail.get().cloned()).collect()
+        };
+        self.sweep(&all).await;
         for tail in &all {
             self.drop_if_unread(tail);
             // Readers are compared with their tail, also where nothing has moved.
@@ -677,7 +695,7 @@ impl Tails {
     }
 
     /// Asks for each of these tails whether there is more, and whether its topic lives.
-    async fn sweep_lots(&self, tails: &[Arc<Tail>]) {
+    async fn sweep(&self, tails: &[Arc<Tail>]) {
         for lot in tails.chunks(LOT) {
             if let Err(error) = self.ask(lot).await {
                 tracing::debug!(%error, "logs could not be looked at; the sweep comes round again");

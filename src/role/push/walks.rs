@@ -8,7 +8,7 @@
 //! thousands of writes.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -52,26 +52,19 @@ impl Pace {
     }
 }
 
-/// The readers that are told in one round of a walk.
-#[derive(Default)]
-struct Round {
-    readers: Vec<Weak<SessionHandle>>,
-    /// How many of them have gone, as far as they were told.
-    gone: AtomicUsize,
-}
-
 /// Some readers of a round, for one walker.
 struct Part {
-    round: Arc<Round>,
+    tail: Arc<Tail>,
+    readers: Arc<Vec<Weak<SessionHandle>>>,
     from: usize,
 }
 
 impl Part {
     fn tell(&self) {
-        for reader in self.round.readers.iter().skip(self.from).take(PART) {
+        for reader in self.readers.iter().skip(self.from).take(PART) {
             match reader.upgrade() {
                 Some(handle) => handle.look_at_logs(),
-                None => drop(self.round.gone.fetch_add(1, Ordering::Relaxed)),
+                None => drop(self.tail.gone.fetch_add(1, Ordering::Relaxed)),
             }
         }
     }
@@ -80,7 +73,8 @@ impl Part {
 /// A tail whose readers are being told.
 struct Walk {
     tail: Arc<Tail>,
-    round: Arc<Round>,
+    /// Those of them that are told in this round.
+    readers: Arc<Vec<Weak<SessionHandle>>>,
     /// How many of the round's readers walkers have taken.
     taken: usize,
 }
@@ -90,19 +84,20 @@ impl Walk {
     /// A round may begin while parts of the one before are told: a reader that is told twice at
     /// once takes what there is in one of them.
     fn part(&mut self) -> Option<Part> {
-        if self.taken >= self.round.readers.len() && !self.begins_again() {
+        if self.taken >= self.readers.len() && !self.begins_again() {
             return None;
         }
         let from = self.taken;
         self.taken += PART;
-        Some(Part { round: Arc::clone(&self.round), from })
+        Some(Part { tail: Arc::clone(&self.tail), readers: Arc::clone(&self.readers), from })
     }
 
     /// Begins a round, if the tail has moved since the last one began. Otherwise whoever moves it
     /// next queues it again.
     fn begins_again(&mut self) -> bool {
-        let Self { tail, round, .. } = self;
-        if round.gone.load(Ordering::Relaxed) * 4 > round.readers.len() {
+        let Self { tail, readers, .. } = self;
+        if tail.gone.load(Ordering::Relaxed) * 4 > readers.len() {
+            tail.gone.store(0, Ordering::Relaxed);
             tail.readers.lock().retain(|reader| reader.strong_count() > 0);
         }
         if !tail.moved.swap(false, Ordering::SeqCst) {
@@ -114,7 +109,7 @@ impl Walk {
             }
             tail.moved.swap(false, Ordering::SeqCst);
         }
-        *round = Arc::new(Round { readers: tail.readers.lock().clone(), gone: AtomicUsize::new(0) });
+        *readers = Arc::new(tail.readers.lock().clone());
         self.taken = 0;
         true
     }
@@ -159,7 +154,7 @@ impl Walks {
     /// Has the readers of a tail told, unless they are being told.
     pub(super) fn tell(&self, tail: &Arc<Tail>) {
         if !tail.walking.swap(true, Ordering::SeqCst) {
-            let walk = Walk { tail: Arc::clone(tail), round: Arc::default(), taken: 0 };
+            let walk = Walk { tail: Arc::clone(tail), readers: Arc::default(), taken: 0 };
             self.waiting.lock().ready.push_back(walk);
             self.queued.notify_one();
         }
@@ -185,7 +180,8 @@ impl Walks {
     }
 
     /// Tells what is queued, for ever. As many may run as there are threads. A walk pauses for what
-    /// was given out; the first readers of another log are told meanwhile.
+    /// was given out; the first readers of another log are told meanwhile. Before the pause of a
+    /// walk is known, each walker may have taken a part of it.
     pub(super) async fn run(&self) {
         loop {
             let mut walk = self.next().await;
@@ -258,15 +254,37 @@ mod tests {
         parts[1].tell();
         let told: Vec<usize> = (0..readers.len()).filter(|n| is_told(&readers[*n])).collect();
         assert_eq!(told, (PART..2 * PART).collect::<Vec<_>>());
-        // It moves while parts are told: they are told again, those of the other round too.
+        // It moves while the other parts are told: all are told again.
         tail.moved.store(true, Ordering::SeqCst);
         walks.tell(&tail);
         let again = take().expect("a round of its own");
-        for part in parts.iter().chain([&again]) {
-            part.tell();
-        }
+        parts.iter().for_each(Part::tell);
         assert!(readers.iter().all(is_told));
-        assert_eq!(std::iter::from_fn(take).count(), 2, "the rest of the second round");
+        readers.iter().for_each(|reader| drop(reader.mailbox.take()));
+        std::iter::from_fn(take).chain([again]).for_each(|part| part.tell());
+        assert!(readers.iter().all(is_told));
+    }
+
+    /// The tail moves again and again while two threads tell: in the end nobody waits to be told.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn walkers_on_several_threads_leave_nobody_untold() {
+        let walks = Arc::new(Walks::new(0));
+        let (tail, readers) = moved("busy", 5 * PART + 3);
+        let walkers: Vec<_> = (0..2).map(|_| Arc::clone(&walks)).collect();
+        let walkers: Vec<_> =
+            walkers.into_iter().map(|walks| tokio::spawn(async move { walks.run().await })).collect();
+        for _ in 0..500 {
+            readers.iter().for_each(|reader| drop(reader.mailbox.take()));
+            tail.moved.store(true, Ordering::SeqCst);
+            walks.tell(&tail);
+            let told = async {
+                while !readers.iter().all(is_told) {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), told).await.expect("all are told in time");
+        }
+        walkers.iter().for_each(tokio::task::JoinHandle::abort);
     }
 
     #[tokio::test]
@@ -277,7 +295,8 @@ mod tests {
         for _ in 0..2 {
             tail.moved.store(true, Ordering::SeqCst);
             walks.tell(&tail);
-            std::iter::from_fn(|| next_part(&walks)).for_each(|part| part.tell());
+            let parts: Vec<Part> = std::iter::from_fn(|| next_part(&walks)).collect();
+            parts.iter().for_each(Part::tell);
         }
         assert_eq!(tail.readers.lock().len(), 7);
     }
