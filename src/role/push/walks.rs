@@ -265,15 +265,21 @@ mod tests {
         assert!(readers.iter().all(is_told));
     }
 
-    /// The tail moves again and again while two threads tell: in the end nobody waits to be told.
+    /// The tail moves again and again, just when a walk ends: in the end nobody waits to be told.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn walkers_on_several_threads_leave_nobody_untold() {
+        for (readers, times) in [(5 * PART + 3, 200), (1, 50_000)] {
+            leave_nobody_untold(readers, times).await;
+        }
+    }
+
+    async fn leave_nobody_untold(readers: usize, times: usize) {
         let walks = Arc::new(Walks::new(0));
-        let (tail, readers) = moved("busy", 5 * PART + 3);
+        let (tail, readers) = moved("busy", readers);
         let walkers: Vec<_> = (0..2).map(|_| Arc::clone(&walks)).collect();
         let walkers: Vec<_> =
             walkers.into_iter().map(|walks| tokio::spawn(async move { walks.run().await })).collect();
-        for _ in 0..500 {
+        for _ in 0..times {
             readers.iter().for_each(|reader| drop(reader.mailbox.take()));
             tail.moved.store(true, Ordering::SeqCst);
             walks.tell(&tail);
