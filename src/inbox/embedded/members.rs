@@ -233,13 +233,12 @@ impl Store {
         for entry in snapshot.prefix(&self.user_topics, &prefix) {
             let (key, value) = entry.into_inner().map_err(unreadable)?;
             let Some(name) = name_of(key.get(prefix.len()..).unwrap_or_default()) else { continue };
-            let life = life_of(&value)?;
-            if let Some(record) = self.alive(&snapshot, &name)?.filter(|record| record.life == life) {
+            if let Some(record) = self.alive_in(&snapshot, &name, life_of(&value)?)? {
                 found.push(record.named(name));
             }
         }
         for LogMembership { topic, life, .. } in self.user_logs_of(&snapshot, user)?.logs {
-            if let Some(record) = self.alive(&snapshot, &topic)?.filter(|record| record.life == life) {
+            if let Some(record) = self.alive_in(&snapshot, &topic, life)? {
                 found.push(record.named(topic));
             }
         }

@@ -112,6 +112,16 @@ impl Store {
         Ok(self.record(snapshot, name)?.filter(TopicRecord::is_alive))
     }
 
+    /// The topic, if it is in this life of its name.
+    pub(super) fn alive_in(
+        &self,
+        snapshot: &Snapshot,
+        name: &TopicName,
+        life: u64,
+    ) -> Result<Option<TopicRecord>, InboxError> {
+        Ok(self.alive(snapshot, name)?.filter(|record| record.life == life))
+    }
+
     pub(super) fn synced_batch(&self) -> OwnedWriteBatch {
         self.db.batch().durability(Some(PersistMode::SyncData))
     }

@@ -112,7 +112,7 @@ impl Store {
     ) -> Result<(), InboxError> {
         let mut over = Vec::new();
         for LogMembership { topic, life, .. } in logs.iter() {
-            if self.alive(snapshot, topic)?.is_none_or(|record| record.life != *life) {
+            if self.alive_in(snapshot, topic, *life)?.is_none() {
                 over.push(topic.clone());
             }
         }

@@ -380,6 +380,9 @@ impl Tails {
             is_new.then(|| (log.clone(), *life, cell))
         };
         let places: Vec<_> = missing.into_iter().filter_map(place).collect();
+        if places.is_empty() {
+            return Ok(());
+        }
         let names: Vec<LogId> = places.iter().map(|(log, ..)| log.clone()).collect();
         match self.stores.logs.heads(&names).await {
             Ok(heads) => {

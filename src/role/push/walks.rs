@@ -96,9 +96,13 @@ impl Walk {
     /// next queues it again.
     fn begins_again(&mut self) -> bool {
         let Self { tail, readers, .. } = self;
-        if tail.gone.load(Ordering::Relaxed) * 4 > readers.len() {
-            tail.gone.store(0, Ordering::Relaxed);
-            tail.readers.lock().retain(|reader| reader.strong_count() > 0);
+        {
+            // Not of this walk, which may be a new one without readers yet.
+            let mut all = tail.readers.lock();
+            if tail.gone.load(Ordering::Relaxed) * 4 > all.len() {
+                tail.gone.store(0, Ordering::Relaxed);
+                all.retain(|reader| reader.strong_count() > 0);
+            }
         }
         if !tail.moved.swap(false, Ordering::SeqCst) {
             // In one order with those who say that it has moved: it may have done so before the
