@@ -9,6 +9,7 @@ pub mod connect;
 pub mod dispatch;
 pub mod push;
 pub mod reach;
+mod reads;
 pub mod strangers;
 pub mod verify;
 pub mod witness;

@@ -3,7 +3,7 @@
 
 use crate::Options;
 use crate::client::{Order, Publish, Socket};
-use crate::measure::Spread;
+use crate::opening::{self, Reads};
 use crate::report::{Results, words};
 use crate::servers::{self, LARGE, Limit, Load, SMALL, Server};
 
@@ -74,7 +74,16 @@ pub fn measure(options: &Options, results: &mut Results) {
         }
         hold_against_targets(payloads, results);
     }
-    memory(options, results);
+    if options.only.as_deref().is_none_or(|only| only == "ringpush") {
+        let everyone = Reads {
+            what: "the log of everyone".to_owned(),
+            most_kib: 64.0 / 1024.0,
+            most: "<= 64 bytes more",
+            logs: 1,
+            publish: servers::to_everyone,
+        };
+        opening::measure(options, results, &everyone, |_, _| ());
+    }
 }
 
 fn hold_against_targets(payloads: &Payloads, results: &mut Results) {
@@ -168,40 +177,4 @@ fn limit(options: &Options, bytes: usize) -> (f64, f64) {
     rounds.sort_by(f64::total_cmp);
     load.obey(&Order::Reset);
     (limit.write(&mut load, seconds).0.received as f64 / seconds, rounds[rounds.len() / 2])
-}
-
-/// What a socket costs that reads the log of everyone, beside one whose client knows of no logs.
-fn memory(options: &Options, results: &mut Results) {
-    if options.only.as_deref().is_some_and(|only| only != "ringpush") {
-        return;
-    }
-    let (mut kib, mut rates) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
-    for run in 0..options.runs * 2 {
-        let reads = run % 2;
-        let server =
-            if reads == 1 { servers::ringpush_for_everyone(SMALL, false) } else { servers::ringpush(None) };
-        let mut load = Load::start();
-        let sockets = (server.sockets)(0..options.sockets);
-        let before = server.resident_kib();
-        let opened = load.obey(&Order::Open(sockets));
-        rates[reads].push(options.sockets as f64 / opened.seconds);
-        load.obey(&Order::Listen { ms: 3_000, expect: u64::MAX });
-        kib[reads].push((server.resident_kib() - before) as f64 / options.sockets as f64);
-    }
-    let [without, reads] = rates.map(Spread::of);
-    let part = without.zip(reads).map(|(without, reads)| reads.median / without.median);
-    let measured =
-        format!("{}/s, {}/s without: x {:.2}", words(reads, 0), words(without, 0), part.unwrap_or(f64::NAN));
-    let met = part.map(|part| part >= 0.5);
-    results.row("T5", "sockets that open and read everyone", measured, ">= 0.5 of those that do not", met);
-    let [without, reads] = kib.map(Spread::of);
-    let more = without.zip(reads).map(|(without, reads)| (reads.median - without.median) * 1024.0);
-    let measured = format!(
-        "{} KiB without, {} KiB with everyone: {:+.0} bytes",
-        words(without, 2),
-        words(reads, 2),
-        more.unwrap_or(f64::NAN)
-    );
-    let met = more.map(|more| more <= 64.0);
-    results.row("T4", "memory of a socket that reads everyone", measured, "<= 64 bytes more", met);
 }

@@ -29,6 +29,7 @@ mod fanout;
 mod foreign;
 mod limit;
 mod measure;
+mod opening;
 mod peers;
 mod plot;
 mod report;

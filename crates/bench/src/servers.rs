@@ -37,7 +37,7 @@ pub struct Server {
     pub batch: Publish,
     /// Where ringpush shows its metrics.
     ops: Option<SocketAddr>,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Server {
@@ -227,7 +227,11 @@ pub fn ringpush_publishes(collect: SocketAddr, api_key: &str) -> (Publish, Publi
 
 /// All roles in one process; `mongo` for the inbox, or the embedded one.
 pub fn ringpush(mongo: Option<&str>) -> Server {
-    ringpush_with(mongo, &[])
+    ringpush_with(emptied(), mongo, &[])
+}
+
+fn emptied() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
 }
 
 /// The limits that guard against a mistaken sender, far away.
@@ -240,23 +244,47 @@ const NO_LIMITS: [(&str, &str); 3] = [
 /// All roles in one process, where each publish goes to everyone and each socket reads logs;
 /// without limits, or with those of the defaults.
 pub fn ringpush_for_everyone(bytes: usize, limited: bool) -> Server {
-    let server = ringpush_with_logs(limited);
+    let server = ringpush_with_logs(emptied(), limited);
+    Server { single: everyones(&server.single, bytes), ..server }
+}
+
+/// Publishes to everyone where the given plan publishes to a user.
+pub fn to_everyone(single: &Publish) -> Publish {
+    everyones(single, SMALL)
+}
+
+fn everyones(single: &Publish, bytes: usize) -> Publish {
     let item = format!(r#"{{"to":{{"everyone":true}},"payload":{}}}"#, payload(bytes));
-    Server { single: Publish { item, ..server.single }, ..server }
+    Publish { item, ..single.clone() }
 }
 
 /// The same, where each publish goes to a topic `t-N`, and each socket is ready when it is level
 /// with all of its logs.
 pub fn ringpush_for_topics() -> Server {
-    let server = ringpush_with_logs(false);
+    ringpush_for_topics_in(emptied())
+}
+
+fn ringpush_for_topics_in(directory: tempfile::TempDir) -> Server {
+    let server = ringpush_with_logs(directory, false);
     Server { single: to_a_topic(&server.single), ..server }
 }
 
-fn ringpush_with_logs(limited: bool) -> Server {
+/// Kills the process, and starts another one on its data; `reads` says which of the two it was.
+pub fn ringpush_again(Server { directory, processes, .. }: Server, reads: bool) -> Server {
+    drop(processes);
+    std::fs::remove_file(listening_of(&directory)).unwrap();
+    if reads { ringpush_for_topics_in(directory) } else { ringpush_with(directory, None, &[]) }
+}
+
+fn listening_of(directory: &tempfile::TempDir) -> PathBuf {
+    directory.path().join("listen.json")
+}
+
+fn ringpush_with_logs(directory: tempfile::TempDir, limited: bool) -> Server {
     let open = ("TOPICS__OPEN", "t-*");
     let server = match limited {
-        true => ringpush_with(None, &[open]),
-        false => ringpush_with(None, &[&NO_LIMITS[..], &[open]].concat()),
+        true => ringpush_with(directory, None, &[open]),
+        false => ringpush_with(directory, None, &[&NO_LIMITS[..], &[open]].concat()),
     };
     let sockets = server.sockets;
     Server { sockets: Box::new(move |users| sockets(users).into_iter().map(reads_logs).collect()), ..server }
@@ -305,8 +333,7 @@ pub fn joins(single: &Publish, topic: usize, users: impl Iterator<Item = usize>)
     Publish { head, item, own: false, connections: 1, rate: Some(100.0), seconds: 0.015, ..single.clone() }
 }
 
-fn ringpush_with(mongo: Option<&str>, more: &[(&str, &str)]) -> Server {
-    let directory = tempfile::tempdir().unwrap();
+fn ringpush_with(directory: tempfile::TempDir, mongo: Option<&str>, more: &[(&str, &str)]) -> Server {
     let mut command = Command::new(program());
     command.args(["serve", "--log-filter", "warn", "--data"]).arg(directory.path());
     // The records of the audit log are written whatever the filter says.
@@ -332,7 +359,7 @@ fn ringpush_with(mongo: Option<&str>, more: &[(&str, &str)]) -> Server {
         command.env(format!("RINGPUSH_{key}"), value);
     }
     let child = command.spawn().unwrap();
-    let listening = directory.path().join("listen.json");
+    let listening = listening_of(&directory);
     wait_for("ringpush", 30, || listening.exists());
     let listening: serde_json::Value = serde_json::from_slice(&std::fs::read(listening).unwrap()).unwrap();
     let at = |role: &str| -> SocketAddr { listening[role].as_str().unwrap().parse().unwrap() };
@@ -346,7 +373,7 @@ fn ringpush_with(mongo: Option<&str>, more: &[(&str, &str)]) -> Server {
         single,
         batch,
         ops: Some(ops),
-        _directory: directory,
+        directory,
     }
 }
 
@@ -425,7 +452,7 @@ pub fn nchan(bytes: usize) -> Result<Server, String> {
         batch: Publish { connections: 4, pipelined: 16, ..single.clone() },
         single,
         ops: None,
-        _directory: directory,
+        directory,
     })
 }
 
@@ -462,7 +489,7 @@ pub fn nats(bytes: usize) -> Result<Server, String> {
         batch: Publish { connections: 4, batch: 64, ..single.clone() },
         single,
         ops: None,
-        _directory: directory,
+        directory,
     })
 }
 
@@ -550,6 +577,6 @@ fn centrifuges(
         single,
         batch,
         ops: None,
-        _directory: tempfile::tempdir().unwrap(),
+        directory: tempfile::tempdir().unwrap(),
     })
 }

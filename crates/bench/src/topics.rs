@@ -9,6 +9,7 @@ use crate::client::{Order, Publish, Report};
 use crate::cluster::Cluster;
 use crate::fanout::in_a_row;
 use crate::measure::Spread;
+use crate::opening::{self, Reads};
 use crate::report::{Results, words};
 use crate::servers::{self, LARGE, Load, SMALL, Server};
 
@@ -17,8 +18,6 @@ const TOPICS: usize = 100;
 const MESSAGES_EACH: u64 = 50;
 /// T4 and T5: logs that each socket reads.
 const LOGS_EACH: usize = 10;
-/// How long the server has to forget sockets that were closed.
-const LEFT: Duration = Duration::from_secs(5);
 /// T6: sockets that read the hot topic, about half of them on each of two nodes. So few that it is
 /// the publishing that is measured.
 const READERS: usize = 20;
@@ -51,7 +50,7 @@ pub fn measure(options: &Options, results: &mut Results) {
 
 /// T4 and T5 with 100 topics, each user a member of ten.
 fn shared(options: &Options, results: &mut Results) {
-    ten_each(options, results, "shared", |server, load| {
+    opening::measure(options, results, &ten_each("shared"), |server, load| {
         for topic in 0..TOPICS {
             let is_member = |user: &usize| (0..LOGS_EACH).any(|k| (user + k * 10) % TOPICS == topic);
             joined(load, &servers::joins(&server.single, topic, (0..options.sockets).filter(is_member)), 1);
@@ -59,14 +58,31 @@ fn shared(options: &Options, results: &mut Results) {
     });
 }
 
+/// What is asked of sockets that read ten logs each.
+fn ten_each(which: &str) -> Reads {
+    Reads {
+        what: format!("ten logs, {which}"),
+        most_kib: 1.0,
+        most: "<= 1 KiB more",
+        logs: TOPICS,
+        publish: servers::to_a_topic,
+    }
+}
+
 /// T4 and T5 with ten topics for each user, of which it is the only member.
 fn own(options: &Options, results: &mut Results) {
-    ten_each(options, results, "each with one reader", |server, load| {
-        for which in 0..LOGS_EACH {
-            let plan = Publish { users: 0..options.sockets, ..servers::joins_its_own(&server.single, which) };
-            joined(load, &plan, options.sockets as u64);
-        }
-    });
+    opening::measure(
+        options,
+        results,
+        &Reads { logs: 0, ..ten_each("each with one reader") },
+        |server, load| {
+            for which in 0..LOGS_EACH {
+                let plan =
+                    Publish { users: 0..options.sockets, ..servers::joins_its_own(&server.single, which) };
+                joined(load, &plan, options.sockets as u64);
+            }
+        },
+    );
 }
 
 /// Repeats a plan until so many of its requests were answered well.
@@ -112,62 +128,6 @@ fn many(options: &Options, results: &mut Results) {
     );
     let met = part.map(|part| part.median >= 0.9);
     results.row("T3", "100 topics of 150 readers", measured, ">= 0.9 of T1's", met);
-}
-
-/// T4 and T5: sockets that read ten logs each, beside sockets that read none; of devices that are
-/// new, and of the same devices when they come again. The memory of the latter is not measured: the
-/// process keeps what it freed when they left.
-fn ten_each(options: &Options, results: &mut Results, which: &str, join: impl Fn(&Server, &mut Load)) {
-    let mut new = [Opened::default(), Opened::default()];
-    let mut again = [Opened::default(), Opened::default()];
-    for run in 0..options.runs * 2 {
-        let reads = run % 2;
-        let server = if reads == 1 { servers::ringpush_for_topics() } else { servers::ringpush(None) };
-        let mut load = Load::start();
-        if reads == 1 {
-            join(&server, &mut load);
-        }
-        new[reads].measure(options, &server, &mut load);
-        drop(load);
-        std::thread::sleep(LEFT);
-        again[reads].measure(options, &server, &mut Load::start());
-    }
-    let kib = [Spread::of(new[0].kib.clone()), Spread::of(new[1].kib.clone())];
-    let more = kib[0].zip(kib[1]).map(|(without, reads)| reads.median - without.median);
-    let [without_kib, reads_kib] = kib.map(|kib| words(kib, 2));
-    let more_of = more.unwrap_or(f64::NAN);
-    let measured = format!("{reads_kib} KiB, {without_kib} KiB without: {more_of:+.2} KiB");
-    let what = format!("memory of a socket that reads ten logs, {which}, new devices");
-    results.row("T4", &what, measured, "<= 1 KiB more", more.map(|more| more <= 1.0));
-    for (opened, who) in [(new, "new devices"), (again, "devices that come again")] {
-        let rates = opened.map(|one| Spread::of(one.rates));
-        let part = rates[0].zip(rates[1]).map(|(without, reads)| reads.median / without.median);
-        let [without_rate, reads_rate] = rates.map(|rate| words(rate, 0));
-        let part_of = part.unwrap_or(f64::NAN);
-        let measured = format!("{reads_rate}/s, {without_rate}/s without: x {part_of:.2}");
-        let what = format!("sockets that open, of members of ten topics, {which}, {who}");
-        results.row("T5", &what, measured, ">= 0.5 of B2's", part.map(|part| part >= 0.5));
-    }
-}
-
-/// What was measured of sockets that opened, run by run.
-#[derive(Default)]
-struct Opened {
-    /// Resident memory of the server, for each of them, in KiB.
-    kib: Vec<f64>,
-    /// How many opened per second.
-    rates: Vec<f64>,
-}
-
-impl Opened {
-    fn measure(&mut self, options: &Options, server: &Server, load: &mut Load) {
-        let sockets = (server.sockets)(0..options.sockets);
-        let before = server.resident_kib();
-        let opened = load.obey(&Order::Open(sockets));
-        self.rates.push(options.sockets as f64 / opened.seconds);
-        load.obey(&Order::Listen { ms: 3_000, expect: u64::MAX });
-        self.kib.push((server.resident_kib() as f64 - before as f64) / options.sockets as f64);
-    }
 }
 
 /// T7: with the limits of the defaults. The messages to everyone come from a client of their own,

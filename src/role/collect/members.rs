@@ -10,12 +10,12 @@ use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
-use super::reads::Reads;
 use super::{CollectLimits, refusal};
 use crate::inbox::topics::{MembersVersion, PutTopic, Topic, TopicRecipients, TopicSettings, Topics};
 use crate::inbox::{InboxError, Logs};
 use crate::live::Live;
 use crate::message::{LogId, TopicName, UserId};
+use crate::role::reads::Reads;
 use crate::telemetry::audit;
 use crate::topic::{Delivery, TopicPatterns};
 use crate::wire::http::PublishError;

@@ -6,7 +6,6 @@ mod hand_on;
 mod members;
 mod publish;
 mod rates;
-mod reads;
 mod writers;
 
 use std::sync::Arc;

@@ -4,10 +4,11 @@
 //! what the tail wants.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use parking_lot::Mutex;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
@@ -30,6 +31,7 @@ use crate::inbox::topics::TopicRecipients;
 use crate::inbox::{Change, InboxError, PageLimit, StartAt, Stores};
 use crate::interest::Buckets;
 use crate::message::{LogId, Message, Seq, TopicName};
+use crate::role::reads::Reads;
 use crate::role::shown;
 use crate::session::Input;
 use crate::tasks::raised;
@@ -58,6 +60,11 @@ const IDLE: Duration = Duration::from_secs(60);
 pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(3);
 /// Tails in one question.
 const LOT: usize = 1_000;
+
+/// The outcome of a read that the end of the node cut off.
+fn ended() -> InboxError {
+    InboxError::Unavailable("the node has ended".to_owned())
+}
 
 /// What is to be read.
 enum Read {
@@ -109,6 +116,14 @@ impl Weighter<(LogId, u64, u64), Block> for Weight {
     }
 }
 
+/// Where devices without a position begin to read what goes to everyone, while its log has this
+/// head. It is read once for all of them.
+#[derive(Default)]
+struct Newcomers {
+    head: Seq,
+    first: Arc<OnceCell<Result<Seq, InboxError>>>,
+}
+
 /// The tails of a node.
 pub(super) struct Tails {
     stores: Stores,
@@ -118,11 +133,15 @@ pub(super) struct Tails {
     every: Duration,
     memory: Arc<TailMemory>,
     slots: Mutex<HashMap<LogId, Slot>>,
-    /// What was read for sockets below the tails, by log, life and the first number before it.
+    /// What was read for sockets below the tails, by log, life and the number of the block. The
+    /// last block of a log is kept as far as it went.
     blocks: Cache<(LogId, u64, u64), Block, Weight>,
-    /// Where a device without a position begins to read what goes to everyone, while its log has
-    /// this head.
-    newcomers: Mutex<Option<(Seq, Seq)>>,
+    /// The reads of blocks, by log, life and the position that each begins after.
+    block_reads: Reads<(LogId, u64, Seq), Result<Block, InboxError>>,
+    /// How often blocks were thrown away because the store has something else by now.
+    purges: AtomicU64,
+    /// Where devices without a position begin to read what goes to everyone.
+    newcomers: Mutex<Newcomers>,
     reads: Semaphore,
     walks: Walks,
     /// What waits for the sockets of this node.
@@ -197,6 +216,8 @@ impl Tails {
             memory: Arc::new(TailMemory::new(half)),
             slots: Mutex::default(),
             blocks: Cache::with_weighter(BLOCKS, half as u64, Weight),
+            block_reads: Reads::new(|| Err(ended())),
+            purges: AtomicU64::new(0),
             newcomers: Mutex::default(),
             reads: Semaphore::new(READS_IN_FLIGHT),
             walks: Walks::new(limits.fanout_bytes_per_s),
@@ -224,7 +245,7 @@ impl Tails {
     fn live(&self, log: &LogId, message: &Message) {
         if message.expires_at.0 == 0 {
             // It was ended before its time, and may stand in any block that was read of the log.
-            self.blocks.retain(|(of, ..), _| of != log);
+            self.purge_blocks(log);
         }
         let Some(tail) = self.find(log) else { return };
         let (id, seq) = (&message.id, message.seq);
@@ -282,7 +303,12 @@ impl Tails {
     }
 
     fn step(&self, tail: &Arc<Tail>, input: Input<LogFrame>) {
+        let resets = tail.resets();
         let Wants { read, walk } = tail.step(input, self.clock.now());
+        if tail.resets() != resets {
+            // The store was restored: it gives the numbers above its head anew.
+            self.purge_blocks(&tail.log);
+        }
         if let Some(after) = read {
             self.queue_read(Read::Page(Arc::clone(tail), after));
         }
@@ -449,23 +475,35 @@ impl Tails {
     /// The store's.
     pub(super) async fn first_of_last(&self, everyone: &Tail, count: u64) -> Result<Seq, InboxError> {
         let head = everyone.position();
-        if let Some((at, first)) = *self.newcomers.lock()
-            && at == head
-        {
-            return Ok(first);
+        let known = {
+            let mut newcomers = self.newcomers.lock();
+            if newcomers.head != head {
+                *newcomers = Newcomers { head, first: Arc::default() };
+            }
+            Arc::clone(&newcomers.first)
+        };
+        let first = known.get_or_init(|| self.read_first_of_last(everyone, head, count)).await.clone();
+        if first.is_err() {
+            // All who waited are told so; who comes later reads again.
+            let mut newcomers = self.newcomers.lock();
+            if Arc::ptr_eq(&newcomers.first, &known) {
+                newcomers.first = Arc::default();
+            }
         }
+        first
+    }
+
+    async fn read_first_of_last(&self, everyone: &Tail, head: Seq, count: u64) -> Result<Seq, InboxError> {
         let mut after = Seq::at(head.get().saturating_sub(count));
-        let first = loop {
+        loop {
             let page = self.stores.logs.page(&everyone.log, everyone.life, after, BLOCK_PAGE).await?;
             let message = page.messages.first().map(|message| message.seq);
             match message.into_iter().chain(page.unreadable.first().copied()).min() {
-                Some(first) => break Seq::at(first.get().saturating_sub(1)).min(head),
+                Some(first) => return Ok(Seq::at(first.get().saturating_sub(1)).min(head)),
                 None if page.more && page.upto < head => after = page.upto,
-                None => break head,
+                None => return Ok(head),
             }
-        };
-        *self.newcomers.lock() = Some((head, first));
-        Ok(first)
+        }
     }
 
     /// The position before the newest message of a log, among its last numbers; the head if there
@@ -640,29 +678,43 @@ impl Tails {
         }
     }
 
-    async fn block(&self, tail: &Tail, after: Seq) -> Result<Block, InboxError> {
+    /// The block around a position, or what follows the position, if the block was cut below it
+    /// because its messages are large. Sockets that want the same at the same time share a read.
+    async fn block(self: &Arc<Self>, tail: &Arc<Tail>, after: Seq) -> Result<Block, InboxError> {
+        let first = Seq::at(after.get() / BLOCK * BLOCK);
+        let place = (tail.log.clone(), tail.life, after.get() / BLOCK);
+        if let Some(block) = self.blocks.get(&place).filter(|block| block.upto > after) {
+            return Ok(block);
+        }
+        let block = self.read_together(tail, first).await?;
+        if block.upto > after || after == first {
+            return Ok(block);
+        }
+        self.read_together(tail, after).await
+    }
+
+    async fn read_together(self: &Arc<Self>, tail: &Arc<Tail>, after: Seq) -> Result<Block, InboxError> {
+        let (this, tail) = (Arc::clone(self), Arc::clone(tail));
+        let of = (tail.log.clone(), tail.life, after);
+        self.block_reads.get(&of, move || async move { this.read_after(&tail, after).await }.boxed()).await
+    }
+
+    /// Reads what follows a position, up to the end of its block, and keeps it if it is a block
+    /// from its beginning.
+    async fn read_after(&self, tail: &Tail, after: Seq) -> Result<Block, InboxError> {
         let number = after.get() / BLOCK;
-        let place = (tail.log.clone(), tail.life, number);
-        if let Some(block) = self.blocks.get(&place) {
+        let last = Seq::at((number + 1) * BLOCK);
+        let place = after.get().is_multiple_of(BLOCK).then(|| (tail.log.clone(), tail.life, number));
+        let whole = |place| self.blocks.get(place).filter(|block| block.upto >= last);
+        // The read before this one may have read all of it.
+        if let Some(block) = place.as_ref().and_then(whole) {
             return Ok(block);
         }
-        let Ok(_permit) = self.reads.acquire().await else {
-            return Err(InboxError::Unavailable("the node has ended".to_owned()));
-        };
-        // Others that waited for the same may have read it meanwhile.
-        if let Some(block) = self.blocks.get(&place) {
-            return Ok(block);
-        }
-        let (first, last) = (Seq::at(number * BLOCK), Seq::at((number + 1) * BLOCK));
-        let page = self.stores.logs.page(&tail.log, tail.life, first, BLOCK_PAGE).await?;
+        let Ok(_permit) = self.reads.acquire().await else { return Err(ended()) };
+        let purges = self.purges.load(Ordering::SeqCst);
+        let page = self.stores.logs.page(&tail.log, tail.life, after, BLOCK_PAGE).await?;
         self.metrics.pages.inc();
-        if page.more && page.upto <= after {
-            // Large messages: the page was cut below the position.
-            let page = self.stores.logs.page(&tail.log, tail.life, after, BLOCK_PAGE).await?;
-            return Ok(Arc::new(page_of(&tail.log, after, page)));
-        }
-        let mut page = page_of(&tail.log, first, page);
-        let is_whole = page.upto >= last;
+        let mut page = page_of(&tail.log, after, page);
         // What begins above the block is kept as it is: a long run that has expired is passed over
         // at once.
         if page.items.first().is_some_and(|item| item.seq <= last) {
@@ -671,10 +723,20 @@ impl Tails {
             page.upto = page.upto.min(last);
         }
         let block = Arc::new(page);
-        if is_whole {
-            self.blocks.insert(place, Arc::clone(&block));
+        if let Some(place) = place {
+            self.blocks.insert(place.clone(), Arc::clone(&block));
+            if self.purges.load(Ordering::SeqCst) != purges {
+                // What was thrown away meanwhile may have been read before.
+                self.blocks.remove(&place);
+            }
         }
         Ok(block)
+    }
+
+    /// Throws away what was read of a log.
+    fn purge_blocks(&self, log: &LogId) {
+        self.purges.fetch_add(1, Ordering::SeqCst);
+        self.blocks.retain(|(of, ..), _| of != log);
     }
 
     async fn sweep_all(self: Arc<Self>) {

@@ -105,10 +105,29 @@ enum Trouble {
     Hangs,
     /// Reading a page of bob panics.
     Panics,
+    /// It refuses to read pages.
+    Refuses,
 }
 
-/// An inbox with a trouble, which counts how often positions were asked for.
-struct Faulty(Arc<MemoryInbox>, Trouble, Arc<AtomicUsize>);
+/// How often an inbox was asked for positions, and for pages.
+#[derive(Default)]
+struct Asked {
+    positions: AtomicUsize,
+    pages: AtomicUsize,
+}
+
+impl Asked {
+    fn positions(&self) -> usize {
+        self.positions.load(std::sync::atomic::Ordering::SeqCst)
+    }
+
+    fn pages(&self) -> usize {
+        self.pages.load(std::sync::atomic::Ordering::SeqCst)
+    }
+}
+
+/// An inbox with a trouble, which counts what it is asked.
+struct Faulty(Arc<MemoryInbox>, Trouble, Arc<Asked>);
 
 impl Inbox for Faulty {
     fn forget(&self, user: UserId) -> BoxFuture<'_, Result<(), InboxError>> {
@@ -119,7 +138,7 @@ impl Inbox for Faulty {
         self.0.append(batch)
     }
     fn positions(&self, batch: Vec<PositionQuery>) -> BoxFuture<'_, Result<Vec<UserPosition>, InboxError>> {
-        self.2.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        self.2.positions.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         match self.1 {
             Trouble::Hangs => Box::pin(std::future::pending()),
             _ => self.0.positions(batch),
@@ -132,7 +151,17 @@ impl Inbox for Faulty {
         limit: PageLimit,
     ) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
         assert!(self.1 != Trouble::Panics || user.as_str() != "bob", "the page of bob");
-        self.0.page(user, after, limit)
+        self.2.pages.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        let trouble = self.1;
+        let page = self.0.page(user, after, limit);
+        Box::pin(async move {
+            // As with a real store, others ask meanwhile.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            match trouble {
+                Trouble::Refuses => Err(InboxError::Unavailable("it refuses".to_owned())),
+                _ => page.await,
+            }
+        })
     }
     fn stored(&self, user: UserId, which: Sought) -> BoxFuture<'_, Result<Option<Message>, InboxError>> {
         self.0.stored(user, which)
@@ -212,8 +241,8 @@ struct Cluster {
     fallback: LocalFallback,
     inbox: Arc<MemoryInbox>,
     logs: Arc<MemoryInbox>,
-    /// How often nodes have asked for positions in logs.
-    logs_asked: Arc<AtomicUsize>,
+    /// What nodes have asked of the logs.
+    logs_asked: Arc<Asked>,
     trouble: Trouble,
     clock: Clock,
     nodes: Vec<Push>,
@@ -280,7 +309,7 @@ impl Cluster {
                 topics: Arc::clone(&self.inbox) as _,
                 logs: Logs::new(Arc::new(Faulty(
                     Arc::clone(&self.logs),
-                    Trouble::None,
+                    if self.trouble == Trouble::Refuses { Trouble::Refuses } else { Trouble::None },
                     Arc::clone(&self.logs_asked),
                 ))),
             },

@@ -100,7 +100,7 @@ async fn a_socket_with_many_new_logs_asks_for_all_at_once_and_all_are_looked_at(
         cluster.change(name, &["alice"], &[]).await;
     }
     let mut alice = cluster.reads_logs("alice").await;
-    let asked = || cluster.logs_asked.load(std::sync::atomic::Ordering::SeqCst);
+    let asked = || cluster.logs_asked.positions();
     // The heads of the topics, that of everyone, and a look at all of them.
     assert!(asked() <= 4, "{}", asked());
     for (name, life) in names.iter().zip(&lives) {
@@ -114,6 +114,77 @@ async fn a_socket_with_many_new_logs_asks_for_all_at_once_and_all_are_looked_at(
     assert_eq!(topics.len(), names.len());
     assert!(began.elapsed() <= Duration::from_secs(4), "by the second look: {:?}", began.elapsed());
     assert!(asked() <= 8, "{}", asked());
+}
+
+#[tokio::test(start_paused = true)]
+async fn devices_that_are_new_to_everyones_log_share_one_page_and_one_failure() {
+    for trouble in [Trouble::None, Trouble::Refuses] {
+        let mut cluster = Cluster::of(&[]).await;
+        cluster.trouble = trouble;
+        cluster.join("push-0").await;
+        let mut clients = Vec::new();
+        for n in 0..50 {
+            let client = cluster.open_with(0, &format!("user-{n}"), "topics=auth").await;
+            let auth = Bytes::from_static(br#"{"type":"auth","topics":true}"#);
+            client.says.send(Incoming::Text(auth)).await.unwrap();
+            clients.push(client);
+        }
+        for client in &mut clients {
+            match trouble {
+                Trouble::Refuses => while !matches!(client.next().await, Outgoing::Close(..)) {},
+                _ => drop(client.expect("welcome").await),
+            }
+        }
+        // A client that came when the failure was told already reads again.
+        let most = if trouble == Trouble::Refuses { 3 } else { 1 };
+        assert!((1..=most).contains(&cluster.logs_asked.pages()), "{}", cluster.logs_asked.pages());
+    }
+}
+
+/// As when a node was started anew: its tails hold nothing of what is missing, and the last block
+/// is not whole.
+#[tokio::test(start_paused = true)]
+async fn sockets_that_are_behind_by_the_same_messages_share_a_read() {
+    let cluster = Cluster::of(&["push-0"]).await;
+    let life = cluster.make_news().await;
+    let names: Vec<String> = (0..50).map(|n| format!("user-{n}")).collect();
+    cluster.change_news(&names.iter().map(String::as_str).collect::<Vec<_>>(), &[]).await;
+    let mut seqs = Vec::new();
+    for _ in 0..5 {
+        seqs.push(cluster.store_news(life).await.get());
+    }
+    let mut clients = Vec::new();
+    for (n, name) in names.iter().enumerate() {
+        let client = cluster.open_with(0, name, "topics=auth").await;
+        let auth = format!(r#"{{"type":"auth","topics":{{"news":{}}},"everyone":0}}"#, seqs[n % 5] - 1);
+        client.says.send(Incoming::Text(auth.into())).await.unwrap();
+        clients.push(client);
+    }
+    for (n, client) in clients.iter_mut().enumerate() {
+        client.expect("welcome").await;
+        for seq in &seqs[n % 5..] {
+            let mut frame = client.frame().await;
+            while frame["type"] == "caught_up" {
+                frame = client.frame().await;
+            }
+            assert_eq!((&frame["topic"], frame["seq"].as_u64()), (&"news".into(), Some(*seq)), "{frame}");
+        }
+    }
+    // One that began before some had asked, and one for those.
+    assert!((1..=2).contains(&cluster.logs_asked.pages()), "{}", cluster.logs_asked.pages());
+    // Whoever comes later is given what was kept, as far as it goes.
+    let before = cluster.logs_asked.pages();
+    seqs.push(cluster.store_news(life).await.get());
+    let mut late = cluster.open_with(0, &names[0], "topics=auth").await;
+    late.says.send(Incoming::Text(r#"{"type":"auth","topics":true,"everyone":0}"#.into())).await.unwrap();
+    let mut heard = Vec::new();
+    while heard.len() < seqs.len() {
+        let frame = late.frame().await;
+        heard.extend(frame["seq"].as_u64().filter(|_| frame["type"] == "message"));
+    }
+    assert_eq!(heard, seqs);
+    // The tail's own page, of the last one.
+    assert!(cluster.logs_asked.pages() <= before + 1, "{} {before}", cluster.logs_asked.pages());
 }
 
 #[tokio::test(start_paused = true)]
