@@ -1,18 +1,22 @@
-//! Looking up one position at a time, for sessions that attach.
+//! Questions of single sessions that attach: where they begin, and which logs they read.
 //!
-//! An adapter whose look-ups are cheap is asked directly. For the others, questions wait in a
-//! queue: the next batch forms while the last one is in flight.
+//! A store whose look-ups are cheap is asked directly. For the others, questions wait in a queue of
+//! each kind: the next batch forms while the last one is in flight.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::{Inbox, InboxError, PositionQuery, UserPosition};
+use super::topics::Memberships;
+use super::{Device, InboxError, PositionQuery, Positions, Stores, UserPosition};
+use crate::message::UserId;
 
-/// Positions in one batch (docs/design.md, section 5: 16 ms for 1000 on MongoDB).
+/// Questions in one batch (docs/design.md, section 5: 16 ms for 1000 on MongoDB).
 const BATCH: usize = 1_000;
 /// Batches in flight at the same time. One that takes long, as when a position must be confirmed by
 /// the whole replica set, does not delay the others.
@@ -26,46 +30,55 @@ const BATCH_EVERY: Duration = Duration::from_millis(2);
 /// sessions are refused.
 const WAITING_MAX: usize = 8_000;
 
-/// Looks up positions, one question at a time. Cheap to clone.
-#[derive(Clone)]
-pub struct PositionLookup {
-    way: Way,
+/// Asks the store about many at once.
+type Ask<Q, A> = Arc<dyn Fn(Vec<Q>) -> BoxFuture<'static, Result<Vec<A>, InboxError>> + Send + Sync>;
+
+/// Asks the store one question at a time. Cheap to clone.
+pub struct Lookup<Q, A> {
+    way: Way<Q, A>,
 }
 
-#[derive(Clone)]
-enum Way {
-    Direct(Arc<dyn Inbox>),
-    Queued(mpsc::Sender<Question>),
+enum Way<Q, A> {
+    Direct(Ask<Q, A>),
+    Queued(mpsc::Sender<Question<Q, A>>),
+}
+
+impl<Q, A> Clone for Lookup<Q, A> {
+    fn clone(&self) -> Self {
+        let way = match &self.way {
+            Way::Direct(ask) => Way::Direct(Arc::clone(ask)),
+            Way::Queued(queue) => Way::Queued(queue.clone()),
+        };
+        Self { way }
+    }
 }
 
 /// The question of one attaching session.
-struct Question {
-    query: PositionQuery,
-    answer: oneshot::Sender<Result<UserPosition, InboxError>>,
+struct Question<Q, A> {
+    query: Q,
+    answer: oneshot::Sender<Result<A, InboxError>>,
 }
 
-impl PositionLookup {
-    /// For an inbox whose single look-ups are as cheap as batched ones.
-    pub(super) fn direct(inbox: Arc<dyn Inbox>) -> Self {
-        Self { way: Way::Direct(inbox) }
-    }
-
-    /// Asks in batches, in a task of `tasks`.
-    pub(crate) fn queued(inbox: Arc<dyn Inbox>, tasks: &mut JoinSet<()>) -> Self {
+impl<Q: Send + 'static, A: Send + 'static> Lookup<Q, A> {
+    /// Asks each question alone, or in batches in a task of `tasks`.
+    fn new(gathered: bool, ask: Ask<Q, A>, tasks: &mut JoinSet<()>) -> Self {
+        if !gathered {
+            return Self { way: Way::Direct(ask) };
+        }
         let (queue, questions) = mpsc::channel(WAITING_MAX);
-        tasks.spawn(run(inbox, questions));
+        tasks.spawn(run(ask, questions));
         Self { way: Way::Queued(queue) }
     }
 
-    /// Looks up a position.
+    /// Asks a question.
     ///
     /// # Errors
     ///
-    /// The inbox does not respond, or too many questions wait.
-    pub async fn ask(&self, query: PositionQuery) -> Result<UserPosition, InboxError> {
+    /// The store does not respond, or too many questions wait.
+    pub async fn ask(&self, query: Q) -> Result<A, InboxError> {
         match &self.way {
-            Way::Direct(inbox) => {
-                let answers = inbox.positions(vec![query]).await?;
+            Way::Direct(ask) => {
+                let answers = ask(vec![query]).await?;
                 answers.into_iter().next().ok_or_else(|| InboxError::Corrupt("no answer".to_owned()))
             }
             Way::Queued(queue) => {
@@ -78,8 +91,49 @@ impl PositionLookup {
     }
 }
 
-/// Asks the inbox, batch by batch, until the last handle is dropped.
-async fn run(inbox: Arc<dyn Inbox>, mut questions: mpsc::Receiver<Question>) {
+/// What sessions ask the store when they attach. Cheap to clone.
+#[derive(Clone)]
+pub struct Lookups {
+    /// Where a session begins in the inbox.
+    pub positions: Lookup<PositionQuery, UserPosition>,
+    /// The memberships of a user in topics with a log.
+    pub memberships: Lookup<UserId, Memberships>,
+    /// The positions of a device in logs of topics.
+    pub log_positions: Lookup<Device, Positions>,
+}
+
+impl Lookups {
+    /// Looks up in these stores. Its tasks, if it needs any, end with `tasks`.
+    pub fn new(stores: &Stores, tasks: &mut JoinSet<()>) -> Self {
+        let gathered = stores.inbox.gathers_lookups();
+        let inbox = Arc::clone(&stores.inbox);
+        let positions = move |asked| {
+            let inbox = Arc::clone(&inbox);
+            async move { inbox.positions(asked).await }.boxed()
+        };
+        let topics = Arc::clone(&stores.topics);
+        let memberships = move |users| {
+            let topics = Arc::clone(&topics);
+            async move { topics.log_memberships(users).await }.boxed()
+        };
+        let inbox = Arc::clone(&stores.inbox);
+        let log_positions = move |devices| {
+            let inbox = Arc::clone(&inbox);
+            async move { inbox.log_positions(devices).await }.boxed()
+        };
+        Self {
+            positions: Lookup::new(gathered, Arc::new(positions), tasks),
+            memberships: Lookup::new(gathered, Arc::new(memberships), tasks),
+            log_positions: Lookup::new(gathered, Arc::new(log_positions), tasks),
+        }
+    }
+}
+
+/// Asks the store, batch by batch, until the last handle is dropped.
+async fn run<Q: Send + 'static, A: Send + 'static>(
+    ask: Ask<Q, A>,
+    mut questions: mpsc::Receiver<Question<Q, A>>,
+) {
     let mut in_flight = JoinSet::new();
     let mut next_begins = Instant::now();
     loop {
@@ -94,7 +148,7 @@ async fn run(inbox: Arc<dyn Inbox>, mut questions: mpsc::Receiver<Question>) {
             batch.push(question);
         }
         next_begins = Instant::now() + BATCH_EVERY;
-        in_flight.spawn(ask_batch(Arc::clone(&inbox), batch));
+        in_flight.spawn(ask_batch(Arc::clone(&ask), batch));
         let _ = tokio::time::timeout(BATCH_PATIENCE, fewer_than(&mut in_flight, 1)).await;
         fewer_than(&mut in_flight, BATCHES_IN_FLIGHT).await;
     }
@@ -107,15 +161,66 @@ async fn fewer_than(in_flight: &mut JoinSet<()>, count: usize) {
     }
 }
 
-async fn ask_batch(inbox: Arc<dyn Inbox>, batch: Vec<Question>) {
-    let (queries, answers): (Vec<_>, Vec<_>) = batch.into_iter().map(|one| (one.query, one.answer)).unzip();
-    match inbox.positions(queries).await {
-        Ok(positions) => answers.into_iter().zip(positions).for_each(|(to, position)| {
+async fn ask_batch<Q, A>(ask: Ask<Q, A>, batch: Vec<Question<Q, A>>) {
+    let (queries, waiting): (Vec<_>, Vec<_>) = batch.into_iter().map(|one| (one.query, one.answer)).unzip();
+    match ask(queries).await {
+        Ok(answers) => waiting.into_iter().zip(answers).for_each(|(to, answer)| {
             // A client that has left meanwhile needs no answer.
-            let _ = to.send(Ok(position));
+            let _ = to.send(Ok(answer));
         }),
-        Err(error) => answers.into_iter().for_each(|to| {
+        Err(error) => waiting.into_iter().for_each(|to| {
             let _ = to.send(Err(error.clone()));
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures_util::future::join_all;
+
+    use super::*;
+
+    /// Answers each number with its double, and refuses a batch with the number 13.
+    fn doubling(gathered: bool, tasks: &mut JoinSet<()>) -> (Lookup<u64, u64>, Arc<AtomicUsize>) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        let ask = move |numbers: Vec<u64>| {
+            count.fetch_add(1, Ordering::SeqCst);
+            async move {
+                match numbers.contains(&13) {
+                    true => Err(InboxError::Unavailable("it refuses".to_owned())),
+                    false => Ok(numbers.iter().map(|n| n * 2).collect()),
+                }
+            }
+            .boxed()
+        };
+        (Lookup::new(gathered, Arc::new(ask), tasks), asked)
+    }
+
+    #[tokio::test]
+    async fn questions_that_come_together_are_one_batch_and_each_has_its_own_answer() {
+        for gathered in [true, false] {
+            let mut tasks = JoinSet::new();
+            let (lookup, asked) = doubling(gathered, &mut tasks);
+            let answers = join_all((100..600).map(|n| lookup.ask(n))).await;
+            let expected: Vec<Result<u64, InboxError>> = (100..600).map(|n| Ok(n * 2)).collect();
+            assert_eq!(answers, expected);
+            assert_eq!(asked.load(Ordering::SeqCst), if gathered { 1 } else { 500 });
+            let answers = join_all((0..20).map(|n| lookup.ask(n))).await;
+            let failed = answers.iter().filter(|answer| answer.is_err()).count();
+            assert_eq!(failed, if gathered { 20 } else { 1 }, "who was asked for together fails together");
+            assert_eq!(lookup.ask(4).await, Ok(8), "and nobody later");
+        }
+    }
+
+    #[tokio::test]
+    async fn too_many_questions_are_refused() {
+        let mut tasks = JoinSet::new();
+        let (lookup, _) = doubling(true, &mut tasks);
+        let answers = join_all((100..100 + WAITING_MAX as u64 + 5).map(|n| lookup.ask(n))).await;
+        assert_eq!(answers.iter().filter(|answer| answer.is_err()).count(), 5);
+        assert!(answers[..WAITING_MAX].iter().all(Result::is_ok));
     }
 }

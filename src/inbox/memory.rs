@@ -11,8 +11,8 @@ use parking_lot::Mutex;
 use tokio::task::JoinSet;
 
 use super::{
-    Append, Appended, Appender, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, GroupCommit, Inbox, InboxError,
-    InboxPage, Janitor, PASSED_OVER, PageLimit, PositionLookup, PositionQuery, Profile,
+    Append, Appended, Appender, CURSOR_LIFE_MS, Change, DEVICES_PER_USER, Device, GroupCommit, Inbox,
+    InboxError, InboxPage, Janitor, PASSED_OVER, PageLimit, PositionQuery, Positions, Profile,
     REVOCATION_AHEAD_MAX_S, Sought, StartAt, UserPosition, WriteObserver, fence_of,
 };
 use crate::clock::Clock;
@@ -235,16 +235,14 @@ impl Inbox for MemoryInbox {
         ready(Ok(())).boxed()
     }
 
-    fn log_positions(
-        &self,
-        user: UserId,
-        device: DeviceId,
-    ) -> BoxFuture<'_, Result<Vec<(LogId, Seq)>, InboxError>> {
-        let of = |log: &mut Log, _| -> Vec<(LogId, Seq)> {
-            let of_device = log.positions.iter().filter(|((of, _), _)| *of == device);
-            of_device.map(|((_, id), seq)| (id.clone(), *seq)).collect()
+    fn log_positions(&self, devices: Vec<Device>) -> BoxFuture<'_, Result<Vec<Positions>, InboxError>> {
+        let of = |(user, device): &Device| {
+            self.with(user, |log, _| {
+                let of_device = log.positions.iter().filter(|((of, _), _)| of == device);
+                of_device.map(|((_, id), seq)| (id.clone(), *seq)).collect()
+            })
         };
-        ready(Ok(self.with(&user, of))).boxed()
+        ready(Ok(devices.iter().map(of).collect())).boxed()
     }
 
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
@@ -252,8 +250,8 @@ impl Inbox for MemoryInbox {
         Appender::on_runtime(self, at_once, observer, tasks)
     }
 
-    fn lookup(self: Arc<Self>, tasks: &mut JoinSet<()>) -> PositionLookup {
-        PositionLookup::queued(self, tasks)
+    fn gathers_lookups(&self) -> bool {
+        true
     }
 }
 

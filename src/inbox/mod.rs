@@ -42,7 +42,7 @@ use tokio::task::JoinSet;
 
 pub use group_commit::{Appender, GroupCommit, Receipt, WriteObserver};
 pub use logs::Logs;
-pub use lookup::PositionLookup;
+pub use lookup::{Lookup, Lookups};
 pub use topics::Topics;
 
 use crate::message::{DeviceId, EventName, LogId, Message, MessageId, Millis, Seq, TopicName, UserId, Via};
@@ -89,21 +89,23 @@ pub trait Inbox: Send + Sync + 'static {
     /// repeat goes on.
     fn forget(&self, user: UserId) -> BoxFuture<'_, Result<(), InboxError>>;
 
-    /// The positions of a device in logs of topics, as far as they are stored; in no order.
-    fn log_positions(
-        &self,
-        user: UserId,
-        device: DeviceId,
-    ) -> BoxFuture<'_, Result<Vec<(LogId, Seq)>, InboxError>>;
+    /// The positions of devices in logs of topics, in the same order.
+    fn log_positions(&self, devices: Vec<Device>) -> BoxFuture<'_, Result<Vec<Positions>, InboxError>>;
 
     /// Starts the writer of this store, which gathers appends into writes ([`group_commit`]). One
     /// process starts it once. It ends with `tasks`.
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender;
 
-    /// Returns what looks up single positions, in the way that is cheapest for this store. Its
-    /// tasks, if it needs any, end with `tasks`.
-    fn lookup(self: Arc<Self>, tasks: &mut JoinSet<()>) -> PositionLookup;
+    /// Whether questions of single sessions are gathered into batches, because a batch costs this
+    /// store little more than one of them ([`Lookups`]).
+    fn gathers_lookups(&self) -> bool;
 }
+
+/// A device of a user.
+pub type Device = (UserId, DeviceId);
+
+/// The positions of a device in logs of topics, as far as they are stored; in no order.
+pub type Positions = Vec<(LogId, Seq)>;
 
 /// The ports of the store that roles use.
 #[derive(Clone)]

@@ -81,6 +81,7 @@ pub fn measure(options: &Options, results: &mut Results) {
             most: "<= 64 bytes more",
             logs: 1,
             publish: servers::to_everyone,
+            on_mongo: false,
         };
         opening::measure(options, results, &everyone, |_, _| ());
     }

@@ -55,3 +55,8 @@ pub fn mongod(runtime: &tokio::runtime::Runtime) -> Result<(Foreign, String), St
     let foreign = Foreign { port, process: Process(child), _directory: directory };
     Ok((foreign, format!("mongodb://127.0.0.1:{port}/?replicaSet=rs0")))
 }
+
+/// A mongod of its own, and how to reach it.
+pub fn fresh_mongod() -> (Foreign, String) {
+    mongod(&tokio::runtime::Runtime::new().unwrap()).expect("a mongod")
+}

@@ -7,6 +7,7 @@
 
 use crate::Options;
 use crate::client::{Order, Publish};
+use crate::foreign;
 use crate::measure::Spread;
 use crate::report::{Results, words};
 use crate::servers::{self, Load, Server};
@@ -20,6 +21,8 @@ pub struct Reads {
     /// How many logs are published to, and how.
     pub logs: usize,
     pub publish: fn(&Publish) -> Publish,
+    /// Or on the embedded store.
+    pub on_mongo: bool,
 }
 
 /// Messages of each log that devices have not seen.
@@ -32,18 +35,20 @@ pub fn measure(options: &Options, results: &mut Results, reads: &Reads, join: im
     let (mut behind, mut pages) = (Opened::default(), Vec::new());
     for run in 0..options.runs * 2 {
         let with = run % 2;
-        let server = if with == 1 { servers::ringpush_for_topics() } else { servers::ringpush(None) };
+        let mongod = reads.on_mongo.then(foreign::fresh_mongod);
+        let mongo = mongod.as_ref().map(|(_, uri)| uri.as_str());
+        let server = if with == 1 { servers::ringpush_for_topics(mongo) } else { servers::ringpush(mongo) };
         let mut load = Load::start();
         if with == 1 {
             join(&server, &mut load);
         }
         new[with].add(options, &server, &mut load);
         drop(load);
-        let server = servers::ringpush_again(server, with == 1);
+        let server = servers::ringpush_again(server, mongo, with == 1);
         again[with].add(options, &server, &mut Load::start());
         if with == 1 && reads.logs > 0 {
             miss(reads, &(reads.publish)(&server.single));
-            let server = servers::ringpush_again(server, true);
+            let server = servers::ringpush_again(server, mongo, true);
             behind.add(options, &server, &mut Load::start());
             pages.push(server.metric("ringpush_inbox_pages_total"));
         }

@@ -244,7 +244,7 @@ const NO_LIMITS: [(&str, &str); 3] = [
 /// All roles in one process, where each publish goes to everyone and each socket reads logs;
 /// without limits, or with those of the defaults.
 pub fn ringpush_for_everyone(bytes: usize, limited: bool) -> Server {
-    let server = ringpush_with_logs(emptied(), limited);
+    let server = ringpush_with_logs(emptied(), None, limited);
     Server { single: everyones(&server.single, bytes), ..server }
 }
 
@@ -260,31 +260,35 @@ fn everyones(single: &Publish, bytes: usize) -> Publish {
 
 /// The same, where each publish goes to a topic `t-N`, and each socket is ready when it is level
 /// with all of its logs.
-pub fn ringpush_for_topics() -> Server {
-    ringpush_for_topics_in(emptied())
+pub fn ringpush_for_topics(mongo: Option<&str>) -> Server {
+    ringpush_for_topics_in(emptied(), mongo)
 }
 
-fn ringpush_for_topics_in(directory: tempfile::TempDir) -> Server {
-    let server = ringpush_with_logs(directory, false);
+fn ringpush_for_topics_in(directory: tempfile::TempDir, mongo: Option<&str>) -> Server {
+    let server = ringpush_with_logs(directory, mongo, false);
     Server { single: to_a_topic(&server.single), ..server }
 }
 
 /// Kills the process, and starts another one on its data; `reads` says which of the two it was.
-pub fn ringpush_again(Server { directory, processes, .. }: Server, reads: bool) -> Server {
+pub fn ringpush_again(
+    Server { directory, processes, .. }: Server,
+    mongo: Option<&str>,
+    reads: bool,
+) -> Server {
     drop(processes);
     std::fs::remove_file(listening_of(&directory)).unwrap();
-    if reads { ringpush_for_topics_in(directory) } else { ringpush_with(directory, None, &[]) }
+    if reads { ringpush_for_topics_in(directory, mongo) } else { ringpush_with(directory, mongo, &[]) }
 }
 
 fn listening_of(directory: &tempfile::TempDir) -> PathBuf {
     directory.path().join("listen.json")
 }
 
-fn ringpush_with_logs(directory: tempfile::TempDir, limited: bool) -> Server {
+fn ringpush_with_logs(directory: tempfile::TempDir, mongo: Option<&str>, limited: bool) -> Server {
     let open = ("TOPICS__OPEN", "t-*");
     let server = match limited {
-        true => ringpush_with(directory, None, &[open]),
-        false => ringpush_with(directory, None, &[&NO_LIMITS[..], &[open]].concat()),
+        true => ringpush_with(directory, mongo, &[open]),
+        false => ringpush_with(directory, mongo, &[&NO_LIMITS[..], &[open]].concat()),
     };
     let sockets = server.sockets;
     Server { sockets: Box::new(move |users| sockets(users).into_iter().map(reads_logs).collect()), ..server }

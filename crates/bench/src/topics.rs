@@ -33,9 +33,10 @@ type Part = fn(&Options, &mut Results);
 
 /// T3 to T7, or the part that `--only` names.
 pub fn measure(options: &Options, results: &mut Results) {
-    const PARTS: [(&str, Part); 6] = [
+    const PARTS: [(&str, Part); 7] = [
         ("many", many),
         ("shared", shared),
+        ("mongo", on_mongo),
         ("own", own),
         ("fairness", fairness),
         ("burst", burst),
@@ -50,12 +51,23 @@ pub fn measure(options: &Options, results: &mut Results) {
 
 /// T4 and T5 with 100 topics, each user a member of ten.
 fn shared(options: &Options, results: &mut Results) {
-    opening::measure(options, results, &ten_each("shared"), |server, load| {
+    opening::measure(options, results, &ten_each("shared"), join_shared(options));
+}
+
+/// The same on MongoDB.
+fn on_mongo(options: &Options, results: &mut Results) {
+    let reads = Reads { on_mongo: true, ..ten_each("shared, on MongoDB") };
+    opening::measure(options, results, &reads, join_shared(options));
+}
+
+fn join_shared(options: &Options) -> impl Fn(&Server, &mut Load) + '_ {
+    |server, load| {
         for topic in 0..TOPICS {
             let is_member = |user: &usize| (0..LOGS_EACH).any(|k| (user + k * 10) % TOPICS == topic);
-            joined(load, &servers::joins(&server.single, topic, (0..options.sockets).filter(is_member)), 1);
+            let members = (0..options.sockets).filter(is_member);
+            joined(load, &servers::joins(&server.single, topic, members), 1);
         }
-    });
+    }
 }
 
 /// What is asked of sockets that read ten logs each.
@@ -66,6 +78,7 @@ fn ten_each(which: &str) -> Reads {
         most: "<= 1 KiB more",
         logs: TOPICS,
         publish: servers::to_a_topic,
+        on_mongo: false,
     }
 }
 
@@ -109,7 +122,7 @@ fn many(options: &Options, results: &mut Results) {
         to_all.push(in_a_row(&mut load, single, MESSAGES_EACH, options.sockets as u64));
         drop((load, everyone));
 
-        let server = servers::ringpush_for_topics();
+        let server = servers::ringpush_for_topics(None);
         let mut load = Load::start();
         for topic in 0..TOPICS {
             let members = topic * each..(topic + 1) * each;

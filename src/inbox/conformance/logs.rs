@@ -170,7 +170,12 @@ pub(super) async fn a_member_of_a_hundred_logs_joins_no_other(bench: &Bench) {
 pub(super) async fn positions_only_rise_and_go_with_the_device(bench: &Bench) {
     let device = |name: &str| DeviceId::parse(name).unwrap();
     let of = async |name: &str| {
-        let mut found = bench.inbox.log_positions(user("stands"), device(name)).await.unwrap();
+        let other = (user("stands"), device("no-such-device"));
+        let devices = vec![other.clone(), (user("stands"), device(name)), other];
+        let mut found = bench.inbox.log_positions(devices).await.unwrap();
+        assert_eq!(found.len(), 3, "one answer for each, in the order of the questions");
+        assert_eq!((&found[0], &found[2]), (&vec![], &vec![]));
+        let mut found = found.swap_remove(1);
         found.sort();
         found
     };

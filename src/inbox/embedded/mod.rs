@@ -79,11 +79,11 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::{
-    Append, Appended, Appender, Change, GroupCommit, Inbox, InboxError, InboxPage, Janitor, PageLimit,
-    PositionLookup, PositionQuery, Profile, Sought, UserPosition, WriteObserver,
+    Append, Appended, Appender, Change, Device, GroupCommit, Inbox, InboxError, InboxPage, Janitor,
+    PageLimit, PositionQuery, Positions, Profile, Sought, UserPosition, WriteObserver,
 };
 use crate::clock::Clock;
-use crate::message::{DeviceId, LogId, Message, Millis, Seq, UserId};
+use crate::message::{Message, Millis, Seq, UserId};
 
 use records::Head;
 
@@ -494,21 +494,23 @@ impl Inbox for EmbeddedInbox {
         self.run(move |store| store.forget(&user))
     }
 
-    fn log_positions(
-        &self,
-        user: UserId,
-        device: DeviceId,
-    ) -> BoxFuture<'_, Result<Vec<(LogId, Seq)>, InboxError>> {
-        // On the caller's thread, like a position that is looked up alone.
-        async move { self.store.log_positions_of(&user, &device) }.boxed()
+    fn log_positions(&self, devices: Vec<Device>) -> BoxFuture<'_, Result<Vec<Positions>, InboxError>> {
+        let of = |store: &Store, devices: &[Device]| {
+            devices.iter().map(|(user, device)| store.log_positions_of(user, device)).collect()
+        };
+        if devices.len() == 1 {
+            // On the caller's thread, like a position that is looked up alone.
+            return async move { of(&self.store, &devices) }.boxed();
+        }
+        self.run(move |store| of(store, &devices))
     }
 
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
         Appender::on_thread(self, GATHERING, observer, tasks)
     }
 
-    fn lookup(self: Arc<Self>, _: &mut JoinSet<()>) -> PositionLookup {
-        PositionLookup::direct(self)
+    fn gathers_lookups(&self) -> bool {
+        false
     }
 }
 

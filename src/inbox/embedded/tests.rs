@@ -78,7 +78,8 @@ async fn positions_of_the_earlier_layout_are_taken_over() {
     for _ in 0..2 {
         let inbox = EmbeddedInbox::open(&directory, Clock::standing(START)).unwrap();
         for (user, device) in names.iter().flat_map(|user| devices.iter().map(move |device| (user, device))) {
-            let mut found = inbox.log_positions(user.clone(), device.clone()).await.unwrap();
+            let of = vec![(user.clone(), device.clone())];
+            let mut found = inbox.log_positions(of).await.unwrap().remove(0);
             found.sort_by_key(|(_, seq)| *seq);
             let expected: Vec<(LogId, Seq)> = logs.iter().cloned().zip([7, 8].map(Seq::at)).collect();
             assert_eq!(found, expected, "{user} {device}");

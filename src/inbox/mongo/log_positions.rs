@@ -1,14 +1,16 @@
 //! The positions of devices in logs of topics. They stand in the document of the device's cursor
 //! and go with it.
 
+use std::collections::HashMap;
+
 use futures_util::TryStreamExt;
 use mongodb::bson::{Document, doc};
 use mongodb::options::ReadConcern;
 
 use super::stored::{int, integer};
 use super::{Inner, unavailable};
-use crate::inbox::InboxError;
-use crate::message::{DeviceId, LogId, Seq, TopicName, UserId};
+use crate::inbox::{Device, InboxError, Positions};
+use crate::message::{LogId, Seq, TopicName};
 
 /// The field of the positions by topic, and that of everyone's.
 const TOPICS: &str = "p";
@@ -27,7 +29,13 @@ pub(super) fn raised(logs: &[(LogId, Seq)]) -> Document {
     logs.iter().map(|(log, seq)| (path(log), int(seq.get()).into())).collect()
 }
 
-fn read(document: &Document) -> Vec<(LogId, Seq)> {
+/// The user and the device of a cursor.
+fn device_of(document: &Document) -> Option<(&str, &str)> {
+    let place = document.get_document("_id").ok()?;
+    Some((place.get_str("u").ok()?, place.get_str("d").ok()?))
+}
+
+fn read(document: &Document) -> Positions {
     let seq = |document: &Document, name: &str| {
         integer(document, name).and_then(|n| u64::try_from(n).ok()).map(Seq::at)
     };
@@ -41,19 +49,22 @@ fn read(document: &Document) -> Vec<(LogId, Seq)> {
 
 impl Inner {
     /// A majority is not waited for, because losing a position costs only repeats.
-    pub(super) async fn log_positions(
-        &self,
-        user: &UserId,
-        device: &DeviceId,
-    ) -> Result<Vec<(LogId, Seq)>, InboxError> {
-        let place = doc! { "_id": { "u": user.as_str(), "d": device.as_str() } };
+    pub(super) async fn log_positions(&self, devices: &[Device]) -> Result<Vec<Positions>, InboxError> {
+        let place = |(user, device): &Device| doc! { "u": user.as_str(), "d": device.as_str() };
+        let places: Vec<Document> = devices.iter().map(place).collect();
         let reading = async {
             let fields = doc! { TOPICS: 1, EVERYONE: 1 };
-            let found = self.cursors.find(place).projection(fields).read_concern(ReadConcern::local());
-            found.await?.try_next().await
+            let found = self.cursors.find(doc! { "_id": { "$in": places } }).projection(fields);
+            let found = found.batch_size(10_000).read_concern(ReadConcern::local()).await?;
+            found.try_collect::<Vec<Document>>().await
         };
         let found = self.in_time(reading).await.map_err(unavailable)?;
-        Ok(found.as_ref().map(read).unwrap_or_default())
+        let known: HashMap<(&str, &str), &Document> =
+            found.iter().filter_map(|document| Some((device_of(document)?, document))).collect();
+        let of = |(user, device): &Device| {
+            known.get(&(user.as_str(), device.as_str())).map(|document| read(document)).unwrap_or_default()
+        };
+        Ok(devices.iter().map(of).collect())
     }
 }
 

@@ -48,11 +48,11 @@ pub use open::OpenError;
 use tokio::task::JoinSet;
 
 use super::{
-    Append, Appended, Appender, CURSOR_LIFE_MS, Change, GroupCommit, Inbox, InboxError, InboxPage, Janitor,
-    PASSED_OVER, PageLimit, PositionLookup, PositionQuery, Profile, Sought, UserPosition, WriteObserver,
+    Append, Appended, Appender, CURSOR_LIFE_MS, Change, Device, GroupCommit, Inbox, InboxError, InboxPage,
+    Janitor, PASSED_OVER, PageLimit, PositionQuery, Positions, Profile, Sought, UserPosition, WriteObserver,
 };
 use crate::clock::Clock;
-use crate::message::{DeviceId, LogId, Message, Seq, UserId};
+use crate::message::{DeviceId, Message, Seq, UserId};
 
 use open::{index_fault, words};
 use stored::{HeadRecord, StoredMessage, id, ids_above, place_of};
@@ -328,20 +328,16 @@ impl Inbox for MongoInbox {
         async move { self.inner.forget(&user).await }.boxed()
     }
 
-    fn log_positions(
-        &self,
-        user: UserId,
-        device: DeviceId,
-    ) -> BoxFuture<'_, Result<Vec<(LogId, Seq)>, InboxError>> {
-        async move { self.inner.log_positions(&user, &device).await }.boxed()
+    fn log_positions(&self, devices: Vec<Device>) -> BoxFuture<'_, Result<Vec<Positions>, InboxError>> {
+        async move { self.inner.log_positions(&devices).await }.boxed()
     }
 
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
         Appender::on_runtime(self, GATHERING, observer, tasks)
     }
 
-    fn lookup(self: Arc<Self>, tasks: &mut JoinSet<()>) -> PositionLookup {
-        PositionLookup::queued(self, tasks)
+    fn gathers_lookups(&self) -> bool {
+        true
     }
 }
 

@@ -31,7 +31,7 @@ use super::tails::Tails;
 use super::welcome::Welcomer;
 use crate::clock::Clock;
 use crate::fallback::{Fallback, Holder};
-use crate::inbox::{Inbox, PositionLookup, Stores};
+use crate::inbox::{Inbox, Lookups, Stores};
 use crate::interest::{Interest, Reader};
 use crate::membership::LeaseState;
 use crate::role::connect::PublicUrls;
@@ -80,7 +80,7 @@ impl Base {
             availability: Arc::clone(&self.availability),
             displaced: Arc::clone(&placement.displaced),
             mover: Arc::clone(&placement.mover),
-            lookup: reading.lookup.clone(),
+            lookup: reading.lookups.positions.clone(),
             inbox: Arc::clone(&reading.inbox),
             cursors: Arc::clone(&reading.cursors),
         };
@@ -95,11 +95,15 @@ impl Base {
             log_positions: Arc::clone(&reading.log_positions),
             logs: Arc::new(LogAttacher {
                 stores: reading.stores.clone(),
+                lookups: reading.lookups.clone(),
                 tails: Arc::clone(&reading.tails),
                 positions: Arc::clone(&reading.log_positions),
                 everyone_backlog: self.limits.logs.everyone_backlog,
             }),
-            refresher: Arc::new(Refresher { tokens: Arc::clone(tokens), lookup: reading.lookup.clone() }),
+            refresher: Arc::new(Refresher {
+                tokens: Arc::clone(tokens),
+                lookup: reading.lookups.positions.clone(),
+            }),
             welcomer: Welcomer {
                 ownership: Arc::clone(&self.ownership),
                 window: Arc::clone(&self.window),
@@ -122,7 +126,7 @@ impl Base {
 pub(super) struct Reading {
     pub(super) stores: Stores,
     pub(super) inbox: Arc<dyn Inbox>,
-    pub(super) lookup: PositionLookup,
+    pub(super) lookups: Lookups,
     pub(super) pages: Arc<PageReads>,
     pub(super) cursors: Arc<CursorWriter>,
     pub(super) sweeper: Arc<Sweeper>,
@@ -141,7 +145,7 @@ impl Reading {
         tasks: &mut JoinSet<()>,
     ) -> Self {
         let inbox = Arc::clone(&stores.inbox);
-        let lookup = Arc::clone(&inbox).lookup(tasks);
+        let lookups = Lookups::new(&stores, tasks);
         let pages = Arc::new(PageReads::new(Arc::clone(&inbox), base.metrics.clone()));
         tasks.spawn(Arc::clone(&pages).run());
         let cursors = Arc::new(CursorWriter::new(Arc::clone(&inbox)));
@@ -170,7 +174,7 @@ impl Reading {
         tasks.spawn(Arc::clone(&interest).run());
         let log_positions = Arc::new(LogPositions::new(Arc::clone(&inbox), base.limits.logs));
         tasks.spawn(Arc::clone(&log_positions).run());
-        Self { stores, inbox, lookup, pages, cursors, sweeper, tails, interest, memberships, log_positions }
+        Self { stores, inbox, lookups, pages, cursors, sweeper, tails, interest, memberships, log_positions }
     }
 }
 

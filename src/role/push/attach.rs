@@ -13,7 +13,7 @@ use super::end::End;
 use super::moves::Mover;
 use super::ownership::Ownership;
 use super::registry::{RegistrationGuard, Registry, Room, SessionHandle};
-use crate::inbox::{Change, Inbox, InboxError, PositionLookup, PositionQuery, StartAt, UserPosition};
+use crate::inbox::{Change, Inbox, InboxError, Lookup, PositionQuery, StartAt, UserPosition};
 use crate::message::Seq;
 use crate::wire::close::CloseCode;
 use crate::wire::frame::{Begin, Since};
@@ -26,7 +26,7 @@ pub(super) struct Attacher {
     pub(super) availability: Arc<Availability>,
     pub(super) displaced: Arc<DisplacedSet>,
     pub(super) mover: Arc<Mover>,
-    pub(super) lookup: PositionLookup,
+    pub(super) lookup: Lookup<PositionQuery, UserPosition>,
     pub(super) inbox: Arc<dyn Inbox>,
     pub(super) cursors: Arc<CursorWriter>,
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::registry::SessionHandle;
-use crate::inbox::{Change, Inbox};
+use crate::inbox::{Change, Device, Inbox};
 use crate::message::{DeviceId, Seq, UserId};
 use crate::telemetry::WAY;
 
@@ -15,8 +15,6 @@ use crate::telemetry::WAY;
 const WRITE_EVERY: Duration = Duration::from_millis(200);
 /// Cursors in one write.
 const BATCH: usize = 1_000;
-
-type Device = (UserId, DeviceId);
 
 /// The cursors that the store does not have yet: one entry per device, however many acks.
 pub(super) struct CursorWriter {

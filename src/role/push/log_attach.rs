@@ -16,7 +16,7 @@ use super::tails::Tails;
 use crate::backoff::Backoff;
 use crate::inbox::logs::EVERYONES_LIFE;
 use crate::inbox::topics::{LogMembership, Memberships};
-use crate::inbox::{InboxError, StartAt, Stores};
+use crate::inbox::{InboxError, Lookups, StartAt, Stores};
 use crate::message::{LogId, Seq, TopicName, UserId};
 use crate::topic::Delivery;
 use crate::wire::frame::{LogOptions, LogPosition, WatchSince};
@@ -38,6 +38,7 @@ pub(super) struct LogsAttached {
 /// Finds out which logs a session reads.
 pub(super) struct LogAttacher {
     pub(super) stores: Stores,
+    pub(super) lookups: Lookups,
     pub(super) tails: Arc<Tails>,
     pub(super) positions: Arc<LogPositions>,
     pub(super) everyone_backlog: u64,
@@ -63,8 +64,7 @@ impl LogAttacher {
     /// Whether the user is a member of topics with a log: what a client that does not know of logs
     /// misses.
     pub(super) async fn has_memberships(&self, user: &UserId) -> Result<bool, InboxError> {
-        let found = self.stores.topics.log_memberships(vec![user.clone()]).await?;
-        Ok(found.first().is_some_and(|found| !found.logs.is_empty()))
+        Ok(!self.lookups.memberships.ask(user.clone()).await?.logs.is_empty())
     }
 
     /// Begins to read the logs of a session. `changes` is how often the user's memberships have
@@ -76,18 +76,19 @@ impl LogAttacher {
         (changes, new_at_end, windowed): (u64, bool, bool),
     ) -> Result<LogsAttached, InboxError> {
         let user = &handle.user;
-        let memberships = if changes == 0 {
-            Memberships::default()
-        } else {
-            let found = self.stores.topics.log_memberships(vec![user.clone()]).await?;
-            found.into_iter().next().unwrap_or_default()
+        let memberships = async {
+            match changes {
+                0 => Ok(Memberships::default()),
+                _ => self.lookups.memberships.ask(user.clone()).await,
+            }
         };
+        let stands = self.stands(handle, options, new_at_end);
+        let (memberships, stands) = tokio::try_join!(memberships, stands)?;
         if memberships.version < changes {
             // A server that was replaced answered, and no sweep would ask again.
             return Err(InboxError::Unavailable("the memberships that were read are outdated".to_owned()));
         }
         handle.set_memberships(memberships.version);
-        let stands = self.stands(handle, options, new_at_end).await?;
         let mut readers = LogReaders::new(user.clone(), memberships.version, windowed);
         readers.reserve(memberships.logs.len() + 1);
         let (mut starts, mut begun) = (Vec::with_capacity(memberships.logs.len() + 1), Vec::new());
@@ -128,7 +129,7 @@ impl LogAttacher {
         let (user, device) = (handle.user.clone(), handle.device.clone());
         let mut stored: HashMap<LogId, Seq> = HashMap::new();
         let pending = self.positions.pending(&user, &device);
-        for (log, seq) in self.stores.inbox.log_positions(user, device).await?.into_iter().chain(pending) {
+        for (log, seq) in self.lookups.log_positions.ask((user, device)).await?.into_iter().chain(pending) {
             let known = stored.entry(log).or_default();
             *known = seq.max(*known);
         }

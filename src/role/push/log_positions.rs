@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::registry::SessionHandle;
 use super::tails::LogReadingLimits;
 use crate::backoff::between;
-use crate::inbox::{Change, Inbox, InboxError};
+use crate::inbox::{Change, Device, Inbox, InboxError};
 use crate::message::{DeviceId, LogId, Seq, UserId};
 
 /// Time between two looks at what is due.
@@ -21,8 +21,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 const BATCH: usize = 1_000;
 /// Devices that wait for their first position. More are refused, as sessions that cannot attach.
 const BEGINNING_MAX: usize = 8_000;
-
-type Device = (UserId, DeviceId);
 
 /// The positions of a device that the store does not have.
 struct Unwritten {
@@ -245,7 +243,8 @@ mod tests {
         positions.keep(&due);
         positions.flush().await;
         assert!(positions.pending(&user, &device).is_empty());
-        assert_eq!(inbox.log_positions(user, device).await, Ok(vec![(LogId::Everyone, Seq::at(7))]));
+        let stored = inbox.log_positions(vec![(user, device)]).await;
+        assert_eq!(stored, Ok(vec![vec![(LogId::Everyone, Seq::at(7))]]));
     }
 
     #[tokio::test]
@@ -263,8 +262,8 @@ mod tests {
         let all = async {
             for (n, one) in waiting.into_iter().enumerate() {
                 assert_eq!(one.await, Ok(()));
-                let stored = inbox.log_positions(user(n), DeviceId::default()).await;
-                assert_eq!(stored, Ok(vec![(LogId::Everyone, Seq::at(3))]));
+                let stored = inbox.log_positions(vec![(user(n), DeviceId::default())]).await;
+                assert_eq!(stored, Ok(vec![vec![(LogId::Everyone, Seq::at(3))]]));
             }
         };
         tokio::select! {

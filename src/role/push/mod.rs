@@ -299,8 +299,13 @@ impl Push {
     /// Whether a token of this user that was issued at this time was revoked. If the inbox does not
     /// respond, the answer is no, and the attach of the socket will find out.
     pub async fn has_revoked(&self, user: &UserId, token_iat_s: u64) -> bool {
-        let answer =
-            self.node.reading.lookup.ask(PositionQuery { user: user.clone(), from: StartAt::Latest }).await;
+        let answer = self
+            .node
+            .reading
+            .lookups
+            .positions
+            .ask(PositionQuery { user: user.clone(), from: StartAt::Latest })
+            .await;
         answer.is_ok_and(|answer| token_iat_s < answer.not_before_s)
     }
 

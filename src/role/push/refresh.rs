@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::end::End;
 use super::tokens::{Known, TokenCheck};
 use crate::backoff::Backoff;
-use crate::inbox::{PositionLookup, PositionQuery, StartAt};
+use crate::inbox::{Lookup, PositionQuery, StartAt, UserPosition};
 use crate::message::{Seq, UserId};
 use crate::wire::close::CloseCode;
 use crate::wire::peer::PeerError;
@@ -20,7 +20,7 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Verifies the tokens of sessions, and that they were not revoked.
 pub(super) struct Refresher {
     pub(super) tokens: Arc<TokenCheck>,
-    pub(super) lookup: PositionLookup,
+    pub(super) lookup: Lookup<PositionQuery, UserPosition>,
 }
 
 impl Refresher {

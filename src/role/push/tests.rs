@@ -22,13 +22,13 @@ use crate::fallback::Fallback;
 use crate::fallback::local::LocalFallback;
 use crate::inbox::memory::MemoryInbox;
 use crate::inbox::{
-    Append, Appended, Appender, Change, Inbox, InboxError, InboxPage, Logs, PageLimit, PositionLookup,
-    PositionQuery, Profile, Sought, Stores, UserPosition, WriteObserver,
+    Append, Appended, Appender, Change, Inbox, InboxError, InboxPage, Logs, PageLimit, PositionQuery,
+    Profile, Sought, Stores, UserPosition, WriteObserver,
 };
 use crate::live::Live;
 use crate::membership::local::LocalMembership;
 use crate::membership::{LeaseState, NodeInfo};
-use crate::message::{DeviceId, LogId, Message, MessageId, Millis, Seq, UserId};
+use crate::message::{LogId, Message, MessageId, Millis, Seq, UserId};
 use crate::ring::Ring;
 use crate::role::connect::PublicUrls;
 use crate::role::reach::PeerProbe;
@@ -174,16 +174,15 @@ impl Inbox for Faulty {
     }
     fn log_positions(
         &self,
-        user: UserId,
-        device: DeviceId,
-    ) -> BoxFuture<'_, Result<Vec<(LogId, Seq)>, InboxError>> {
-        self.0.log_positions(user, device)
+        devices: Vec<crate::inbox::Device>,
+    ) -> BoxFuture<'_, Result<Vec<crate::inbox::Positions>, InboxError>> {
+        self.0.log_positions(devices)
     }
     fn appender(self: Arc<Self>, observer: Arc<dyn WriteObserver>, tasks: &mut JoinSet<()>) -> Appender {
         Arc::clone(&self.0).appender(observer, tasks)
     }
-    fn lookup(self: Arc<Self>, tasks: &mut JoinSet<()>) -> PositionLookup {
-        PositionLookup::queued(self, tasks)
+    fn gathers_lookups(&self) -> bool {
+        true
     }
 }
 
