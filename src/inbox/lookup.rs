@@ -182,7 +182,7 @@ mod tests {
 
     use super::*;
 
-    /// Answers each number with its double, and refuses a batch with the number 13.
+    /// The answer to each number is its double; a batch with the number 13 is refused.
     fn doubling(gathered: bool, tasks: &mut JoinSet<()>) -> (Lookup<u64, u64>, Arc<AtomicUsize>) {
         let asked = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&asked);

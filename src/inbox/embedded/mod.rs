@@ -58,6 +58,7 @@
 
 mod append;
 mod janitor;
+mod lives;
 mod log_positions;
 mod members;
 mod read;
@@ -85,6 +86,7 @@ use super::{
 use crate::clock::Clock;
 use crate::message::{Message, Millis, Seq, UserId};
 
+use lives::Lives;
 use records::Head;
 
 /// Heads kept in memory, at most twice this number: 2 x 100,000 x about 100 bytes = 20 MB.
@@ -152,6 +154,7 @@ struct Store {
     traces: Keyspace,
     cursors: Keyspace,
     topics: Keyspace,
+    lives: Arc<Lives>,
     topic_members: Keyspace,
     user_topics: Keyspace,
     user_logs: Keyspace,
@@ -240,6 +243,7 @@ impl Store {
             traces: keyspace(TRACE_KEYSPACES[1])?,
             cursors: self.cursors.clone(),
             topics: self.topics.clone(),
+            lives: Arc::clone(&self.lives),
             topic_members: self.topic_members.clone(),
             user_topics: self.user_topics.clone(),
             user_logs: self.user_logs.clone(),
@@ -342,6 +346,7 @@ impl EmbeddedInbox {
                 traces: keyspace(TRACE_KEYSPACES[0])?,
                 cursors: keyspace(cursors)?,
                 topics: keyspace(topics)?,
+                lives: Arc::default(),
                 topic_members: keyspace(topic_members)?,
                 user_topics: keyspace(user_topics)?,
                 user_logs: keyspace(user_logs)?,

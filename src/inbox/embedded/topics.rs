@@ -112,6 +112,14 @@ impl Store {
         Ok(self.record(snapshot, name)?.filter(TopicRecord::is_alive))
     }
 
+    /// The life of a topic as it is now; 0 if it has none.
+    pub(super) fn life_now(&self, name: &TopicName) -> Result<u64, InboxError> {
+        self.lives.of(name, || {
+            let raw = self.topics.get(name.as_str()).map_err(unreadable)?;
+            raw.map_or(Ok(0), |raw| Ok(TopicRecord::decode(&raw)?.life))
+        })
+    }
+
     /// The topic, if it is in this life of its name.
     pub(super) fn alive_in(
         &self,
@@ -149,7 +157,9 @@ impl Store {
         };
         let mut pending = self.synced_batch();
         pending.insert(&self.topics, name.as_str(), record.encode());
-        self.commit(pending)?;
+        let committed = self.commit(pending);
+        self.lives.changed(&name);
+        committed?;
         let topic = record.named(name);
         Ok(if is_new { PutTopic::Created(topic) } else { PutTopic::Known(topic) })
     }
@@ -159,7 +169,9 @@ impl Store {
         let Some(record) = self.alive(&self.db.snapshot(), name)? else { return Ok(false) };
         let mut pending = self.synced_batch();
         pending.insert(&self.topics, name.as_str(), TopicRecord { life: 0, ..record }.encode());
-        self.commit(pending)?;
+        let committed = self.commit(pending);
+        self.lives.changed(name);
+        committed?;
         Ok(true)
     }
 

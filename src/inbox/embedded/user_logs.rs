@@ -100,19 +100,15 @@ impl Store {
     pub(super) fn memberships(&self, user: &UserId) -> Result<Memberships, InboxError> {
         let snapshot = self.db.snapshot();
         let UserLogs { changes, mut logs } = self.user_logs_of(&snapshot, user)?;
-        self.keep_living(&snapshot, &mut logs)?;
+        self.keep_living(&mut logs)?;
         Ok(Memberships { version: changes, logs })
     }
 
     /// Removes the memberships in lives of topics that are over.
-    pub(super) fn keep_living(
-        &self,
-        snapshot: &Snapshot,
-        logs: &mut Vec<LogMembership>,
-    ) -> Result<(), InboxError> {
+    pub(super) fn keep_living(&self, logs: &mut Vec<LogMembership>) -> Result<(), InboxError> {
         let mut over = Vec::new();
         for LogMembership { topic, life, .. } in logs.iter() {
-            if self.alive_in(snapshot, topic, *life)?.is_none() {
+            if self.life_now(topic)? != *life {
                 over.push(topic.clone());
             }
         }
@@ -146,12 +142,8 @@ impl Store {
 
     /// Where there are as many as a user can have, those in lives of topics that are over do not
     /// wait for the janitor.
-    pub(super) fn make_room(
-        &self,
-        snapshot: &Snapshot,
-        logs: &mut Vec<LogMembership>,
-    ) -> Result<(), InboxError> {
-        if logs.len() < LOG_TOPICS { Ok(()) } else { self.keep_living(snapshot, logs) }
+    pub(super) fn make_room(&self, logs: &mut Vec<LogMembership>) -> Result<(), InboxError> {
+        if logs.len() < LOG_TOPICS { Ok(()) } else { self.keep_living(logs) }
     }
 
     /// Takes over what stands in the earlier layout, and removes it there. A start that is cut off
