@@ -16,8 +16,10 @@ use super::topics::Memberships;
 use super::{Device, InboxError, PositionQuery, Positions, Stores, UserPosition};
 use crate::message::UserId;
 
-/// Questions in one batch (docs/design.md, section 5: 16 ms for 1000 on MongoDB).
+/// Questions in one batch (docs/design.md, section 5: 16 ms for 1000 positions on MongoDB).
 const BATCH: usize = 1_000;
+/// Questions for memberships in one batch: each user may have a hundred.
+const MEMBERSHIPS_BATCH: usize = 250;
 /// Batches in flight at the same time. One that takes long, as when a position must be confirmed by
 /// the whole replica set, does not delay the others.
 const BATCHES_IN_FLIGHT: usize = 4;
@@ -26,14 +28,14 @@ const BATCH_PATIENCE: Duration = Duration::from_millis(50);
 /// Shortest time between the beginnings of two batches. A batch costs a command or a sync, for one
 /// position as for many.
 const BATCH_EVERY: Duration = Duration::from_millis(2);
-/// Attaching sessions that wait for their batch: two seconds of the default accept rate. Further
-/// sessions are refused.
+/// Questions that wait for their batch: those of attaching sessions in two seconds of the default
+/// accept rate. Further ones are refused.
 const WAITING_MAX: usize = 8_000;
 
 /// Asks the store about many at once.
 type Ask<Q, A> = Arc<dyn Fn(Vec<Q>) -> BoxFuture<'static, Result<Vec<A>, InboxError>> + Send + Sync>;
 
-/// Asks the store one question at a time. Cheap to clone.
+/// Takes one question at a time, and asks the store alone or with others. Cheap to clone.
 pub struct Lookup<Q, A> {
     way: Way<Q, A>,
 }
@@ -60,13 +62,11 @@ struct Question<Q, A> {
 }
 
 impl<Q: Send + 'static, A: Send + 'static> Lookup<Q, A> {
-    /// Asks each question alone, or in batches in a task of `tasks`.
-    fn new(gathered: bool, ask: Ask<Q, A>, tasks: &mut JoinSet<()>) -> Self {
-        if !gathered {
-            return Self { way: Way::Direct(ask) };
-        }
+    /// Asks each question alone, or so many at once at the most, in a task of `tasks`.
+    fn new(gathered: Option<usize>, ask: Ask<Q, A>, tasks: &mut JoinSet<()>) -> Self {
+        let Some(most) = gathered else { return Self { way: Way::Direct(ask) } };
         let (queue, questions) = mpsc::channel(WAITING_MAX);
-        tasks.spawn(run(ask, questions));
+        tasks.spawn(run(ask, most, questions));
         Self { way: Way::Queued(queue) }
     }
 
@@ -105,7 +105,7 @@ pub struct Lookups {
 impl Lookups {
     /// Looks up in these stores. Its tasks, if it needs any, end with `tasks`.
     pub fn new(stores: &Stores, tasks: &mut JoinSet<()>) -> Self {
-        let gathered = stores.inbox.gathers_lookups();
+        let gathered = |most| stores.inbox.gathers_lookups().then_some(most);
         let inbox = Arc::clone(&stores.inbox);
         let positions = move |asked| {
             let inbox = Arc::clone(&inbox);
@@ -122,9 +122,9 @@ impl Lookups {
             async move { inbox.log_positions(devices).await }.boxed()
         };
         Self {
-            positions: Lookup::new(gathered, Arc::new(positions), tasks),
-            memberships: Lookup::new(gathered, Arc::new(memberships), tasks),
-            log_positions: Lookup::new(gathered, Arc::new(log_positions), tasks),
+            positions: Lookup::new(gathered(BATCH), Arc::new(positions), tasks),
+            memberships: Lookup::new(gathered(MEMBERSHIPS_BATCH), Arc::new(memberships), tasks),
+            log_positions: Lookup::new(gathered(BATCH), Arc::new(log_positions), tasks),
         }
     }
 }
@@ -132,17 +132,18 @@ impl Lookups {
 /// Asks the store, batch by batch, until the last handle is dropped.
 async fn run<Q: Send + 'static, A: Send + 'static>(
     ask: Ask<Q, A>,
+    most: usize,
     mut questions: mpsc::Receiver<Question<Q, A>>,
 ) {
     let mut in_flight = JoinSet::new();
     let mut next_begins = Instant::now();
     loop {
         let mut batch = Vec::new();
-        if questions.recv_many(&mut batch, BATCH).await == 0 {
+        if questions.recv_many(&mut batch, most).await == 0 {
             return;
         }
         tokio::time::sleep_until(next_begins).await;
-        while batch.len() < BATCH
+        while batch.len() < most
             && let Ok(question) = questions.try_recv()
         {
             batch.push(question);
@@ -196,7 +197,7 @@ mod tests {
             }
             .boxed()
         };
-        (Lookup::new(gathered, Arc::new(ask), tasks), asked)
+        (Lookup::new(gathered.then_some(BATCH), Arc::new(ask), tasks), asked)
     }
 
     #[tokio::test]

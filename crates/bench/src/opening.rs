@@ -21,7 +21,7 @@ pub struct Reads {
     /// How many logs are published to, and how.
     pub logs: usize,
     pub publish: fn(&Publish) -> Publish,
-    /// Or on the embedded store.
+    /// Whether the store is MongoDB; else it is the embedded one.
     pub on_mongo: bool,
 }
 
@@ -89,7 +89,8 @@ pub fn measure(options: &Options, results: &mut Results, reads: &Reads, join: im
     }
 }
 
-/// Publishes what the devices have not seen when they come again.
+/// Publishes what the devices have not seen when they come again; a little more, if the last one is
+/// not due in time.
 fn miss(reads: &Reads, single: &Publish) {
     let (mut load, mut missing, rate) = (Load::start(), MISSED * reads.logs, 1_000.0);
     while missing > 0 {

@@ -258,8 +258,8 @@ fn everyones(single: &Publish, bytes: usize) -> Publish {
     Publish { item, ..single.clone() }
 }
 
-/// The same, where each publish goes to a topic `t-N`, and each socket is ready when it is level
-/// with all of its logs.
+/// All roles in one process, where each publish goes to a topic `t-N`, and each socket is ready
+/// when it is level with all of its logs.
 pub fn ringpush_for_topics(mongo: Option<&str>) -> Server {
     ringpush_for_topics_in(emptied(), mongo)
 }
@@ -269,7 +269,8 @@ fn ringpush_for_topics_in(directory: tempfile::TempDir, mongo: Option<&str>) -> 
     Server { single: to_a_topic(&server.single), ..server }
 }
 
-/// Kills the process, and starts another one on its data; `reads` says which of the two it was.
+/// Kills the process, and starts another one on its data. `reads` says whether it was one of
+/// [`ringpush_for_topics`], or of [`ringpush()`].
 pub fn ringpush_again(
     Server { directory, processes, .. }: Server,
     mongo: Option<&str>,

@@ -156,7 +156,7 @@ impl Store {
             match from {
                 Some(from) => self.change_user_logs(snapshot, pending, user, |found| {
                     if joins {
-                        self.make_room(&mut found.logs)?;
+                        self.make_room(snapshot, &mut found.logs)?;
                         found.join(LogMembership { topic: name.clone(), life, from });
                     }
                     Ok(())
@@ -178,7 +178,7 @@ impl Store {
             // closely.
             let is_busy = if logs {
                 let mut known = self.user_logs_of(&snapshot, user)?.logs;
-                self.make_room(&mut known)?;
+                self.make_room(&snapshot, &mut known)?;
                 known.len() >= LOG_TOPICS
             } else {
                 let rows = snapshot.prefix(&self.user_topics, prefix(user)).take(INBOX_TOPICS).count();

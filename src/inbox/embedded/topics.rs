@@ -158,7 +158,9 @@ impl Store {
         let mut pending = self.synced_batch();
         pending.insert(&self.topics, name.as_str(), record.encode());
         let committed = self.commit(pending);
-        self.lives.changed(&name);
+        if is_new {
+            self.lives.changed();
+        }
         committed?;
         let topic = record.named(name);
         Ok(if is_new { PutTopic::Created(topic) } else { PutTopic::Known(topic) })
@@ -170,7 +172,7 @@ impl Store {
         let mut pending = self.synced_batch();
         pending.insert(&self.topics, name.as_str(), TopicRecord { life: 0, ..record }.encode());
         let committed = self.commit(pending);
-        self.lives.changed(name);
+        self.lives.changed();
         committed?;
         Ok(true)
     }

@@ -63,6 +63,21 @@ impl UserLogs {
     }
 }
 
+/// Removes the memberships in lives of topics that are over.
+fn keep_living(
+    logs: &mut Vec<LogMembership>,
+    goes_on: impl Fn(&LogMembership) -> Result<bool, InboxError>,
+) -> Result<(), InboxError> {
+    let mut over = Vec::new();
+    for membership in logs.iter() {
+        if !goes_on(membership)? {
+            over.push(membership.topic.clone());
+        }
+    }
+    logs.retain(|known| !over.contains(&known.topic));
+    Ok(())
+}
+
 impl Store {
     /// Also those in lives of topics that are over.
     pub(super) fn user_logs_of(&self, snapshot: &Snapshot, user: &UserId) -> Result<UserLogs, InboxError> {
@@ -100,20 +115,8 @@ impl Store {
     pub(super) fn memberships(&self, user: &UserId) -> Result<Memberships, InboxError> {
         let snapshot = self.db.snapshot();
         let UserLogs { changes, mut logs } = self.user_logs_of(&snapshot, user)?;
-        self.keep_living(&mut logs)?;
+        keep_living(&mut logs, |one| Ok(self.life_now(&one.topic)? == one.life))?;
         Ok(Memberships { version: changes, logs })
-    }
-
-    /// Removes the memberships in lives of topics that are over.
-    pub(super) fn keep_living(&self, logs: &mut Vec<LogMembership>) -> Result<(), InboxError> {
-        let mut over = Vec::new();
-        for LogMembership { topic, life, .. } in logs.iter() {
-            if self.life_now(topic)? != *life {
-                over.push(topic.clone());
-            }
-        }
-        logs.retain(|known| !over.contains(&known.topic));
-        Ok(())
     }
 
     /// Removes memberships whose lives are over. Of each user, the topics are given with the life
@@ -142,8 +145,15 @@ impl Store {
 
     /// Where there are as many as a user can have, those in lives of topics that are over do not
     /// wait for the janitor.
-    pub(super) fn make_room(&self, logs: &mut Vec<LogMembership>) -> Result<(), InboxError> {
-        if logs.len() < LOG_TOPICS { Ok(()) } else { self.keep_living(logs) }
+    pub(super) fn make_room(
+        &self,
+        snapshot: &Snapshot,
+        logs: &mut Vec<LogMembership>,
+    ) -> Result<(), InboxError> {
+        if logs.len() < LOG_TOPICS {
+            return Ok(());
+        }
+        keep_living(logs, |one| Ok(self.alive_in(snapshot, &one.topic, one.life)?.is_some()))
     }
 
     /// Takes over what stands in the earlier layout, and removes it there. A start that is cut off

@@ -118,6 +118,9 @@ pub(super) struct Tail {
     pub(super) log: LogId,
     /// The life of the topic's name that is read.
     pub(super) life: u64,
+    /// Tells it from every other tail of the log: one that was dropped knows of nothing that has
+    /// changed since.
+    pub(super) draw: u64,
     core: Mutex<Core>,
     /// The highest number that is held or gone, as the core has it.
     position: AtomicU64,
@@ -209,6 +212,7 @@ impl Tail {
         Self {
             log,
             life,
+            draw: rand::random(),
             core: Mutex::new(core),
             position: AtomicU64::new(head.get()),
             resets: AtomicU64::new(0),

@@ -133,10 +133,10 @@ pub(super) struct Tails {
     every: Duration,
     memory: Arc<TailMemory>,
     slots: Mutex<HashMap<LogId, Slot>>,
-    /// What was read for sockets below the tails, by log, life and the number of the block. The
-    /// last block of a log is kept as far as it went.
+    /// What was read for sockets below the tails, by log, the draw of the tail and the number of
+    /// the block. The last block of a log is kept as far as it went.
     blocks: Cache<(LogId, u64, u64), Block, Weight>,
-    /// The reads of blocks, by log, life and the position that each begins after.
+    /// The reads of blocks, by log, the draw of the tail and the position that each begins after.
     block_reads: Reads<(LogId, u64, Seq), Result<Block, InboxError>>,
     /// How often blocks were thrown away because the store has something else by now.
     purges: AtomicU64,
@@ -306,7 +306,7 @@ impl Tails {
         let resets = tail.resets();
         let Wants { read, walk } = tail.step(input, self.clock.now());
         if tail.resets() != resets {
-            // The store was restored: it gives the numbers above its head anew.
+            // The store was restored: what is kept may be of messages that it has no more.
             self.purge_blocks(&tail.log);
         }
         if let Some(after) = read {
@@ -347,6 +347,7 @@ impl Tails {
 
     /// All tails look now, and again when every router knows which logs are read here.
     pub(super) fn look_twice(&self) {
+        self.purge_all_blocks();
         self.twice.notify_one();
     }
 
@@ -539,6 +540,7 @@ impl Tails {
 
     /// All tails look soon, because hints were dropped.
     pub(super) fn force(&self) {
+        self.purge_all_blocks();
         self.forced.notify_one();
     }
 
@@ -682,7 +684,7 @@ impl Tails {
     /// because its messages are large. Sockets that want the same at the same time share a read.
     async fn block(self: &Arc<Self>, tail: &Arc<Tail>, after: Seq) -> Result<Block, InboxError> {
         let first = Seq::at(after.get() / BLOCK * BLOCK);
-        let place = (tail.log.clone(), tail.life, after.get() / BLOCK);
+        let place = (tail.log.clone(), tail.draw, after.get() / BLOCK);
         if let Some(block) = self.blocks.get(&place).filter(|block| block.upto > after) {
             return Ok(block);
         }
@@ -695,7 +697,7 @@ impl Tails {
 
     async fn read_together(self: &Arc<Self>, tail: &Arc<Tail>, after: Seq) -> Result<Block, InboxError> {
         let (this, tail) = (Arc::clone(self), Arc::clone(tail));
-        let of = (tail.log.clone(), tail.life, after);
+        let of = (tail.log.clone(), tail.draw, after);
         self.block_reads.get(&of, move || async move { this.read_after(&tail, after).await }.boxed()).await
     }
 
@@ -704,7 +706,7 @@ impl Tails {
     async fn read_after(&self, tail: &Tail, after: Seq) -> Result<Block, InboxError> {
         let number = after.get() / BLOCK;
         let last = Seq::at((number + 1) * BLOCK);
-        let place = after.get().is_multiple_of(BLOCK).then(|| (tail.log.clone(), tail.life, number));
+        let place = after.get().is_multiple_of(BLOCK).then(|| (tail.log.clone(), tail.draw, number));
         let whole = |place| self.blocks.get(place).filter(|block| block.upto >= last);
         // The read before this one may have read all of it.
         if let Some(block) = place.as_ref().and_then(whole) {
@@ -737,6 +739,12 @@ impl Tails {
     fn purge_blocks(&self, log: &LogId) {
         self.purges.fetch_add(1, Ordering::SeqCst);
         self.blocks.retain(|(of, ..), _| of != log);
+    }
+
+    /// Throws away what was read of all logs: a hint that a message was ended may be lost.
+    fn purge_all_blocks(&self) {
+        self.purges.fetch_add(1, Ordering::SeqCst);
+        self.blocks.clear();
     }
 
     async fn sweep_all(self: Arc<Self>) {

@@ -113,7 +113,8 @@ enum Trouble {
 #[derive(Default)]
 struct Asked {
     positions: AtomicUsize,
-    pages: AtomicUsize,
+    /// By the inbox or log.
+    pages: Mutex<std::collections::HashMap<String, usize>>,
 }
 
 impl Asked {
@@ -122,7 +123,11 @@ impl Asked {
     }
 
     fn pages(&self) -> usize {
-        self.pages.load(std::sync::atomic::Ordering::SeqCst)
+        self.pages.lock().values().sum()
+    }
+
+    fn pages_of(&self, of: &str) -> usize {
+        self.pages.lock().get(of).copied().unwrap_or_default()
     }
 }
 
@@ -151,7 +156,7 @@ impl Inbox for Faulty {
         limit: PageLimit,
     ) -> BoxFuture<'_, Result<InboxPage, InboxError>> {
         assert!(self.1 != Trouble::Panics || user.as_str() != "bob", "the page of bob");
-        self.2.pages.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        *self.2.pages.lock().entry(user.as_str().to_owned()).or_default() += 1;
         let trouble = self.1;
         let page = self.0.page(user, after, limit);
         Box::pin(async move {

@@ -187,6 +187,63 @@ async fn sockets_that_are_behind_by_the_same_messages_share_a_read() {
     assert!(cluster.logs_asked.pages() <= before + 1, "{} {before}", cluster.logs_asked.pages());
 }
 
+impl Cluster {
+    /// A socket that has seen nothing of its topics, and everything of everyone's log, until it has
+    /// so many messages.
+    async fn catches_up(&self, user: &str, count: usize) {
+        let mut client = self.open_with(0, user, "topics=auth").await;
+        let auth = Incoming::Text(r#"{"type":"auth","topics":true,"everyone":0}"#.into());
+        client.says.send(auth).await.unwrap();
+        for _ in 0..count {
+            while client.frame().await["type"] != "message" {}
+        }
+    }
+
+    async fn hint(&self, hints: Vec<LogHint>, missed: bool) {
+        let request = PushRequest::Hint { hints: hints.into(), missed, stamp: Default::default() };
+        self.nodes[0].clone().oneshot(request).await.unwrap();
+    }
+}
+
+/// A message that was ended before its time may stand in what is kept, or in what is being read.
+#[tokio::test(start_paused = true)]
+async fn what_is_kept_of_a_log_goes_when_a_message_is_ended_or_hints_were_lost() {
+    let cluster = Cluster::of(&["push-0"]).await;
+    let life = cluster.make_news().await;
+    cluster.change_news(&["alice", "bob", "carol", "dave", "erin"], &[]).await;
+    cluster.store_news(life).await;
+    cluster.store_news(life).await;
+    let log = LogId::Topic(news());
+    let from = Seq::at(cluster.logs_facade().head(&log).await.unwrap().get() - 2);
+    let all = PageLimit { messages: 10, bytes: 1024 };
+    let page = cluster.logs_facade().page(&log, life, from, all).await.unwrap();
+    let ended = Message { expires_at: Millis(0), ..page.messages[0].clone() };
+    let ended = || vec![LogHint::Message { log: log.clone(), message: Arc::new(ended.clone()) }];
+    let read = || cluster.logs_asked.pages_of("news");
+    {
+        let alice = cluster.catches_up("alice", 2);
+        tokio::pin!(alice);
+        while read() == 0 {
+            assert!(futures_util::poll!(alice.as_mut()).is_pending());
+            tokio::task::yield_now().await;
+        }
+        // While the page is being read.
+        cluster.hint(ended(), false).await;
+        alice.await;
+    }
+    let before = read();
+    cluster.catches_up("bob", 2).await;
+    assert_eq!(read(), before + 1, "what was read before the end of a message is not kept");
+    cluster.catches_up("carol", 2).await;
+    assert_eq!(read(), before + 1, "it is kept");
+    cluster.hint(ended(), false).await;
+    cluster.catches_up("dave", 2).await;
+    assert_eq!(read(), before + 2);
+    cluster.hint(Vec::new(), true).await;
+    cluster.catches_up("erin", 2).await;
+    assert_eq!(read(), before + 3);
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_sweep_finds_memberships_that_no_hint_told_of() {
     let cluster = Cluster::of(&["push-0"]).await;
