@@ -248,6 +248,7 @@ struct Cluster {
     /// What nodes have asked of the logs.
     logs_asked: Arc<Asked>,
     trouble: Trouble,
+    limits: PushLimits,
     clock: Clock,
     nodes: Vec<Push>,
     /// Of each node.
@@ -266,6 +267,7 @@ impl Cluster {
             logs: Arc::new(MemoryInbox::new(clock.clone())),
             logs_asked: Arc::default(),
             trouble: Trouble::None,
+            limits: PushLimits::default(),
             clock,
             nodes: Vec::new(),
             healths: Vec::new(),
@@ -292,8 +294,8 @@ impl Cluster {
             drain_window: Duration::from_secs(60),
             origins: Live::new(Origins::Any),
             token_in_url: false,
-            limits: PushLimits::default(),
-            live: Arc::new(LiveLimits::of(&PushLimits::default())),
+            limits: self.limits,
+            live: Arc::new(LiveLimits::of(&self.limits)),
         };
         // Here a token is the user's name: what verifies it is another room's affair.
         let verify = BoxCloneSyncService::new(tower::service_fn(async |request: VerifyRequest| {

@@ -244,6 +244,44 @@ async fn what_is_kept_of_a_log_goes_when_a_message_is_ended_or_hints_were_lost()
     assert_eq!(read(), before + 3);
 }
 
+/// The tail has dropped what came while the socket was slow, and the block that is kept ends where
+/// the socket stands.
+#[tokio::test(start_paused = true)]
+async fn a_slow_socket_goes_on_behind_a_block_that_was_not_whole() {
+    let mut cluster = Cluster::of(&[]).await;
+    cluster.limits.logs.memory_bytes = 256 * 1024;
+    cluster.join("push-0").await;
+    let life = cluster.make_news().await;
+    cluster.change_news(&["alice"], &[]).await;
+    cluster.store_news(life).await;
+    let mut alice = cluster.open_with(0, "alice", "topics=auth").await;
+    let auth = Incoming::Text(r#"{"type":"auth","topics":true}"#.into());
+    alice.says.send(auth).await.unwrap();
+    while alice.frame().await["all"] != true {}
+    assert_eq!(cluster.logs_asked.pages_of("news"), 1, "the block was read");
+    alice.full.set(true);
+    let log = LogId::Topic(news());
+    let mut expected = Vec::new();
+    for _ in 0..2_000 {
+        let seq = cluster.store_news(life).await;
+        let before = Seq::at(seq.get() - 1);
+        let one = PageLimit { messages: 1, bytes: 1024 };
+        let page = cluster.logs_facade().page(&log, life, before, one).await.unwrap();
+        let message = Arc::new(page.messages[0].clone());
+        cluster.hint(vec![LogHint::Message { log: log.clone(), message }], false).await;
+        expected.push(seq.get());
+    }
+    alice.full.set(false);
+    let mut heard = Vec::new();
+    while heard.len() < expected.len() {
+        let frame = alice.frame().await;
+        assert_eq!(frame["type"], "message", "{frame}");
+        heard.push(frame["seq"].as_u64().unwrap());
+    }
+    assert_eq!(heard, expected);
+    assert!(cluster.logs_asked.pages_of("news") > 1, "it was below what the tail holds");
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_sweep_finds_memberships_that_no_hint_told_of() {
     let cluster = Cluster::of(&["push-0"]).await;
