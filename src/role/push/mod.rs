@@ -299,13 +299,8 @@ impl Push {
     /// Whether a token of this user that was issued at this time was revoked. If the inbox does not
     /// respond, the answer is no, and the attach of the socket will find out.
     pub async fn has_revoked(&self, user: &UserId, token_iat_s: u64) -> bool {
-        let answer = self
-            .node
-            .reading
-            .lookups
-            .positions
-            .ask(PositionQuery { user: user.clone(), from: StartAt::Latest })
-            .await;
+        let query = PositionQuery { user: user.clone(), from: StartAt::Latest };
+        let answer = self.node.reading.lookups.positions.ask(query).await;
         answer.is_ok_and(|answer| token_iat_s < answer.not_before_s)
     }
 

@@ -64,11 +64,17 @@ impl Cluster {
         }
     }
 
+    /// A socket that says which logs it knows of, with `topics` and `everyone` of `auth`.
+    async fn knows(&self, user: &str, logs: &str) -> Client {
+        let client = self.open_with(0, user, "topics=auth").await;
+        let auth = format!(r#"{{"type":"auth",{logs}}}"#);
+        client.says.send(Incoming::Text(auth.into())).await.unwrap();
+        client
+    }
+
     /// A socket that reads logs, and is level.
     async fn reads_logs(&self, user: &str) -> Client {
-        let mut client = self.open_with(0, user, "topics=auth").await;
-        let auth = Bytes::from_static(br#"{"type":"auth","topics":true}"#);
-        client.says.send(Incoming::Text(auth)).await.unwrap();
+        let mut client = self.knows(user, r#""topics":true"#).await;
         client.expect("welcome").await;
         while client.expect("caught_up").await["all"] != true {}
         client
@@ -124,10 +130,7 @@ async fn devices_that_are_new_to_everyones_log_share_one_page_and_one_failure() 
         cluster.join("push-0").await;
         let mut clients = Vec::new();
         for n in 0..50 {
-            let client = cluster.open_with(0, &format!("user-{n}"), "topics=auth").await;
-            let auth = Bytes::from_static(br#"{"type":"auth","topics":true}"#);
-            client.says.send(Incoming::Text(auth)).await.unwrap();
-            clients.push(client);
+            clients.push(cluster.knows(&format!("user-{n}"), r#""topics":true"#).await);
         }
         for client in &mut clients {
             match trouble {
@@ -155,10 +158,8 @@ async fn sockets_that_are_behind_by_the_same_messages_share_a_read() {
     }
     let mut clients = Vec::new();
     for (n, name) in names.iter().enumerate() {
-        let client = cluster.open_with(0, name, "topics=auth").await;
-        let auth = format!(r#"{{"type":"auth","topics":{{"news":{}}},"everyone":0}}"#, seqs[n % 5] - 1);
-        client.says.send(Incoming::Text(auth.into())).await.unwrap();
-        clients.push(client);
+        let logs = format!(r#""topics":{{"news":{}}},"everyone":0"#, seqs[n % 5] - 1);
+        clients.push(cluster.knows(name, &logs).await);
     }
     for (n, client) in clients.iter_mut().enumerate() {
         client.expect("welcome").await;
@@ -175,8 +176,7 @@ async fn sockets_that_are_behind_by_the_same_messages_share_a_read() {
     // Whoever comes later is given what was kept, as far as it goes.
     let before = cluster.logs_asked.pages();
     seqs.push(cluster.store_news(life).await.get());
-    let mut late = cluster.open_with(0, &names[0], "topics=auth").await;
-    late.says.send(Incoming::Text(r#"{"type":"auth","topics":true,"everyone":0}"#.into())).await.unwrap();
+    let mut late = cluster.knows(&names[0], r#""topics":true,"everyone":0"#).await;
     let mut heard = Vec::new();
     while heard.len() < seqs.len() {
         let frame = late.frame().await;
@@ -188,12 +188,9 @@ async fn sockets_that_are_behind_by_the_same_messages_share_a_read() {
 }
 
 impl Cluster {
-    /// A socket that has seen nothing of its topics, and everything of everyone's log, until it has
-    /// so many messages.
+    /// A socket that has seen nothing of its topics, until it has so many messages.
     async fn catches_up(&self, user: &str, count: usize) {
-        let mut client = self.open_with(0, user, "topics=auth").await;
-        let auth = Incoming::Text(r#"{"type":"auth","topics":true,"everyone":0}"#.into());
-        client.says.send(auth).await.unwrap();
+        let mut client = self.knows(user, r#""topics":true,"everyone":0"#).await;
         for _ in 0..count {
             while client.frame().await["type"] != "message" {}
         }
@@ -254,9 +251,7 @@ async fn a_slow_socket_goes_on_behind_a_block_that_was_not_whole() {
     let life = cluster.make_news().await;
     cluster.change_news(&["alice"], &[]).await;
     cluster.store_news(life).await;
-    let mut alice = cluster.open_with(0, "alice", "topics=auth").await;
-    let auth = Incoming::Text(r#"{"type":"auth","topics":true}"#.into());
-    alice.says.send(auth).await.unwrap();
+    let mut alice = cluster.knows("alice", r#""topics":true"#).await;
     while alice.frame().await["all"] != true {}
     assert_eq!(cluster.logs_asked.pages_of("news"), 1, "the block was read");
     alice.full.set(true);
@@ -324,8 +319,7 @@ async fn a_message_of_a_later_life_is_not_passed_over() {
         }
         // The hint that was lost is found by a page.
         hints.drain(..usize::from(by_page));
-        let request = PushRequest::Hint { hints: hints.into(), missed: false, stamp: Default::default() };
-        cluster.nodes[0].clone().oneshot(request).await.unwrap();
+        cluster.hint(hints, false).await;
         let mut frames = Vec::new();
         while frames.last().is_none_or(|frame: &Value| frame["type"] != "message") {
             frames.push(alice.frame().await);
